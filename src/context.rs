@@ -1,0 +1,240 @@
+//! How long a call may wait: a deadline, a cancellation from another thread, or both.
+
+use std::convert::Infallible;
+use std::fmt;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded, never};
+use parking_lot::Mutex;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Bounds the wait of a call by time, by cancellation, or by both.
+///
+/// A context is cheap to clone and may be shared between threads. One made from another inherits its bounds: it ends no
+/// later than its parent, and cancelling the parent cancels it too. A context never ends a *claim*: see
+/// [`Lock::lock`](crate::Lock::lock).
+///
+/// ```
+/// use std::time::Duration;
+/// use dsync::{Context, ErrorKind};
+///
+/// let (shutdown, canceller) = Context::background().with_cancel();
+/// let attempt = shutdown.with_timeout(Duration::from_secs(5));
+/// assert!(attempt.check().is_ok());
+///
+/// canceller.cancel();
+/// assert_eq!(attempt.check().unwrap_err().kind(), ErrorKind::Cancelled);
+/// ```
+#[derive(Clone)]
+pub struct Context {
+    deadline: Option<Instant>,
+    node: Option<Arc<Node>>,
+}
+
+/// Cancels the [`Context`] it was made with, and all contexts made from that one.
+///
+/// May be cloned and used from any thread. Dropping it cancels nothing.
+#[derive(Clone)]
+pub struct Canceller {
+    node: Arc<Node>,
+}
+
+/// A point of cancellation. The sender's end is dropped to cancel, which disconnects every receiver at once.
+struct Node {
+    state: Mutex<NodeState>,
+    done: Receiver<Infallible>,
+}
+
+struct NodeState {
+    /// `None` once cancelled.
+    alive: Option<Sender<Infallible>>,
+    children: Vec<Weak<Node>>,
+}
+
+impl Context {
+    /// A context without a deadline that nobody can cancel.
+    pub fn background() -> Self {
+        Self { deadline: None, node: None }
+    }
+
+    /// A context that ends when `timeout` has passed from now. A timeout too large for the clock never ends.
+    pub fn timeout(timeout: Duration) -> Self {
+        Self::background().with_timeout(timeout)
+    }
+
+    /// A context that ends at `deadline`.
+    pub fn deadline(deadline: Instant) -> Self {
+        Self::background().with_deadline(deadline)
+    }
+
+    /// A context like this one that ends when `timeout` has passed from now, if this one does not end before.
+    #[must_use]
+    pub fn with_timeout(&self, timeout: Duration) -> Self {
+        match Instant::now().checked_add(timeout) {
+            Some(deadline) => self.with_deadline(deadline),
+            None => self.clone(),
+        }
+    }
+
+    /// A context like this one that ends at `deadline`, if this one does not end before.
+    #[must_use]
+    pub fn with_deadline(&self, deadline: Instant) -> Self {
+        let deadline = self.deadline.map_or(deadline, |own| own.min(deadline));
+        Self { deadline: Some(deadline), node: self.node.clone() }
+    }
+
+    /// A context like this one that can also be cancelled by itself.
+    #[must_use]
+    pub fn with_cancel(&self) -> (Self, Canceller) {
+        let node = Node::new();
+        if let Some(parent) = &self.node {
+            parent.adopt(&node);
+        }
+        (Self { deadline: self.deadline, node: Some(Arc::clone(&node)) }, Canceller { node })
+    }
+
+    /// When this context ends by itself, if it does.
+    pub fn expires_at(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// A channel that disconnects when this context is cancelled; for use in `select!`. It does not tell of the deadline.
+    pub fn cancelled(&self) -> Receiver<Infallible> {
+        self.node.as_ref().map_or_else(never, |node| node.done.clone())
+    }
+
+    /// Fails if this context has ended.
+    ///
+    /// # Errors
+    /// [`Cancelled`](ErrorKind::Cancelled) or [`TimedOut`](ErrorKind::TimedOut).
+    pub fn check(&self) -> Result<()> {
+        if self.node.as_ref().is_some_and(|node| node.state.lock().alive.is_none()) {
+            return Err(Error::new(ErrorKind::Cancelled, "the context was cancelled"));
+        }
+        if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            return Err(Error::new(ErrorKind::TimedOut, "the context's deadline has passed"));
+        }
+        Ok(())
+    }
+}
+
+impl Default for Context {
+    fn default() -> Self {
+        Self::background()
+    }
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        f.debug_struct("Context").field("left", &left).field("check", &self.check().err()).finish()
+    }
+}
+
+impl Canceller {
+    /// Ends the context and its descendants, at once and for good. Calling it again does nothing.
+    pub fn cancel(&self) {
+        self.node.cancel();
+    }
+}
+
+impl fmt::Debug for Canceller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let cancelled = self.node.state.lock().alive.is_none();
+        f.debug_struct("Canceller").field("cancelled", &cancelled).finish()
+    }
+}
+
+impl Node {
+    fn new() -> Arc<Self> {
+        let (alive, done) = bounded(0);
+        Arc::new(Self { state: Mutex::new(NodeState { alive: Some(alive), children: Vec::new() }), done })
+    }
+
+    /// Makes `child` end with this node; at once, if this one has ended already.
+    fn adopt(&self, child: &Arc<Self>) {
+        let mut state = self.state.lock();
+        if state.alive.is_some() {
+            // A long-lived parent must not keep a word for every short-lived child it ever had: forget the dead ones
+            // whenever the list would grow.
+            if state.children.len() == state.children.capacity() {
+                state.children.retain(|child| child.strong_count() > 0);
+            }
+            state.children.push(Arc::downgrade(child));
+        } else {
+            drop(state);
+            child.cancel();
+        }
+    }
+
+    fn cancel(&self) {
+        let (alive, children) = {
+            let mut state = self.state.lock();
+            (state.alive.take(), std::mem::take(&mut state.children))
+        };
+        drop(alive);
+        for child in children.iter().filter_map(Weak::upgrade) {
+            child.cancel();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam_channel::RecvTimeoutError;
+
+    fn is_cancelled(context: &Context) -> bool {
+        context.cancelled().try_recv() == Err(crossbeam_channel::TryRecvError::Disconnected)
+    }
+
+    #[test]
+    fn a_child_ends_no_later_than_its_parent() {
+        let parent = Context::timeout(Duration::from_secs(10));
+        assert_eq!(parent.with_timeout(Duration::from_secs(60)).expires_at(), parent.expires_at());
+        assert!(parent.with_timeout(Duration::from_secs(1)).expires_at() < parent.expires_at());
+        assert_eq!(Context::timeout(Duration::MAX).expires_at(), None);
+    }
+
+    #[test]
+    fn cancelling_a_parent_cancels_children_and_not_the_other_way() {
+        let (parent, cancel_parent) = Context::background().with_cancel();
+        let (child, cancel_child) = parent.with_timeout(Duration::from_secs(60)).with_cancel();
+        let (sibling, _keep) = parent.with_cancel();
+        cancel_child.cancel();
+        assert!(is_cancelled(&child) && !is_cancelled(&parent) && !is_cancelled(&sibling));
+        cancel_parent.cancel();
+        cancel_parent.cancel();
+        assert!(is_cancelled(&parent) && is_cancelled(&sibling));
+        let (late, _keep) = parent.with_cancel();
+        assert_eq!(late.check().unwrap_err().kind(), ErrorKind::Cancelled);
+    }
+
+    #[test]
+    fn dropping_a_canceller_cancels_nothing() {
+        let (context, canceller) = Context::background().with_cancel();
+        drop(canceller);
+        assert!(context.check().is_ok());
+        assert_eq!(
+            context.cancelled().recv_timeout(Duration::from_millis(1)),
+            Err(RecvTimeoutError::Timeout)
+        );
+    }
+
+    #[test]
+    fn a_passed_deadline_is_a_timeout() {
+        assert_eq!(Context::timeout(Duration::ZERO).check().unwrap_err().kind(), ErrorKind::TimedOut);
+        assert!(Context::background().check().is_ok());
+    }
+
+    #[test]
+    fn a_parent_forgets_children_that_are_gone() {
+        let (parent, canceller) = Context::background().with_cancel();
+        for _ in 0..10_000 {
+            drop(parent.with_cancel());
+        }
+        assert!(canceller.node.state.lock().children.capacity() < 64);
+    }
+}

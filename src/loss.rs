@@ -1,0 +1,91 @@
+//! How a term ended that the application did not end.
+
+use std::fmt;
+use std::time::SystemTime;
+
+/// A term that was lost: why, and when this process knew.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Loss {
+    /// What ended the term.
+    pub reason: LossReason,
+    /// When the lost channel was closed, by this machine's clock.
+    pub at: SystemTime,
+}
+
+impl Loss {
+    pub(crate) fn now(reason: LossReason) -> Self {
+        Self { reason, at: SystemTime::now() }
+    }
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.reason.fmt(f)
+    }
+}
+
+/// Why a term was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum LossReason {
+    /// An operator terminated the session (`pg_terminate_backend`), or the server is being shut down: PostgreSQL
+    /// reports both alike (SQLSTATE 57P01).
+    Terminated,
+    /// The server crashed, or was shut down in immediate mode (57P02).
+    ServerCrashed,
+    /// The database was dropped (57P04).
+    DatabaseDropped,
+    /// The server ended the session since it heard nothing for the length of the lease (57P05).
+    LeaseExpired,
+    /// The lease could not be renewed in time: the local deadline passed. The process was frozen or starved, or the
+    /// network or the server stood still.
+    LeaseNotRenewed,
+    /// A heartbeat was not answered within its timeout.
+    HeartbeatTimedOut,
+    /// The connection was closed without a word, by the server, the network or something in between.
+    ConnectionClosed,
+    /// The session turned out to be another one than the lock was acquired in: a pooler stands between.
+    SessionChanged,
+    /// The server became a standby.
+    ServerIsStandby,
+    /// The server answered with an error that has no name of its own here; the log has its text.
+    ServerError,
+    /// The lock was taken away on purpose, in a test.
+    Revoked,
+    /// The supervisor of the claim failed; please report it.
+    SupervisorFailed,
+}
+
+impl LossReason {
+    /// Whether the server itself said that the session is over, so that it surely holds no lock any more.
+    pub(crate) fn is_final_word(self) -> bool {
+        matches!(
+            self,
+            Self::Terminated
+                | Self::ServerCrashed
+                | Self::DatabaseDropped
+                | Self::LeaseExpired
+                | Self::Revoked
+        )
+    }
+}
+
+impl fmt::Display for LossReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Terminated => "the session was terminated by an operator or a shutdown of the server",
+            Self::ServerCrashed => "the server crashed or was shut down at once",
+            Self::DatabaseDropped => "the database was dropped",
+            Self::LeaseExpired => "the server heard nothing for the length of the lease",
+            Self::LeaseNotRenewed => "the lease could not be renewed in time",
+            Self::HeartbeatTimedOut => "a heartbeat was not answered in time",
+            Self::ConnectionClosed => "the connection was closed",
+            Self::SessionChanged => "the session was exchanged for another one by a pooler",
+            Self::ServerIsStandby => "the server became a standby",
+            Self::ServerError => "the server answered with an error",
+            Self::Revoked => "the lock was revoked",
+            Self::SupervisorFailed => "the supervisor failed",
+        })
+    }
+}

@@ -1,0 +1,125 @@
+//! What stands in for the database.
+
+use std::fmt;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::state::{Aftermath, State};
+use crate::key::Key;
+use crate::lock::{Lock, annotate};
+
+/// Stands in for the database in an application's tests: [`MemoryManager`](crate::MemoryManager)s on one server exclude
+/// each other as processes on one database do.
+///
+/// It also does on demand what is hard to bring about with a real server: [`revoke`](Self::revoke) takes a lock from its
+/// holder, and [`go_down`](Self::go_down) and [`come_up`](Self::come_up) make an outage. Each has happened in full when
+/// the call returns, so a test needs no pauses. Clones are the same server.
+///
+/// A test of what a service does when it loses its lock:
+///
+/// ```
+/// use dsync::{Context, ErrorKind, Lock, LockOptions, LossReason, MemoryManager, MemoryServer, SyncManager};
+///
+/// let server = MemoryServer::new();
+/// let (ours, theirs) = (MemoryManager::on(&server), MemoryManager::on(&server));
+/// ours.start()?;
+/// theirs.start()?;
+/// let lock = ours.lock("nightly-report", LockOptions::new())?;
+/// let rival = theirs.lock("nightly-report", LockOptions::new())?;
+///
+/// lock.lock(&Context::background())?;
+/// let refusal = rival.try_lock(&Context::background()).unwrap_err();
+/// assert_eq!(refusal.kind(), ErrorKind::LockUnavailable);
+///
+/// // An operator takes the lock away: we hear of it, and the rival, who has waited since, has it.
+/// let lost = lock.lost();
+/// assert!(server.revoke("nightly-report"));
+/// assert!(lost.recv().is_err());
+/// assert_eq!(lock.last_loss().map(|loss| loss.reason), Some(LossReason::Revoked));
+/// rival.lock(&Context::background())?;
+///
+/// // Our claim went on: when the rival is done, the lock is ours again, in a new term.
+/// rival.release()?;
+/// assert!(lock.lost().try_recv().is_err_and(|error| error.is_empty()), "held");
+/// # Ok::<(), dsync::Error>(())
+/// ```
+#[derive(Clone, Default)]
+pub struct MemoryServer {
+    pub(super) server: Arc<Server>,
+}
+
+impl MemoryServer {
+    /// A server that is up, without locks.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes the lock from its holder, as an operator does who terminates the holder's session. Says whether there was a
+    /// holder.
+    ///
+    /// The lost channel closes, with [`Revoked`](crate::LossReason::Revoked) as the reason, and the claim goes to the
+    /// end of the queue: if nobody else waits, it has the lock again, in a new term, when this returns.
+    pub fn revoke(&self, key: impl Into<Key>) -> bool {
+        let key = key.into();
+        self.server.change(|state, aftermath| state.revoke(&key, aftermath))
+    }
+
+    /// Begins an outage. Nothing happens if there is one already.
+    ///
+    /// All terms are lost, with [`ConnectionClosed`](crate::LossReason::ConnectionClosed) as the reason. Until
+    /// [`come_up`](Self::come_up), `lock` and `try_lock` wait.
+    pub fn go_down(&self) {
+        self.server.change(|state, _| state.go_down());
+    }
+
+    /// Ends an outage: the claims that were not released have their locks again, in the order in which they had come,
+    /// those that held them before the outage first.
+    pub fn come_up(&self) {
+        self.server.change(|state, aftermath| state.come_up(aftermath));
+    }
+
+    /// What the present holder's valuer made; `None` if nobody holds the lock, or the holder gave no valuer.
+    pub fn annotation(&self, key: impl Into<Key>) -> Option<Vec<u8>> {
+        let key = key.into();
+        self.server.see(|state| state.annotation(&key))
+    }
+
+    /// How many claims on the lock wait for it. In an outage that is all of them.
+    pub fn waiting(&self, key: impl Into<Key>) -> usize {
+        let key = key.into();
+        self.server.see(|state| state.waiting(&key))
+    }
+}
+
+impl fmt::Debug for MemoryServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (down, keys) = self.server.see(|state| (state.is_down(), state.known_keys()));
+        f.debug_struct("MemoryServer").field("down", &down).field("keys", &keys).finish()
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Server {
+    state: Mutex<State>,
+}
+
+impl Server {
+    /// Looks at the state. The answer must not be a handle.
+    pub(super) fn see<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        look(&self.state.lock())
+    }
+
+    /// Changes the state and does what follows from it: whoever gives a lock away begins the next one's term, so no
+    /// thread is needed for that.
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut State, &mut Aftermath) -> T) -> T {
+        let mut aftermath = Aftermath::default();
+        let answer = change(&mut self.state.lock(), &mut aftermath);
+        drop(aftermath.gone);
+        for grant in aftermath.grants {
+            let annotation = grant.lock.valuer.as_ref().and_then(|valuer| annotate(grant.lock.key(), valuer));
+            self.state.lock().begin_term(&grant, annotation);
+        }
+        answer
+    }
+}

@@ -1,0 +1,114 @@
+//! The catalog: sees that it is there before it is needed.
+
+use std::time::Instant;
+
+use super::pool::Refusal;
+use super::session::{Failure, Session};
+use super::sql;
+use crate::error::{ErrorKind, chain};
+
+/// The version of the catalog that this library works with.
+const VERSION: i32 = 1;
+
+/// The SQL that makes the catalog, for an administrator to run where the role of the locks may not.
+///
+/// Its first lines name the rights that each role which uses locks must be granted. Running it again does no harm.
+pub const CATALOG_SQL: &str = sql::CATALOG;
+
+/// Whether tokens and annotations are kept in the database, in the schema `dsync`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CatalogMode {
+    /// The catalog is made at the first use if it is not there. The role must be allowed to create a schema.
+    #[default]
+    Automatic,
+    /// The catalog must be there: an administrator has run [`CATALOG_SQL`].
+    MustExist,
+    /// There is none, and so neither fencing tokens nor annotations. All else works.
+    None,
+}
+
+/// Sees that the catalog is there and can be used.
+pub(super) fn ensure(session: &mut Session, mode: CatalogMode, by: Instant) -> Result<(), Refusal> {
+    if mode == CatalogMode::None {
+        return Ok(());
+    }
+    if !is_there(session, by)? {
+        if mode == CatalogMode::MustExist {
+            return Err(refused(
+                "the catalog is not there, and the settings say that it must be; let an administrator run \
+                 dsync::CATALOG_SQL in this database, or set the catalog to automatic or none",
+            ));
+        }
+        create(session, by)?;
+        is_there(session, by)?;
+    }
+    // Housekeeping; that it fails, for want of a right, say, is no reason to do without locks.
+    if let Err(Failure::Refused(error)) = session.simple_query(sql::CATALOG_CLEANING, by) {
+        log::debug!("rows of old locks stay in the catalog: {}", chain(&error));
+    }
+    Ok(())
+}
+
+/// Whether the catalog is there; refuses one that cannot be used.
+fn is_there(session: &mut Session, by: Instant) -> Result<bool, Refusal> {
+    let row = match session.simple_query(sql::CATALOG_STATE, by) {
+        Ok(row) => row,
+        Err(Failure::Refused(error)) => {
+            return match error.code().map(|code| code.code()) {
+                // Schema, table, or one of its companions is missing.
+                Some("3F000" | "42P01") => Ok(false),
+                Some("42501") => Err(no_rights(&chain(&error))),
+                _ => Err(Refusal::from_failure(Failure::Refused(error))),
+            };
+        }
+        Err(failure) => return Err(Refusal::from_failure(failure)),
+    };
+    let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
+    let version = column(0).and_then(|text| text.parse().ok()).unwrap_or(0);
+    if version != VERSION {
+        return Err(refused(&format!(
+            "the catalog in schema dsync has version {version}, this library needs {VERSION}; \
+             use one version of the library on this database, or upgrade the catalog"
+        )));
+    }
+    if column(1) != Some("t") {
+        return Err(no_rights(
+            "SELECT, INSERT and UPDATE on dsync.lock, and USAGE on dsync.token are needed",
+        ));
+    }
+    Ok(true)
+}
+
+fn create(session: &mut Session, by: Instant) -> Result<(), Refusal> {
+    match session.simple_query(&sql::create_catalog(), by) {
+        Ok(_) => {
+            log::info!("made the catalog of locks: schema dsync");
+            Ok(())
+        }
+        Err(Failure::Refused(error)) => {
+            let reason = chain(&error);
+            // The transaction that failed is still open, and must not be found open by a claim.
+            session.simple_query("ROLLBACK", by).map_err(Refusal::from_failure)?;
+            match error.code().map(|code| code.code()) {
+                Some("42501") => Err(refused(&format!(
+                    "the role may not make the catalog ({reason}); let an administrator run dsync::CATALOG_SQL in \
+                     this database and grant what its first lines name, or set the catalog to none"
+                ))),
+                _ => Err(Refusal::from_failure(Failure::Refused(error))),
+            }
+        }
+        Err(failure) => Err(Refusal::from_failure(failure)),
+    }
+}
+
+fn no_rights(detail: &str) -> Refusal {
+    refused(&format!(
+        "the role may not use the catalog ({detail}); let an administrator grant what the first lines of \
+         dsync::CATALOG_SQL name, or set the catalog to none"
+    ))
+}
+
+fn refused(message: &str) -> Refusal {
+    Refusal::new(ErrorKind::SessionRefused, message.to_owned())
+}

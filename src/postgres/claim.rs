@@ -1,0 +1,408 @@
+//! One claim: what application threads and the supervisor know of each other.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, after, at, bounded, never, select};
+use parking_lot::Mutex;
+
+use super::link::Link;
+use super::stream::StreamControl;
+use crate::context::Context;
+use crate::error::{Error, ErrorKind, Result};
+use crate::lock::{Lost, lost_already};
+use crate::loss::{Loss, LossReason};
+use crate::term::{Row, Term};
+
+/// What a supervisor can be told.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// End the claim; what must be said to the server must be said by then.
+    Release { by: Instant },
+}
+
+/// A claim, from the first attempt until its supervisor has ended.
+#[derive(Debug)]
+pub(super) struct Claim {
+    /// For messages.
+    key: String,
+    /// How long the server keeps a lock that it cannot be told of.
+    lease: Duration,
+    commands: Sender<Command>,
+    status: Mutex<Status>,
+    /// How to reach the supervisor while it is busy with the server.
+    reach: Mutex<Reach>,
+}
+
+/// How to reach a supervisor, beside its commands. (That it waits for commands is the case in which there is no need.)
+#[derive(Debug, Clone)]
+enum Reach {
+    /// It works on no session.
+    Commands,
+    /// It is opening a session; nothing is held.
+    Connecting(StreamControl),
+    /// It has a session.
+    Session(Arc<Link>),
+}
+
+#[derive(Debug)]
+struct Status {
+    phase: Phase,
+    /// Why an attempt failed, most recently, in this phase.
+    problem: Option<Error>,
+    /// The channel of the current term, or of the last one.
+    lost: Lost,
+    /// Of the current term, or of the last one.
+    token: Option<i64>,
+    last_loss: Option<Loss>,
+    /// Disconnects at the next change; there while somebody waits for it.
+    changed: Option<(Sender<Infallible>, Receiver<Infallible>)>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// No session, or no answer yet.
+    Acquiring,
+    /// Another session holds the lock.
+    Queueing,
+    Held {
+        until: Instant,
+        /// Dropped at the end of the term, which is the signal.
+        _term: Sender<Infallible>,
+    },
+    /// The application has ended the claim; the supervisor has not finished.
+    Ending(Why),
+    /// The supervisor has finished.
+    Ended { why: Why, outcome: Result<()> },
+}
+
+/// Why a claim ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Why {
+    Released,
+    Stopped,
+}
+
+/// Whether a call waits for the lock while another session holds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Patience {
+    Lock,
+    TryLock,
+}
+
+impl Claim {
+    pub(super) fn new(key: String, lease: Duration) -> (Arc<Self>, Receiver<Command>) {
+        let (commands, receiver) = bounded(1);
+        let status = Status {
+            phase: Phase::Acquiring,
+            problem: None,
+            lost: lost_already(),
+            token: None,
+            last_loss: None,
+            changed: None,
+        };
+        let claim = Arc::new(Self {
+            key,
+            lease,
+            commands,
+            status: Mutex::new(status),
+            reach: Mutex::new(Reach::Commands),
+        });
+        (claim, receiver)
+    }
+
+    /// The lock's key, in text.
+    pub(super) fn key(&self) -> &str {
+        &self.key
+    }
+
+    // What application threads do.
+
+    /// Blocks until the lock is held, or it is known that it will not be, as [`Lock`](crate::Lock) says.
+    pub(super) fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
+        let begun = Instant::now();
+        let cancelled = context.cancelled();
+        let deadline = context.expires_at().map_or_else(never, at);
+        loop {
+            let changed = {
+                let mut status = self.current();
+                match &status.phase {
+                    Phase::Held { .. } => return Ok(()),
+                    Phase::Ending(why) | Phase::Ended { why, .. } => return Err(self.ended(*why)),
+                    Phase::Queueing if patience == Patience::TryLock => {
+                        let message = format!("another session holds {:?}", self.key);
+                        return Err(Error::new(ErrorKind::LockUnavailable, message));
+                    }
+                    Phase::Queueing | Phase::Acquiring => {}
+                }
+                if patience == Patience::TryLock
+                    && let Some(problem) = &status.problem
+                    && problem.kind() != ErrorKind::SessionUnavailable
+                {
+                    return Err(problem.clone());
+                }
+                status.subscribe()
+            };
+            select! {
+                recv(changed) -> _ => {}
+                recv(cancelled) -> _ => return Err(self.gave_up(ErrorKind::Cancelled, begun)),
+                recv(deadline) -> _ => return Err(self.gave_up(ErrorKind::TimedOut, begun)),
+            }
+        }
+    }
+
+    pub(super) fn lost(&self) -> Lost {
+        self.current().lost.clone()
+    }
+
+    /// The current term, if there is one.
+    pub(super) fn term(&self, row: Option<Row>) -> Option<Term> {
+        let status = self.current();
+        let held = matches!(status.phase, Phase::Held { .. });
+        held.then(|| Term::new(status.lost.clone(), status.token, row))
+    }
+
+    pub(super) fn last_loss(&self) -> Option<Loss> {
+        self.current().last_loss.clone()
+    }
+
+    /// Whether the application has ended this claim.
+    pub(super) fn is_ending(&self) -> bool {
+        matches!(self.status.lock().phase, Phase::Ending(_) | Phase::Ended { .. })
+    }
+
+    /// Ends the claim: closes the term, and asks the supervisor to give back what it has, by `by`. Only the first call
+    /// does something.
+    ///
+    /// Sends a cancel request if the supervisor waits for the lock, and so takes as long as that does.
+    pub(super) fn end(&self, why: Why, by: Instant) {
+        {
+            let mut status = self.status.lock();
+            if matches!(status.phase, Phase::Ending(_) | Phase::Ended { .. }) {
+                return;
+            }
+            status.phase = Phase::Ending(why);
+            status.notify();
+        }
+        // There is room for one, and this is the only one there ever is.
+        let _ = self.commands.try_send(Command::Release { by });
+        let reach = self.reach.lock().clone();
+        match reach {
+            Reach::Commands => {}
+            Reach::Connecting(control) => control.kill(),
+            Reach::Session(link) => {
+                let left = by.saturating_duration_since(Instant::now());
+                link.interrupt(Instant::now() + left / 2);
+            }
+        }
+    }
+
+    /// Blocks until the supervisor has given back what it had, and says whether it could. After `by` it is left alone.
+    pub(super) fn wait_ended(&self, by: Instant) -> Result<()> {
+        // What a supervisor gets that was cut off from its session in the midst of a call to finish by itself.
+        let grace = by.saturating_duration_since(Instant::now()) / 10;
+        if let Some(outcome) = self.ended_by(by - grace) {
+            return outcome;
+        }
+        let reach = self.reach.lock().clone();
+        let outcome = match reach {
+            Reach::Session(link) => {
+                link.kill();
+                let message = format!(
+                    "the release of {:?} was not confirmed in time and its session was closed; \
+                     the server frees the lock when it notices, within the lease of {:?}",
+                    self.key, self.lease
+                );
+                Err(Error::new(ErrorKind::UnlockFailed, message))
+            }
+            // It holds nothing, and ends when the attempt to connect does.
+            Reach::Connecting(_) | Reach::Commands => Ok(()),
+        };
+        if let Some(outcome) = self.ended_by(by) {
+            return outcome;
+        }
+        self.finish(outcome.clone());
+        outcome
+    }
+
+    fn ended_by(&self, by: Instant) -> Option<Result<()>> {
+        loop {
+            let changed = {
+                let mut status = self.status.lock();
+                if let Phase::Ended { outcome, .. } = &status.phase {
+                    return Some(outcome.clone());
+                }
+                status.subscribe()
+            };
+            let left = by.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            select! {
+                recv(changed) -> _ => {}
+                recv(after(left)) -> _ => {}
+            }
+        }
+    }
+
+    /// The status, in which no term is held that is over by its time.
+    ///
+    /// The supervisor sees to that as well, but after a freeze of the whole process any thread may run first.
+    fn current(&self) -> parking_lot::MutexGuard<'_, Status> {
+        let mut status = self.status.lock();
+        if let Phase::Held { until, .. } = status.phase
+            && Instant::now() >= until
+        {
+            status.lose(LossReason::LeaseNotRenewed);
+        }
+        status
+    }
+
+    fn ended(&self, why: Why) -> Error {
+        match why {
+            Why::Released => {
+                Error::new(ErrorKind::Released, format!("the claim on {:?} was released meanwhile", self.key))
+            }
+            Why::Stopped => stopped(),
+        }
+    }
+
+    fn gave_up(&self, kind: ErrorKind, begun: Instant) -> Error {
+        let status = self.status.lock();
+        let obstacle = match (&status.phase, &status.problem) {
+            (Phase::Queueing, _) => ", which another session holds".to_owned(),
+            (_, Some(problem)) => format!("; {problem}"),
+            _ => String::new(),
+        };
+        let message = format!("waited {:.1?} for lock {:?}{obstacle}", begun.elapsed(), self.key);
+        let error = Error::new(kind, message);
+        match &status.problem {
+            Some(problem) => error.with_source(problem.clone()),
+            None => error,
+        }
+    }
+
+    // What the supervisor does.
+
+    /// Another session holds the lock.
+    pub(super) fn announce_queueing(&self) {
+        let mut status = self.status.lock();
+        if status.is_open() {
+            status.phase = Phase::Queueing;
+            status.problem = None;
+            status.notify();
+        }
+    }
+
+    /// The lock is held until `until` at least.
+    pub(super) fn announce_acquired(&self, until: Instant, token: Option<i64>) {
+        let mut status = self.status.lock();
+        if status.is_open() {
+            let (term, lost) = bounded(0);
+            status.phase = Phase::Held { until, _term: term };
+            status.problem = None;
+            status.lost = lost;
+            status.token = token;
+            status.notify();
+        }
+    }
+
+    /// The term goes on until `until` at least; `false` if it has ended here meanwhile.
+    pub(super) fn announce_renewed(&self, until: Instant) -> bool {
+        match &mut self.current().phase {
+            Phase::Held { until: old, .. } => {
+                *old = until;
+                true
+            }
+            // The release will be heard in a moment.
+            Phase::Ending(_) => true,
+            _ => false,
+        }
+    }
+
+    /// The term is over; `false` if that was known already.
+    pub(super) fn announce_lost(&self, reason: LossReason) -> bool {
+        let mut status = self.status.lock();
+        let held = matches!(status.phase, Phase::Held { .. });
+        if held {
+            status.lose(reason);
+        }
+        held
+    }
+
+    /// An attempt failed.
+    pub(super) fn announce_problem(&self, problem: Option<Error>) {
+        let mut status = self.status.lock();
+        if status.is_open() {
+            status.phase = Phase::Acquiring;
+            status.problem = problem;
+            status.notify();
+        }
+    }
+
+    /// The supervisor is opening a session that obeys `control`; `false` if it should not.
+    pub(super) fn announce_connecting(&self, control: StreamControl) -> bool {
+        self.set_reach(Reach::Connecting(control))
+    }
+
+    /// The supervisor works on the session behind `link`; `false` if it should not.
+    pub(super) fn announce_session(&self, link: Arc<Link>) -> bool {
+        self.set_reach(Reach::Session(link))
+    }
+
+    /// The supervisor has no session.
+    pub(super) fn announce_no_session(&self) {
+        self.set_reach(Reach::Commands);
+    }
+
+    /// The two mutexes are taken one after the other, here and in [`end`](Self::end), so that one of the two sees what
+    /// the other did.
+    fn set_reach(&self, reach: Reach) -> bool {
+        *self.reach.lock() = reach;
+        !self.is_ending()
+    }
+
+    /// The supervisor has done what it could. Only the first call does something.
+    pub(super) fn finish(&self, outcome: Result<()>) {
+        let mut status = self.status.lock();
+        let why = match status.phase {
+            Phase::Ended { .. } => return,
+            Phase::Ending(why) => why,
+            _ => Why::Released,
+        };
+        status.phase = Phase::Ended { why, outcome };
+        status.notify();
+    }
+}
+
+impl Status {
+    /// Whether the application wants the lock still.
+    fn is_open(&self) -> bool {
+        !matches!(self.phase, Phase::Ending(_) | Phase::Ended { .. })
+    }
+
+    fn lose(&mut self, reason: LossReason) {
+        self.phase = Phase::Acquiring;
+        self.problem = None;
+        self.last_loss = Some(Loss::now(reason));
+        self.notify();
+    }
+
+    /// A channel that disconnects at the next change.
+    fn subscribe(&mut self) -> Receiver<Infallible> {
+        self.changed.get_or_insert_with(|| bounded(0)).1.clone()
+    }
+
+    fn notify(&mut self) {
+        self.changed = None;
+    }
+}
+
+/// What every call on a stopped manager fails with.
+pub(super) fn stopped() -> Error {
+    Error::new(
+        ErrorKind::SyncManagerStopped,
+        "the manager has been stopped; its locks cannot be used any more",
+    )
+}

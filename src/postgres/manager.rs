@@ -1,0 +1,282 @@
+//! The manager on PostgreSQL: which locks there are, and which of them are claimed.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+
+use super::claim::{Why, stopped};
+use super::config::Config;
+use super::lock::PostgresLock;
+use super::pool::{Pool, Slot};
+use super::stream::StreamControl;
+use crate::error::{Error, ErrorKind, Result, chain};
+use crate::key::Key;
+use crate::lock::{Lock, LockOptions};
+use crate::manager::SyncManager;
+
+/// Distributed locks on PostgreSQL advisory locks.
+///
+/// Each claim has a session of its own, from a pool of the manager's that is apart from the application's, and a thread
+/// that acquires, watches and re-acquires. Dropping the manager [stops](SyncManager::stop) it; handles that live on
+/// then fail with [`SyncManagerStopped`](ErrorKind::SyncManagerStopped).
+///
+/// ```no_run
+/// use dsync::{Config, Context, Lock, LockOptions, PostgresManager, SyncManager};
+///
+/// let manager = PostgresManager::new(Config::from_url("postgres://app@localhost/app")?)?;
+/// manager.start()?;
+///
+/// let lock = manager.lock("nightly-report", LockOptions::new())?;
+/// lock.lock(&Context::background())?;
+/// let lost = lock.lost();
+/// // … work, and stop when `lost` disconnects …
+/// lock.release()?;
+/// # Ok::<(), dsync::Error>(())
+/// ```
+pub struct PostgresManager {
+    core: Arc<Core>,
+}
+
+impl PostgresManager {
+    /// Makes a manager. Nothing is connected before [`start`](SyncManager::start).
+    ///
+    /// # Errors
+    /// [`InvalidConfig`](ErrorKind::InvalidConfig): the text says which setting cannot work and why.
+    pub fn new(config: Config) -> Result<Self> {
+        config.validate()?;
+        let pool = Pool::new(&config)?;
+        let state =
+            Mutex::new(State { stage: Stage::New, pool: Some(Arc::new(pool)), locks: HashMap::new() });
+        Ok(Self { core: Arc::new(Core { config, state }) })
+    }
+
+    /// The lock with this key: a name, a number, or a pair of numbers. As
+    /// [`lock_with_key`](SyncManager::lock_with_key).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn lock(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
+        self.lock_with_key(key.into(), options)
+    }
+}
+
+impl SyncManager for PostgresManager {
+    /// Begins the manager's work, after a look at the server.
+    ///
+    /// A server that cannot be reached now is no failure: a warning is logged, and claims keep trying. It may take as long
+    /// as `connect_timeout`.
+    ///
+    /// # Errors
+    /// - [`FailedInitialization`](ErrorKind::FailedInitialization): the server refuses us, or cannot keep locks: a
+    ///   transaction pooler, a hot standby, a version before 14. The source says which.
+    /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped).
+    fn start(&self) -> Result<()> {
+        let pool = {
+            let mut state = self.core.state.lock();
+            match (state.stage, &state.pool) {
+                (Stage::Stopped, _) | (_, None) => return Err(stopped()),
+                (Stage::Running, _) => return Ok(()),
+                (Stage::New, Some(pool)) => {
+                    let pool = Arc::clone(pool);
+                    state.stage = Stage::Running;
+                    pool
+                }
+            }
+        };
+        let outcome = match pool.take() {
+            Ok(mut slot) => pool.open(&mut slot as &mut Slot, &StreamControl::new()),
+            Err(refusal) => Err(refusal),
+        };
+        match outcome {
+            Ok(()) => Ok(()),
+            Err(refusal) if refusal.is_curable() => {
+                let error = refusal.into_error();
+                log::warn!(
+                    "the lock server cannot be reached yet; locks will wait for it: {}",
+                    chain(&error)
+                );
+                Ok(())
+            }
+            Err(refusal) => {
+                let mut state = self.core.state.lock();
+                // A stop in between stays a stop.
+                if state.stage == Stage::Running {
+                    state.stage = Stage::New;
+                }
+                drop(state);
+                let error = refusal.into_error();
+                Err(Error::new(ErrorKind::FailedInitialization, error.to_string()).with_source(error))
+            }
+        }
+    }
+
+    fn stop(&self) -> Result<()> {
+        self.core.stop()
+    }
+
+    fn lock_with_key(&self, key: Key, options: LockOptions) -> Result<Arc<dyn Lock>> {
+        key.validate()?;
+        let lock = self.core.lock(key, options)?;
+        Ok(lock)
+    }
+}
+
+impl Drop for PostgresManager {
+    fn drop(&mut self) {
+        if let Err(error) = self.core.stop() {
+            log::warn!("stopping the lock manager: {}", chain(&error));
+        }
+    }
+}
+
+impl fmt::Debug for PostgresManager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.core.state.lock();
+        f.debug_struct("PostgresManager")
+            .field("stage", &state.stage)
+            .field("locks", &state.locks.len())
+            .field("pool", &state.pool)
+            .finish()
+    }
+}
+
+/// What a manager's handles share; it outlives the manager where they do.
+pub(super) struct Core {
+    config: Config,
+    state: Mutex<State>,
+}
+
+struct State {
+    stage: Stage,
+    /// `None` once stopped.
+    pool: Option<Arc<Pool>>,
+    locks: HashMap<Key, Entry>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    New,
+    Running,
+    Stopped,
+}
+
+/// A lock that somebody has a handle of, or that is claimed, or both.
+struct Entry {
+    handle: Weak<PostgresLock>,
+    /// Keeps the lock while it is claimed.
+    claimed: Option<Arc<PostgresLock>>,
+}
+
+impl Core {
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// When a release that begins now must be over.
+    pub(super) fn release_by(&self) -> Instant {
+        Instant::now() + self.config.release_timeout
+    }
+
+    /// The pool, for a claim that begins now.
+    pub(super) fn pool(&self) -> Result<Arc<Pool>> {
+        let state = self.state.lock();
+        match (state.stage, &state.pool) {
+            (Stage::Running, Some(pool)) => Ok(Arc::clone(pool)),
+            (Stage::New, _) => {
+                let message = "the manager has not been started; call start() before the first lock()";
+                Err(Error::new(ErrorKind::SyncManagerStopped, message))
+            }
+            _ => Err(stopped()),
+        }
+    }
+
+    /// The one handle for `key`.
+    fn lock(self: &Arc<Self>, key: Key, options: LockOptions) -> Result<Arc<PostgresLock>> {
+        let mut state = self.state.lock();
+        if state.stage == Stage::Stopped {
+            return Err(stopped());
+        }
+        if let Some(lock) = state.locks.get(&key).and_then(|entry| entry.handle.upgrade()) {
+            return Ok(lock);
+        }
+        let lock = PostgresLock::new(key.clone(), options, Arc::clone(self));
+        state.locks.insert(key, Entry { handle: Arc::downgrade(&lock), claimed: None });
+        Ok(lock)
+    }
+
+    /// Keeps `lock` while it is claimed; `false` if the manager has stopped.
+    pub(super) fn keep(&self, key: &Key, lock: Arc<PostgresLock>) -> bool {
+        let mut state = self.state.lock();
+        if state.stage != Stage::Running {
+            return false;
+        }
+        if let Some(entry) = state.locks.get_mut(key) {
+            entry.claimed = Some(lock);
+        }
+        true
+    }
+
+    /// The claim on `key` is over. The caller drops what it gets, outside of any mutex.
+    pub(super) fn let_go(&self, key: &Key) -> Option<Arc<PostgresLock>> {
+        self.state.lock().locks.get_mut(key)?.claimed.take()
+    }
+
+    /// A handle is gone. Its entry goes too, unless there is a new handle for the key.
+    pub(super) fn forget(&self, key: &Key) {
+        let mut state = self.state.lock();
+        if state.locks.get(key).is_some_and(|entry| entry.handle.strong_count() == 0) {
+            state.locks.remove(key);
+            // A service that used a million keys once must not keep room for them for ever.
+            if state.locks.len() < state.locks.capacity() / 4 {
+                state.locks.shrink_to_fit();
+            }
+        }
+    }
+
+    /// Ends all claims, and then the pool.
+    fn stop(&self) -> Result<()> {
+        /// A claim that waits for its lock is ended by a cancel request, which is a connection of its own.
+        const AT_ONCE: usize = 8;
+        let by = self.release_by();
+        let (pool, claimed) = {
+            let mut state = self.state.lock();
+            state.stage = Stage::Stopped;
+            let claimed: Vec<_> = state.locks.values().filter_map(|entry| entry.claimed.clone()).collect();
+            (state.pool.take(), claimed)
+        };
+        let share = claimed.len().div_ceil(AT_ONCE).max(1);
+        let mut claims = Vec::with_capacity(claimed.len());
+        thread::scope(|scope| {
+            let mut shares: Vec<_> = claimed.chunks(share).collect();
+            let own = shares.pop().unwrap_or_default();
+            let end = |locks: &[Arc<PostgresLock>]| {
+                locks
+                    .iter()
+                    .filter_map(|lock| Some((Arc::clone(lock), lock.end(Why::Stopped, by)?)))
+                    .collect::<Vec<_>>()
+            };
+            let others: Vec<_> = shares.into_iter().map(|locks| scope.spawn(move || end(locks))).collect();
+            claims.extend(end(own));
+            for other in others {
+                claims.extend(other.join().unwrap_or_default());
+            }
+        });
+        let mut outcome = Ok(());
+        for (lock, claim) in &claims {
+            outcome = outcome.and(claim.wait_ended(by));
+            lock.forget(claim);
+        }
+        drop(pool);
+        outcome
+    }
+}
+
+impl fmt::Debug for Core {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Core").field("config", &self.config).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,19 @@
+//! Locks on PostgreSQL. `ARCHITECTURE.md` draws how the parts work together.
+
+mod catalog;
+mod claim;
+mod config;
+pub(crate) mod fence;
+mod link;
+mod lock;
+mod manager;
+mod pool;
+mod session;
+mod sql;
+mod state;
+mod stream;
+mod supervisor;
+
+pub use catalog::{CATALOG_SQL, CatalogMode};
+pub use config::Config;
+pub use manager::PostgresManager;

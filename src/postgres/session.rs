@@ -1,0 +1,324 @@
+//! One session on the server, and what a claim asks of it. Every call ends at a deadline.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use postgres::error::{Severity, SqlState};
+use postgres::fallible_iterator::FallibleIterator;
+use postgres::types::ToSql;
+use postgres::{Client, SimpleQueryMessage, SimpleQueryRow, Statement};
+
+use super::link::Link;
+use super::pool::Refusal;
+use super::sql::{self, Shape, Verb};
+use super::stream::{Dialer, Ended, StreamControl};
+use crate::key::AdvisoryKey;
+use crate::loss::LossReason;
+
+/// An open session. It is closed when dropped, which takes no longer than [`GOODBYE`] whatever the server does.
+pub(super) struct Session {
+    client: Client,
+    control: StreamControl,
+    dialer: Arc<Dialer>,
+    backend_pid: i32,
+    prepared: Vec<((Verb, Shape), Statement)>,
+}
+
+/// How long a session that is closed may take to say so to the server.
+const GOODBYE: Duration = Duration::from_millis(100);
+
+/// Why a call on a session failed.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The session is of no use any more.
+    Lost { reason: LossReason, cause: Option<postgres::Error> },
+    /// The server refused the statement; the session lives.
+    Refused(postgres::Error),
+}
+
+/// What a claim asks for.
+#[derive(Debug)]
+pub(super) struct Request {
+    pub(super) key: AdvisoryKey,
+    /// How long the server is to keep the lock for a silent holder.
+    pub(super) lease: Duration,
+    /// What the session is called while it serves the claim.
+    pub(super) application_name: String,
+    /// What the catalog is told; `None` without a catalog.
+    pub(super) entry: Option<Entry>,
+}
+
+/// What the catalog is told of a term.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) namespace: String,
+    pub(super) key: String,
+    pub(super) annotation: Option<Vec<u8>>,
+}
+
+/// What came of asking for the lock.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// It is ours; the token, if there is a catalog.
+    Granted { token: Option<i64> },
+    /// Another session holds it. Or, at the end of a slice, it was granted in the last moment without our knowing.
+    NotGranted,
+    /// The catalog has another key under this number. The lock may be ours, and must not stay so.
+    Collision { other: String },
+}
+
+impl Session {
+    /// Opens a session, prepares it and checks that it can keep locks.
+    pub(super) fn open(
+        dialer: Arc<Dialer>,
+        control: StreamControl,
+        slice: Duration,
+        lease: Duration,
+        by: Instant,
+    ) -> Result<Self, Refusal> {
+        let client = dialer.connect(&control, by).map_err(Refusal::from_dial)?;
+        let mut session = Self { client, control, dialer, backend_pid: 0, prepared: Vec::new() };
+        session.prepare(slice, by)?;
+        for statement in sql::notice_dead_clients(lease) {
+            match session.bounded(by, |client| client.batch_execute(&statement)) {
+                Ok(()) => {}
+                Err(Failure::Refused(error)) => {
+                    log::debug!("the server does not take {statement:?}: {}", crate::error::chain(&error));
+                }
+                Err(failure) => return Err(Refusal::from_failure(failure)),
+            }
+        }
+        Ok(session)
+    }
+
+    fn prepare(&mut self, slice: Duration, by: Instant) -> Result<(), Refusal> {
+        let rows = self
+            .bounded(by, |client| client.simple_query(&sql::prepare_session(slice)))
+            .map_err(Refusal::from_failure)?;
+        // The second statement's row is the last one.
+        let row = rows.iter().rev().find_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(row),
+            _ => None,
+        });
+        let column = |index| row.and_then(|row| row.try_get(index).ok().flatten());
+        let number = |index| column(index).and_then(|text| text.parse::<i32>().ok());
+        let (Some(backend_pid), Some(in_recovery), Some(version)) = (number(0), column(1), number(2)) else {
+            return Err(Refusal::not_postgres());
+        };
+        if version < 140_000 {
+            return Err(Refusal::too_old(version / 10_000));
+        }
+        if in_recovery == "t" {
+            return Err(Refusal::standby());
+        }
+        self.backend_pid = backend_pid;
+        Ok(())
+    }
+
+    /// The process that serves this session, by its own word at the start.
+    pub(super) fn backend_pid(&self) -> i32 {
+        self.backend_pid
+    }
+
+    /// What other threads may do to this session while a claim uses it.
+    pub(super) fn link(&self) -> Arc<Link> {
+        Link::new(self.control.clone(), Arc::clone(&self.dialer), self.client.cancel_token())
+    }
+
+    /// Whether the session is known to be useless, without asking the server.
+    pub(super) fn is_over(&self) -> bool {
+        self.control.is_dead() || self.client.is_closed()
+    }
+
+    /// Asks for the lock.
+    pub(super) fn try_lock(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
+        let statement = self.prepared(Verb::Try, request.shape(), by)?;
+        self.acquire(&statement, request, by)
+    }
+
+    /// Queues for the lock until the slice is over or `link` is interrupted.
+    pub(super) fn queue(&mut self, request: &Request, link: &Link, by: Instant) -> Result<Answer, Failure> {
+        let statement = self.prepared(Verb::Queue, request.shape(), by)?;
+        if !link.begin_slice() {
+            return Ok(Answer::NotGranted);
+        }
+        let outcome = self.acquire(&statement, request, by);
+        let settled = link.end_slice();
+        if !settled {
+            // A cancel that nobody knows the fate of may hit whatever comes next.
+            return Err(Failure::Lost { reason: LossReason::ConnectionClosed, cause: None });
+        }
+        outcome
+    }
+
+    fn acquire(&mut self, statement: &Statement, request: &Request, by: Instant) -> Result<Answer, Failure> {
+        let id = request.key.id();
+        let lease = request.lease.as_millis().to_string();
+        let outcome = match &request.entry {
+            None => self
+                .bounded(by, |client| client.query_one(statement, &[&id, &lease, &request.application_name])),
+            Some(Entry { namespace, key, annotation }) => self.bounded(by, |client| {
+                let parameters: [&(dyn ToSql + Sync); 6] =
+                    [&id, &lease, &request.application_name, namespace, key, annotation];
+                client.query_one(statement, &parameters)
+            }),
+        };
+        let row = match outcome {
+            Ok(row) => row,
+            Err(Failure::Refused(error)) if is_end_of_wait(&error) => return Ok(Answer::NotGranted),
+            Err(failure) => return Err(failure),
+        };
+        let granted: bool = row.try_get(0).map_err(Failure::of)?;
+        if let Some(other) = row.try_get(2).map_err(Failure::of)? {
+            return Ok(Answer::Collision { other });
+        }
+        Ok(if granted {
+            Answer::Granted { token: row.try_get(1).map_err(Failure::of)? }
+        } else {
+            Answer::NotGranted
+        })
+    }
+
+    /// Gives the lock back; whether it was held.
+    pub(super) fn unlock(&mut self, key: AdvisoryKey, by: Instant) -> Result<bool, Failure> {
+        let shape = Shape { pair: key.is_pair(), catalog: false };
+        let statement = self.prepared(Verb::Unlock, shape, by)?;
+        let row = self.bounded(by, |client| client.query_one(&statement, &[&key.id()]))?;
+        row.try_get(0).map_err(Failure::of)
+    }
+
+    /// Leaves the session without any lock.
+    pub(super) fn settle(&mut self, by: Instant) -> Result<(), Failure> {
+        self.bounded(by, |client| client.simple_query(sql::SETTLE)).map(drop)
+    }
+
+    /// Renews the lease.
+    pub(super) fn heartbeat(&mut self, by: Instant) -> Result<(), Failure> {
+        let row = self.simple_query(sql::HEARTBEAT, by)?;
+        let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
+        let lost = |reason| Err(Failure::Lost { reason, cause: None });
+        if column(0).and_then(|pid| pid.parse().ok()) != Some(self.backend_pid) {
+            return lost(LossReason::SessionChanged);
+        }
+        if column(1) != Some("f") {
+            return lost(LossReason::ServerIsStandby);
+        }
+        Ok(())
+    }
+
+    /// Blocks until the session is lost, another thread wakes it, or `until`.
+    pub(super) fn watch(&mut self, until: Instant) -> Result<(), Failure> {
+        let timeout = until.saturating_duration_since(Instant::now());
+        let heard = self.client.notifications().timeout_iter(timeout).next();
+        match heard {
+            Ok(Some(_)) => Ok(()),
+            // `None` stands for a timeout and for a connection that was closed without a word.
+            Ok(None) if self.client.is_closed() => {
+                Err(Failure::Lost { reason: LossReason::ConnectionClosed, cause: None })
+            }
+            Ok(None) => Ok(()),
+            // Whatever the server says here, it says of the session, since there is no statement.
+            Err(cause) => Err(match Failure::of(cause) {
+                Failure::Refused(cause) => {
+                    Failure::Lost { reason: LossReason::ServerError, cause: Some(cause) }
+                }
+                lost => lost,
+            }),
+        }
+    }
+
+    /// The process that serves this session, by its word now.
+    pub(super) fn ask_backend_pid(&mut self, by: Instant) -> Result<i32, Failure> {
+        let row = self.bounded(by, |client| client.query_one("SELECT pg_catalog.pg_backend_pid()", &[]))?;
+        row.try_get(0).map_err(Failure::of)
+    }
+
+    /// Runs one of the catalog's statements in text; the first row, if there is one.
+    pub(super) fn simple_query(
+        &mut self,
+        text: &str,
+        by: Instant,
+    ) -> Result<Option<SimpleQueryRow>, Failure> {
+        let messages = self.bounded(by, |client| client.simple_query(text))?;
+        Ok(messages.into_iter().find_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(row),
+            _ => None,
+        }))
+    }
+
+    /// Ends the session for whoever uses it. What was sent is left unanswered.
+    pub(super) fn kill(&self) {
+        self.control.kill();
+    }
+
+    /// The statement, prepared when it is first used in this session.
+    fn prepared(&mut self, verb: Verb, shape: Shape, by: Instant) -> Result<Statement, Failure> {
+        if let Some((_, statement)) = self.prepared.iter().find(|(name, _)| *name == (verb, shape)) {
+            return Ok(statement.clone());
+        }
+        let text = sql::statement(verb, shape);
+        let statement = self.bounded(by, |client| client.prepare(&text))?;
+        self.prepared.push(((verb, shape), statement.clone()));
+        Ok(statement)
+    }
+
+    fn bounded<T>(
+        &mut self,
+        by: Instant,
+        call: impl FnOnce(&mut Client) -> Result<T, postgres::Error>,
+    ) -> Result<T, Failure> {
+        self.control.set_deadline(Some(by));
+        let outcome = call(&mut self.client);
+        self.control.set_deadline(None);
+        outcome.map_err(Failure::of)
+    }
+}
+
+impl Request {
+    fn shape(&self) -> Shape {
+        Shape { pair: self.key.is_pair(), catalog: self.entry.is_some() }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // The driver's own drop, which follows, waits for the server.
+        self.control.set_deadline(Some(Instant::now() + GOODBYE));
+    }
+}
+
+impl Failure {
+    pub(super) fn of(cause: postgres::Error) -> Self {
+        if let Some(error) = cause.as_db_error() {
+            let ends_session = matches!(error.parsed_severity(), Some(Severity::Fatal | Severity::Panic))
+                || cause.is_closed();
+            return match reason_of(error.code()) {
+                Some(reason) => Self::Lost { reason, cause: Some(cause) },
+                None if ends_session => Self::Lost { reason: LossReason::ServerError, cause: Some(cause) },
+                None => Self::Refused(cause),
+            };
+        }
+        let reason = match Ended::find(&cause) {
+            Some(Ended::DeadlinePassed) => LossReason::HeartbeatTimedOut,
+            Some(Ended::Killed | Ended::ConnectTimedOut) | None => LossReason::ConnectionClosed,
+        };
+        Self::Lost { reason, cause: Some(cause) }
+    }
+}
+
+/// The codes by which the server says that it ends the session:
+/// <https://www.postgresql.org/docs/current/errcodes-appendix.html>, class 57.
+fn reason_of(code: &SqlState) -> Option<LossReason> {
+    match code.code() {
+        "57P01" => Some(LossReason::Terminated),
+        "57P02" => Some(LossReason::ServerCrashed),
+        "57P04" => Some(LossReason::DatabaseDropped),
+        "57P05" => Some(LossReason::LeaseExpired),
+        _ => None,
+    }
+}
+
+/// The end of a slice by its timeout, or by a cancel: ours, or an operator's, who then only made the slice shorter.
+fn is_end_of_wait(error: &postgres::Error) -> bool {
+    matches!(error.code(), Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::QUERY_CANCELED))
+}

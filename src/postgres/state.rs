@@ -1,0 +1,360 @@
+//! What a supervisor does next: a pure state machine of one claim, without driver, channel or clock.
+
+use std::time::Duration;
+
+use crate::loss::LossReason;
+
+/// A moment, as the time since the supervisor began. The machine never asks what time it is: it is told.
+pub(super) type Time = Duration;
+
+/// One claim on one lock, from its first attempt to its release.
+///
+/// ```text
+///                 ┌──────────── back-off over ───────────┐
+///                 ▼                                      │
+///  start ──► Connecting ──── no session ──────────► BackingOff
+///                 │ ▲                                    ▲
+///       connected │ └────────────── Discarding ──────────┘ (after a failed attempt)
+///                 ▼                     ▲
+///              Trying ── busy ──► Waiting ⟲ slice over
+///                 │ granted          │ granted
+///                 ▼                  ▼
+///     Confirming ◄─ too late ─► Held ⇄ Renewing ─── session lost, lease over ──► Discarding
+///                                    │
+///  release: with a lock ──► Unlocking ──► Ended;  after waiting ──► Settling ──► Ended;  else ──► Ended
+/// ```
+///
+/// Inputs: [`handle`](Self::handle), which takes what happened and gives what is to be announced. Output:
+/// [`action`](Self::action), what is to be done next; it changes nothing, so it may be asked any number of times.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Machine {
+    timing: Timing,
+    state: State,
+    /// When the attempts began to fail, `None` while they succeed.
+    failing_since: Option<Time>,
+    /// Until when the server may hold something for a session of this claim that was lost.
+    in_doubt_until: Time,
+    /// Seeds the jitter of the next back-off.
+    seed: u64,
+}
+
+/// The durations that govern a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Timing {
+    /// How long a term lasts, at the most, after the sending of the last heartbeat that was answered: the server's
+    /// lease less the margin.
+    pub(super) term: Duration,
+    /// How long the server may keep a lock of a session that was lost without its knowing.
+    pub(super) lease: Duration,
+    /// A heartbeat is sent this long after the one before.
+    pub(super) heartbeat: Duration,
+    /// How long the answer to a heartbeat may take.
+    pub(super) heartbeat_timeout: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum State {
+    /// A session is being opened, or taken from the pool.
+    Connecting,
+    /// No session could be had; the next attempt is at this time.
+    BackingOff { until: Time },
+    /// A session is there; the lock has not been asked for.
+    Trying,
+    /// Another session holds the lock; ours queues for it, a slice of time at once. It may come to hold the lock without
+    /// our knowing, when the end of a slice races with the grant.
+    Waiting,
+    /// The lock was granted so long ago that the term would be over: a heartbeat must show that it is ours still.
+    Confirming,
+    /// The lock is held; `renewed` is when the last answered heartbeat was sent.
+    Held { renewed: Time },
+    /// As `Held`, and a heartbeat is due.
+    Renewing { renewed: Time },
+    /// The lock was held and is being given back.
+    Unlocking,
+    /// The session queued for the lock and must be left without it.
+    Settling,
+    /// The session is of no use any more and must be closed.
+    Discarding { then: After },
+    /// The claim is over.
+    Ended(End),
+}
+
+/// What follows when a session has been discarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum After {
+    Connect,
+    BackOff { patient: bool },
+    End(End),
+}
+
+/// How a claim ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum End {
+    /// The server holds nothing for this claim.
+    Released,
+    /// The server says that the lock was not held when it was given back.
+    NotHeld,
+    /// The server could not be told, or did not confirm. It will notice that the session is gone.
+    Unconfirmed,
+}
+
+/// What the supervisor does next. Each is followed by one event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Action {
+    /// Take a session from the pool, and open it if need be: `Connected` or `ConnectFailed`.
+    Connect,
+    /// Do nothing until then: `Quiet`.
+    Pause { until: Time },
+    /// Ask for the lock without waiting: `Granted`, `Busy`.
+    Try,
+    /// Queue for the lock for one slice: `Granted`, `SliceOver`.
+    Queue,
+    /// Watch the session until then: `Quiet`.
+    Watch { until: Time },
+    /// Prove that the session is alive, by then at the latest: `Renewed`.
+    Renew { by: Time },
+    /// Give the lock back: `Unlocked`.
+    Unlock,
+    /// Leave the session without any lock: `Unlocked`.
+    Settle,
+    /// Close the session without ceremony: `Discarded`.
+    Discard,
+    /// Put the session back into the pool and end.
+    Finish(End),
+}
+
+/// What happened. `SessionLost` may follow each action that uses a session, `Release` may come at any time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Event {
+    Connected,
+    /// No session. `patient` if the cause will not go away by itself, so that the next attempt need not hurry.
+    ConnectFailed {
+        patient: bool,
+    },
+    /// Another session holds the lock.
+    Busy,
+    /// The lock is ours; `sent` is when it was asked for.
+    Granted {
+        sent: Time,
+    },
+    /// The slice went by; the lock was not granted, or it was without our knowing.
+    SliceOver,
+    /// A statement failed, the session did not. `patient` as with `ConnectFailed`.
+    Refused {
+        patient: bool,
+    },
+    /// The heartbeat sent at `sent` was answered.
+    Renewed {
+        sent: Time,
+    },
+    /// Nothing happened until the time given.
+    Quiet,
+    SessionLost(LossReason),
+    /// The lock was given back; `held` is whether the server says that it had been held.
+    Unlocked {
+        held: bool,
+    },
+    Discarded,
+    /// The application ended the claim.
+    Release,
+}
+
+/// What is to be announced to the application, before the next action begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Notice {
+    /// The lock is held, until `until` at least.
+    Acquired { until: Time },
+    /// The term goes on until `until` at least.
+    Renewed { until: Time },
+    /// Another session holds the lock.
+    Busy,
+    /// The term is over.
+    Lost(LossReason),
+    /// An attempt to get a session, or to ask for the lock, failed.
+    Failed,
+}
+
+impl Machine {
+    /// Begins a claim. `seed` decides the jitter of its back-off.
+    pub(super) fn new(timing: Timing, seed: u64) -> Self {
+        Self { timing, state: State::Connecting, failing_since: None, in_doubt_until: Time::ZERO, seed }
+    }
+
+    /// What to do next.
+    pub(super) fn action(&self) -> Action {
+        match self.state {
+            State::Connecting => Action::Connect,
+            State::BackingOff { until } => Action::Pause { until },
+            State::Trying => Action::Try,
+            State::Waiting => Action::Queue,
+            // There is no term to lose yet, so the answer has the heartbeat's whole time, whenever the sending is.
+            State::Confirming => Action::Renew { by: Time::MAX },
+            State::Held { renewed } => Action::Watch { until: renewed + self.timing.heartbeat },
+            State::Renewing { renewed } => Action::Renew { by: self.term_end(renewed) },
+            State::Unlocking => Action::Unlock,
+            State::Settling => Action::Settle,
+            State::Discarding { .. } => Action::Discard,
+            State::Ended(end) => Action::Finish(end),
+        }
+    }
+
+    /// Takes in what happened, at `now`; says what to announce. An event that does not fit the state changes nothing.
+    pub(super) fn handle(&mut self, event: Event, now: Time) -> Option<Notice> {
+        if let Event::SessionLost(reason) = event
+            && self.may_hold()
+            && !reason.is_final_word()
+        {
+            self.in_doubt_until = now + self.timing.lease;
+        }
+        // Whatever the event says: a term does not outlive its time, unless this very event prolongs it.
+        if let State::Held { renewed } | State::Renewing { renewed } = self.state
+            && now >= self.term_end(renewed)
+            && event != Event::Release
+        {
+            self.in_doubt_until = now + self.timing.lease;
+            return self.lose(LossReason::LeaseNotRenewed);
+        }
+        match (self.state, event) {
+            (_, Event::Release) => self.release(now),
+
+            (State::Connecting, Event::Connected) => self.become_(State::Trying),
+            (State::Connecting, Event::ConnectFailed { patient }) => {
+                self.back_off(patient, now);
+                Some(Notice::Failed)
+            }
+            (State::BackingOff { until }, Event::Quiet) if now >= until => self.become_(State::Connecting),
+
+            (State::Trying, Event::Busy) => {
+                self.failing_since = None;
+                self.state = State::Waiting;
+                Some(Notice::Busy)
+            }
+            (State::Trying | State::Waiting, Event::Granted { sent }) => self.grant(sent, now),
+            (State::Confirming, Event::Renewed { sent }) => self.grant(sent, now),
+            (State::Trying | State::Waiting, Event::Refused { patient }) => {
+                self.become_(State::Discarding { then: After::BackOff { patient } });
+                Some(Notice::Failed)
+            }
+            (State::Trying, Event::SessionLost(_)) => {
+                self.become_(State::Discarding { then: After::BackOff { patient: false } })
+            }
+            (State::Waiting | State::Confirming, Event::SessionLost(_)) => {
+                self.become_(State::Discarding { then: After::Connect });
+                Some(Notice::Failed)
+            }
+
+            (State::Held { renewed }, Event::Quiet) if now >= renewed + self.timing.heartbeat => {
+                self.become_(State::Renewing { renewed })
+            }
+            (State::Renewing { .. }, Event::Renewed { sent }) => {
+                self.state = State::Held { renewed: sent };
+                Some(Notice::Renewed { until: self.term_end(sent) })
+            }
+            (State::Held { .. } | State::Renewing { .. }, Event::SessionLost(reason)) => self.lose(reason),
+            (State::Held { .. } | State::Renewing { .. }, Event::Refused { .. }) => {
+                self.lose(LossReason::ServerError)
+            }
+
+            (State::Unlocking | State::Settling, Event::SessionLost(reason)) => {
+                let end = if reason.is_final_word() { End::Released } else { End::Unconfirmed };
+                self.become_(State::Discarding { then: After::End(end) })
+            }
+            (State::Confirming, Event::Refused { patient }) => {
+                self.become_(State::Discarding { then: After::BackOff { patient } })
+            }
+            (State::Unlocking | State::Settling, Event::Refused { .. }) => {
+                self.become_(State::Discarding { then: After::End(End::Unconfirmed) })
+            }
+            (State::Unlocking, Event::Unlocked { held }) => {
+                self.become_(State::Ended(if held { End::Released } else { End::NotHeld }))
+            }
+            // Whether the lock had been granted in passing is of no interest: it is not held now.
+            (State::Settling, Event::Unlocked { .. }) => self.become_(State::Ended(End::Released)),
+
+            (State::Discarding { then }, Event::Discarded) => {
+                match then {
+                    After::Connect => self.state = State::Connecting,
+                    After::BackOff { patient } => self.back_off(patient, now),
+                    After::End(end) => self.state = State::Ended(end),
+                }
+                None
+            }
+            // An event of an action that a release has overtaken.
+            _ => None,
+        }
+    }
+
+    /// When a term ends that was renewed by a heartbeat sent at `renewed`.
+    fn term_end(&self, renewed: Time) -> Time {
+        renewed + self.timing.term
+    }
+
+    fn become_(&mut self, state: State) -> Option<Notice> {
+        self.state = state;
+        None
+    }
+
+    /// The lock was asked for at `sent` and is ours. If that was too long ago (the slice took its time, the process was
+    /// frozen before it read the answer) the server may have taken it away again: then ask first.
+    fn grant(&mut self, sent: Time, now: Time) -> Option<Notice> {
+        self.failing_since = None;
+        // Only one session can have it, so no lost one does.
+        self.in_doubt_until = Time::ZERO;
+        let until = self.term_end(sent);
+        if now >= until {
+            return self.become_(State::Confirming);
+        }
+        self.state = State::Held { renewed: sent };
+        Some(Notice::Acquired { until })
+    }
+
+    fn lose(&mut self, reason: LossReason) -> Option<Notice> {
+        self.state = State::Discarding { then: After::Connect };
+        Some(Notice::Lost(reason))
+    }
+
+    /// Whether the server may hold the lock for the session of this state.
+    fn may_hold(&self) -> bool {
+        matches!(
+            self.state,
+            State::Trying
+                | State::Waiting
+                | State::Confirming
+                | State::Held { .. }
+                | State::Renewing { .. }
+                | State::Unlocking
+                | State::Settling
+        )
+    }
+
+    fn release(&mut self, now: Time) -> Option<Notice> {
+        // Nothing to say to the server, and nobody to say it to. It was told, or will notice.
+        let nothing = if now < self.in_doubt_until { End::Unconfirmed } else { End::Released };
+        self.state = match self.state {
+            State::Connecting | State::BackingOff { .. } | State::Trying => State::Ended(nothing),
+            State::Waiting => State::Settling,
+            State::Confirming | State::Held { .. } | State::Renewing { .. } => State::Unlocking,
+            State::Discarding { then: After::Connect | After::BackOff { .. } } => {
+                State::Discarding { then: After::End(nothing) }
+            }
+            ending => ending,
+        };
+        None
+    }
+
+    /// Waits for a fraction of the time that the attempts have been failing: quick after a short outage, considerate in
+    /// a long one. That is exponential growth, with a pace that does not depend on how long an attempt takes.
+    fn back_off(&mut self, patient: bool, now: Time) {
+        const SHORTEST: Duration = Duration::from_millis(5);
+        const SHORTEST_IF_PATIENT: Duration = Duration::from_millis(200);
+        const LONGEST: Duration = Duration::from_secs(2);
+        let since = *self.failing_since.get_or_insert(now);
+        let shortest = if patient { SHORTEST_IF_PATIENT } else { SHORTEST };
+        let pause = ((now - since) / 8).clamp(shortest, LONGEST);
+        // Between one half and the whole of it, so that many claims do not come back in step.
+        let mut rng = fastrand::Rng::with_seed(self.seed);
+        let pause = pause.mul_f32(0.5 + rng.f32() / 2.0);
+        self.seed = rng.u64(..);
+        self.state = State::BackingOff { until: now + pause };
+    }
+}

@@ -1,0 +1,265 @@
+//! What the driver takes for its TLS connector: makes a [`SessionStream`] of the socket that it is handed.
+
+use std::error::Error;
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
+use std::time::Instant;
+
+use postgres::Socket;
+use postgres::config::{SslMode, SslNegotiation};
+use postgres::tls::{MakeTlsConnect, TlsConnect};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use super::control::{StreamControl, Watch};
+use super::session_stream::{Role, SessionStream, Transport};
+use super::tls::Tls;
+
+/// What all the connections of a dialer have in common.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) ssl_mode: SslMode,
+    pub(super) ssl_negotiation: SslNegotiation,
+    pub(super) tls: Option<Tls>,
+    pub(super) routes: Vec<Route>,
+    pub(super) bait: Bait,
+}
+
+/// One host of the user's configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Route {
+    /// `domain` is the name that the server's certificate must bear; `address` is where it is, if that was given.
+    Tcp { domain: String, address: Option<IpAddr>, port: u16 },
+    /// The socket itself, not its directory.
+    Unix { path: PathBuf },
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Route::Tcp { domain, port, .. } => write!(f, "{domain}:{port}"),
+            Route::Unix { path } => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// The host name that the driver is given for the route `index`, and gives to the hook.
+///
+/// Never a real name: a cancel token keeps it, and so a cancel request finds the way of its session again without
+/// being told. The real name is in the [`Route`]. The address is always given apart, so nobody resolves it.
+pub(super) fn key(index: usize) -> String {
+    format!("route-{index}")
+}
+
+impl Plan {
+    fn route(&self, key: &str) -> Option<&Route> {
+        let index: usize = key.strip_prefix("route-")?.parse().ok()?;
+        self.routes.get(index)
+    }
+
+    /// Makes a stream to the server; what the driver does itself in its `connect_tls`, and the Unix sockets.
+    async fn open(&self, route: &Route, mut socket: Socket) -> Result<Transport, HookError> {
+        let domain = match route {
+            Route::Tcp { domain, .. } => domain,
+            Route::Unix { path } => {
+                drop(socket);
+                self.bait.drain();
+                return match UnixStream::connect(path).await {
+                    Ok(stream) => Ok(Transport::Unix(stream)),
+                    Err(source) => Err(HookError::Unix { path: path.clone(), source }),
+                };
+            }
+        };
+        let required = match self.ssl_mode {
+            SslMode::Disable => return Ok(Transport::Tcp(socket)),
+            SslMode::Prefer => false,
+            // The enum may grow; a mode that is not known must not lead to plain text.
+            _ => true,
+        };
+        let tls = match &self.tls {
+            Some(tls) => tls,
+            None if required => return Err(HookError::NoTlsConnector),
+            None => return Ok(Transport::Tcp(socket)),
+        };
+        match self.ssl_negotiation {
+            SslNegotiation::Direct if !required => return Err(HookError::WeakDirect),
+            SslNegotiation::Direct => {}
+            _ => {
+                if !ask_for_tls(&mut socket).await.map_err(HookError::Io)? {
+                    return if required { Err(HookError::Refused) } else { Ok(Transport::Tcp(socket)) };
+                }
+            }
+        }
+        tls.handshake(domain, socket).await.map(Transport::Tls).map_err(HookError::Tls)
+    }
+}
+
+/// The `SSLRequest` exchange: whether the server is ready for a TLS handshake.
+///
+/// Reads one byte and no more: what came with it unencrypted must not be taken for a part of the encrypted stream.
+async fn ask_for_tls(socket: &mut Socket) -> io::Result<bool> {
+    const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
+    socket.write_all(&SSL_REQUEST).await?;
+    socket.flush().await?;
+    Ok(socket.read_u8().await? == b'S')
+}
+
+/// The loopback listener to which the driver is led for a session over a Unix socket.
+///
+/// It never speaks: the connector drops the connection that the driver made and opens the Unix socket in its place.
+/// Bound on first use and kept, since cancel tokens remember its port.
+#[derive(Debug, Default)]
+pub(super) struct Bait {
+    listener: Mutex<Option<TcpListener>>,
+}
+
+impl Bait {
+    /// Where it listens. The connections that lie in its queue are thrown out first, so that there is room.
+    pub(super) fn address(&self) -> io::Result<SocketAddr> {
+        let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(listener) = &*listener {
+            throw_out(listener);
+            return listener.local_addr();
+        }
+        let fresh = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        fresh.set_nonblocking(true)?;
+        let address = fresh.local_addr()?;
+        *listener = Some(fresh);
+        Ok(address)
+    }
+
+    fn drain(&self) {
+        if let Some(listener) = &*self.listener.lock().unwrap_or_else(PoisonError::into_inner) {
+            throw_out(listener);
+        }
+    }
+}
+
+fn throw_out(listener: &TcpListener) {
+    while listener.accept().is_ok() {}
+}
+
+/// The driver's TLS connector for one attempt to connect, or for one cancel request.
+#[derive(Clone, Debug)]
+pub(crate) struct Connector {
+    plan: Arc<Plan>,
+    control: StreamControl,
+    role: Role,
+    setup: Instant,
+    reached: Arc<AtomicBool>,
+}
+
+impl Connector {
+    /// A connector whose stream obeys `control` and must be a session by `setup`.
+    pub(super) fn new(plan: Arc<Plan>, control: StreamControl, role: Role, setup: Instant) -> Self {
+        Self { plan, control, role, setup, reached: Arc::new(AtomicBool::new(false)) }
+    }
+
+    /// Whether the driver got as far as to hand over a socket; with a Unix socket, whether the bait was reached.
+    pub(super) fn reached(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.reached)
+    }
+}
+
+impl MakeTlsConnect<Socket> for Connector {
+    type Stream = SessionStream;
+    type TlsConnect = Hook;
+    type Error = HookError;
+
+    fn make_tls_connect(&mut self, key: &str) -> Result<Hook, HookError> {
+        match self.plan.route(key) {
+            Some(route) => Ok(Hook { route: route.clone(), connector: self.clone() }),
+            None => Err(HookError::UnknownRoute),
+        }
+    }
+}
+
+/// A [`Connector`] that knows its host.
+#[derive(Debug)]
+pub(crate) struct Hook {
+    route: Route,
+    connector: Connector,
+}
+
+impl TlsConnect<Socket> for Hook {
+    type Stream = SessionStream;
+    type Error = HookError;
+    type Future = Pin<Box<dyn Future<Output = Result<SessionStream, HookError>> + Send>>;
+
+    fn connect(self, socket: Socket) -> Self::Future {
+        let Hook { route, connector } = self;
+        connector.reached.store(true, Ordering::SeqCst);
+        Box::pin(async move {
+            let mut watch = Watch::new(connector.control, connector.setup);
+            let transport = {
+                let mut open = pin!(connector.plan.open(&route, socket));
+                poll_fn(|cx| {
+                    watch.check(cx).map_err(HookError::Ended)?;
+                    match open.as_mut().poll(cx) {
+                        Poll::Pending => watch.wait(cx).map(|ended| Err(HookError::Ended(ended))),
+                        ready => ready,
+                    }
+                })
+                .await?
+            };
+            Ok(SessionStream::new(watch, transport, connector.role))
+        })
+    }
+}
+
+/// Why the connector could not make a stream. The driver reports it as the cause of a failed TLS handshake.
+#[derive(Debug)]
+pub(crate) enum HookError {
+    /// TLS is demanded and there is nothing to do it with.
+    NoTlsConnector,
+    /// TLS is demanded and the server will not.
+    Refused,
+    /// Direct negotiation cannot fall back, so it goes with `require` only.
+    WeakDirect,
+    /// The cancel token is of another dialer.
+    UnknownRoute,
+    /// The server's Unix socket could not be opened.
+    Unix { path: PathBuf, source: io::Error },
+    /// The connection broke while TLS was asked for.
+    Io(io::Error),
+    /// The user's TLS connector failed.
+    Tls(Box<dyn Error + Send + Sync>),
+    /// Killed, or out of time; see [`Ended`](super::Ended).
+    Ended(io::Error),
+}
+
+impl fmt::Display for HookError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HookError::NoTlsConnector => f.write_str(
+                "sslmode=require, but no TLS connector was given: give one, or set sslmode=prefer or disable",
+            ),
+            HookError::Refused => f.write_str("server does not support TLS"),
+            HookError::WeakDirect => f.write_str(
+                "weak sslmode \"prefer\" may not be used with sslnegotiation=direct (use \"require\")",
+            ),
+            HookError::UnknownRoute => f.write_str("the session was opened with another configuration"),
+            HookError::Unix { path, .. } => write!(f, "could not open the Unix socket {}", path.display()),
+            HookError::Io(_) => f.write_str("the connection broke while TLS was negotiated"),
+            HookError::Tls(_) => f.write_str("TLS handshake failed"),
+            HookError::Ended(_) => f.write_str("the connect was ended"),
+        }
+    }
+}
+
+impl Error for HookError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            HookError::Unix { source, .. } | HookError::Io(source) | HookError::Ended(source) => Some(source),
+            HookError::Tls(source) => Some(&**source),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! What other threads hold of a session's stream, and the watch that the stream keeps on it.
+
+use std::error::Error;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use futures_util::task::AtomicWaker;
+#[cfg(test)]
+use postgres::Notification;
+use tokio::time::{Sleep, sleep_until};
+
+/// The channel of the notification that a wake delivers.
+#[cfg(test)]
+pub(super) const WAKE_CHANNEL: &str = "dsync_wake";
+
+/// The `NotificationResponse` that a wake delivers: process id 0, which no backend has, channel
+/// `dsync_wake`, empty payload.
+pub(super) const WAKE_MESSAGE: &[u8] = b"A\0\0\0\x14\0\0\0\0dsync_wake\0\0";
+
+/// Whether a notification came from [`StreamControl::wake`] and not from the server.
+#[cfg(test)]
+pub(super) fn is_wake(notification: &Notification) -> bool {
+    notification.process_id() == 0 && notification.channel() == WAKE_CHANNEL
+}
+
+/// Why a stream was ended from our side.
+///
+/// It is the inner error of the `io::Error` that the driver then reports; [`Ended::find`] gets it out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// [`StreamControl::kill`] was called.
+    Killed,
+    /// The deadline of [`StreamControl::set_deadline`] passed during a call.
+    DeadlinePassed,
+    /// The session was not ready within the time for one attempt to connect; says nothing of the next attempt.
+    ConnectTimedOut,
+}
+
+impl Ended {
+    /// Looks for the mark in an error and all that caused it, so that it is found under the driver's errors.
+    pub(crate) fn find(error: &(dyn Error + 'static)) -> Option<Self> {
+        let mut next = Some(error);
+        while let Some(error) = next {
+            if let Some(&ended) = error.downcast_ref() {
+                return Some(ended);
+            }
+            // `io::Error` leaves out its inner error from the chain and shows only what is behind that one.
+            let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+            if let Some(&ended) = inner.and_then(|inner| inner.downcast_ref()) {
+                return Some(ended);
+            }
+            next = match inner {
+                Some(inner) => Some(inner),
+                None => error.source(),
+            };
+        }
+        None
+    }
+
+    pub(super) fn into_io(self) -> io::Error {
+        let kind = match self {
+            Ended::Killed => io::ErrorKind::ConnectionAborted,
+            Ended::DeadlinePassed | Ended::ConnectTimedOut => io::ErrorKind::TimedOut,
+        };
+        io::Error::new(kind, self)
+    }
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Ended::Killed => "the session was killed by this process",
+            Ended::DeadlinePassed => "the session was ended because the deadline of a call passed",
+            Ended::ConnectTimedOut => "the server did not answer within the time for a connect",
+        })
+    }
+}
+
+impl Error for Ended {}
+
+/// The handle by which any thread wakes, kills or bounds the session of another; one for each session.
+///
+/// It may be made and used before the session exists. Ending a stream does not close its socket: the server hears
+/// of it when the `Client` is dropped, which takes no time from then on.
+#[derive(Clone)]
+pub(crate) struct StreamControl {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// Times are kept as nanoseconds since then, so that they fit an atomic.
+    base: Instant,
+    /// `LIVE`, `KILLED` or `DEADLINE_PASSED`; once it is not `LIVE` it stays.
+    end: AtomicU8,
+    /// The deadline, or `NEVER`.
+    deadline: AtomicU64,
+    /// When the task that waits will look again by itself, or `NEVER`. Spares `set_deadline` a system call.
+    looks_again: AtomicU64,
+    /// A wake was asked for and not delivered yet.
+    wake: AtomicBool,
+    /// The session is ready. Before that the driver takes a notification for a protocol error, or drops it.
+    established: AtomicBool,
+    /// The driver's task. One is enough, since one task does all the reading and writing.
+    waker: AtomicWaker,
+}
+
+const LIVE: u8 = 0;
+const KILLED: u8 = 1;
+const DEADLINE_PASSED: u8 = 2;
+
+const NEVER: u64 = u64::MAX;
+
+impl StreamControl {
+    /// A control for a session that is still to be opened.
+    pub(crate) fn new() -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                base: Instant::now(),
+                end: AtomicU8::new(LIVE),
+                deadline: AtomicU64::new(NEVER),
+                looks_again: AtomicU64::new(NEVER),
+                wake: AtomicBool::new(false),
+                established: AtomicBool::new(false),
+                waker: AtomicWaker::new(),
+            }),
+        }
+    }
+
+    /// Makes the current or the next wait for notifications return at once with one of our making.
+    ///
+    /// Wakes that come before the delivery are one. During a query it is put in the queue of notifications, and the
+    /// next wait returns at once; a wake before the session is ready keeps until then.
+    pub(crate) fn wake(&self) {
+        if !self.shared.wake.swap(true, SeqCst) {
+            self.shared.waker.wake();
+        }
+    }
+
+    /// Ends the stream: whatever the driver does with it, now or later, fails at once with [`Ended::Killed`].
+    ///
+    /// What has no stream yet is not ended by it: while the driver is connecting its TCP socket, the kill takes
+    /// effect when that is done or has timed out.
+    pub(crate) fn kill(&self) {
+        let _ = self.shared.end.compare_exchange(LIVE, KILLED, SeqCst, SeqCst);
+        self.shared.waker.wake();
+    }
+
+    /// Sets, moves or clears the time at which a call on the session fails with [`Ended::DeadlinePassed`].
+    ///
+    /// It works on a call that is blocked now, too. A call that finds the deadline passed ends the stream for good,
+    /// since an answer that nobody read may still come; a deadline that is cleared before had no effect.
+    ///
+    /// Cheap enough to be set for every statement: two atomics, no system call unless the deadline is earlier than
+    /// the one that was waited for last.
+    pub(crate) fn set_deadline(&self, deadline: Option<Instant>) {
+        let deadline = deadline.map_or(NEVER, |at| self.shared.ticks(at));
+        self.shared.deadline.store(deadline, SeqCst);
+        // The task stores `looks_again` and then reads `deadline`: one of the two sees the other's store.
+        if deadline < self.shared.looks_again.load(SeqCst) {
+            self.shared.waker.wake();
+        }
+    }
+
+    /// Why the stream was ended from our side, if it was; nothing of a connection that was lost.
+    pub(crate) fn ended(&self) -> Option<Ended> {
+        match self.shared.end.load(SeqCst) {
+            LIVE => None,
+            KILLED => Some(Ended::Killed),
+            _ => Some(Ended::DeadlinePassed),
+        }
+    }
+
+    /// Whether the stream was ended from our side, so that no call on the session can succeed any more.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.ended().is_some()
+    }
+
+    /// The driver has the session ready: wakes may be delivered, and the time for connecting is over.
+    pub(super) fn establish(&self) {
+        self.shared.established.store(true, SeqCst);
+    }
+
+    /// Whether there is a wake to deliver, and the driver ready for it.
+    pub(super) fn wake_is_due(&self) -> bool {
+        self.shared.wake.load(SeqCst) && self.shared.established.load(SeqCst)
+    }
+
+    /// The wake is being delivered; the next one is another.
+    pub(super) fn wake_taken(&self) {
+        self.shared.wake.store(false, SeqCst);
+    }
+}
+
+impl fmt::Debug for StreamControl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StreamControl")
+            .field("ended", &self.ended())
+            .field("established", &self.shared.established.load(SeqCst))
+            .field("wake", &self.shared.wake.load(SeqCst))
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// `at` on the scale of the atomics. A time before the control was made counts as its making, long past.
+    fn ticks(&self, at: Instant) -> u64 {
+        let since = at.saturating_duration_since(self.base).as_nanos();
+        u64::try_from(since).unwrap_or(NEVER)
+    }
+
+    fn instant(&self, ticks: u64) -> Instant {
+        self.base + Duration::from_nanos(ticks)
+    }
+}
+
+/// The stream's side of a [`StreamControl`]: tells each poll whether to go on, and sees that it is polled again.
+///
+/// The order in each poll is [`check`](Self::check), the inner stream, and [`wait`](Self::wait) when that is pending.
+#[derive(Debug)]
+pub(super) struct Watch {
+    control: StreamControl,
+    /// Until when the session must be ready, in ticks; bounds one attempt and is void afterwards.
+    setup: u64,
+    /// Made when a poll first has to wait with a deadline, and then kept.
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl Watch {
+    /// A watch for one attempt to connect, that must be done by `setup`.
+    pub(super) fn new(control: StreamControl, setup: Instant) -> Self {
+        let setup = control.shared.ticks(setup);
+        Self { control, setup, timer: None }
+    }
+
+    pub(super) fn control(&self) -> &StreamControl {
+        &self.control
+    }
+
+    /// Fails if the stream has been ended, or its time is up.
+    pub(super) fn check(&self, cx: &Context<'_>) -> io::Result<()> {
+        let shared = &self.control.shared;
+        // The waker before the flags: what is set after they were read finds the waker.
+        shared.waker.register(cx.waker());
+        if let Some(ended) = self.control.ended() {
+            return Err(ended.into_io());
+        }
+        let (deadline, setup) = self.limits();
+        if deadline.min(setup) == NEVER {
+            return Ok(());
+        }
+        let now = shared.ticks(Instant::now());
+        if deadline <= now {
+            let _ = shared.end.compare_exchange(LIVE, DEADLINE_PASSED, SeqCst, SeqCst);
+            // A kill may have come first, and then it stays one.
+            return Err(self.control.ended().unwrap_or(Ended::DeadlinePassed).into_io());
+        }
+        if setup <= now {
+            return Err(Ended::ConnectTimedOut.into_io());
+        }
+        Ok(())
+    }
+
+    /// Sees to it that the task is polled again when its time is up. Ready (with the error) if it is up by now.
+    ///
+    /// A timer that is due too early is left alone: each statement has a later deadline than the one before, and to
+    /// be woken once for nothing in a while is cheaper than to move the timer each time.
+    ///
+    /// Measured on a virtual machine: a statement of 46 µs takes 60 µs with a deadline, and the two atomics are
+    /// 0.04 µs of that. The rest seems to be the timeout that the runtime then gives to `epoll_wait`.
+    pub(super) fn wait(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        loop {
+            let (deadline, setup) = self.limits();
+            let limit = deadline.min(setup);
+            let looks_again = if limit == NEVER { NEVER } else { self.arm(cx, limit) };
+            let shared = &self.control.shared;
+            shared.looks_again.store(looks_again, SeqCst);
+            // See `set_deadline`: an earlier one may have been set meanwhile without waking us.
+            if looks_again == 0 || shared.deadline.load(SeqCst) < looks_again {
+                if let Err(ended) = self.check(cx) {
+                    return Poll::Ready(ended);
+                }
+                continue;
+            }
+            return Poll::Pending;
+        }
+    }
+
+    /// Polls a timer that goes off at `limit` or before; gives when, or 0 if it has just gone off.
+    fn arm(&mut self, cx: &mut Context<'_>, limit: u64) -> u64 {
+        let shared = &self.control.shared;
+        let at = shared.instant(limit).into();
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(at)));
+        if timer.deadline() > at || timer.is_elapsed() {
+            timer.as_mut().reset(at);
+        }
+        match timer.as_mut().poll(cx) {
+            Poll::Ready(()) => 0,
+            Poll::Pending => shared.ticks(timer.deadline().into_std()),
+        }
+    }
+
+    /// The deadline of the control and the one of the attempt.
+    fn limits(&self) -> (u64, u64) {
+        let shared = &self.control.shared;
+        let setup = if shared.established.load(SeqCst) { NEVER } else { self.setup };
+        (shared.deadline.load(SeqCst), setup)
+    }
+}

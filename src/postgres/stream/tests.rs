@@ -1,0 +1,684 @@
+//! The stream against a real server, over each transport.
+
+use std::error::Error;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::thread::{self, sleep};
+use std::time::{Duration, Instant};
+
+use postgres::error::SqlState;
+use postgres::fallible_iterator::FallibleIterator;
+use postgres::{Client, NoTls, Notification};
+use rustls::pki_types::CertificateDer;
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use super::control::is_wake;
+use super::*;
+use server::Server;
+
+mod server;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Over {
+    Tcp,
+    Tls,
+    Unix,
+}
+
+const ALL: [Over; 3] = [Over::Tcp, Over::Tls, Over::Unix];
+
+fn rustls(server: &Server) -> Tls {
+    let mut roots = rustls::RootCertStore::empty();
+    if let Some(certificate) = &server.certificate {
+        roots.add(CertificateDer::from(certificate.clone())).unwrap();
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Tls::new(MakeRustlsConnect::new(config))
+}
+
+fn dialer(url: &str, tls: Option<Tls>) -> Dialer {
+    Dialer::new(url.parse().unwrap(), tls).unwrap()
+}
+
+fn over(server: &Server, over: Over) -> Dialer {
+    match over {
+        Over::Tcp => dialer(&format!("{} sslmode=disable", server.url()), None),
+        Over::Tls => dialer(&format!("{} sslmode=require", server.url()), Some(rustls(server))),
+        Over::Unix => dialer(&server.unix_url(), None),
+    }
+}
+
+fn soon() -> Instant {
+    Instant::now() + 10 * SECOND
+}
+
+fn open(dialer: &Dialer) -> (Client, StreamControl) {
+    let control = StreamControl::new();
+    let client = dialer.connect(&control, soon()).unwrap_or_else(|error| panic!("{error}"));
+    (client, control)
+}
+
+fn next(client: &mut Client, timeout: Duration) -> Result<Option<Notification>, postgres::Error> {
+    client.notifications().timeout_iter(timeout).next()
+}
+
+fn encrypted(client: &mut Client) -> bool {
+    client.query_one("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()", &[]).unwrap().get(0)
+}
+
+fn timed<T>(what: impl FnOnce() -> T) -> (T, Duration) {
+    let start = Instant::now();
+    let outcome = what();
+    (outcome, start.elapsed())
+}
+
+fn median(mut times: Vec<Duration>) -> (Duration, Duration) {
+    times.sort();
+    (times[times.len() / 2], times[times.len() * 99 / 100])
+}
+
+#[test]
+fn a_wake_ends_a_wait_in_microseconds() {
+    let server = Server::start(true);
+    for over_ in ALL {
+        let (mut client, control) = open(&over(&server, over_));
+        let base = Instant::now();
+        let woken = Arc::new(AtomicU64::new(0));
+        let stop = Arc::new(AtomicBool::new(false));
+        let waker = thread::spawn({
+            let (woken, stop) = (Arc::clone(&woken), Arc::clone(&stop));
+            move || {
+                while !stop.load(SeqCst) {
+                    sleep(Duration::from_micros(700));
+                    woken.store(base.elapsed().as_nanos() as u64, SeqCst);
+                    control.wake();
+                }
+            }
+        });
+        let mut times = Vec::new();
+        for _ in 0..1000 {
+            let notification = next(&mut client, 10 * SECOND).unwrap().expect("a lost wake");
+            times.push(base.elapsed() - Duration::from_nanos(woken.load(SeqCst)));
+            assert!(is_wake(&notification));
+            assert_eq!(notification.payload(), "");
+        }
+        stop.store(true, SeqCst);
+        waker.join().unwrap();
+        let (middle, worst) = median(times);
+        println!("{over_:?}: wake to return {middle:?}, 99 % {worst:?}");
+        assert!(middle < Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_wake_before_the_session_or_during_a_query_ends_the_next_wait() {
+    let server = Server::start(true);
+    for over_ in ALL {
+        let control = StreamControl::new();
+        control.wake();
+        let dialer = dialer(
+            &format!("{} target_session_attrs=read-write", over_url(&server, over_)),
+            tls_of(&server, over_),
+        );
+        let mut client = dialer.connect(&control, soon()).unwrap();
+        assert!(is_wake(&next(&mut client, SECOND).unwrap().unwrap()));
+        let waker = thread::spawn({
+            let control = control.clone();
+            move || {
+                sleep(Duration::from_millis(50));
+                control.wake();
+                control.wake();
+            }
+        });
+        client.batch_execute("SELECT pg_sleep(0.2)").unwrap();
+        waker.join().unwrap();
+        let (notification, time) = timed(|| next(&mut client, SECOND).unwrap());
+        assert!(is_wake(&notification.unwrap()) && time < SECOND / 10);
+        while let Some(notification) = client.notifications().iter().next().unwrap() {
+            assert!(is_wake(&notification));
+        }
+        let (notification, time) = timed(|| next(&mut client, SECOND / 10).unwrap());
+        assert!(notification.is_none() && time >= SECOND / 10);
+        assert!(!control.is_dead());
+    }
+}
+
+fn over_url(server: &Server, over: Over) -> String {
+    match over {
+        Over::Tcp => format!("{} sslmode=disable", server.url()),
+        Over::Tls => format!("{} sslmode=require", server.url()),
+        Over::Unix => server.unix_url(),
+    }
+}
+
+fn tls_of(server: &Server, over: Over) -> Option<Tls> {
+    (over == Over::Tls).then(|| rustls(server))
+}
+
+#[test]
+fn the_loss_of_the_session_ends_a_wait() {
+    let server = Server::start(true);
+    let mut other = Client::connect(&server.unix_url(), NoTls).unwrap();
+    for over_ in ALL {
+        let dialer = over(&server, over_);
+        let mut times = Vec::new();
+        for _ in 0..20 {
+            let (mut client, control) = open(&dialer);
+            let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+            let waiter = thread::spawn(move || {
+                let outcome = next(&mut client, 10 * SECOND);
+                (outcome.map(|_| ()), client.is_closed(), Instant::now())
+            });
+            sleep(Duration::from_millis(20));
+            let start = Instant::now();
+            other.execute("SELECT pg_terminate_backend($1)", &[&pid]).unwrap();
+            let (outcome, closed, end) = waiter.join().unwrap();
+            assert!(outcome.is_err() || closed);
+            assert!(!control.is_dead(), "it was not us");
+            times.push(end - start);
+        }
+        let (middle, worst) = median(times);
+        println!("{over_:?}: loss seen after {middle:?}, worst {worst:?}");
+        assert!(middle < Duration::from_millis(200));
+    }
+}
+
+/// Another thread wakes again as soon as it was answered, while the session waits, runs queries and hears real
+/// notifications.
+#[test]
+fn thousands_of_wakes_among_notifications_and_queries_are_all_answered() {
+    const WAKES: u64 = 4_000;
+    let server = Server::start(true);
+    for over_ in ALL {
+        let (mut client, control) = open(&over(&server, over_));
+        client.batch_execute("LISTEN news").unwrap();
+        let asked = Arc::new(AtomicU64::new(0));
+        let answered = Arc::new(AtomicU64::new(0));
+        let done = Arc::new(AtomicBool::new(false));
+        let heard = Arc::new(AtomicU64::new(0));
+        let waker = thread::spawn({
+            let (asked, answered) = (Arc::clone(&asked), Arc::clone(&answered));
+            move || {
+                for _ in 0..WAKES {
+                    let number = asked.fetch_add(1, SeqCst) + 1;
+                    control.wake();
+                    let end = Instant::now() + 8 * SECOND;
+                    while answered.load(SeqCst) < number {
+                        assert!(Instant::now() < end, "wake {number} was lost");
+                        thread::yield_now();
+                    }
+                    if fastrand::u8(..) < 64 {
+                        sleep(Duration::from_micros(fastrand::u64(..300)));
+                    }
+                }
+            }
+        });
+        let notifier = thread::spawn({
+            let (url, done, heard) = (server.unix_url(), Arc::clone(&done), Arc::clone(&heard));
+            move || {
+                let mut client = Client::connect(&url, NoTls).unwrap();
+                let mut sent = 0_u64;
+                while !done.load(SeqCst) {
+                    // Not too far ahead: a wake has its place in the queue behind what came before it.
+                    while heard.load(SeqCst) + 100 < sent && !done.load(SeqCst) {
+                        thread::yield_now();
+                    }
+                    client.batch_execute(&format!("NOTIFY news, '{sent}'")).unwrap();
+                    sent += 1;
+                }
+                sent
+            }
+        });
+        let mut take = |notification: Notification| {
+            if is_wake(&notification) {
+                answered.store(asked.load(SeqCst), SeqCst);
+            } else {
+                assert_eq!(notification.payload(), heard.fetch_add(1, SeqCst).to_string());
+            }
+        };
+        while answered.load(SeqCst) < WAKES {
+            assert!(!waker.is_finished() || answered.load(SeqCst) == WAKES, "a wake was lost");
+            let notification = next(&mut client, 5 * SECOND).unwrap().expect("a lost wake");
+            take(notification);
+            match fastrand::u8(..4) {
+                0 => {
+                    let length = fastrand::i32(0..20_000);
+                    let row = client
+                        .query_one("SELECT repeat('x', n) FROM (VALUES ($1::int)) AS v (n)", &[&length])
+                        .unwrap();
+                    assert_eq!(row.get::<_, String>(0).len(), length as usize);
+                }
+                1 => {
+                    let rows = client.simple_query("SELECT generate_series(1, 30)").unwrap();
+                    assert!(rows.len() >= 31);
+                }
+                _ => {}
+            }
+        }
+        waker.join().unwrap();
+        done.store(true, SeqCst);
+        let sent = notifier.join().unwrap();
+        while heard_less(&mut take, &mut client) {}
+        let heard = heard.load(SeqCst);
+        println!("{over_:?}: {WAKES} wakes, {heard} of {sent} notifications");
+        assert_eq!(heard, sent);
+    }
+}
+
+fn heard_less(take: &mut impl FnMut(Notification), client: &mut Client) -> bool {
+    match next(client, SECOND / 2).unwrap() {
+        Some(notification) => {
+            take(notification);
+            true
+        }
+        None => false,
+    }
+}
+
+#[test]
+fn a_kill_ends_a_blocked_query_and_the_drop() {
+    let server = Server::start(true);
+    for over_ in ALL {
+        let (mut client, control) = open(&over(&server, over_));
+        let blocked = thread::spawn(move || {
+            let error = client.batch_execute("SELECT pg_sleep(60)").unwrap_err();
+            let end = Instant::now();
+            let ((), dropping) = timed(|| drop(client));
+            (error, end, dropping)
+        });
+        sleep(SECOND / 5);
+        let start = Instant::now();
+        control.kill();
+        let (error, end, dropping) = blocked.join().unwrap();
+        println!("{over_:?}: kill ends a query in {:?}, drop takes {dropping:?}", end - start);
+        assert_eq!(Ended::find(&error), Some(Ended::Killed));
+        assert!(control.is_dead());
+        assert!(end - start < SECOND / 5 && dropping < SECOND / 5);
+    }
+}
+
+#[test]
+fn a_kill_ends_a_wait_and_a_write_that_is_blocked_and_what_comes_after() {
+    let server = Server::start(true);
+    for over_ in ALL {
+        let dialer = over(&server, over_);
+        let (mut waiting, control) = open(&dialer);
+        let killer = thread::spawn(move || {
+            sleep(SECOND / 10);
+            control.kill();
+        });
+        let (outcome, time) = timed(|| next(&mut waiting, 10 * SECOND));
+        assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::Killed));
+        assert!(time < SECOND);
+        killer.join().unwrap();
+        assert!(waiting.batch_execute("SELECT 1").is_err());
+
+        let (mut writing, control) = open(&dialer);
+        let frozen = server.freeze();
+        let killer = thread::spawn(move || {
+            sleep(SECOND / 5);
+            control.kill();
+        });
+        let text = format!("SELECT length('{}')", "x".repeat(50 << 20));
+        let (outcome, time) = timed(|| writing.batch_execute(&text));
+        assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::Killed));
+        assert!(time < SECOND, "{time:?}");
+        let ((), time) = timed(|| drop(writing));
+        assert!(time < SECOND / 5, "{time:?}");
+        killer.join().unwrap();
+        drop(frozen);
+    }
+}
+
+#[test]
+fn a_deadline_ends_a_call_on_a_frozen_server() {
+    let server = Server::start(true);
+    for over_ in ALL {
+        let dialer = over(&server, over_);
+        let (mut own, own_control) = open(&dialer);
+        let (mut others, others_control) = open(&dialer);
+        let (mut moved, moved_control) = open(&dialer);
+        let _frozen = server.freeze();
+
+        own_control.set_deadline(Some(Instant::now() + SECOND / 4));
+        let (outcome, time) = timed(|| own.batch_execute("SELECT 1"));
+        let error = outcome.unwrap_err();
+        assert_eq!(Ended::find(&error), Some(Ended::DeadlinePassed), "{error:?}");
+        let io = error.source().unwrap().downcast_ref::<io::Error>().unwrap();
+        assert_eq!(io.kind(), ErrorKind::TimedOut);
+        own_control.set_deadline(None);
+        assert!(own_control.is_dead());
+        let ((), dropping) = timed(|| drop(own));
+        println!("{over_:?}: deadline of 250 ms ends a query after {time:?}, drop takes {dropping:?}");
+        assert!(time >= SECOND / 4 && time < SECOND / 2 && dropping < SECOND / 5);
+
+        let setter = thread::spawn(move || {
+            sleep(SECOND / 5);
+            others_control.set_deadline(Some(Instant::now() + SECOND / 5));
+        });
+        let (outcome, time) = timed(|| others.batch_execute("SELECT 1"));
+        assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::DeadlinePassed));
+        assert!(time >= 2 * SECOND / 5 && time < SECOND, "{time:?}");
+        setter.join().unwrap();
+
+        // Moved to later, and then to earlier, while the call is blocked.
+        moved_control.set_deadline(Some(Instant::now() + SECOND / 5));
+        let setter = thread::spawn(move || {
+            sleep(SECOND / 10);
+            moved_control.set_deadline(Some(Instant::now() + 20 * SECOND));
+            sleep(SECOND / 5);
+            moved_control.set_deadline(Some(Instant::now() + SECOND / 10));
+        });
+        let (outcome, time) = timed(|| moved.batch_execute("SELECT 1"));
+        assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::DeadlinePassed));
+        assert!(time >= 2 * SECOND / 5 && time < SECOND, "{time:?}");
+        setter.join().unwrap();
+        let ((), dropping) = timed(|| drop((others, moved)));
+        assert!(dropping < SECOND / 5, "{dropping:?}");
+    }
+}
+
+#[test]
+fn a_deadline_that_is_met_leaves_the_session_alone() {
+    let server = Server::start(true);
+    for over_ in ALL {
+        let (mut client, control) = open(&over(&server, over_));
+        for _ in 0..200 {
+            control.set_deadline(Some(Instant::now() + SECOND));
+            client.batch_execute("SELECT 1").unwrap();
+            control.set_deadline(None);
+        }
+        control.set_deadline(Some(Instant::now() + SECOND / 20));
+        client.batch_execute("SELECT 1").unwrap();
+        control.set_deadline(None);
+        // The timer of the deadline that is no more goes off in here.
+        assert!(next(&mut client, SECOND / 5).unwrap().is_none());
+        client.batch_execute("SELECT pg_sleep(0.1)").unwrap();
+        assert!(!control.is_dead() && !client.is_closed());
+    }
+}
+
+#[test]
+fn a_connect_to_a_server_that_does_not_answer_ends_on_time_and_by_a_kill() {
+    let server = Server::start(true);
+    let _frozen = server.freeze();
+    for over_ in ALL {
+        let dialer = over(&server, over_);
+        let control = StreamControl::new();
+        let (outcome, time) = timed(|| dialer.connect(&control, Instant::now() + SECOND / 4));
+        let error = outcome.err().unwrap();
+        assert_eq!(error.ended(), Some(Ended::ConnectTimedOut), "{error}");
+        assert!(time < SECOND / 2 && !control.is_dead());
+
+        let killer = thread::spawn({
+            let control = control.clone();
+            move || {
+                sleep(SECOND / 5);
+                control.kill();
+            }
+        });
+        let (outcome, time) = timed(|| dialer.connect(&control, soon()));
+        let error = outcome.err().unwrap();
+        println!("{error}");
+        assert_eq!(error.ended(), Some(Ended::Killed), "{error}");
+        assert!(time < SECOND);
+        killer.join().unwrap();
+        let (outcome, time) = timed(|| dialer.connect(&control, soon()));
+        assert_eq!(outcome.err().unwrap().ended(), Some(Ended::Killed));
+        assert!(time < SECOND / 10, "a kill before the connect");
+    }
+}
+
+#[test]
+fn hosts_are_tried_in_order_and_all_failures_are_told() {
+    let server = Server::start(false);
+    // Accepts, and says nothing.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent_port = silent.local_addr().unwrap().port();
+    let port = server.port();
+    let url = format!(
+        "host=localhost,/nowhere,localhost hostaddr= port={silent_port},5432,{port} user=postgres connect_timeout=1"
+    );
+    let url = url.replace(" hostaddr=", "");
+    let dialer_ = dialer(&url, None);
+    let control = StreamControl::new();
+    let (client, time) = timed(|| dialer_.connect(&control, soon()));
+    let mut client = client.unwrap_or_else(|error| panic!("{error}"));
+    assert!(time >= SECOND, "the silent one has its time");
+    control.wake();
+    assert!(is_wake(&next(&mut client, SECOND).unwrap().unwrap()));
+
+    let refused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let url = format!("host=127.0.0.1,/nowhere port={refused},5433 user=postgres");
+    let error = dialer(&url, None).connect(&StreamControl::new(), soon()).err().unwrap();
+    let text = error.to_string();
+    println!("{text}");
+    assert!(
+        text.contains(&format!("127.0.0.1:{refused}")) && text.contains("/nowhere/.s.PGSQL.5433"),
+        "{text}"
+    );
+
+    let url = format!("{} load_balance_hosts=random dbname=nowhere", server.url());
+    let error = dialer(&url, None).connect(&StreamControl::new(), soon()).err().unwrap();
+    assert_eq!(error.driver().unwrap().code(), Some(&SqlState::UNDEFINED_DATABASE));
+    println!("{error}");
+
+    let error = dialer("host=no-such-host.invalid user=x", None)
+        .connect(&StreamControl::new(), soon())
+        .err()
+        .unwrap();
+    println!("{error}");
+    assert!(Dialer::new("user=x".parse().unwrap(), None).is_err());
+    assert!(Dialer::new("host=a,b port=1,2,3 user=x".parse().unwrap(), None).is_err());
+}
+
+#[test]
+fn only_an_address_is_enough() {
+    let server = Server::start(false);
+    let url = format!(
+        "hostaddr=127.0.0.1 port={} user=postgres application_name=lab options='-c lock_timeout=4321'",
+        server.port()
+    );
+    let (mut client, _) = open(&dialer(&url, None));
+    assert_eq!(client.query_one("SHOW lock_timeout", &[]).unwrap().get::<_, String>(0), "4321ms");
+    assert_eq!(client.query_one("SHOW application_name", &[]).unwrap().get::<_, String>(0), "lab");
+}
+
+/// The first cause in the chain that is an `io::Error`.
+fn io_cause(error: &DialError) -> Option<ErrorKind> {
+    let mut next = error.source();
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return Some(io.kind());
+        }
+        next = error.source();
+    }
+    None
+}
+
+#[test]
+fn a_unix_socket_that_cannot_be_opened_is_named_with_the_cause() {
+    let server = Server::start(false);
+    let folder = server.folder();
+    let stale = folder.join(".s.PGSQL.1");
+    drop(std::os::unix::net::UnixListener::bind(stale).unwrap());
+    let folder = folder.display();
+    for (url, kind) in [
+        ("host=/nowhere user=x".to_owned(), ErrorKind::NotFound),
+        (format!("host={folder} port=1 user=x"), ErrorKind::ConnectionRefused),
+    ] {
+        let error = dialer(&url, None).connect(&StreamControl::new(), soon()).err().unwrap();
+        println!("{error}");
+        assert_eq!(io_cause(&error), Some(kind));
+        assert!(error.to_string().contains(".s.PGSQL."));
+    }
+}
+
+#[test]
+fn many_unix_sessions_do_not_fill_the_queue_of_the_bait() {
+    let server = Server::start(false);
+    let dialer = over(&server, Over::Unix);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..50 {
+                    let (mut client, _) = open(&dialer);
+                    client.batch_execute("SELECT 1").unwrap();
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn sslmode_means_what_it_means_to_the_driver() {
+    for server_tls in [true, false] {
+        let server = Server::start(server_tls);
+        for mode in ["disable", "prefer", "require"] {
+            for given in [true, false] {
+                let url = format!("{} sslmode={mode}", server.url());
+                let dialer = dialer(&url, given.then(|| rustls(&server)));
+                let outcome = dialer.connect(&StreamControl::new(), soon());
+                let case = format!("sslmode={mode}, server {server_tls}, connector {given}");
+                match (mode, given, server_tls) {
+                    ("require", false, _) => {
+                        let error = outcome.err().unwrap().to_string();
+                        assert!(error.contains("no TLS connector was given"), "{case}: {error}");
+                    }
+                    ("require", true, false) => {
+                        let error = outcome.err().unwrap().to_string();
+                        assert!(error.contains("server does not support TLS"), "{case}: {error}");
+                    }
+                    _ => {
+                        let mut client = outcome.unwrap_or_else(|error| panic!("{case}: {error}"));
+                        assert_eq!(
+                            encrypted(&mut client),
+                            mode != "disable" && given && server_tls,
+                            "{case}"
+                        );
+                    }
+                }
+            }
+        }
+        if server_tls {
+            // The real name reaches the verification: the certificate does not fit another one.
+            let url = server.url().replace("host=localhost", "host=elsewhere.example") + " sslmode=require";
+            let error =
+                dialer(&url, Some(rustls(&server))).connect(&StreamControl::new(), soon()).err().unwrap();
+            println!("{error}");
+            assert!(error.to_string().contains("TLS handshake failed"));
+        }
+    }
+}
+
+#[test]
+fn scram_is_bound_to_the_tls_channel() {
+    let server = Server::start(true);
+    let mut admin = Client::connect(&server.unix_url(), NoTls).unwrap();
+    admin.batch_execute("CREATE ROLE scram_user LOGIN PASSWORD 'secret'").unwrap();
+    let url = server.url().replace("user=postgres", "user=scram_user password=secret dbname=postgres");
+    let bound = format!("{url} sslmode=require channel_binding=require");
+    let (mut client, control) = open(&dialer(&bound, Some(rustls(&server))));
+    assert!(encrypted(&mut client));
+    control.wake();
+    assert!(is_wake(&next(&mut client, SECOND).unwrap().unwrap()));
+    let plain = format!("{url} sslmode=disable channel_binding=require");
+    let error = dialer(&plain, None).connect(&StreamControl::new(), soon()).err().unwrap();
+    println!("{error}");
+    open(&dialer(&format!("{url} sslmode=disable"), None));
+}
+
+/// What a client says first to a server that answers `answer`, and how it fails.
+fn first_words(url: &str, answer: &'static [u8]) -> (Vec<u8>, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("{url} host=127.0.0.1 port={} user=x", listener.local_addr().unwrap().port());
+    let server = thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        let mut words = vec![0; 8];
+        if socket.read_exact(&mut words).is_err() {
+            words.clear();
+        }
+        let _ = socket.write_all(answer);
+        words
+    });
+    let roots = rustls::RootCertStore::empty();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let tls = Tls::new(MakeRustlsConnect::new(config));
+    let error = dialer(&url, Some(tls)).connect(&StreamControl::new(), soon()).err().unwrap();
+    (server.join().unwrap(), error.to_string())
+}
+
+#[test]
+fn direct_negotiation_starts_with_the_handshake() {
+    let (words, error) = first_words("sslmode=require sslnegotiation=direct", b"N");
+    assert_eq!(words[..2], [0x16, 3], "a TLS ClientHello; {error}");
+    let (words, error) = first_words("sslmode=require", b"N");
+    assert_eq!(words, [0, 0, 0, 8, 4, 0xd2, 0x16, 0x2f], "{error}");
+    assert!(error.contains("server does not support TLS"), "{error}");
+    let (words, error) = first_words("sslmode=prefer sslnegotiation=direct", b"N");
+    assert!(words.is_empty() && error.contains("weak sslmode"), "{error}");
+    let (words, _) = first_words("sslmode=disable", b"N");
+    assert_eq!(words[4..8], [0, 3, 0, 0], "a startup message");
+}
+
+#[test]
+fn a_cancel_hits_the_statement_and_never_a_later_one() {
+    let server = Server::start(true);
+    for over_ in ALL {
+        let dialer = over(&server, over_);
+        let (mut client, control) = open(&dialer);
+        let token = client.cancel_token();
+        let (mut hit, mut times) = (0, Vec::new());
+        for round in 0..200_u64 {
+            let canceller = thread::spawn({
+                let (dialer, token) = (dialer.clone(), token.clone());
+                move || {
+                    // Now and then so late that it races with the end of the statement.
+                    sleep(Duration::from_micros(if round % 2 == 0 { 3000 } else { 1000 + round * 20 }));
+                    timed(|| dialer.cancel(&token, soon()))
+                }
+            });
+            let sleep_for = if round % 2 == 0 { "60" } else { "0.003" };
+            match client.batch_execute(&format!("SELECT pg_sleep({sleep_for})")) {
+                Ok(()) => assert_eq!(round % 2, 1),
+                Err(error) => {
+                    assert_eq!(error.code(), Some(&SqlState::QUERY_CANCELED), "{error:?}");
+                    hit += 1;
+                }
+            }
+            let (outcome, time) = canceller.join().unwrap();
+            outcome.unwrap_or_else(|error| panic!("{error}"));
+            times.push(time);
+            for _ in 0..5 {
+                client.batch_execute("SELECT 1").expect("a later statement was hit");
+            }
+            client.batch_execute("SELECT pg_sleep(0.002)").expect("a later statement was hit");
+        }
+        let (middle, worst) = median(times);
+        println!("{over_:?}: 200 cancels, {hit} hit, a cancel takes {middle:?}, 99 % {worst:?}");
+        assert!(hit >= 100 && !control.is_dead());
+
+        let _frozen = server.freeze();
+        let (outcome, time) = timed(|| dialer.cancel(&token, Instant::now() + SECOND / 5));
+        let error = outcome.unwrap_err();
+        println!("{error}");
+        assert_eq!(error.ended(), Some(Ended::DeadlinePassed), "{error}");
+        assert!(time < SECOND / 2);
+        control.kill();
+    }
+}

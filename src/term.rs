@@ -1,0 +1,127 @@
+//! One unbroken stretch of holding a lock, and the fence that its writes stand behind.
+
+use std::time::Duration;
+
+use postgres::{GenericClient, Transaction};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::lock::Lost;
+use crate::postgres::fence;
+
+/// A term: from the moment that the lock was acquired to the moment that it is released or lost.
+///
+/// [`Lock::term`](crate::Lock::term) gives the current one. It goes on being *that* term when the lock is acquired again:
+/// then its [`lost`](Self::lost) channel has disconnected, and its [`fence`](Self::fence) refuses.
+///
+/// # Fencing
+///
+/// A lost channel tells a process that runs. A process that is frozen, thawed, and goes on writing does not look at its
+/// channels first. What stops it is the database: each term has a **token**, greater than those of all earlier terms of
+/// the key, and a write that carries it can be refused when there is a greater one.
+///
+/// Writes to the database that the locks are in are fenced by calling [`fence`](Self::fence) in their transaction:
+///
+/// ```no_run
+/// # use dsync::{Config, Context, ErrorKind, Lock, LockOptions, PostgresManager, SyncManager};
+/// # fn example(manager: PostgresManager, client: &mut postgres::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// let lock = manager.lock("ledger", LockOptions::new())?;
+/// lock.lock(&Context::background())?;
+/// let term = lock.term().ok_or("lost already")?;
+///
+/// let mut transaction = client.transaction()?;
+/// term.fence(&mut transaction)?; // fails with ErrorKind::Lost if there is, or was, a later holder
+/// transaction.execute("UPDATE ledger SET balance = balance - 10 WHERE id = 1", &[])?;
+/// transaction.commit()?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// For a store outside of this database, send the [`token`](Self::token) along with each write, keep the greatest token
+/// seen with the data, and refuse a write with a smaller one, in one atomic step (`UPDATE … WHERE token <= $1`, a
+/// conditional put). The check belongs where the data is; one that the writer does itself beforehand proves nothing.
+#[derive(Clone, Debug)]
+pub struct Term {
+    lost: Lost,
+    token: Option<i64>,
+    /// Where the token is kept; `None` where no database keeps it.
+    row: Option<Row>,
+}
+
+/// Where the catalog keeps the newest token of a key, and for how long a fenced transaction may pause.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Row {
+    pub(crate) id: i64,
+    pub(crate) pair: bool,
+    pub(crate) longest_pause: Duration,
+}
+
+impl Term {
+    pub(crate) fn new(lost: Lost, token: Option<i64>, row: Option<Row>) -> Self {
+        Self { lost, token, row }
+    }
+
+    /// The channel that disconnects when this term ends.
+    pub fn lost(&self) -> &Lost {
+        &self.lost
+    }
+
+    /// The fencing token: greater than that of every earlier term of the key. `None` if the manager was told to do
+    /// without a catalog.
+    pub fn token(&self) -> Option<i64> {
+        self.token
+    }
+
+    /// Whether this process still regards the term as going on. It may have ended all the same: see [`fence`](Self::fence).
+    pub fn is_held(&self) -> bool {
+        self.lost.try_recv().is_err_and(|error| error.is_empty())
+    }
+
+    /// Lets `transaction` go on only if no later term has begun, and keeps one from beginning until it ends.
+    ///
+    /// Call it before the transaction's writes. The transaction may be on any connection to the database that the lock is
+    /// in; its role needs `SELECT` and `UPDATE` on `dsync.lock`. It takes one round trip.
+    ///
+    /// While the transaction is open the next holder waits. So that a frozen process cannot keep it waiting for ever, the
+    /// server is told to end the transaction's session when it pauses for longer than the lease between two statements
+    /// (`idle_in_transaction_session_timeout`, for this transaction only; a shorter one stays as it is).
+    ///
+    /// # Errors
+    /// - [`Lost`](ErrorKind::Lost): the term is over. Roll the transaction back.
+    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the manager keeps no catalog, so there is nothing to check.
+    /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable), [`SessionRefused`](ErrorKind::SessionRefused): the
+    ///   statement failed; the source says why. The transaction cannot go on.
+    pub fn fence(&self, transaction: &mut Transaction<'_>) -> Result<()> {
+        if !self.is_held() {
+            return Err(over());
+        }
+        let Some(row) = &self.row else { return self.unfenced() };
+        let Some(token) = self.token else { return self.unfenced() };
+        if fence::hold(transaction, row, token)? { Ok(()) } else { Err(over()) }
+    }
+
+    /// Whether no later term has begun, by the database's word at this moment. It proves nothing of the next moment: for
+    /// that, there is [`fence`](Self::fence). One round trip.
+    ///
+    /// # Errors
+    /// As [`fence`](Self::fence), but for `Lost`.
+    pub fn is_current(&self, client: &mut impl GenericClient) -> Result<bool> {
+        let (Some(row), Some(token)) = (&self.row, self.token) else { return self.unfenced().map(|()| true) };
+        Ok(self.is_held() && fence::is_current(client, row, token)?)
+    }
+
+    /// There is a token but no database that keeps it: in memory, where the channel is all there is to know.
+    fn unfenced(&self) -> Result<()> {
+        match self.token {
+            Some(_) if self.is_held() => Ok(()),
+            Some(_) => Err(over()),
+            None => Err(Error::new(
+                ErrorKind::InvalidConfig,
+                "fencing needs the catalog, and the manager was told to do without; set the catalog to automatic",
+            )),
+        }
+    }
+}
+
+fn over() -> Error {
+    Error::new(ErrorKind::Lost, "the term is over; roll back, and wait for the next term")
+}

@@ -1,0 +1,1059 @@
+//! What [`Lock`], [`LockGuard`] and [`SyncManager`] promise, on each implementation: every behaviour is one test named
+//! `memory::…` and one named `postgres::…`.
+//!
+//! Each test has a server to itself and managers that play the part of one process each. A call that should end has
+//! half a minute for it, so that a fault is a failed test and not a hung one.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this is test code, in which a panic is the report of a failure"
+)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
+use dsync::{
+    Context, Error, ErrorKind, Key, Lock, LockGuard, LockOptions, LossReason, Lost, MemoryManager,
+    MemoryServer, SyncManager, json_valuer,
+};
+use parking_lot::Mutex;
+
+/// Makes tests of the functions named, once for each implementation. One that is forgotten here is dead code, which the
+/// compiler reports.
+macro_rules! contract {
+    ($($behaviour:ident)*) => {
+        mod memory {
+            $(#[test] fn $behaviour() { super::$behaviour(&super::Memory::new()); })*
+        }
+        mod postgres {
+            $(#[test] fn $behaviour() { super::$behaviour(&super::Postgres::new()); })*
+        }
+    };
+}
+
+contract! {
+    // Exclusion, and giving the lock on.
+    one_of_two_managers_gets_the_lock
+    a_released_lock_goes_to_whoever_asks_next
+    a_waiting_call_gets_the_lock_when_it_is_released
+    a_held_lock_is_acquired_again_at_once
+    threads_exclude_each_other_across_managers
+    // How a wait ends.
+    a_wait_ends_at_its_deadline
+    a_wait_ends_when_another_thread_cancels_it
+    a_wait_ends_when_a_parent_context_is_cancelled
+    an_ended_context_begins_a_claim_all_the_same
+    try_lock_does_not_wait_for_the_holder
+    try_lock_says_so_again_while_its_claim_waits
+    // The claim goes on whatever the call returned.
+    a_timed_out_claim_gets_the_lock_in_the_background
+    a_cancelled_claim_gets_the_lock_in_the_background
+    an_unavailable_lock_is_acquired_in_the_background
+    a_released_claim_does_not_take_the_lock_later
+    a_claim_outlives_its_handle
+    // Releasing.
+    releasing_without_a_claim_does_nothing
+    releasing_twice_is_harmless
+    concurrent_releases_all_succeed
+    a_release_ends_the_wait_of_other_threads
+    a_released_lock_can_be_claimed_again
+    one_release_ends_the_claim_of_all_threads
+    // The lost channel.
+    the_lost_channel_is_open_exactly_while_the_lock_is_held
+    the_lost_channel_closes_before_another_has_the_lock
+    each_term_has_a_lost_channel_of_its_own
+    all_listeners_hear_of_the_end_of_a_term
+    the_lost_channel_works_in_select
+    // Losing the lock.
+    a_lost_lock_comes_back_without_another_call
+    a_lost_lock_goes_to_a_waiter_and_then_comes_back
+    a_lost_claim_can_be_released
+    a_release_is_no_loss_and_a_loss_is_remembered
+    // Handles and options.
+    a_key_has_one_handle_in_a_manager
+    later_options_are_ignored
+    a_key_without_claim_and_handle_is_forgotten
+    the_valuer_is_asked_for_each_term
+    a_panicking_valuer_does_not_cost_the_lock
+    odd_values_are_taken_literally
+    // Keys.
+    names_numbers_and_pairs_are_different_keys
+    keys_may_contain_anything_but_nul
+    keys_that_cannot_name_a_lock_are_refused
+    // The life of a manager.
+    locks_work_once_the_manager_is_started
+    starting_twice_does_nothing
+    stopping_gives_locks_to_others
+    stopping_takes_claims_out_of_the_queue
+    stopping_ends_waiting_calls
+    a_stopped_manager_refuses_everything
+    stopping_twice_does_nothing
+    a_manager_that_was_never_started_can_be_stopped
+    dropping_a_manager_stops_it
+    // Guards.
+    a_guard_releases_when_dropped
+    a_guard_can_be_released_by_hand
+    a_guard_that_fails_leaves_no_claim
+    a_guard_releases_when_its_thread_panics
+    a_guard_keeps_the_channel_of_its_term
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The two worlds
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// A server, and what an operator can do and see there.
+trait World {
+    /// A manager that was not started.
+    fn new_manager(&self) -> Arc<dyn SyncManager>;
+
+    /// Takes the lock `x` from its holder.
+    fn take_away(&self);
+
+    /// What [`Lock::last_loss`] says after that.
+    fn reason(&self) -> LossReason;
+
+    /// How many sessions wait for the lock `x`.
+    fn waiting(&self) -> usize;
+}
+
+impl dyn World + '_ {
+    fn manager(&self) -> Arc<dyn SyncManager> {
+        let manager = self.new_manager();
+        manager.start().unwrap();
+        manager
+    }
+
+    /// A manager of its own for each, with a handle for `x`.
+    fn rivals<const COUNT: usize>(&self) -> [Rival; COUNT] {
+        std::array::from_fn(|_| {
+            let manager = self.manager();
+            Rival { lock: x(&*manager), manager }
+        })
+    }
+
+    fn wait_for_waiters(&self, count: usize) {
+        eventually(&format!("{count} waiters"), || self.waiting() == count);
+    }
+}
+
+struct Memory(MemoryServer);
+
+impl Memory {
+    fn new() -> Self {
+        Self(MemoryServer::new())
+    }
+}
+
+impl World for Memory {
+    fn new_manager(&self) -> Arc<dyn SyncManager> {
+        Arc::new(MemoryManager::on(&self.0))
+    }
+
+    fn take_away(&self) {
+        assert!(self.0.revoke("x"), "somebody holds it");
+    }
+
+    fn reason(&self) -> LossReason {
+        LossReason::Revoked
+    }
+
+    fn waiting(&self) -> usize {
+        self.0.waiting("x")
+    }
+}
+
+/// A database of its own. A test that looks at the locks there uses one key only.
+struct Postgres {
+    operator: Mutex<::postgres::Client>,
+    database: support::Database<'static>,
+}
+
+impl Postgres {
+    fn new() -> Self {
+        let database = support::Database::fresh().unwrap();
+        Self { operator: Mutex::new(database.client().unwrap()), database }
+    }
+
+    /// Counts what `column` says of the database's advisory locks.
+    fn count(&self, column: &str) -> i64 {
+        let query = format!(
+            "SELECT count({column}) FROM pg_locks AS locks JOIN pg_database AS databases ON databases.oid = database
+             WHERE datname = current_database() AND locktype = 'advisory'"
+        );
+        self.operator.lock().query_one(&query, &[]).unwrap().get(0)
+    }
+}
+
+impl World for Postgres {
+    fn new_manager(&self) -> Arc<dyn SyncManager> {
+        let config = dsync::Config::from_url(&self.database.url()).unwrap();
+        Arc::new(dsync::PostgresManager::new(config).unwrap())
+    }
+
+    fn take_away(&self) {
+        assert_eq!(self.count("CASE WHEN granted THEN pg_terminate_backend(pid) END"), 1, "one holder");
+    }
+
+    fn reason(&self) -> LossReason {
+        LossReason::Terminated
+    }
+
+    fn waiting(&self) -> usize {
+        self.count("CASE WHEN NOT granted THEN pid END").try_into().unwrap()
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Words for the timelines
+// ---------------------------------------------------------------------------------------------------------------------
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A process that wants the lock `x`.
+struct Rival {
+    manager: Arc<dyn SyncManager>,
+    lock: Arc<dyn Lock>,
+}
+
+impl Rival {
+    fn lock(&self) {
+        self.lock.lock(&soon()).unwrap();
+    }
+
+    fn release(&self) {
+        self.lock.release().unwrap();
+    }
+
+    /// Tries the lock, which another one has; the claim waits from then on.
+    fn is_refused(&self) {
+        assert_eq!(kind(self.lock.try_lock(&soon())), ErrorKind::LockUnavailable);
+    }
+
+    fn is_held(&self) -> bool {
+        is_held(&self.lock)
+    }
+
+    /// Waits until the lock is held, without a call that would acquire it.
+    fn gets_it(&self) {
+        eventually("the lock in the background", || self.is_held());
+    }
+
+    /// Waits for the lock in a thread, as long as `context` says.
+    fn starts_waiting(&self, context: &Context) -> Outcome<Result<(), Error>> {
+        let (lock, context) = (Arc::clone(&self.lock), context.clone());
+        begin(move || lock.lock(&context))
+    }
+}
+
+/// What a thread will return.
+struct Outcome<T>(Receiver<T>);
+
+impl<T> Outcome<T> {
+    fn get(self) -> T {
+        self.0.recv_timeout(PATIENCE).expect("the call ends in time and does not panic")
+    }
+}
+
+fn begin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Outcome<T> {
+    let (sender, receiver) = bounded(1);
+    thread::spawn(move || sender.send(work()));
+    Outcome(receiver)
+}
+
+fn soon() -> Context {
+    Context::timeout(PATIENCE)
+}
+
+/// Long enough for a session to be opened and to begin to wait, on a busy machine too.
+fn briefly() -> Context {
+    Context::timeout(Duration::from_millis(500))
+}
+
+fn x(manager: &dyn SyncManager) -> Arc<dyn Lock> {
+    manager.lock("x", LockOptions::new()).unwrap()
+}
+
+fn kind<T>(result: Result<T, Error>) -> ErrorKind {
+    result.err().expect("an error").kind()
+}
+
+fn is_held(lock: &Arc<dyn Lock>) -> bool {
+    is_open(&lock.lost())
+}
+
+fn is_open(lost: &Lost) -> bool {
+    lost.try_recv().is_err_and(|error| error.is_empty())
+}
+
+fn hear(lost: &Lost) {
+    assert_eq!(lost.recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected), "the lost channel closes");
+}
+
+/// For what has no event to wait for, since the test is that nobody asks.
+fn eventually(what: &str, condition: impl Fn() -> bool) {
+    support::wait_for(what, PATIENCE, || condition().then_some(())).unwrap();
+}
+
+/// Options whose valuer counts its calls.
+fn counting() -> (LockOptions, Arc<AtomicUsize>) {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&calls);
+    let valuer = move || {
+        counter.fetch_add(1, Ordering::SeqCst);
+        b"{}".to_vec()
+    };
+    (LockOptions::new().valuer(Arc::new(valuer)), calls)
+}
+
+/// Nobody has the lock `x` or is in the queue for it.
+fn assert_free(world: &dyn World) {
+    let manager = world.manager();
+    let probe = x(&*manager);
+    probe.try_lock(&soon()).expect("the lock is free");
+    probe.release().unwrap();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Exclusion, and giving the lock on
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn one_of_two_managers_gets_the_lock(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock.try_lock(&soon()).unwrap();
+    second.is_refused();
+    assert!(first.is_held() && !second.is_held());
+}
+
+fn a_released_lock_goes_to_whoever_asks_next(world: &dyn World) {
+    let [first, second] = world.rivals();
+    for (one, other) in [(&first, &second), (&second, &first), (&first, &second)] {
+        one.lock.try_lock(&soon()).unwrap();
+        assert!(!other.is_held());
+        one.release();
+    }
+}
+
+fn a_waiting_call_gets_the_lock_when_it_is_released(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    let waiting = second.starts_waiting(&Context::background());
+    world.wait_for_waiters(1);
+    first.release();
+    waiting.get().unwrap();
+    assert!(second.is_held() && !first.is_held());
+}
+
+fn a_held_lock_is_acquired_again_at_once(world: &dyn World) {
+    let [only] = world.rivals();
+    let (cancelled, canceller) = Context::background().with_cancel();
+    canceller.cancel();
+    only.lock();
+    let term = only.lock.lost();
+    only.lock();
+    only.lock.try_lock(&soon()).unwrap();
+    only.lock.lock(&cancelled).unwrap();
+    only.lock.try_lock(&Context::timeout(Duration::ZERO)).unwrap();
+    assert!(is_open(&term), "the term is still the same");
+    only.release();
+    assert_free(world);
+}
+
+/// 300 acquisitions of two locks by eight threads in each of three managers.
+fn threads_exclude_each_other_across_managers(world: &dyn World) {
+    /// The managers are the library's affair; the threads of one manager share its lock, and take turns by themselves.
+    struct Seat {
+        lock: Arc<dyn Lock>,
+        turn: Mutex<()>,
+    }
+    let managers: [_; 3] = std::array::from_fn(|_| world.manager());
+    let seats = managers.each_ref().map(|manager| {
+        ["x", "y"]
+            .map(|key| Seat { lock: manager.lock(key, LockOptions::new()).unwrap(), turn: Mutex::new(()) })
+    });
+    let occupied = [AtomicBool::new(false), AtomicBool::new(false)];
+    let (left, done) = (AtomicI32::new(300), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for thread in 0..24 {
+            let (seats, occupied, left, done) = (&seats[thread % 3], &occupied, &left, &done);
+            scope.spawn(move || {
+                let mut key = thread % 2;
+                while left.fetch_sub(1, Ordering::SeqCst) > 0 {
+                    let _turn = seats[key].turn.lock();
+                    let guard = LockGuard::lock(Arc::clone(&seats[key].lock), &soon()).unwrap();
+                    assert!(!occupied[key].swap(true, Ordering::SeqCst), "another one is in here");
+                    thread::yield_now();
+                    occupied[key].store(false, Ordering::SeqCst);
+                    guard.release().unwrap();
+                    done.fetch_add(1, Ordering::SeqCst);
+                    key = 1 - key;
+                }
+            });
+        }
+    });
+    assert_eq!(done.load(Ordering::SeqCst), 300);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// How a wait ends
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn a_wait_ends_at_its_deadline(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    second.is_refused(); // so that it is known already who holds the lock
+    let begun = Instant::now();
+    let error = second.lock.lock(&briefly()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    assert!(begun.elapsed() >= Duration::from_millis(500));
+    let text = error.to_string();
+    assert!(text.starts_with("timed out: waited "), "{text}");
+    assert!(text.ends_with(r#"for lock "x", which another session holds"#), "{text}");
+}
+
+fn a_wait_ends_when_another_thread_cancels_it(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let (context, canceller) = Context::background().with_cancel();
+    first.lock();
+    let waiting = second.starts_waiting(&context);
+    world.wait_for_waiters(1);
+    canceller.cancel();
+    assert_eq!(kind(waiting.get()), ErrorKind::Cancelled);
+    assert!(first.is_held());
+}
+
+fn a_wait_ends_when_a_parent_context_is_cancelled(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let (shutdown, canceller) = Context::background().with_cancel();
+    first.lock();
+    let waiting = second.starts_waiting(&shutdown.with_timeout(PATIENCE));
+    world.wait_for_waiters(1);
+    canceller.cancel();
+    assert_eq!(kind(waiting.get()), ErrorKind::Cancelled);
+}
+
+fn an_ended_context_begins_a_claim_all_the_same(world: &dyn World) {
+    let [only] = world.rivals();
+    let (cancelled, canceller) = Context::background().with_cancel();
+    canceller.cancel();
+    for (context, expected) in
+        [(cancelled, ErrorKind::Cancelled), (Context::timeout(Duration::ZERO), ErrorKind::TimedOut)]
+    {
+        for call in [dsync::Lock::lock, dsync::Lock::try_lock] {
+            // The lock may be there before the call looks at its context.
+            if let Err(error) = call(&*only.lock, &context) {
+                assert_eq!(error.kind(), expected);
+            }
+            only.gets_it();
+            only.release();
+        }
+    }
+    assert_free(world);
+}
+
+fn try_lock_does_not_wait_for_the_holder(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    let lock = Arc::clone(&second.lock);
+    let refused = begin(move || lock.try_lock(&Context::background()));
+    assert_eq!(kind(refused.get()), ErrorKind::LockUnavailable);
+}
+
+fn try_lock_says_so_again_while_its_claim_waits(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    second.is_refused();
+    second.is_refused();
+    world.wait_for_waiters(1);
+    second.is_refused();
+    first.release();
+    second.gets_it();
+    second.lock.try_lock(&soon()).unwrap();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The claim goes on whatever the call returned
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn a_timed_out_claim_gets_the_lock_in_the_background(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    assert_eq!(kind(second.lock.lock(&briefly())), ErrorKind::TimedOut);
+    first.release();
+    second.gets_it();
+    first.is_refused();
+}
+
+fn a_cancelled_claim_gets_the_lock_in_the_background(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let (context, canceller) = Context::background().with_cancel();
+    first.lock();
+    let waiting = second.starts_waiting(&context);
+    world.wait_for_waiters(1);
+    canceller.cancel();
+    assert_eq!(kind(waiting.get()), ErrorKind::Cancelled);
+    first.release();
+    second.gets_it();
+}
+
+fn an_unavailable_lock_is_acquired_in_the_background(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    second.is_refused();
+    first.release();
+    second.gets_it();
+    second.release();
+    assert_free(world);
+}
+
+fn a_released_claim_does_not_take_the_lock_later(world: &dyn World) {
+    let [first, refused, timed_out] = world.rivals();
+    first.lock();
+    refused.is_refused();
+    assert_eq!(kind(timed_out.lock.lock(&briefly())), ErrorKind::TimedOut);
+    world.wait_for_waiters(2);
+    refused.release();
+    timed_out.release();
+    first.release();
+    assert_free(world);
+    assert!(!refused.is_held() && !timed_out.is_held());
+    world.wait_for_waiters(0);
+}
+
+fn a_claim_outlives_its_handle(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let Rival { manager, lock } = first;
+    lock.lock(&soon()).unwrap();
+    let term = lock.lost();
+    drop(lock);
+    second.is_refused();
+    assert!(is_open(&term));
+
+    let lock = x(&*manager);
+    assert!(is_held(&lock));
+    lock.release().unwrap();
+    hear(&term);
+    second.gets_it();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Releasing
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn releasing_without_a_claim_does_nothing(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.release();
+    second.lock();
+    first.release();
+    assert!(second.is_held(), "it is not ours to release");
+}
+
+fn releasing_twice_is_harmless(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    first.release();
+    first.release();
+    second.lock();
+    first.release();
+    assert!(second.is_held());
+}
+
+fn concurrent_releases_all_succeed(world: &dyn World) {
+    let [first] = world.rivals();
+    for _ in 0..5 {
+        first.lock();
+        let releases = [(); 4].map(|()| {
+            let lock = Arc::clone(&first.lock);
+            begin(move || lock.release())
+        });
+        releases.into_iter().for_each(|release| release.get().unwrap());
+        assert_free(world);
+    }
+}
+
+fn a_release_ends_the_wait_of_other_threads(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    let waiting = [(); 3].map(|()| second.starts_waiting(&Context::background()));
+    world.wait_for_waiters(1);
+    for wait in waiting {
+        // Not one release for all: a thread that is slow to begin finds no claim, and makes another.
+        eventually("the end of the wait", || {
+            second.release();
+            !wait.0.is_empty()
+        });
+        assert_eq!(kind(wait.get()), ErrorKind::Released);
+    }
+    assert!(first.is_held() && !second.is_held());
+}
+
+fn a_released_lock_can_be_claimed_again(world: &dyn World) {
+    let [first, second] = world.rivals();
+    for _ in 0..5 {
+        first.lock();
+        second.is_refused();
+        second.release();
+        first.release();
+    }
+    first.lock();
+    second.is_refused();
+    first.release();
+    second.gets_it();
+}
+
+fn one_release_ends_the_claim_of_all_threads(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let calls = [(); 2].map(|()| first.starts_waiting(&soon()));
+    calls.into_iter().for_each(|call| call.get().unwrap());
+    second.is_refused();
+    first.release();
+    second.gets_it();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The lost channel
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn the_lost_channel_is_open_exactly_while_the_lock_is_held(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let before = second.lock.lost();
+    hear(&before);
+    first.lock();
+    second.is_refused();
+    hear(&second.lock.lost());
+    first.release();
+    second.gets_it();
+    assert!(!is_open(&before), "a closed channel never opens again");
+    second.release();
+    assert!(!second.is_held());
+}
+
+fn the_lost_channel_closes_before_another_has_the_lock(world: &dyn World) {
+    let [first, second] = world.rivals();
+    for (holder, next) in [(&first, &second), (&second, &first)].repeat(10) {
+        holder.lock();
+        let term = holder.lock.lost();
+        let waiting = next.starts_waiting(&Context::background());
+        let lock = Arc::clone(&holder.lock);
+        let release = begin(move || lock.release());
+        waiting.get().unwrap();
+        assert!(!is_open(&term), "two would believe that they hold it");
+        release.get().unwrap();
+        next.release();
+    }
+}
+
+fn each_term_has_a_lost_channel_of_its_own(world: &dyn World) {
+    let [first] = world.rivals();
+    first.lock();
+    let old = first.lock.lost();
+    first.release();
+    hear(&old);
+    first.lock();
+    let new = first.lock.lost();
+    assert!(is_open(&new) && !is_open(&old));
+    first.release();
+    hear(&new);
+}
+
+fn all_listeners_hear_of_the_end_of_a_term(world: &dyn World) {
+    let [first] = world.rivals();
+    first.lock();
+    let listeners = [(); 8].map(|()| {
+        let lost = first.lock.lost();
+        begin(move || lost.recv().is_err())
+    });
+    world.take_away();
+    listeners.into_iter().for_each(|listener| assert!(listener.get()));
+}
+
+fn the_lost_channel_works_in_select(world: &dyn World) {
+    let [first] = world.rivals();
+    first.lock();
+    let (work, jobs) = bounded(1);
+    work.send("job").unwrap();
+    let next = || {
+        select! {
+            recv(jobs) -> job => job.ok(),
+            recv(first.lock.lost()) -> _ => None,
+            default(PATIENCE) => panic!("neither a job nor a loss"),
+        }
+    };
+    assert_eq!(next(), Some("job"));
+    let lock = Arc::clone(&first.lock);
+    let release = begin(move || lock.release());
+    assert_eq!(next(), None);
+    release.get().unwrap();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Losing the lock
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn a_lost_lock_comes_back_without_another_call(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    for _ in 0..3 {
+        let term = first.lock.lost();
+        world.take_away();
+        hear(&term);
+        assert_eq!(first.lock.last_loss().unwrap().reason, world.reason());
+        first.gets_it();
+        assert!(!is_open(&term), "the old term stays over");
+    }
+    second.is_refused();
+}
+
+fn a_lost_lock_goes_to_a_waiter_and_then_comes_back(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    let term = first.lock.lost();
+    let waiting = second.starts_waiting(&Context::background());
+    world.wait_for_waiters(1);
+    world.take_away();
+    hear(&term);
+    waiting.get().unwrap();
+    world.wait_for_waiters(1);
+    assert!(!first.is_held());
+    second.release();
+    first.gets_it();
+}
+
+fn a_lost_claim_can_be_released(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    second.is_refused();
+    world.wait_for_waiters(1);
+    let term = first.lock.lost();
+    world.take_away();
+    hear(&term);
+    first.release();
+    second.gets_it();
+    second.release();
+    assert_free(world);
+    assert!(!first.is_held());
+}
+
+fn a_release_is_no_loss_and_a_loss_is_remembered(world: &dyn World) {
+    let [first] = world.rivals();
+    assert_eq!(first.lock.last_loss(), None);
+    first.lock();
+    first.release();
+    assert_eq!(first.lock.last_loss(), None);
+
+    first.lock();
+    let term = first.lock.lost();
+    world.take_away();
+    hear(&term);
+    first.gets_it();
+    first.release();
+    let loss = first.lock.last_loss().expect("released, and not forgotten");
+    assert_eq!(loss.reason, world.reason());
+    first.lock();
+    assert_eq!(first.lock.last_loss(), Some(loss));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Handles and options
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn a_key_has_one_handle_in_a_manager(world: &dyn World) {
+    let [first, second] = world.rivals();
+    assert!(Arc::ptr_eq(&first.lock, &x(&*first.manager)));
+    assert!(!Arc::ptr_eq(&first.lock, &second.lock));
+    first.lock();
+    assert!(Arc::ptr_eq(&first.lock, &x(&*first.manager)));
+    let other = first.manager.lock("y", LockOptions::new()).unwrap();
+    assert!(!Arc::ptr_eq(&first.lock, &other) && !is_held(&other));
+}
+
+fn later_options_are_ignored(world: &dyn World) {
+    let manager = world.manager();
+    let ((first, asked), (later, ignored)) = (counting(), counting());
+    let lock = manager.lock("x", first).unwrap();
+    manager.lock("x", later.clone()).unwrap().lock(&soon()).unwrap();
+    drop(lock);
+    let lock = manager.lock("x", later).unwrap();
+    assert!(is_held(&lock), "the claim outlived the handle");
+    let term = lock.lost();
+    world.take_away();
+    hear(&term);
+    eventually("the lock again", || is_held(&lock));
+    assert!(asked.load(Ordering::SeqCst) >= 2, "once for each term");
+    assert_eq!(ignored.load(Ordering::SeqCst), 0);
+}
+
+fn a_key_without_claim_and_handle_is_forgotten(world: &dyn World) {
+    let manager = world.manager();
+    let ((first, forgotten), (later, asked)) = (counting(), counting());
+    let lock = manager.lock("x", first).unwrap();
+    lock.lock(&soon()).unwrap();
+    lock.release().unwrap();
+    drop(lock);
+    let lock = manager.lock("x", later).unwrap();
+    lock.lock(&soon()).unwrap();
+    assert!(asked.load(Ordering::SeqCst) > 0);
+    assert_eq!(forgotten.load(Ordering::SeqCst), 1, "it was asked for its own term only");
+}
+
+fn the_valuer_is_asked_for_each_term(world: &dyn World) {
+    let manager = world.manager();
+    let (options, calls) = counting();
+    let lock = manager.lock("x", options).unwrap();
+    for _ in 0..3 {
+        let before = calls.load(Ordering::SeqCst);
+        lock.lock(&soon()).unwrap();
+        let after = calls.load(Ordering::SeqCst);
+        assert!(after > before);
+        lock.lock(&soon()).unwrap();
+        assert_eq!(calls.load(Ordering::SeqCst), after, "the term is still the same");
+        lock.release().unwrap();
+    }
+}
+
+fn a_panicking_valuer_does_not_cost_the_lock(world: &dyn World) {
+    let [other] = world.rivals();
+    let manager = world.manager();
+    let lock = manager.lock("x", LockOptions::new().valuer(Arc::new(|| panic!("no value today")))).unwrap();
+    lock.lock(&soon()).unwrap();
+    other.is_refused();
+    lock.release().unwrap();
+    other.gets_it();
+}
+
+fn odd_values_are_taken_literally(world: &dyn World) {
+    let manager = world.manager();
+    let json = json_valuer(&["ü", "'", "\\", "\0"]).unwrap();
+    let not_text = Arc::new(|| vec![0, 0xff, b'\'', b'\\']);
+    let long = Arc::new(|| vec![b'v'; 100_000]);
+    for valuer in [json, not_text, long] {
+        let lock = manager.lock("x", LockOptions::new().valuer(valuer)).unwrap();
+        lock.lock(&soon()).unwrap();
+        lock.release().unwrap();
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Keys
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn names_numbers_and_pairs_are_different_keys(world: &dyn World) {
+    let (ours, theirs) = (world.manager(), world.manager());
+    let lock =
+        |manager: &Arc<dyn SyncManager>, key: &Key| manager.lock(key.clone(), LockOptions::new()).unwrap();
+    // PostgreSQL shows the number 42 and the pair (0, 42) with the same two halves; and "#42" is how 42 is written.
+    let keys = [
+        Key::from("42"),
+        Key::from("#42"),
+        Key::from(42),
+        Key::from(-42),
+        Key::from((0, 42)),
+        Key::from((42, 0)),
+    ];
+    let ours = keys.each_ref().map(|key| lock(&ours, key));
+    for (index, key) in keys.iter().enumerate() {
+        ours[index].try_lock(&soon()).unwrap();
+        assert_eq!(ours[index].key(), key.to_string());
+        let rival = lock(&theirs, key);
+        assert_eq!(kind(rival.try_lock(&soon())), ErrorKind::LockUnavailable, "{key} is one lock for all");
+        rival.release().unwrap();
+    }
+}
+
+fn keys_may_contain_anything_but_nul(world: &dyn World) {
+    let (ours, theirs) = (world.manager(), world.manager());
+    let longest = "k".repeat(Key::MAX_LEN);
+    for name in [
+        "schlüssel/鍵/🔑",
+        "it's",
+        r#"a "quoted" key"#,
+        r"back\slash\",
+        r"C:\x\0",
+        "%s %d %n {} {0}",
+        "$1; --",
+        "two\nlines\r\n\t",
+        " ",
+        "\u{1}\u{7f}",
+        "'); DROP SCHEMA dsync CASCADE; --",
+        &longest,
+    ] {
+        let [one, other] = [&ours, &theirs].map(|manager| manager.lock(name, LockOptions::new()).unwrap());
+        assert_eq!(one.key(), name);
+        one.lock(&soon()).unwrap();
+        assert_eq!(kind(other.try_lock(&soon())), ErrorKind::LockUnavailable, "{name:?}");
+        one.release().unwrap();
+        other.lock(&soon()).unwrap();
+        other.release().unwrap();
+    }
+}
+
+fn keys_that_cannot_name_a_lock_are_refused(world: &dyn World) {
+    let manager = world.manager();
+    for name in ["", "nul\0inside", &"k".repeat(Key::MAX_LEN + 1)] {
+        assert_eq!(kind(manager.lock(name, LockOptions::new())), ErrorKind::InvalidKey, "{name:?}");
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The life of a manager
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn locks_work_once_the_manager_is_started(world: &dyn World) {
+    let manager = world.new_manager();
+    let lock = x(&*manager);
+    for refusal in [lock.lock(&soon()), lock.try_lock(&soon())] {
+        let error = refusal.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::SyncManagerStopped);
+        assert!(error.to_string().contains("start"), "it says what to do: {error}");
+    }
+    lock.release().unwrap();
+    assert!(!is_held(&lock));
+    manager.start().unwrap();
+    assert!(Arc::ptr_eq(&lock, &x(&*manager)));
+    lock.lock(&soon()).unwrap();
+    assert!(is_held(&lock));
+}
+
+fn starting_twice_does_nothing(world: &dyn World) {
+    let [first] = world.rivals();
+    first.lock();
+    let term = first.lock.lost();
+    first.manager.start().unwrap();
+    assert!(is_open(&term));
+}
+
+fn stopping_gives_locks_to_others(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    let term = first.lock.lost();
+    second.is_refused();
+    first.manager.stop().unwrap();
+    assert!(!is_open(&term));
+    assert_eq!(first.lock.last_loss(), None, "it was asked for");
+    second.gets_it();
+}
+
+fn stopping_takes_claims_out_of_the_queue(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    second.is_refused();
+    world.wait_for_waiters(1);
+    second.manager.stop().unwrap();
+    first.release();
+    assert_free(world);
+}
+
+fn stopping_ends_waiting_calls(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    let waiting = [(); 2].map(|()| second.starts_waiting(&Context::background()));
+    world.wait_for_waiters(1);
+    second.manager.stop().unwrap();
+    for wait in waiting {
+        assert_eq!(kind(wait.get()), ErrorKind::SyncManagerStopped);
+    }
+    assert!(first.is_held());
+}
+
+fn a_stopped_manager_refuses_everything(world: &dyn World) {
+    let [first] = world.rivals();
+    first.lock();
+    first.manager.stop().unwrap();
+    assert!(!first.is_held());
+    assert_eq!(kind(first.lock.lock(&soon())), ErrorKind::SyncManagerStopped);
+    assert_eq!(kind(first.lock.try_lock(&soon())), ErrorKind::SyncManagerStopped);
+    assert_eq!(kind(first.manager.lock("x", LockOptions::new())), ErrorKind::SyncManagerStopped);
+    assert_eq!(kind(first.manager.lock("y", LockOptions::new())), ErrorKind::SyncManagerStopped);
+    assert_eq!(kind(first.manager.start()), ErrorKind::SyncManagerStopped);
+    first.release();
+    assert_free(world);
+}
+
+fn stopping_twice_does_nothing(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    first.manager.stop().unwrap();
+    second.lock();
+    first.manager.stop().unwrap();
+    assert!(second.is_held());
+}
+
+fn a_manager_that_was_never_started_can_be_stopped(world: &dyn World) {
+    let manager = world.new_manager();
+    manager.stop().unwrap();
+    assert_eq!(kind(manager.start()), ErrorKind::SyncManagerStopped);
+    assert_eq!(kind(manager.lock("x", LockOptions::new())), ErrorKind::SyncManagerStopped);
+}
+
+fn dropping_a_manager_stops_it(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let Rival { manager, lock } = first;
+    lock.lock(&soon()).unwrap();
+    let term = lock.lost();
+    drop(manager);
+    assert!(!is_open(&term));
+    second.lock();
+    assert_eq!(kind(lock.lock(&soon())), ErrorKind::SyncManagerStopped);
+    lock.release().unwrap();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Guards
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn a_guard_releases_when_dropped(world: &dyn World) {
+    let [first] = world.rivals();
+    let guard = LockGuard::lock(Arc::clone(&first.lock), &soon()).unwrap();
+    let term = guard.lost().clone();
+    assert!(is_open(&term) && first.is_held());
+    drop(guard);
+    assert!(!is_open(&term) && !first.is_held());
+    drop(LockGuard::try_lock(Arc::clone(&first.lock), &soon()).unwrap());
+    assert_free(world);
+}
+
+fn a_guard_can_be_released_by_hand(world: &dyn World) {
+    let [first] = world.rivals();
+    LockGuard::lock(Arc::clone(&first.lock), &soon()).unwrap().release().unwrap();
+    assert!(!first.is_held());
+    assert_free(world);
+}
+
+fn a_guard_that_fails_leaves_no_claim(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    let attempt = LockGuard::try_lock(Arc::clone(&second.lock), &soon());
+    assert_eq!(kind(attempt), ErrorKind::LockUnavailable);
+    let attempt = LockGuard::lock(Arc::clone(&second.lock), &briefly());
+    assert_eq!(kind(attempt), ErrorKind::TimedOut);
+    world.wait_for_waiters(0);
+    first.release();
+    assert_free(world);
+    assert!(!second.is_held());
+}
+
+fn a_guard_releases_when_its_thread_panics(world: &dyn World) {
+    let [first] = world.rivals();
+    let lock = Arc::clone(&first.lock);
+    let work = thread::spawn(move || {
+        let _guard = LockGuard::lock(lock, &soon()).unwrap();
+        panic!("the work failed");
+    });
+    assert!(work.join().is_err());
+    assert!(!first.is_held());
+    assert_free(world);
+}
+
+fn a_guard_keeps_the_channel_of_its_term(world: &dyn World) {
+    let [first] = world.rivals();
+    let guard = LockGuard::lock(Arc::clone(&first.lock), &soon()).unwrap();
+    world.take_away();
+    hear(guard.lost());
+    first.gets_it();
+    assert!(!is_open(guard.lost()), "what was begun in the lost term must stay stopped");
+    guard.release().unwrap();
+    assert_free(world);
+}

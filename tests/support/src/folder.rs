@@ -1,0 +1,94 @@
+//! The private folder of one server, with everything that it writes.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use crate::account::Account;
+use crate::error::{Error, Result};
+use crate::random;
+
+/// A new folder in `/tmp`. The [watcher](crate::watcher) removes it, not a destructor: that works after a kill too.
+///
+/// `/tmp` is preferred to `TMPDIR` because a Unix socket's path must fit into about a hundred bytes, and because the
+/// server's user must be able to reach it.
+#[derive(Debug)]
+pub(crate) struct Folder {
+    path: PathBuf,
+    account: Account,
+}
+
+impl Folder {
+    /// Chooses a name that nobody has, and makes nothing yet: the watcher has to know it first, or a kill between the
+    /// two would leave a folder behind. This is why the `tempfile` crate, which does both at once, is of no use here.
+    pub(crate) fn plan(prefix: &str, account: Account) -> Result<Self> {
+        let parent = if Path::new("/tmp").is_dir() { PathBuf::from("/tmp") } else { std::env::temp_dir() };
+        loop {
+            // 48 bits: a path may not be long, and two processes may not choose the same.
+            let path = parent.join(format!("{prefix}{:012x}", random::number()? >> 16));
+            if !path.exists() {
+                return Ok(Self { path, account });
+            }
+        }
+    }
+
+    /// Makes the folder.
+    pub(crate) fn make(&self) -> Result<()> {
+        fs::create_dir(&self.path)
+            .map_err(Error::because(format!("can't make {}; /tmp must be writable", self.path.display())))?;
+        self.hand_over(&self.path, 0o755)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn join(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    pub(crate) fn subfolder(&self, name: &str, mode: u32) -> Result<PathBuf> {
+        let path = self.join(name);
+        fs::create_dir(&path).map_err(Error::because(format!("can't make {}", path.display())))?;
+        self.hand_over(&path, mode)?;
+        Ok(path)
+    }
+
+    /// Writes a file that belongs to the server's user.
+    pub(crate) fn write(&self, name: &str, text: &str, mode: u32) -> Result<PathBuf> {
+        let path = self.join(name);
+        fs::write(&path, text).map_err(Error::because(format!("can't write {}", path.display())))?;
+        self.hand_over(&path, mode)?;
+        Ok(path)
+    }
+
+    /// Opens a file for adding to its end. It's ours: whoever we start gets it open.
+    pub(crate) fn append_to(&self, name: &str) -> Result<File> {
+        let path = self.join(name);
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(Error::because(format!("can't open {}", path.display())))
+    }
+
+    /// The text of a file, or none while it doesn't exist.
+    pub(crate) fn read(&self, name: &str) -> String {
+        fs::read(self.join(name))
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
+    }
+
+    fn hand_over(&self, path: &Path, mode: u32) -> Result<()> {
+        fs::set_permissions(path, Permissions::from_mode(mode))
+            .map_err(Error::because(format!("can't set the permissions of {}", path.display())))?;
+        self.account.own(path)
+    }
+}
+
+/// The end of a log, for error messages.
+pub(crate) fn last_lines(text: &str) -> String {
+    const LINES: usize = 15;
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(LINES)..].join("\n")
+}

@@ -1,0 +1,157 @@
+//! What processes use, and signals to them. Figures come from `/proc`: elsewhere than on Linux they are `None`.
+
+use std::fs;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use rustix::process::Pid;
+
+use crate::error::{Error, Result};
+
+/// The signals that the tests need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Signal {
+    Hangup,
+    Interrupt,
+    Quit,
+    Terminate,
+    Kill,
+    Stop,
+    Continue,
+}
+
+impl Signal {
+    fn raw(self) -> rustix::process::Signal {
+        match self {
+            Self::Hangup => rustix::process::Signal::HUP,
+            Self::Interrupt => rustix::process::Signal::INT,
+            Self::Quit => rustix::process::Signal::QUIT,
+            Self::Terminate => rustix::process::Signal::TERM,
+            Self::Kill => rustix::process::Signal::KILL,
+            Self::Stop => rustix::process::Signal::STOP,
+            Self::Continue => rustix::process::Signal::CONT,
+        }
+    }
+}
+
+/// Sends a signal to one process.
+///
+/// # Errors
+/// When there's no such process, or it isn't ours to signal.
+pub fn signal(pid: i32, signal: Signal) -> Result<()> {
+    rustix::process::kill_process(valid(pid)?, signal.raw())
+        .map_err(Error::because(format!("can't send {signal:?} to process {pid}")))
+}
+
+/// Sends a signal to all processes of a group.
+pub(crate) fn signal_group(leader: i32, signal: Signal) -> Result<()> {
+    rustix::process::kill_process_group(valid(leader)?, signal.raw())
+        .map_err(Error::because(format!("can't send {signal:?} to process group {leader}")))
+}
+
+/// Ids below 1 mean groups or everybody, and 1 is the system: no test wants to hit those.
+fn valid(pid: i32) -> Result<Pid> {
+    Pid::from_raw(pid)
+        .filter(|_| pid > 1)
+        .ok_or_else(|| Error::new(format!("{pid} is no process to send a signal to")))
+}
+
+/// The id of this process, as a pid the functions here take.
+#[must_use]
+pub fn own() -> i32 {
+    rustix::process::getpid().as_raw_nonzero().get()
+}
+
+/// A child's id in the type that signals and SQL use; no system has ids beyond it.
+#[must_use]
+pub fn id_of(child: &Child) -> i32 {
+    i32::try_from(child.id()).unwrap_or_default()
+}
+
+/// How many threads a process has.
+#[must_use]
+pub fn threads(pid: i32) -> Option<usize> {
+    Some(fs::read_dir(format!("/proc/{pid}/task")).ok()?.count())
+}
+
+/// How many file descriptors a process has open.
+#[must_use]
+pub fn descriptors(pid: i32) -> Option<usize> {
+    let count = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count();
+    // Reading our own list takes one.
+    Some(if pid == own() { count.saturating_sub(1) } else { count })
+}
+
+/// How much memory of a process is in RAM.
+#[must_use]
+pub fn resident_bytes(pid: i32) -> Option<u64> {
+    let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * u64::try_from(rustix::param::page_size()).ok()?)
+}
+
+/// The processor time that a process has used, in user mode and in the kernel. Its unit is commonly 10 ms.
+#[must_use]
+pub fn cpu_time(pid: i32) -> Option<Duration> {
+    let stat = Stat::read(pid)?;
+    let user: u64 = stat.field(14)?.parse().ok()?;
+    let kernel: u64 = stat.field(15)?.parse().ok()?;
+    Some(Duration::from_millis((user + kernel) * 1000 / rustix::param::clock_ticks_per_second().max(1)))
+}
+
+/// Whether a process exists and isn't just waiting for its parent to take note of its end.
+#[must_use]
+pub fn is_alive(pid: i32) -> bool {
+    if let Some(stat) = Stat::read(pid) {
+        return !matches!(stat.field(3), Some("Z" | "X") | None);
+    }
+    !cfg!(target_os = "linux") && valid(pid).is_ok_and(|pid| rustix::process::test_kill_process(pid).is_ok())
+}
+
+/// Whether a process is stopped (SIGSTOP) or gone, so that it does nothing any more. Elsewhere than on Linux: assumed.
+pub(crate) fn is_still(pid: i32) -> bool {
+    Stat::read(pid)
+        .is_none_or(|stat| !matches!(stat.field(3), Some(state) if !matches!(state, "T" | "t" | "Z" | "X")))
+}
+
+/// The children of a process.
+#[must_use]
+pub fn children(parent: i32) -> Vec<i32> {
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return children_by_ps(parent);
+    };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|&pid| Stat::read(pid).and_then(|stat| stat.field(4)?.parse().ok()) == Some(parent))
+        .collect()
+}
+
+fn children_by_ps(parent: i32) -> Vec<i32> {
+    let Ok(output) = Command::new("ps").args(["-axo", "pid=,ppid="]).output() else {
+        return Vec::new();
+    };
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| {
+            let mut ids = line.split_whitespace().map_while(|id| id.parse::<i32>().ok());
+            let child = ids.next()?;
+            (ids.next()? == parent).then_some(child)
+        })
+        .collect()
+}
+
+/// The text of `/proc/PID/stat` after the program's name, which may hold blanks and brackets itself.
+struct Stat(String);
+
+impl Stat {
+    fn read(pid: i32) -> Option<Self> {
+        let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        Some(Self(text.rsplit_once(')')?.1.to_owned()))
+    }
+
+    /// A field by its number in proc(5); the third is the first after the name.
+    fn field(&self, number: usize) -> Option<&str> {
+        self.0.split_whitespace().nth(number.checked_sub(3)?)
+    }
+}
