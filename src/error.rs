@@ -12,7 +12,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 ///
 /// Match on [`kind`](Error::kind). The text says what happened and what to change; the cause, where there is one
 /// (a [`postgres::Error`], say), is kept as [`source`](StdError::source). Cloning is cheap: several threads that wait
-/// for one lock are told of the same failure.
+/// for one lock are told of the same failure. `{error:#}` writes the causes behind the text, for a log line.
 ///
 /// ```
 /// use dsync::{Context, ErrorKind, Lock, LockOptions, MemoryManager, SyncManager};
@@ -121,7 +121,13 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.kind.as_str(), self.message)
+        write!(f, "{}: {}", self.kind.as_str(), self.message)?;
+        if f.alternate() {
+            for cause in new_causes(self) {
+                write!(f, ": {cause}")?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -145,17 +151,27 @@ impl StdError for Error {
 /// An error's text with those of its causes behind it, for a log line or a text of our own.
 pub(crate) fn chain(error: &(dyn StdError + 'static)) -> String {
     let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let part = error.to_string();
-        // Some drivers repeat the cause in their own text.
-        if !text.contains(&part) {
-            text.push_str(": ");
-            text.push_str(&part);
-        }
-        cause = error.source();
+    for cause in new_causes(error) {
+        text.push_str(": ");
+        text.push_str(&cause);
     }
     text
+}
+
+/// The texts of an error's causes, but for those that the texts before repeat, as those of some drivers do.
+fn new_causes(error: &(dyn StdError + 'static)) -> Vec<String> {
+    let mut said = error.to_string();
+    let mut causes = Vec::new();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        if !said.contains(&text) {
+            said.push_str(&text);
+            causes.push(text);
+        }
+        next = cause.source();
+    }
+    causes
 }
 
 #[cfg(test)]
@@ -167,6 +183,7 @@ mod tests {
         let cause = std::io::Error::other("wire cut");
         let error = Error::new(ErrorKind::SessionUnavailable, "the server did not answer").with_source(cause);
         assert_eq!(error.to_string(), "session unavailable: the server did not answer");
+        assert_eq!(format!("{error:#}"), chain(&error));
         assert_eq!(chain(&error), "session unavailable: the server did not answer: wire cut");
         assert_eq!(error.clone().source().unwrap().to_string(), "wire cut");
         assert_eq!(error.sqlstate(), None);

@@ -66,6 +66,11 @@ impl Key {
         Ok(())
     }
 
+    /// The namespace that the key is in: a number is the same in all of them.
+    pub(crate) fn namespace<'a>(&self, namespace: &'a str) -> &'a str {
+        if let Self::Name(_) = self { namespace } else { "" }
+    }
+
     /// The key as PostgreSQL's advisory lock functions take it.
     pub(crate) fn advisory(&self, namespace: &str) -> AdvisoryKey {
         match self {

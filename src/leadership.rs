@@ -60,18 +60,18 @@ impl Drop for Campaign {
     }
 }
 
-/// Logs each gain and each loss of the leadership.
+/// Logs each gain and each loss of the leadership, and stands again after a loss, until the lock is released.
 fn observe(lock: &dyn Lock, service: &str, context: &Context) {
     let cancelled = context.cancelled();
+    let withdrawn = || log::info!("this process does not stand for the leadership of {service:?} any more");
+    let mut known = lock.last_loss();
     loop {
         match lock.lock(context) {
             Ok(()) => log::info!("this process leads service {service:?}"),
             Err(error) => {
                 match error.kind() {
                     ErrorKind::Cancelled | ErrorKind::SyncManagerStopped => {}
-                    ErrorKind::Released => {
-                        log::info!("this process does not stand for the leadership of {service:?} any more");
-                    }
+                    ErrorKind::Released => withdrawn(),
                     _ => log::error!("the leadership of {service:?}: {}", chain(&error)),
                 }
                 return;
@@ -82,5 +82,11 @@ fn observe(lock: &dyn Lock, service: &str, context: &Context) {
             recv(lost) -> _ => log::info!("this process leads service {service:?} no longer"),
             recv(cancelled) -> _ => return,
         }
+        // A term that ended without a loss was released, and to lock again would undo that.
+        let last = lock.last_loss();
+        if last == known {
+            return withdrawn();
+        }
+        known = last;
     }
 }

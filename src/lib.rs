@@ -11,6 +11,7 @@ mod manager;
 mod memory;
 mod postgres;
 mod term;
+mod view;
 
 pub use crate::context::{Canceller, Context};
 pub use crate::error::{Error, ErrorKind, Result};
@@ -22,3 +23,4 @@ pub use crate::manager::SyncManager;
 pub use crate::memory::{MemoryManager, MemoryServer};
 pub use crate::postgres::{CATALOG_SQL, CatalogMode, Config, PostgresManager};
 pub use crate::term::Term;
+pub use crate::view::{Holder, LockView, Waiter};

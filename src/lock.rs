@@ -44,7 +44,8 @@ pub trait Lock: Send + Sync + fmt::Debug {
     /// The key in text, as [`Key`](crate::Key) displays it.
     fn key(&self) -> &str;
 
-    /// Acquires the lock, waiting until it is held or `context` ends. Returns at once if it is held already.
+    /// Acquires the lock, waiting until it is held or `context` ends. Returns at once if it is held already, also where
+    /// `context` has ended: a loop that is to end with its context must look at [`Context::check`] as well.
     ///
     /// While the server cannot be reached the call goes on waiting. Whatever it returns, the claim goes on in the
     /// background until [`release`](Self::release), which must therefore follow.
@@ -211,7 +212,7 @@ impl LockGuard {
 
     fn held(lock: Arc<dyn Lock>, outcome: Result<()>) -> Result<Self> {
         // A term that was lost in this very moment is one all the same: over.
-        let term = lock.term().unwrap_or_else(|| Term::new(lost_already(), None, None));
+        let term = lock.term().unwrap_or_else(|| Term::new(lost_already(), None));
         let guard = Self { lock: Some(lock), term };
         outcome.map(|()| guard)
     }

@@ -1,7 +1,9 @@
 //! One unbroken stretch of holding a lock, and the fence that its writes stand behind.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use postgres::{GenericClient, Transaction};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -43,6 +45,8 @@ use crate::postgres::fence;
 pub struct Term {
     lost: Lost,
     token: Option<i64>,
+    /// When the term ends unless it is renewed; `None` where nothing has to be renewed.
+    deadline: Option<Arc<Deadline>>,
     /// Where the token is kept; `None` where no database keeps it.
     row: Option<Row>,
 }
@@ -55,9 +59,31 @@ pub(crate) struct Row {
     pub(crate) longest_pause: Duration,
 }
 
+/// Until when a term lasts, moved on by each heartbeat that is answered; shared by those who look at the clock.
+#[derive(Debug)]
+pub(crate) struct Deadline(Mutex<Instant>);
+
+impl Deadline {
+    pub(crate) fn new(at: Instant) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(at)))
+    }
+
+    pub(crate) fn move_to(&self, at: Instant) {
+        *self.0.lock() = at;
+    }
+
+    pub(crate) fn has_passed(&self) -> bool {
+        Instant::now() >= *self.0.lock()
+    }
+}
+
 impl Term {
-    pub(crate) fn new(lost: Lost, token: Option<i64>, row: Option<Row>) -> Self {
-        Self { lost, token, row }
+    pub(crate) fn new(lost: Lost, token: Option<i64>) -> Self {
+        Self { lost, token, deadline: None, row: None }
+    }
+
+    pub(crate) fn with_lease(self, deadline: Arc<Deadline>, row: Option<Row>) -> Self {
+        Self { deadline: Some(deadline), row, ..self }
     }
 
     /// The channel that disconnects when this term ends.
@@ -65,31 +91,41 @@ impl Term {
         &self.lost
     }
 
-    /// The fencing token: greater than that of every earlier term of the key. `None` if the manager was told to do
-    /// without a catalog.
+    /// The fencing token: greater than that of every earlier term of the key, also over crashes of the server and the
+    /// promotion of a standby. It is a number of sixteen digits, and not the next one to the last. `None` if the manager was
+    /// told to do without a catalog.
     pub fn token(&self) -> Option<i64> {
         self.token
     }
 
     /// Whether this process still regards the term as going on. It may have ended all the same: see [`fence`](Self::fence).
     pub fn is_held(&self) -> bool {
-        self.lost.try_recv().is_err_and(|error| error.is_empty())
+        // After a freeze of the process this thread may run before the one that closes the channel.
+        let in_time = self.deadline.as_ref().is_none_or(|deadline| !deadline.has_passed());
+        in_time && self.lost.try_recv().is_err_and(|error| error.is_empty())
     }
 
     /// Lets `transaction` go on only if no later term has begun, and keeps one from beginning until it ends.
     ///
-    /// Call it before the transaction's writes. The transaction may be on any connection to the database that the lock is
-    /// in; its role needs `SELECT` and `UPDATE` on `dsync.lock`. It takes one round trip.
+    /// Call it first of all in the transaction, before its reads too: under `REPEATABLE READ` and `SERIALIZABLE` the
+    /// transaction sees the state of its first statement, and one that began to read before the term did is refused. The
+    /// transaction may be on any connection to the database that the lock is in, at any isolation level, but not read-only;
+    /// its role needs `USAGE` on the schema `dsync`, and `SELECT` and `UPDATE` on `dsync.lock`. Rolling back to a
+    /// savepoint from before the fence takes the fence away. It takes one round trip, and blocks while a later holder is
+    /// just beginning.
     ///
     /// While the transaction is open the next holder waits. So that a frozen process cannot keep it waiting for ever, the
     /// server is told to end the transaction's session when it pauses for longer than the lease between two statements
-    /// (`idle_in_transaction_session_timeout`, for this transaction only; a shorter one stays as it is).
+    /// (`idle_in_transaction_session_timeout`, for this transaction only; a shorter one stays as it is). A statement that
+    /// runs long holds the next holder up for as long: bound it with `statement_timeout`.
     ///
     /// # Errors
     /// - [`Lost`](ErrorKind::Lost): the term is over. Roll the transaction back.
     /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the manager keeps no catalog, so there is nothing to check.
-    /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable), [`SessionRefused`](ErrorKind::SessionRefused): the
-    ///   statement failed; the source says why. The transaction cannot go on.
+    /// - [`SessionRefused`](ErrorKind::SessionRefused): the role lacks rights, the transaction is read-only, or its
+    ///   connection is to another database. The text says which.
+    /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): the statement failed; the source says why. The transaction
+    ///   cannot go on.
     pub fn fence(&self, transaction: &mut Transaction<'_>) -> Result<()> {
         if !self.is_held() {
             return Err(over());
@@ -105,8 +141,11 @@ impl Term {
     /// # Errors
     /// As [`fence`](Self::fence), but for `Lost`.
     pub fn is_current(&self, client: &mut impl GenericClient) -> Result<bool> {
-        let (Some(row), Some(token)) = (&self.row, self.token) else { return self.unfenced().map(|()| true) };
-        Ok(self.is_held() && fence::is_current(client, row, token)?)
+        match (&self.row, self.token) {
+            (Some(row), Some(token)) => Ok(self.is_held() && fence::is_current(client, row, token)?),
+            _ if !self.is_held() => Ok(false),
+            _ => self.unfenced().map(|()| true),
+        }
     }
 
     /// There is a token but no database that keeps it: in memory, where the channel is all there is to know.

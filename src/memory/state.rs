@@ -196,7 +196,7 @@ impl State {
     /// The term, if there is one.
     pub(super) fn term(&self, manager: u64, key: &Key) -> Option<Term> {
         match &self.find(manager, key)?.stage {
-            Stage::Held(term) => Some(Term::new(term.lost.clone(), i64::try_from(term.token).ok(), None)),
+            Stage::Held(term) => Some(Term::new(term.lost.clone(), i64::try_from(term.token).ok())),
             Stage::Waiting | Stage::Granted { .. } => None,
         }
     }

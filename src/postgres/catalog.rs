@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use postgres::error::SqlState;
+
 use super::pool::Refusal;
 use super::session::{Failure, Session};
 use super::sql;
@@ -12,7 +14,21 @@ const VERSION: i32 = 1;
 
 /// The SQL that makes the catalog, for an administrator to run where the role of the locks may not.
 ///
-/// Its first lines name the rights that each role which uses locks must be granted. Running it again does no harm.
+/// Its first lines name the rights that each role which uses locks must be granted. Running it again does no harm, and
+/// brings a catalog of an older version up to date. Run it in one transaction: `psql --single-transaction`.
+///
+/// ```no_run
+/// # fn example(administrator: &mut postgres::Client) -> Result<(), postgres::Error> {
+/// administrator.batch_execute(dsync::CATALOG_SQL)?;
+/// administrator.batch_execute(
+///     "GRANT USAGE ON SCHEMA dsync TO app;
+///      GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO app;
+///      GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era TO app;
+///      GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO app;",
+/// )?;
+/// # Ok(())
+/// # }
+/// ```
 pub const CATALOG_SQL: &str = sql::CATALOG;
 
 /// Whether tokens and annotations are kept in the database, in the schema `dsync`.
@@ -36,13 +52,14 @@ pub(super) fn ensure(session: &mut Session, mode: CatalogMode, by: Instant) -> R
     if !is_there(session, by)? {
         if mode == CatalogMode::MustExist {
             return Err(refused(
-                "the catalog is not there, and the settings say that it must be; let an administrator run \
+                "the catalog is not there or too old, and the settings say that it must be there; let an administrator run \
                  dsync::CATALOG_SQL in this database, or set the catalog to automatic or none",
             ));
         }
         create(session, by)?;
-        is_there(session, by)?;
     }
+    // After a crash. It would be seen to with the first lock as well, which would take longer by that.
+    session.new_era(by).map_err(Refusal::from_failure)?;
     // Housekeeping; that it fails, for want of a right, say, is no reason to do without locks.
     if let Err(Failure::Refused(error)) = session.simple_query(sql::CATALOG_CLEANING, by) {
         log::debug!("rows of old locks stay in the catalog: {}", chain(&error));
@@ -66,37 +83,56 @@ fn is_there(session: &mut Session, by: Instant) -> Result<bool, Refusal> {
     };
     let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
     let version = column(0).and_then(|text| text.parse().ok()).unwrap_or(0);
-    if version != VERSION {
+    if version < VERSION {
+        return Ok(false);
+    }
+    if version > VERSION {
         return Err(refused(&format!(
             "the catalog in schema dsync has version {version}, this library needs {VERSION}; \
-             use one version of the library on this database, or upgrade the catalog"
+             upgrade the library, or use another database for its locks"
         )));
     }
     if column(1) != Some("t") {
         return Err(no_rights(
-            "SELECT, INSERT and UPDATE on dsync.lock, and USAGE on dsync.token are needed",
+            "SELECT, INSERT and UPDATE on dsync.lock, SELECT and INSERT on dsync.era, \
+             USAGE and UPDATE on dsync.token are needed",
         ));
     }
     Ok(true)
 }
 
+/// Makes the catalog, or brings it up to date, unless another process does so at this moment.
 fn create(session: &mut Session, by: Instant) -> Result<(), Refusal> {
-    match session.simple_query(&sql::create_catalog(), by) {
-        Ok(_) => {
-            log::info!("made the catalog of locks: schema dsync");
-            Ok(())
-        }
-        Err(Failure::Refused(error)) => {
-            let reason = chain(&error);
-            // The transaction that failed is still open, and must not be found open by a claim.
-            session.simple_query("ROLLBACK", by).map_err(Refusal::from_failure)?;
-            match error.code().map(|code| code.code()) {
-                Some("42501") => Err(refused(&format!(
-                    "the role may not make the catalog ({reason}); let an administrator run dsync::CATALOG_SQL in \
-                     this database and grant what its first lines name, or set the catalog to none"
-                ))),
-                _ => Err(Refusal::from_failure(Failure::Refused(error))),
-            }
+    session.simple_query(sql::BEGIN_CREATION, by).map_err(Refusal::from_failure)?;
+    let outcome = create_in_transaction(session, by);
+    // A transaction that failed must not be found open by a claim.
+    let end = if outcome.is_ok() { sql::END_CREATION } else { "ROLLBACK" };
+    session.simple_query(end, by).map_err(Refusal::from_failure)?;
+    if outcome? {
+        log::info!("made the catalog of locks: schema dsync");
+    }
+    if is_there(session, by)? {
+        return Ok(());
+    }
+    Err(refused(
+        "the catalog in schema dsync cannot be made complete; let an administrator drop the schema, or repair it",
+    ))
+}
+
+fn create_in_transaction(session: &mut Session, by: Instant) -> Result<bool, Refusal> {
+    session.simple_query("SAVEPOINT look", by).map_err(Refusal::from_failure)?;
+    if is_there(session, by)? {
+        return Ok(false);
+    }
+    session.simple_query("ROLLBACK TO look", by).map_err(Refusal::from_failure)?;
+    match session.simple_query(sql::CATALOG, by) {
+        Ok(_) => Ok(true),
+        Err(Failure::Refused(error)) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+            Err(refused(&format!(
+                "the role may not make the catalog ({}); let an administrator run dsync::CATALOG_SQL in this database \
+                 and grant what its first lines name, or set the catalog to none",
+                chain(&error)
+            )))
         }
         Err(failure) => Err(Refusal::from_failure(failure)),
     }

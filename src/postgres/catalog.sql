@@ -1,23 +1,43 @@
 -- The catalog of dsync, version 1: fencing tokens, and who holds which lock.
 --
--- dsync runs this itself where its role may create a schema. Where it may not, an administrator runs it, and then, for
--- each role that uses locks:
+-- dsync runs this itself where its role may create a schema. Where it may not, an administrator runs it, in the database
+-- of the locks, and then, for each role that uses locks:
 --
 --     GRANT USAGE ON SCHEMA dsync TO role;
---     GRANT USAGE ON SEQUENCE dsync.token TO role;
---     GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock TO role;
+--     GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO role;
+--     GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era TO role;
 --     GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO role;
 --
--- Running it again does no harm.
+-- A role that takes no locks, but does fenced writes, needs USAGE on the schema, and SELECT and UPDATE on dsync.lock. One
+-- that only looks, in psql say, needs USAGE on the schema, and SELECT on dsync.locks and dsync.waiters; to see where the
+-- sessions of other roles come from it also has to be a member of pg_read_all_stats.
+--
+-- Running it again does no harm. Run it in one transaction (psql --single-transaction).
+
+-- The views below keep the operators that are found while they are made. Taken back at the end.
+SET search_path = pg_catalog, pg_temp;
 
 CREATE SCHEMA IF NOT EXISTS dsync;
 COMMENT ON SCHEMA dsync IS 'Distributed locks: fencing tokens and annotations. The locks themselves are advisory locks.';
 
-CREATE TABLE IF NOT EXISTS dsync.version (version int4 NOT NULL);
-INSERT INTO dsync.version SELECT 1 WHERE NOT EXISTS (SELECT FROM dsync.version);
+-- One row.
+CREATE TABLE IF NOT EXISTS dsync.version (
+    sole    bool PRIMARY KEY DEFAULT true CHECK (sole),
+    version int4 NOT NULL
+);
+INSERT INTO dsync.version (version) VALUES (1)
+ON CONFLICT (sole) DO UPDATE SET version = excluded.version WHERE version.version < excluded.version;
 
--- One sequence for all locks. Sequences are written ahead, so that no token comes twice, not after a crash either.
+-- One sequence for all locks.
 CREATE SEQUENCE IF NOT EXISTS dsync.token AS int8;
+
+-- One row, which a crash or a promotion takes away since the table is unlogged. A server that crashes, or a standby that
+-- takes its place, may not remember the last tokens given out. So there are none before the row is back, and putting it
+-- there makes the sequence go on far above all that can have been given out. No acquisition waits for a disk for that.
+CREATE UNLOGGED TABLE IF NOT EXISTS dsync.era (
+    sole  bool PRIMARY KEY DEFAULT true CHECK (sole),
+    since timestamptz NOT NULL DEFAULT now()
+);
 
 -- One row for each lock that has been held. Unlogged, since advisory locks are not kept over a crash either.
 CREATE UNLOGGED TABLE IF NOT EXISTS dsync.lock (
@@ -32,26 +52,37 @@ CREATE UNLOGGED TABLE IF NOT EXISTS dsync.lock (
     PRIMARY KEY (id, pair)
 ) WITH (fillfactor = 50);               -- room to write the next term into the same page
 
--- Who holds which lock now. A row that was left behind by a term which is over is not shown.
+-- Who holds which lock now. A row that was left behind by a term which is over is not shown; where something else holds
+-- the advisory lock, token, annotation and since are null. The backend's start tells a process id that is used again.
 CREATE OR REPLACE VIEW dsync.locks AS
-SELECT lock.namespace, lock.key, lock.token, lock.annotation, held.pid, activity.usename AS role,
-       activity.client_addr, activity.application_name, lock.since, lock.id, lock.pair
-FROM dsync.lock
-JOIN pg_catalog.pg_locks AS held
-  ON held.locktype = 'advisory' AND held.granted AND held.pid = lock.pid
- AND held.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
- AND held.classid::int8 << 32 | held.objid::int8 = lock.id AND (held.objsubid = 2) = lock.pair
-LEFT JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = held.pid;
+SELECT lock.namespace, lock.key,
+       CASE WHEN term.holds THEN lock.token END AS token,
+       CASE WHEN term.holds THEN lock.annotation END AS annotation,
+       held.pid, activity.usename AS role, activity.client_addr, activity.application_name,
+       CASE WHEN term.holds THEN lock.since END AS since,
+       lock.id, lock.pair
+FROM dsync.lock AS lock
+JOIN pg_locks AS held
+  ON held.locktype = 'advisory' AND held.granted
+ AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+ AND (held.classid::int8 << 32 | held.objid::int8) = lock.id AND (held.objsubid = 2) = lock.pair
+LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
+CROSS JOIN LATERAL (
+    SELECT held.pid = lock.pid AND coalesce(activity.backend_start <= lock.since, true) AS holds
+) AS term;
 
--- Who waits for which lock, first come first.
+-- Who waits for which lock, first come first. `since` is when the session took its present place in the queue. Waiters for
+-- a key that has never been held are not here, since nothing tells its name.
 CREATE OR REPLACE VIEW dsync.waiters AS
 SELECT lock.namespace, lock.key, waiter.pid, activity.usename AS role, activity.client_addr,
        activity.application_name, waiter.waitstart AS since,
-       row_number() OVER (PARTITION BY lock.id, lock.pair ORDER BY waiter.waitstart NULLS LAST) AS place,
+       row_number() OVER (PARTITION BY lock.id, lock.pair ORDER BY waiter.waitstart NULLS LAST, waiter.pid) AS place,
        lock.id, lock.pair
-FROM dsync.lock
-JOIN pg_catalog.pg_locks AS waiter
+FROM dsync.lock AS lock
+JOIN pg_locks AS waiter
   ON waiter.locktype = 'advisory' AND NOT waiter.granted
- AND waiter.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
- AND waiter.classid::int8 << 32 | waiter.objid::int8 = lock.id AND (waiter.objsubid = 2) = lock.pair
-LEFT JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = waiter.pid;
+ AND waiter.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+ AND (waiter.classid::int8 << 32 | waiter.objid::int8) = lock.id AND (waiter.objsubid = 2) = lock.pair
+LEFT JOIN pg_stat_activity AS activity ON activity.pid = waiter.pid;
+
+RESET search_path;

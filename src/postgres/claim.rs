@@ -13,7 +13,7 @@ use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Lost, lost_already};
 use crate::loss::{Loss, LossReason};
-use crate::term::{Row, Term};
+use crate::term::{Deadline, Row, Term};
 
 /// What a supervisor can be told.
 #[derive(Debug)]
@@ -27,8 +27,8 @@ pub(super) enum Command {
 pub(super) struct Claim {
     /// For messages.
     key: String,
-    /// How long the server keeps a lock that it cannot be told of.
-    lease: Duration,
+    /// How long the server may keep a lock that it cannot be told of.
+    doubt: Duration,
     commands: Sender<Command>,
     status: Mutex<Status>,
     /// How to reach the supervisor while it is busy with the server.
@@ -67,7 +67,7 @@ enum Phase {
     /// Another session holds the lock.
     Queueing,
     Held {
-        until: Instant,
+        until: Arc<Deadline>,
         /// Dropped at the end of the term, which is the signal.
         _term: Sender<Infallible>,
     },
@@ -92,7 +92,7 @@ pub(super) enum Patience {
 }
 
 impl Claim {
-    pub(super) fn new(key: String, lease: Duration) -> (Arc<Self>, Receiver<Command>) {
+    pub(super) fn new(key: String, doubt: Duration) -> (Arc<Self>, Receiver<Command>) {
         let (commands, receiver) = bounded(1);
         let status = Status {
             phase: Phase::Acquiring,
@@ -104,7 +104,7 @@ impl Claim {
         };
         let claim = Arc::new(Self {
             key,
-            lease,
+            doubt,
             commands,
             status: Mutex::new(status),
             reach: Mutex::new(Reach::Commands),
@@ -159,8 +159,8 @@ impl Claim {
     /// The current term, if there is one.
     pub(super) fn term(&self, row: Option<Row>) -> Option<Term> {
         let status = self.current();
-        let held = matches!(status.phase, Phase::Held { .. });
-        held.then(|| Term::new(status.lost.clone(), status.token, row))
+        let Phase::Held { until, .. } = &status.phase else { return None };
+        Some(Term::new(status.lost.clone(), status.token).with_lease(Arc::clone(until), row))
     }
 
     pub(super) fn last_loss(&self) -> Option<Loss> {
@@ -211,8 +211,8 @@ impl Claim {
                 link.kill();
                 let message = format!(
                     "the release of {:?} was not confirmed in time and its session was closed; \
-                     the server frees the lock when it notices, within the lease of {:?}",
-                    self.key, self.lease
+                     the server frees the lock when it notices, after {:?} at the latest",
+                    self.key, self.doubt
                 );
                 Err(Error::new(ErrorKind::UnlockFailed, message))
             }
@@ -251,8 +251,8 @@ impl Claim {
     /// The supervisor sees to that as well, but after a freeze of the whole process any thread may run first.
     fn current(&self) -> parking_lot::MutexGuard<'_, Status> {
         let mut status = self.status.lock();
-        if let Phase::Held { until, .. } = status.phase
-            && Instant::now() >= until
+        if let Phase::Held { until, .. } = &status.phase
+            && until.has_passed()
         {
             status.lose(LossReason::LeaseNotRenewed);
         }
@@ -300,7 +300,7 @@ impl Claim {
         let mut status = self.status.lock();
         if status.is_open() {
             let (term, lost) = bounded(0);
-            status.phase = Phase::Held { until, _term: term };
+            status.phase = Phase::Held { until: Deadline::new(until), _term: term };
             status.problem = None;
             status.lost = lost;
             status.token = token;
@@ -310,9 +310,9 @@ impl Claim {
 
     /// The term goes on until `until` at least; `false` if it has ended here meanwhile.
     pub(super) fn announce_renewed(&self, until: Instant) -> bool {
-        match &mut self.current().phase {
-            Phase::Held { until: old, .. } => {
-                *old = until;
+        match &self.current().phase {
+            Phase::Held { until: deadline, .. } => {
+                deadline.move_to(until);
                 true
             }
             // The release will be heard in a moment.

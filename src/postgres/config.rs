@@ -279,6 +279,8 @@ impl Config {
     pub(super) fn validate(&self) -> Result<()> {
         /// PostgreSQL keeps its timeouts as a 32-bit number of milliseconds.
         const LONGEST: Duration = Duration::from_millis(i32::MAX as u64);
+        /// The largest `max_connections` of PostgreSQL. r2d2 reserves memory for that many at once.
+        const MOST_SESSIONS: u32 = 262_143;
         let plan = self.lease_plan();
         for (name, value, shortest) in [
             ("connect_timeout", self.connect_timeout, Duration::from_millis(10)),
@@ -305,6 +307,12 @@ impl Config {
         }
         if self.max_sessions == 0 {
             return Err(invalid("max_sessions is 0; each claim needs a session".to_owned()));
+        }
+        if self.max_sessions > MOST_SESSIONS {
+            return Err(invalid(format!(
+                "max_sessions is {}; no server takes more than {MOST_SESSIONS}",
+                self.max_sessions
+            )));
         }
         for (name, value) in [
             ("namespace", Some(&self.namespace)),

@@ -11,6 +11,7 @@ use super::catalog::CatalogMode;
 use super::claim::{Claim, Patience, Why, stopped};
 use super::manager::Core;
 use super::session::{Entry, Request};
+use super::sql;
 use super::supervisor::Supervisor;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
@@ -72,7 +73,7 @@ impl PostgresLock {
     fn begin(&self) -> Result<Arc<Claim>> {
         let pool = self.core.pool()?;
         let config = self.core.config();
-        let (claim, commands) = Claim::new(self.text.clone(), config.lease);
+        let (claim, commands) = Claim::new(self.text.clone(), config.lease + config.wait_slice);
         let supervisor = Supervisor {
             request: self.request(),
             valuer: self.options.valuer.clone().filter(|_| config.catalog != CatalogMode::None),
@@ -104,8 +105,7 @@ impl PostgresLock {
     /// What the claims of this lock ask for.
     fn request(&self) -> Request {
         let config = self.core.config();
-        // A number is the same in all namespaces.
-        let namespace = if let Key::Name(_) = self.key { &config.namespace } else { "" };
+        let namespace = self.key.namespace(&config.namespace);
         let entry = (config.catalog != CatalogMode::None).then(|| Entry {
             namespace: namespace.to_owned(),
             key: self.text.clone(),
@@ -115,7 +115,7 @@ impl PostgresLock {
         Request {
             key: self.key.advisory(&config.namespace),
             lease: config.lease,
-            application_name: format!("{own_name} {}", self.text),
+            application_name: sql::application_name(own_name, &self.text),
             entry,
         }
     }

@@ -8,8 +8,10 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
+use super::catalog::CatalogMode;
 use super::claim::{Why, stopped};
 use super::config::Config;
+use super::inspect::{self, Named};
 use super::lock::PostgresLock;
 use super::pool::{Pool, Slot};
 use super::stream::StreamControl;
@@ -17,6 +19,7 @@ use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
+use crate::view::LockView;
 
 /// Distributed locks on PostgreSQL advisory locks.
 ///
@@ -61,6 +64,71 @@ impl PostgresManager {
     /// As there.
     pub fn lock(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
         self.lock_with_key(key.into(), options)
+    }
+
+    /// Who holds the lock with this key, and who waits for it, in whichever process.
+    ///
+    /// It takes a session of the pool for one round trip, and may take as long as `connect_timeout` and the heartbeat's
+    /// timeout together, when the server does not answer. The same can be seen with `psql` in the views `dsync.locks` and
+    /// `dsync.waiters`.
+    ///
+    /// ```no_run
+    /// # use dsync::{PostgresManager, Result};
+    /// # fn example(manager: &PostgresManager) -> Result<()> {
+    /// let view = manager.inspect("nightly-report")?;
+    /// if let Some(holder) = &view.holder {
+    ///     println!("backend {} has it; {} wait", holder.pid, view.waiters.len());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// - [`InvalidKey`](ErrorKind::InvalidKey), [`SyncManagerStopped`](ErrorKind::SyncManagerStopped).
+    /// - [`PoolExhausted`](ErrorKind::PoolExhausted): claims have all the sessions.
+    /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable), [`SessionRefused`](ErrorKind::SessionRefused).
+    pub fn inspect(&self, key: impl Into<Key>) -> Result<LockView> {
+        let key = key.into();
+        key.validate()?;
+        let (pool, config) = (self.core.pool()?, &self.core.config);
+        let named = Named {
+            key: key.advisory(&config.namespace),
+            namespace: key.namespace(&config.namespace),
+            name: &key.to_string(),
+        };
+        inspect::one(
+            &pool,
+            &named,
+            config.catalog != CatalogMode::None,
+            config.lease_plan().heartbeat_timeout,
+        )
+    }
+
+    /// All locks of the database, of all namespaces, that are held or waited for. A key that has never been held is not
+    /// among them, and neither is one that only managers without catalog use: nothing tells its name.
+    ///
+    /// It takes what [`inspect`](Self::inspect) takes.
+    ///
+    /// ```no_run
+    /// # use dsync::{PostgresManager, Result};
+    /// # fn example(manager: &PostgresManager) -> Result<()> {
+    /// for view in manager.inspect_all()? {
+    ///     println!("{}: {:?}, {} wait", view.key, view.holder, view.waiters.len());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As `inspect`, and [`InvalidConfig`](ErrorKind::InvalidConfig) if this manager does without the catalog.
+    pub fn inspect_all(&self) -> Result<Vec<LockView>> {
+        let (pool, config) = (self.core.pool()?, &self.core.config);
+        if config.catalog == CatalogMode::None {
+            let message = "the names of all locks are in the catalog, and the manager was told to do without; \
+                           set the catalog to automatic, or ask for one key";
+            return Err(Error::new(ErrorKind::InvalidConfig, message));
+        }
+        inspect::all(&pool, config.lease_plan().heartbeat_timeout)
     }
 }
 

@@ -4,9 +4,12 @@ mod catalog;
 mod claim;
 mod config;
 pub(crate) mod fence;
+mod inspect;
 mod link;
 mod lock;
 mod manager;
+#[cfg(test)]
+mod model;
 mod pool;
 mod session;
 mod sql;

@@ -13,6 +13,7 @@ use super::config::Config;
 use super::session::{Failure, Session};
 use super::stream::{DialError, Dialer, StreamControl};
 use crate::error::{Error, ErrorKind, Result, chain};
+use crate::loss::LossReason;
 
 /// The sessions of a manager.
 ///
@@ -116,14 +117,23 @@ impl Pool {
     pub(super) fn take(&self) -> std::result::Result<PooledSlot, Refusal> {
         /// Short, since a release cannot interrupt it; whoever wants to wait longer comes again.
         const PATIENCE: Duration = Duration::from_millis(100);
-        self.slots.get_timeout(PATIENCE).map_err(|_| Refusal {
-            kind: ErrorKind::PoolExhausted,
-            message: format!(
+        /// r2d2 makes slots on a thread of its own, which may have to wait for its turn on a busy machine.
+        const TURNS: usize = 10;
+        for _ in 0..TURNS {
+            if let Ok(slot) = self.slots.get_timeout(PATIENCE) {
+                return Ok(slot);
+            }
+            if self.slots.state().connections >= self.slots.max_size() {
+                break;
+            }
+        }
+        Err(Refusal::new(
+            ErrorKind::PoolExhausted,
+            format!(
                 "all {} sessions are taken by other claims; raise max_sessions, or release locks that are not needed",
                 self.slots.max_size()
             ),
-            cause: None,
-        })
+        ))
     }
 
     /// Opens the slot's session if it is not open. `control` can end the attempt.
@@ -155,16 +165,27 @@ impl Pool {
         if self.probed.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let mut other = match self.open_session(StreamControl::new(), by) {
+        // Not all of the time: a pooler in session mode that has one session lets the other one wait, and one will do.
+        let soon = Instant::now() + by.saturating_duration_since(Instant::now()) / 2;
+        let mut other = match self.open_session(StreamControl::new(), soon) {
             Ok(other) => other,
             // A server that is full for a second session is no proof of anything; the next session asks again.
             Err(refusal) if refusal.is_curable() => return Ok(()),
             Err(refusal) => return Err(refusal),
         };
-        let first = session.ask_backend_pid(by).map_err(Refusal::from_failure)?;
-        let second = other.ask_backend_pid(by).map_err(Refusal::from_failure)?;
-        if first == second || first != session.backend_pid() || second != other.backend_pid() {
+        if session.backend_pid() == other.backend_pid() {
             return Err(Refusal::pooler());
+        }
+        for session in [session, &mut other] {
+            // Twice in a row: a pooler may take turns with its sessions.
+            for _ in 0..2 {
+                match session.heartbeat(by) {
+                    Err(Failure::Lost { reason: LossReason::SessionChanged, .. }) => {
+                        return Err(Refusal::pooler());
+                    }
+                    outcome => outcome.map_err(Refusal::from_failure)?,
+                }
+            }
         }
         self.probed.store(true, Ordering::Relaxed);
         Ok(())
@@ -275,13 +296,13 @@ impl Refusal {
     }
 
     fn pooler() -> Self {
-        Self::refused(
-            "a pooler in transaction or statement mode stands before the server: sessions share a backend, \
-             so a lock would exclude nobody; connect to the server directly, or use session mode"
-                .to_owned(),
-        )
+        Self::refused(SHARED_SESSIONS.to_owned())
     }
 }
+
+const SHARED_SESSIONS: &str = "a pooler in transaction or statement mode stands before the server: sessions share a \
+                               backend, so a lock would exclude nobody; connect to the server directly, or use \
+                               session mode";
 
 /// What kind of trouble an error of the driver is, and what to do about it.
 fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
@@ -299,6 +320,8 @@ fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
                 "raise the server's max_connections, or lower max_sessions of the services",
             ),
             "57P03" => (SessionUnavailable, "the server is starting or stopping"),
+            // A statement that was prepared is not known, or one of another process's is.
+            "26000" | "42P05" => (SessionRefused, SHARED_SESSIONS),
             code if code.starts_with("28") || code.starts_with("0A") || code.starts_with("42") => {
                 (SessionRefused, "change what the server objects to")
             }

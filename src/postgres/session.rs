@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use postgres::error::{Severity, SqlState};
 use postgres::fallible_iterator::FallibleIterator;
 use postgres::types::ToSql;
-use postgres::{Client, SimpleQueryMessage, SimpleQueryRow, Statement};
+use postgres::{Client, Row, SimpleQueryMessage, SimpleQueryRow, Statement};
 
 use super::link::Link;
 use super::pool::Refusal;
@@ -61,10 +61,18 @@ pub(super) struct Entry {
 pub(super) enum Answer {
     /// It is ours; the token, if there is a catalog.
     Granted { token: Option<i64> },
-    /// Another session holds it. Or, at the end of a slice, it was granted in the last moment without our knowing.
+    /// Another session holds it. Or it was granted in the last moment of a slice without our knowing, or a transaction of
+    /// the former holder's has the row of the term.
     NotGranted,
     /// The catalog has another key under this number. The lock may be ours, and must not stay so.
     Collision { other: String },
+}
+
+/// What the statement says.
+enum Answered {
+    With(Answer),
+    /// The lock was granted, but its row was not written, without which no term begins.
+    Tokenless,
 }
 
 impl Session {
@@ -152,9 +160,30 @@ impl Session {
     }
 
     fn acquire(&mut self, statement: &Statement, request: &Request, by: Instant) -> Result<Answer, Failure> {
+        let mut outcome = self.acquire_once(statement, request, by);
+        // After a crash of the server there is no token before a new era. The lock, if it is ours already, is taken twice.
+        if let Ok(Answered::Tokenless) = outcome {
+            self.new_era(by)?;
+            outcome = self.acquire_once(statement, request, by);
+        }
+        match outcome {
+            Ok(Answered::With(answer)) => Ok(answer),
+            // Its row is not free yet, or is another key's, as the next slice tells.
+            Ok(Answered::Tokenless) => Ok(Answer::NotGranted),
+            Err(Failure::Refused(error)) if is_end_of_wait(&error) => Ok(Answer::NotGranted),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    fn acquire_once(
+        &mut self,
+        statement: &Statement,
+        request: &Request,
+        by: Instant,
+    ) -> Result<Answered, Failure> {
         let id = request.key.id();
         let lease = request.lease.as_millis().to_string();
-        let outcome = match &request.entry {
+        let row = match &request.entry {
             None => self
                 .bounded(by, |client| client.query_one(statement, &[&id, &lease, &request.application_name])),
             Some(Entry { namespace, key, annotation }) => self.bounded(by, |client| {
@@ -162,21 +191,21 @@ impl Session {
                     [&id, &lease, &request.application_name, namespace, key, annotation];
                 client.query_one(statement, &parameters)
             }),
-        };
-        let row = match outcome {
-            Ok(row) => row,
-            Err(Failure::Refused(error)) if is_end_of_wait(&error) => return Ok(Answer::NotGranted),
-            Err(failure) => return Err(failure),
-        };
+        }?;
         let granted: bool = row.try_get(0).map_err(Failure::of)?;
-        if let Some(other) = row.try_get(2).map_err(Failure::of)? {
-            return Ok(Answer::Collision { other });
-        }
-        Ok(if granted {
-            Answer::Granted { token: row.try_get(1).map_err(Failure::of)? }
-        } else {
-            Answer::NotGranted
-        })
+        let token: Option<i64> = row.try_get(1).map_err(Failure::of)?;
+        let other: Option<String> = row.try_get(2).map_err(Failure::of)?;
+        Ok(Answered::With(match other {
+            Some(other) => Answer::Collision { other },
+            None if granted && token.is_none() && request.entry.is_some() => return Ok(Answered::Tokenless),
+            None if granted => Answer::Granted { token },
+            None => Answer::NotGranted,
+        }))
+    }
+
+    /// Lets tokens go on after a crash. Does nothing where that has been done.
+    pub(super) fn new_era(&mut self, by: Instant) -> Result<(), Failure> {
+        self.bounded(by, |client| client.simple_query(sql::NEW_ERA)).map(drop)
     }
 
     /// Gives the lock back; whether it was held.
@@ -187,9 +216,10 @@ impl Session {
         row.try_get(0).map_err(Failure::of)
     }
 
-    /// Leaves the session without any lock.
-    pub(super) fn settle(&mut self, by: Instant) -> Result<(), Failure> {
-        self.bounded(by, |client| client.simple_query(sql::SETTLE)).map(drop)
+    /// Leaves the session without any lock; whether the server has none of the `lost` backends any more.
+    pub(super) fn settle(&mut self, lost: &[i32], by: Instant) -> Result<bool, Failure> {
+        let row = self.simple_query(&sql::settle(lost), by)?;
+        Ok(row.and_then(|row| row.try_get(3).ok().flatten().map(|clear| clear == "t")).unwrap_or(false))
     }
 
     /// Renews the lease.
@@ -227,10 +257,14 @@ impl Session {
         }
     }
 
-    /// The process that serves this session, by its word now.
-    pub(super) fn ask_backend_pid(&mut self, by: Instant) -> Result<i32, Failure> {
-        let row = self.bounded(by, |client| client.query_one("SELECT pg_catalog.pg_backend_pid()", &[]))?;
-        row.try_get(0).map_err(Failure::of)
+    /// Asks the server something that is not of a claim.
+    pub(super) fn query(
+        &mut self,
+        text: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+        by: Instant,
+    ) -> Result<Vec<Row>, Failure> {
+        self.bounded(by, |client| client.query(text, parameters))
     }
 
     /// Runs one of the catalog's statements in text; the first row, if there is one.

@@ -1,6 +1,7 @@
 //! The SQL of the library, all of it, with the reasons.
 //!
-//! Functions are named with their schema, since a role may come with any `search_path`.
+//! A role may come with any `search_path`. The lock sessions set one of their own, so their statements need not care; what
+//! runs on a connection of the application's names schemas, types and operators in full.
 
 use std::time::Duration;
 
@@ -13,7 +14,9 @@ pub(super) const CATALOG: &str = include_str!("catalog.sql");
 /// - `idle_session_timeout` would end a session that waits in the pool, and is the lease while a claim lasts;
 /// - `lock_timeout` is the slice of a wait;
 /// - read-only or repeatable-read transactions could not write the term's row after the wait;
-/// - without `synchronous_commit` a crash could take back the use of a token, and give it out again.
+/// - `search_path` could put somebody else's functions and operators in the place of PostgreSQL's;
+/// - `synchronous_commit` would make one acquisition in 32 wait for the disk, and for a standby, which may be gone. What a
+///   crash takes back of the tokens is jumped over: see [`NEW_ERA`].
 ///
 /// A setting that the server's version does not know is left out. Answers with what the session must be checked for.
 pub(super) fn prepare_session(slice: Duration) -> String {
@@ -22,7 +25,8 @@ pub(super) fn prepare_session(slice: Duration) -> String {
          FROM (VALUES ('statement_timeout', '0'), ('transaction_timeout', '0'), \
                       ('idle_in_transaction_session_timeout', '0'), ('idle_session_timeout', '0'), \
                       ('lock_timeout', '{slice}'), ('default_transaction_read_only', 'off'), \
-                      ('default_transaction_isolation', 'read committed'), ('synchronous_commit', 'on')) \
+                      ('default_transaction_isolation', 'read committed'), ('synchronous_commit', 'off'), \
+                      ('search_path', 'pg_catalog, pg_temp')) \
               AS wanted (name, setting) \
          WHERE pg_catalog.current_setting(wanted.name, true) IS NOT NULL; \
          SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(), \
@@ -37,7 +41,9 @@ pub(super) fn prepare_session(slice: Duration) -> String {
 /// `client_connection_check_interval` lets a *waiting* session notice that its client died, so that it leaves the
 /// queue: <https://www.postgresql.org/docs/current/runtime-config-connection.html>.
 pub(super) fn notice_dead_clients(lease: Duration) -> [String; 5] {
-    let seconds = (lease.as_secs() / 3).clamp(1, 10);
+    // A silent client is given up after one idle time and three intervals. That must not be before the lease is over,
+    // or the lock would be free while its holder may still believe in it.
+    let seconds = lease.as_secs() / 4 + 1;
     [
         "SET client_connection_check_interval = '1s'".to_owned(),
         format!("SET tcp_keepalives_idle = {seconds}"),
@@ -59,7 +65,10 @@ pub(super) struct Shape {
 /// The statements of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verb {
-    /// Asks for the lock without waiting, and puts the lease on the session. Gives: granted, token, rival.
+    /// Asks for the lock without waiting, and puts the lease on the session. Gives: granted, token, other key.
+    ///
+    /// It does not wait for the row of the term either, which a fenced transaction of the former holder may have: then there
+    /// is no token, and the session queues, which keeps the lock and waits for the row.
     ///
     /// The lease goes on in a statement that succeeds whether the lock is had or not, and so before the first wait: a
     /// wait that ends in an error would take it back, and it can end so *after* the lock was granted. A session that
@@ -70,7 +79,7 @@ pub(super) enum Verb {
     /// If the slice before ended in an error *after* the lock had been granted, this takes it a second time, at once.
     /// [`Unlock`](Self::Unlock) lets go of it as often as it was taken.
     Queue,
-    /// Gives the lock back, says whether it was held, and takes the lease off the session. Key as above.
+    /// Gives the lock back, says whether it was held, and takes lease and name off the session. Key as above.
     ///
     /// The session holds this one lock only, so letting go of all is letting go of it, however often it was taken.
     Unlock,
@@ -95,12 +104,13 @@ pub(super) fn statement(verb: Verb, shape: Shape) -> String {
         Verb::Unlock => {
             return format!(
                 "SELECT pg_catalog.pg_advisory_unlock({key}), pg_catalog.pg_advisory_unlock_all(), \
-                        pg_catalog.set_config('idle_session_timeout', '0', false)"
+                        pg_catalog.set_config('idle_session_timeout', '0', false), \
+                        pg_catalog.set_config('application_name', NULL, false)"
             );
         }
     };
     if shape.catalog {
-        acquire_with_catalog(&granted, settings, shape.pair)
+        acquire_with_catalog(&granted, settings, verb, shape.pair)
     } else {
         format!("SELECT {granted}, NULL::int8, NULL::text{settings}")
     }
@@ -109,34 +119,78 @@ pub(super) fn statement(verb: Verb, shape: Shape) -> String {
 /// Lock, token and row in one statement. The row is written after the lock was granted, since its source is the grant;
 /// and so are the tokens drawn, in the order of the grants.
 ///
-/// Where a row of *another* name has this id, nothing is written, and the other name is given: two names with one hash.
-/// Without the lock the row tells of that as well, or the two would wait for each other in one process for ever.
+/// Where a row of *another* key has this id, the lock is not asked for, and the other key is given: two names with one
+/// hash. If they waited for each other in one process, they would do so for ever. A row that is so new that this statement
+/// does not see it keeps the term's from being written; the next statement sees it.
 ///
-/// If a fenced transaction of the former holder is still open, the update of the row waits for it, up to `lock_timeout`.
-fn acquire_with_catalog(granted: &str, settings: &str, pair: bool) -> String {
+/// Without the row of the era no token is drawn: see [`NEW_ERA`].
+///
+/// If a fenced transaction of the former holder is still open, the term's row has to wait for it: `Queue` does so, up to
+/// `lock_timeout`. `Try` would take back the lease if it failed there, so it takes the row only if nobody has it.
+fn acquire_with_catalog(granted: &str, settings: &str, verb: Verb, pair: bool) -> String {
+    let row = format!("dsync.lock AS lock WHERE lock.id = $1::int8 AND lock.pair = {pair}");
+    let (free, if_free) = match verb {
+        Verb::Try => (
+            format!(
+                "free AS MATERIALIZED (SELECT FROM attempt, {row} AND attempt.granted \
+                 FOR NO KEY UPDATE OF lock SKIP LOCKED),"
+            ),
+            format!("AND (EXISTS (SELECT FROM free) OR NOT EXISTS (SELECT FROM {row}))"),
+        ),
+        _ => (String::new(), String::new()),
+    };
     format!(
-        "WITH attempt AS MATERIALIZED (SELECT {granted} AS granted{settings}), \
+        "WITH other AS MATERIALIZED ( \
+             SELECT lock.namespace || ':' || lock.key AS name FROM {row} \
+             AND (lock.namespace, lock.key) <> ($4::text, $5::text)), \
+         attempt AS MATERIALIZED ( \
+             SELECT {granted} AS granted{settings} WHERE NOT EXISTS (SELECT FROM other)), \
+         {free} \
          term AS ( \
              INSERT INTO dsync.lock AS lock (id, pair, namespace, key, token, annotation, pid, since) \
              SELECT $1::int8, {pair}, $4::text, $5::text, pg_catalog.nextval('dsync.token'), $6::bytea, \
                     pg_catalog.pg_backend_pid(), pg_catalog.clock_timestamp() \
-             FROM attempt WHERE granted \
+             FROM attempt WHERE attempt.granted AND EXISTS (SELECT FROM dsync.era) {if_free} \
              ON CONFLICT (id, pair) DO UPDATE \
              SET token = excluded.token, annotation = excluded.annotation, pid = excluded.pid, since = excluded.since \
              WHERE lock.namespace = excluded.namespace AND lock.key = excluded.key \
              RETURNING lock.token) \
-         SELECT attempt.granted, term.token, CASE WHEN term.token IS NULL THEN ( \
-                    SELECT other.namespace || ':' || other.key FROM dsync.lock AS other \
-                    WHERE other.id = $1::int8 AND other.pair = {pair} \
-                      AND (other.namespace, other.key) <> ($4::text, $5::text)) END \
-         FROM attempt LEFT JOIN term ON true"
+         SELECT coalesce((SELECT granted FROM attempt), false), (SELECT token FROM term), (SELECT name FROM other)"
     )
 }
 
-/// Leaves the session without any lock and without the lease, whether it had the lock or not. Unlike
+/// Makes tokens go on after a crash or a promotion, once for all sessions: above all that were given out before.
+///
+/// The server that comes back need not know the last state of the sequence: every 32nd value is logged only, and nobody
+/// waits for that to reach a disk or a standby. So it jumps, by more than can have been given out during one outage, and at
+/// least to the clock, in microseconds: that also covers a catalog which was dropped and made again, or restored from a
+/// backup. The jump itself is safe before anybody sees the row of the era.
+pub(super) const NEW_ERA: &str = "SELECT pg_catalog.set_config('synchronous_commit', 'on', true); \
+     WITH made AS (INSERT INTO dsync.era DEFAULT VALUES ON CONFLICT DO NOTHING RETURNING since) \
+     SELECT pg_catalog.setval('dsync.token', greatest( \
+         pg_catalog.nextval('dsync.token') + 4294967296, \
+         (extract(epoch FROM pg_catalog.clock_timestamp()) * 1000000)::int8)) FROM made";
+
+/// Leaves the session without any lock, lease and name, whether it had the lock or not. Unlike
 /// `pg_advisory_unlock` it does not put a warning into the server's log if it had not.
-pub(super) const SETTLE: &str = "SELECT pg_catalog.pg_advisory_unlock_all(), \
-     pg_catalog.set_config('idle_session_timeout', '0', false)";
+///
+/// Tells whether the server has none of the `lost` backends any more, with whatever they held or queued for.
+pub(super) fn settle(lost: &[i32]) -> String {
+    let clear = if lost.is_empty() {
+        "true".to_owned()
+    } else {
+        let lost = lost.iter().map(i32::to_string).collect::<Vec<_>>().join(", ");
+        format!(
+            "NOT EXISTS (SELECT FROM pg_catalog.pg_stat_get_activity(NULL) AS backend WHERE backend.pid IN ({lost}))"
+        )
+    };
+    format!(
+        "SELECT pg_catalog.pg_advisory_unlock_all(), \
+                pg_catalog.set_config('idle_session_timeout', '0', false), \
+                pg_catalog.set_config('application_name', NULL, false), \
+                {clear}"
+    )
+}
 
 /// Renews the lease, as any message does, and shows that the session is the one that took the lock, on a primary.
 pub(super) const HEARTBEAT: &str = "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery()";
@@ -146,38 +200,125 @@ pub(super) const CATALOG_STATE: &str = "SELECT version, \
      pg_catalog.has_table_privilege('dsync.lock', 'SELECT') AND \
      pg_catalog.has_table_privilege('dsync.lock', 'INSERT') AND \
      pg_catalog.has_table_privilege('dsync.lock', 'UPDATE') AND \
-     pg_catalog.has_sequence_privilege('dsync.token', 'USAGE') FROM dsync.version";
+     pg_catalog.has_table_privilege('dsync.era', 'SELECT') AND \
+     pg_catalog.has_table_privilege('dsync.era', 'INSERT') AND \
+     pg_catalog.has_sequence_privilege('dsync.token', 'USAGE') AND \
+     pg_catalog.has_sequence_privilege('dsync.token', 'UPDATE') FROM dsync.version";
 
 /// Forgets the rows of locks that nobody has held for a day, so that the table does not grow with every key ever used.
 ///
-/// A row that is taken up again meanwhile has a new `since` when the deletion comes to it, and stays.
-pub(super) const CATALOG_CLEANING: &str = "DELETE FROM dsync.lock \
-     WHERE since < pg_catalog.now() - interval '1 day' AND NOT EXISTS ( \
-         SELECT FROM pg_catalog.pg_locks AS held WHERE held.locktype = 'advisory' \
-         AND held.classid::int8 << 32 | held.objid::int8 = lock.id)";
+/// A row that is taken up again meanwhile has a new `since` when the deletion comes to it, and stays; one that a fenced
+/// transaction has is left for another day.
+pub(super) const CATALOG_CLEANING: &str = "DELETE FROM dsync.lock AS gone USING ( \
+         SELECT lock.id, lock.pair FROM dsync.lock AS lock \
+         WHERE lock.since < now() - interval '1 day' AND NOT EXISTS ( \
+             SELECT FROM pg_locks AS held WHERE held.locktype = 'advisory' \
+             AND (held.classid::int8 << 32 | held.objid::int8) = lock.id) \
+         LIMIT 10000 FOR UPDATE SKIP LOCKED) AS old \
+     WHERE gone.id = old.id AND gone.pair = old.pair";
 
-/// Creates the catalog. Many processes may do so at once: `CREATE … IF NOT EXISTS` alone does not stand that.
-pub(super) fn create_catalog() -> String {
-    // The number is of no meaning: "dsync" in ASCII.
-    format!(
-        "BEGIN; SET LOCAL client_min_messages = warning; SET LOCAL lock_timeout = 0; \
-         SELECT pg_catalog.pg_advisory_xact_lock(431500391011); {CATALOG} COMMIT"
-    )
-}
+/// Begins the making of the catalog. Of many processes that want to make it at once, one does: `CREATE … IF NOT EXISTS`
+/// alone does not stand that. The number is of no meaning: "dsync" in ASCII.
+pub(super) const BEGIN_CREATION: &str = "BEGIN; SET LOCAL client_min_messages = warning; \
+     SET LOCAL lock_timeout = 0; SET LOCAL synchronous_commit = on; \
+     SELECT pg_catalog.pg_advisory_xact_lock(431500391011)";
+
+/// Ends the making of the catalog. The script takes the `search_path` back to the role's; ours is another one.
+pub(super) const END_CREATION: &str = "SET search_path = pg_catalog, pg_temp; COMMIT";
 
 /// Holds the row of a term while the caller's transaction lasts, if the term's token is still the newest: `$1` key,
 /// `$2` whether it is a pair, `$3` token, `$4` the longest pause between two statements, in milliseconds.
 ///
 /// `FOR SHARE` makes a successor's update wait; `FOR KEY SHARE` would not, since the update leaves the key alone. The
 /// bound on pauses is what keeps a frozen writer from holding up its successor; a tighter one of the caller's stays.
+///
+/// Runs on a connection of the application's, whose `search_path` may be anything.
 pub(super) const FENCE: &str = "SELECT pg_catalog.set_config('idle_in_transaction_session_timeout', \
-         CASE WHEN pause.now > interval '0' AND pause.now < pause.longest \
-              THEN pg_catalog.current_setting('idle_in_transaction_session_timeout') ELSE $4::text END, true) \
+         CASE WHEN pause.now OPERATOR(pg_catalog.>) '0'::pg_catalog.interval \
+                   AND pause.now OPERATOR(pg_catalog.<) pause.longest \
+              THEN pg_catalog.current_setting('idle_in_transaction_session_timeout') \
+              ELSE $4::pg_catalog.text END, true) \
      FROM dsync.lock AS lock, \
-          (SELECT pg_catalog.current_setting('idle_in_transaction_session_timeout')::interval AS now, \
-                  ($4::text || ' ms')::interval AS longest) AS pause \
-     WHERE lock.id = $1::int8 AND lock.pair = $2::bool AND lock.token = $3::int8 FOR SHARE OF lock";
+          (SELECT pg_catalog.current_setting('idle_in_transaction_session_timeout')::pg_catalog.interval AS now, \
+                  ($4::pg_catalog.text OPERATOR(pg_catalog.||) ' ms')::pg_catalog.interval AS longest) AS pause \
+     WHERE lock.id OPERATOR(pg_catalog.=) $1::pg_catalog.int8 AND lock.pair OPERATOR(pg_catalog.=) $2::pg_catalog.bool \
+       AND lock.token OPERATOR(pg_catalog.=) $3::pg_catalog.int8 FOR SHARE OF lock";
 
-/// Whether the term with this token is the newest: `$1` key, `$2` whether it is a pair, `$3` token.
-pub(super) const IS_CURRENT: &str =
-    "SELECT EXISTS (SELECT FROM dsync.lock WHERE id = $1::int8 AND pair = $2::bool AND token = $3::int8)";
+/// Whether the term with this token is the newest: `$1` key, `$2` whether it is a pair, `$3` token. Runs where
+/// [`FENCE`] does.
+pub(super) const IS_CURRENT: &str = "SELECT EXISTS (SELECT FROM dsync.lock AS lock \
+     WHERE lock.id OPERATOR(pg_catalog.=) $1::pg_catalog.int8 AND lock.pair OPERATOR(pg_catalog.=) $2::pg_catalog.bool \
+       AND lock.token OPERATOR(pg_catalog.=) $3::pg_catalog.int8)";
+
+/// Whose locks are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// All keys that have a row in the catalog, and whose lock is held or waited for.
+    All,
+    /// One key: `$1` the key, `$2` whether it is a pair, `$3` namespace and `$4` name, by which its row is known.
+    One {
+        /// Whether there is a catalog to look into.
+        catalog: bool,
+    },
+}
+
+/// Who holds and who waits: namespace, key, granted, backend, address, application name, token, annotation, since, seconds
+/// of waiting. Of each key, first the holder, then the waiters in their order.
+///
+/// `pg_locks` is looked at once, so that what comes is the state of one moment. A row whose holder is not the one that
+/// has the lock tells nothing of this term; nor does one that is older than the backend, whose process id is used again.
+pub(super) fn inspect(scope: Scope) -> String {
+    const THIS_KEY: &str =
+        "AND (locks.classid::int8 << 32 | locks.objid::int8) = $1::int8 AND (locks.objsubid = 2) = $2::bool";
+    let (which, row) = match scope {
+        Scope::All => ("", "JOIN dsync.lock AS lock ON lock.id = found.id AND lock.pair = found.pair"),
+        Scope::One { catalog: true } => (
+            THIS_KEY,
+            "LEFT JOIN dsync.lock AS lock ON lock.id = found.id AND lock.pair = found.pair \
+             AND lock.namespace = $3::text AND lock.key = $4::text",
+        ),
+        Scope::One { catalog: false } => (
+            THIS_KEY,
+            "CROSS JOIN (SELECT $3::text AS namespace, $4::text AS key, NULL::int8 AS token, \
+                                NULL::bytea AS annotation, NULL::int4 AS pid, NULL::timestamptz AS since) AS lock",
+        ),
+    };
+    format!(
+        "WITH found AS MATERIALIZED ( \
+             SELECT locks.pid, locks.granted, locks.waitstart, pg_catalog.clock_timestamp() AS now, \
+                    (locks.classid::int8 << 32 | locks.objid::int8) AS id, (locks.objsubid = 2) AS pair \
+             FROM pg_locks AS locks WHERE locks.locktype = 'advisory' \
+             AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database()) {which}) \
+         SELECT lock.namespace, lock.key, found.granted, found.pid, activity.client_addr, activity.application_name, \
+                CASE WHEN term.holds THEN lock.token END, CASE WHEN term.holds THEN lock.annotation END, \
+                CASE WHEN term.holds THEN lock.since END, \
+                coalesce(greatest(extract(epoch FROM found.now - found.waitstart)::float8, 0), 0) \
+         FROM found {row} \
+         LEFT JOIN pg_stat_activity AS activity ON activity.pid = found.pid \
+         CROSS JOIN LATERAL (SELECT found.granted AND found.pid = lock.pid \
+                                    AND coalesce(activity.backend_start <= lock.since, true) AS holds) AS term \
+         ORDER BY lock.namespace, lock.key, found.id, found.pair, found.granted DESC, \
+                  term.holds DESC NULLS LAST, found.waitstart NULLS LAST, found.pid"
+    )
+}
+
+/// What a session is called while it serves a lock: what the application calls itself, and the key.
+///
+/// The server keeps 63 bytes of ASCII. It would send a notice with every lock if it had to cut off the rest itself, and an
+/// error if it could not write a character in the database's encoding.
+pub(super) fn application_name(own: &str, key: &str) -> String {
+    let letters = own.chars().chain([' ']).chain(key.chars());
+    letters.take(63).map(|letter| if (' '..='~').contains(&letter) { letter } else { '?' }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_session_fits_into_what_the_server_keeps() {
+        assert_eq!(application_name("dsync", "billing/run"), "dsync billing/run");
+        assert_eq!(application_name("dsync", &"x".repeat(1024)).len(), 63);
+        assert_eq!(application_name("dsync", "schl\u{fc}ssel\n"), "dsync schl?ssel?");
+    }
+}

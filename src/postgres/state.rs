@@ -34,7 +34,7 @@ pub(super) struct Machine {
     failing_since: Option<Time>,
     /// Until when the server may hold something for a session of this claim that was lost.
     in_doubt_until: Time,
-    /// Seeds the jitter of the next back-off.
+    /// Seeds the jitter of the back-off.
     seed: u64,
 }
 
@@ -44,12 +44,11 @@ pub(super) struct Timing {
     /// How long a term lasts, at the most, after the sending of the last heartbeat that was answered: the server's
     /// lease less the margin.
     pub(super) term: Duration,
-    /// How long the server may keep a lock of a session that was lost without its knowing.
-    pub(super) lease: Duration,
+    /// How long the server may hold something for a session that was lost without its knowing: a wait slice, at the end
+    /// of which it may be granted the lock, and a lease from then on.
+    pub(super) doubt: Duration,
     /// A heartbeat is sent this long after the one before.
     pub(super) heartbeat: Duration,
-    /// How long the answer to a heartbeat may take.
-    pub(super) heartbeat_timeout: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -115,7 +114,7 @@ pub(super) enum Action {
     Renew { by: Time },
     /// Give the lock back: `Unlocked`.
     Unlock,
-    /// Leave the session without any lock: `Unlocked`.
+    /// Leave the session without any lock: `Settled`.
     Settle,
     /// Close the session without ceremony: `Discarded`.
     Discard,
@@ -153,6 +152,10 @@ pub(super) enum Event {
     /// The lock was given back; `held` is whether the server says that it had been held.
     Unlocked {
         held: bool,
+    },
+    /// The session is without any lock; `clear` is whether the server also has none of the claim's lost sessions any more.
+    Settled {
+        clear: bool,
     },
     Discarded,
     /// The application ended the claim.
@@ -200,18 +203,20 @@ impl Machine {
 
     /// Takes in what happened, at `now`; says what to announce. An event that does not fit the state changes nothing.
     pub(super) fn handle(&mut self, event: Event, now: Time) -> Option<Notice> {
-        if let Event::SessionLost(reason) = event
-            && self.may_hold()
-            && !reason.is_final_word()
-        {
-            self.in_doubt_until = now + self.timing.lease;
+        // Whatever the event says: a term does not outlive its time. An answer that comes later does not prolong it.
+        let term_over = matches!(self.state, State::Held { renewed } | State::Renewing { renewed }
+            if now >= self.term_end(renewed) && event != Event::Release);
+        let in_doubt = match event {
+            Event::SessionLost(reason) => self.may_hold() && !reason.is_final_word(),
+            // The session will be closed, which the server need not notice at once. A first statement that can never
+            // succeed is refused before it takes the lock.
+            Event::Refused { patient } => self.may_hold() && !(patient && self.state == State::Trying),
+            _ => term_over,
+        };
+        if in_doubt {
+            self.in_doubt_until = now + self.timing.doubt;
         }
-        // Whatever the event says: a term does not outlive its time, unless this very event prolongs it.
-        if let State::Held { renewed } | State::Renewing { renewed } = self.state
-            && now >= self.term_end(renewed)
-            && event != Event::Release
-        {
-            self.in_doubt_until = now + self.timing.lease;
+        if term_over {
             return self.lose(LossReason::LeaseNotRenewed);
         }
         match (self.state, event) {
@@ -231,7 +236,7 @@ impl Machine {
             }
             (State::Trying | State::Waiting, Event::Granted { sent }) => self.grant(sent, now),
             (State::Confirming, Event::Renewed { sent }) => self.grant(sent, now),
-            (State::Trying | State::Waiting, Event::Refused { patient }) => {
+            (State::Trying | State::Waiting | State::Confirming, Event::Refused { patient }) => {
                 self.become_(State::Discarding { then: After::BackOff { patient } });
                 Some(Notice::Failed)
             }
@@ -255,21 +260,18 @@ impl Machine {
                 self.lose(LossReason::ServerError)
             }
 
-            (State::Unlocking | State::Settling, Event::SessionLost(reason)) => {
-                let end = if reason.is_final_word() { End::Released } else { End::Unconfirmed };
-                self.become_(State::Discarding { then: After::End(end) })
-            }
-            (State::Confirming, Event::Refused { patient }) => {
-                self.become_(State::Discarding { then: After::BackOff { patient } })
-            }
-            (State::Unlocking | State::Settling, Event::Refused { .. }) => {
-                self.become_(State::Discarding { then: After::End(End::Unconfirmed) })
+            (State::Unlocking | State::Settling, Event::SessionLost(_) | Event::Refused { .. }) => {
+                self.become_(State::Discarding { then: After::End(self.end(now)) })
             }
             (State::Unlocking, Event::Unlocked { held }) => {
                 self.become_(State::Ended(if held { End::Released } else { End::NotHeld }))
             }
-            // Whether the lock had been granted in passing is of no interest: it is not held now.
-            (State::Settling, Event::Unlocked { .. }) => self.become_(State::Ended(End::Released)),
+            // Whether the lock had been granted in passing is of no interest: this session does not hold it now. But the
+            // one that does may be a lost one of ours.
+            (State::Settling, Event::Settled { clear }) => {
+                let end = if clear { End::Released } else { self.end(now) };
+                self.become_(State::Ended(end))
+            }
 
             (State::Discarding { then }, Event::Discarded) => {
                 match then {
@@ -298,7 +300,7 @@ impl Machine {
     /// frozen before it read the answer) the server may have taken it away again: then ask first.
     fn grant(&mut self, sent: Time, now: Time) -> Option<Notice> {
         self.failing_since = None;
-        // Only one session can have it, so no lost one does.
+        // Only one session can have it, so no lost one does; and one that queued still would have been served first.
         self.in_doubt_until = Time::ZERO;
         let until = self.term_end(sent);
         if now >= until {
@@ -328,18 +330,21 @@ impl Machine {
     }
 
     fn release(&mut self, now: Time) -> Option<Notice> {
-        // Nothing to say to the server, and nobody to say it to. It was told, or will notice.
-        let nothing = if now < self.in_doubt_until { End::Unconfirmed } else { End::Released };
         self.state = match self.state {
-            State::Connecting | State::BackingOff { .. } | State::Trying => State::Ended(nothing),
+            State::Connecting | State::BackingOff { .. } | State::Trying => State::Ended(self.end(now)),
             State::Waiting => State::Settling,
             State::Confirming | State::Held { .. } | State::Renewing { .. } => State::Unlocking,
             State::Discarding { then: After::Connect | After::BackOff { .. } } => {
-                State::Discarding { then: After::End(nothing) }
+                State::Discarding { then: After::End(self.end(now)) }
             }
             ending => ending,
         };
         None
+    }
+
+    /// How the claim ends when the session at hand holds nothing: what the server was not told of, it will notice.
+    fn end(&self, now: Time) -> End {
+        if now < self.in_doubt_until { End::Unconfirmed } else { End::Released }
     }
 
     /// Waits for a fraction of the time that the attempts have been failing: quick after a short outage, considerate in
@@ -352,9 +357,10 @@ impl Machine {
         let shortest = if patient { SHORTEST_IF_PATIENT } else { SHORTEST };
         let pause = ((now - since) / 8).clamp(shortest, LONGEST);
         // Between one half and the whole of it, so that many claims do not come back in step.
-        let mut rng = fastrand::Rng::with_seed(self.seed);
-        let pause = pause.mul_f32(0.5 + rng.f32() / 2.0);
-        self.seed = rng.u64(..);
-        self.state = State::BackingOff { until: now + pause };
+        let jitter = fastrand::Rng::with_seed(self.seed ^ now.subsec_nanos() as u64).f32();
+        self.state = State::BackingOff { until: now + pause.mul_f32(0.5 + jitter / 2.0) };
     }
 }
+
+#[cfg(test)]
+mod tests;

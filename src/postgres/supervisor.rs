@@ -35,6 +35,8 @@ struct Running {
     /// The whole claim's: when a session is lost the next one takes its place.
     slot: Option<PooledSlot>,
     link: Option<Arc<Link>>,
+    /// Who served the sessions of this claim that were lost and may be in doubt still, and when that was.
+    lost_backends: Vec<(Instant, i32)>,
     /// Why the last attempt failed.
     problem: Option<Error>,
     /// The token of the current term, or of the last one.
@@ -44,13 +46,17 @@ struct Running {
 }
 
 impl Supervisor {
+    /// How long the server may hold something for a session that was lost without its knowing.
+    fn doubt(&self) -> Duration {
+        self.plan.lease + self.wait_slice
+    }
+
     /// The body of the thread.
     pub(super) fn run(self) {
         let timing = Timing {
             term: self.plan.lease - self.plan.margin,
-            lease: self.plan.lease,
+            doubt: self.doubt(),
             heartbeat: self.plan.heartbeat,
-            heartbeat_timeout: self.plan.heartbeat_timeout,
         };
         let mut machine = Machine::new(timing, fastrand::u64(..));
         let mut running = Running {
@@ -58,6 +64,7 @@ impl Supervisor {
             epoch: Instant::now(),
             slot: None,
             link: None,
+            lost_backends: Vec::new(),
             problem: None,
             token: None,
             release_by: None,
@@ -128,8 +135,9 @@ impl Running {
             }
             Action::Settle => {
                 let by = self.release_by();
-                self.on_session(|session, _, _| session.settle(by))
-                    .map_or_else(|lost| lost, |()| Event::Unlocked { held: false })
+                let lost: Vec<_> = self.lost_backends.iter().map(|(_, pid)| *pid).collect();
+                self.on_session(|session, _, _| session.settle(&lost, by))
+                    .map_or_else(|lost| lost, |clear| Event::Settled { clear })
             }
             Action::Discard => {
                 if let Some(link) = self.link.take() {
@@ -137,6 +145,11 @@ impl Running {
                 }
                 self.supervisor.claim.announce_no_session();
                 if let Some(slot) = &mut self.slot {
+                    if let Some(session) = slot.session() {
+                        let doubt = self.supervisor.doubt();
+                        self.lost_backends.retain(|(since, _)| since.elapsed() <= doubt);
+                        self.lost_backends.push((Instant::now(), session.backend_pid()));
+                    }
                     slot.taint();
                 }
                 Event::Discarded
@@ -204,6 +217,7 @@ impl Running {
         match self.on_session(ask) {
             Ok(Answer::Granted { token }) => {
                 self.token = token;
+                self.lost_backends.clear();
                 Event::Granted { sent }
             }
             Ok(Answer::NotGranted) => otherwise,
@@ -287,7 +301,7 @@ impl Running {
         self.supervisor.claim.announce_no_session();
         // Before the end is told: whoever claims the lock next finds the session in the pool.
         drop(self.slot.take());
-        let (key, plan) = (self.supervisor.claim.key(), self.supervisor.plan);
+        let key = self.supervisor.claim.key();
         let outcome = match end {
             End::Released => Ok(()),
             End::NotHeld => Err(Error::new(
@@ -299,8 +313,8 @@ impl Running {
             End::Unconfirmed => {
                 let message = format!(
                     "the session for {key:?} was lost before the server confirmed the release; \
-                     it frees the lock when it notices, within the lease of {:?}",
-                    plan.lease
+                     it frees the lock when it notices, after {:?} at the latest",
+                    self.supervisor.doubt()
                 );
                 let error = Error::new(ErrorKind::UnlockFailed, message);
                 Err(match self.problem.take() {
