@@ -54,7 +54,7 @@ fn pairs(url: &str) {
             times.push(time(|| pair(lock)));
         }
     }
-    print("raw", &mut times, &["without catalog", "with token and row"]);
+    print(&mut times);
 }
 
 fn hand_overs(url: &str) {
@@ -77,11 +77,11 @@ fn hand_overs(url: &str) {
         holder.execute(&statements[0][0], &[&KEY]).expect("the lock");
         times[0].push(std::thread::scope(|scope| {
             let (done, granted) = bounded(1);
-            let statements = &statements[1];
+            let [lock, unlock] = &statements[1];
             scope.spawn(move || {
-                waiter.execute(&statements[0], &[&KEY]).expect("the lock");
+                waiter.execute(lock, &[&KEY]).expect("the lock");
                 done.send(Instant::now()).expect("the bench");
-                waiter.execute(&statements[1], &[&KEY]).expect("the unlock");
+                waiter.execute(unlock, &[&KEY]).expect("the unlock");
             });
             wait_for_waiter();
             let released = Instant::now();
@@ -106,7 +106,7 @@ fn hand_overs(url: &str) {
             }));
         }
     }
-    print("raw", &mut times, &["without catalog", "with token and row"]);
+    print(&mut times);
 }
 
 fn time(run: impl FnOnce()) -> Duration {
@@ -115,12 +115,14 @@ fn time(run: impl FnOnce()) -> Duration {
     begun.elapsed()
 }
 
-fn print(floor: &str, times: &mut [Vec<Duration>; 3], names: &[&str; 2]) {
+fn print(times: &mut [Vec<Duration>; 3]) {
     times.iter_mut().for_each(|times| times.sort());
     let at = |times: &[Duration], share: f64| times[((times.len() - 1) as f64 * share) as usize];
     let base = at(&times[0], 0.5);
     println!("{:24} {:>10} {:>10} {:>8}", "", "median", "p99", "ratio");
-    for (name, times) in [floor, names[0], names[1]].into_iter().zip(times) {
+    for (name, times) in
+        ["the driver by hand", "without catalog", "with token and row"].into_iter().zip(times)
+    {
         let median = at(times, 0.5);
         let ratio = median.as_secs_f64() / base.as_secs_f64();
         println!("{name:24} {median:>10.1?} {:>10.1?} {ratio:>8.2}", at(times, 0.99));

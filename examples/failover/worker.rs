@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use crossbeam_channel::select;
-use dsync::{Config, Context, ErrorKind, Lock, Term};
+use dsync::{Config, Context, ErrorKind, Term};
 
 use crate::ledger::{Desk, Outcome};
 use crate::report::{Report, What, now};
@@ -56,7 +56,7 @@ fn stand(stop: &Context, desk: &mut Desk) -> Result<(), Box<dyn Error>> {
         // None if it was lost again in between.
         let Some(term) = leadership.term() else { continue };
         tell(What::Gained { token: term.token().unwrap_or_default() })?;
-        match lead(&*leadership, &term, stop, desk)? {
+        match lead(&term, stop, desk)? {
             Ended::Lost => {
                 // Its `Display` is a whole sentence, for a log.
                 let reason = leadership.last_loss().map(|loss| format!("{:?}", loss.reason));
@@ -73,7 +73,7 @@ enum Ended {
 }
 
 /// Works, one unit after the other, until the term is lost or the process is told to stop.
-fn lead(leadership: &dyn Lock, term: &Term, stop: &Context, desk: &mut Desk) -> io::Result<Ended> {
+fn lead(term: &Term, stop: &Context, desk: &mut Desk) -> io::Result<Ended> {
     let stopped = stop.cancelled();
     loop {
         select! {
@@ -81,8 +81,8 @@ fn lead(leadership: &dyn Lock, term: &Term, stop: &Context, desk: &mut Desk) -> 
             recv(stopped) -> _ => return Ok(Ended::Stopped),
             default(PACE) => {}
         }
-        // After a freeze this thread may run before the one that closes the channel. Asking the lock itself tells at once.
-        if leadership.term().is_none_or(|current| current.token() != term.token()) {
+        // After a freeze this thread may run before the one that closes the channel; the term looks at the clock as well.
+        if !term.is_held() {
             return Ok(Ended::Lost);
         }
         if desk.work(term) == Outcome::Refused {

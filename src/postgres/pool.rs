@@ -191,6 +191,11 @@ impl Pool {
         Ok(())
     }
 
+    /// A session has turned out to be shared, so a pooler has come after the probe: the next session asks again.
+    pub(super) fn sessions_are_shared(&self) {
+        self.probed.store(false, Ordering::Relaxed);
+    }
+
     /// A statement has found the catalog missing: someone dropped it, or the whole database.
     pub(super) fn catalog_is_gone(&self) {
         self.catalog_ready.store(false, Ordering::Relaxed);
@@ -322,7 +327,11 @@ fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
             "57P03" => (SessionUnavailable, "the server is starting or stopping"),
             // A statement that was prepared is not known, or one of another process's is.
             "26000" | "42P05" => (SessionRefused, SHARED_SESSIONS),
-            code if code.starts_with("28") || code.starts_with("0A") || code.starts_with("42") => {
+            code if code.starts_with("22")
+                || code.starts_with("28")
+                || code.starts_with("0A")
+                || code.starts_with("42") =>
+            {
                 (SessionRefused, "change what the server objects to")
             }
             _ => (SessionUnavailable, "see the server's log"),

@@ -239,6 +239,9 @@ impl Running {
         };
         run(session, link, &self.supervisor.request).map_err(|failure| match failure {
             Failure::Lost { reason, cause } => {
+                if reason == LossReason::SessionChanged {
+                    self.supervisor.pool.sessions_are_shared();
+                }
                 self.problem = cause.map(|cause| {
                     let message =
                         format!("the session for {:?} was lost: {reason}", self.supervisor.claim.key());

@@ -1,0 +1,706 @@
+//! The catalog: how it comes to be, what stands in it, and the tokens that it gives out.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this is test code, in which a panic is the report of a failure"
+)]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs::{self, OpenOptions};
+use std::io::{Read, Write};
+use std::net::{Shutdown as Close, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{PATIENCE, Process, briefly, eventually, kind, lock, soon, started};
+use dsync::{
+    CATALOG_SQL, CatalogMode, Config, Context, ErrorKind, Key, Lock, LockGuard, LockOptions, LockValuer,
+    MAX_ANNOTATION, PostgresManager, SyncManager,
+};
+use postgres::Client;
+use support::process::Signal;
+use support::{Database, Replication, Server, Shutdown};
+
+fn config(database: &Database<'_>) -> Config {
+    Config::from_url(&database.url()).unwrap()
+}
+
+fn token(lock: &Arc<dyn Lock>) -> i64 {
+    lock.term().expect("the lock is held").token().expect("there is a catalog")
+}
+
+/// Holds the lock for a moment, and gives the token of that term.
+fn one_term(lock: &Arc<dyn Lock>) -> i64 {
+    lock.lock(&soon()).unwrap();
+    let token = token(lock);
+    lock.release().unwrap();
+    token
+}
+
+fn count(client: &mut Client, query: &str) -> i64 {
+    client.query_one(query, &[]).unwrap().get(0)
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// How it comes to be
+// ---------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn the_catalog_is_made_or_demanded_or_done_without() {
+    let database = Database::fresh().unwrap();
+
+    let without = started(config(&database).catalog(CatalogMode::None));
+    let plain = lock(&without, "x");
+    plain.lock(&soon()).unwrap();
+    let term = plain.term().unwrap();
+    assert_eq!(term.token(), None);
+    let mut client = database.client().unwrap();
+    assert_eq!(kind(term.fence(&mut client.transaction().unwrap())), ErrorKind::InvalidConfig);
+    assert_eq!(kind(term.is_current(&mut client)), ErrorKind::InvalidConfig);
+    plain.release().unwrap();
+    assert_eq!(count(&mut client, "SELECT count(*) FROM pg_namespace WHERE nspname = 'dsync'"), 0);
+
+    let strict = PostgresManager::new(config(&database).catalog(CatalogMode::MustExist)).unwrap();
+    let error = strict.start().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::FailedInitialization);
+    assert!(error.to_string().contains("dsync::CATALOG_SQL"), "{error}");
+
+    let first = one_term(&lock(&started(config(&database)), "x"));
+    strict.start().unwrap();
+    assert!(one_term(&lock(&strict, "x")) > first);
+}
+
+#[test]
+fn an_administrator_may_make_the_catalog_in_any_way_and_again() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    client.batch_execute(CATALOG_SQL).unwrap();
+    client.batch_execute(CATALOG_SQL).unwrap();
+    let before = one_term(&lock(&started(config(&database).catalog(CatalogMode::MustExist)), "x"));
+    client.batch_execute(&format!("BEGIN; {CATALOG_SQL}; COMMIT")).unwrap();
+    assert_eq!(count(&mut client, "SELECT count(*) FROM dsync.version"), 1);
+    assert!(one_term(&lock(&started(config(&database)), "x")) > before);
+    let path: String = client.query_one("SHOW search_path", &[]).unwrap().get(0);
+    assert_eq!(path, r#""$user", public"#, "it is left as it was");
+}
+
+#[test]
+fn a_newer_catalog_is_refused_and_an_older_one_brought_up_to_date() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    client.batch_execute(CATALOG_SQL).unwrap();
+
+    client.batch_execute("UPDATE dsync.version SET version = 2").unwrap();
+    let error = PostgresManager::new(config(&database)).unwrap().start().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::FailedInitialization);
+    assert!(error.to_string().contains("version 2, this library needs 1"), "{error}");
+
+    client.batch_execute("UPDATE dsync.version SET version = 0; DROP VIEW dsync.waiters").unwrap();
+    let strict = config(&database).catalog(CatalogMode::MustExist);
+    assert_eq!(kind(PostgresManager::new(strict).unwrap().start()), ErrorKind::FailedInitialization);
+    one_term(&lock(&started(config(&database)), "x"));
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 1);
+    assert_eq!(count(&mut client, "SELECT count(*) FROM dsync.waiters"), 0);
+}
+
+#[test]
+fn a_catalog_that_is_dropped_comes_back_with_greater_tokens() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    let manager = started(config(&database));
+    let (held, free) = (lock(&manager, "held"), lock(&manager, "free"));
+    held.lock(&soon()).unwrap();
+    let (term, before) = (held.term().unwrap(), one_term(&free));
+
+    client.batch_execute("DROP SCHEMA dsync CASCADE").unwrap();
+    assert!(held.term().is_some(), "the advisory lock is held still");
+    assert!(one_term(&free) > before);
+    assert!(!term.is_current(&mut client).unwrap(), "its row is gone, and with it the proof");
+    held.release().unwrap();
+    assert!(one_term(&held) > before);
+
+    // A part of it.
+    client.batch_execute("DROP TABLE dsync.era").unwrap();
+    let after = one_term(&free);
+    client.batch_execute("TRUNCATE dsync.era").unwrap();
+    assert!(one_term(&free) > after);
+}
+
+/// Operators and functions of somebody else's, in front of PostgreSQL's; and settings in which nothing could be written.
+#[test]
+fn a_hostile_search_path_and_hostile_defaults_do_not_matter() {
+    let database = Database::fresh().unwrap();
+    let mut administrator = database.client().unwrap();
+    let mut evil = String::from(
+        "CREATE ROLE victim LOGIN; CREATE SCHEMA evil; GRANT USAGE ON SCHEMA evil TO victim;
+         CREATE FUNCTION evil.bomb() RETURNS bool LANGUAGE plpgsql AS $$ BEGIN RAISE 'boom'; END $$;
+         CREATE FUNCTION evil.now() RETURNS timestamptz LANGUAGE plpgsql AS $$ BEGIN RAISE 'boom'; END $$;
+         CREATE DOMAIN evil.int8 AS text; CREATE DOMAIN evil.text AS int4; CREATE DOMAIN evil.bool AS int4;
+         CREATE TABLE evil.pg_locks (boom int4); CREATE TABLE evil.pg_stat_activity (boom int4);",
+    );
+    for (operator, left, right) in [
+        ("=", "int8", "int8"),
+        ("=", "int4", "int4"),
+        ("=", "oid", "oid"),
+        ("=", "name", "name"),
+        ("=", "text", "text"),
+        ("=", "bool", "bool"),
+        ("=", "int2", "int4"),
+        ("<>", "text", "text"),
+        ("<", "interval", "interval"),
+        (">", "interval", "interval"),
+    ] {
+        let name = format!("evil.trap_{left}_{right}");
+        evil += &format!(
+            "CREATE OR REPLACE FUNCTION {name}(pg_catalog.{left}, pg_catalog.{right}) RETURNS pg_catalog.bool
+             LANGUAGE plpgsql AS $$ BEGIN RAISE 'boom'; END $$;
+             CREATE OPERATOR evil.{operator} (LEFTARG = pg_catalog.{left}, RIGHTARG = pg_catalog.{right},
+                                              FUNCTION = {name});"
+        );
+    }
+    evil += &format!(
+        "GRANT CREATE ON DATABASE {} TO victim;
+         ALTER ROLE victim SET search_path = evil, pg_catalog;
+         ALTER ROLE victim SET default_transaction_isolation = 'serializable';
+         ALTER ROLE victim SET default_transaction_deferrable = on;
+         ALTER ROLE victim SET default_transaction_read_only = on;
+         ALTER ROLE victim SET statement_timeout = '20ms';
+         ALTER ROLE victim SET idle_session_timeout = '20ms';
+         ALTER ROLE victim SET synchronous_commit = off;",
+        database.name()
+    );
+    administrator.batch_execute(&evil).unwrap();
+
+    let url = database.url().replace("postgres@", "victim@");
+    let [first, second] = [(); 2].map(|()| started(Config::from_url(&url).unwrap()));
+    let (one, other) = (lock(&first, "x"), lock(&second, "x"));
+    one.lock(&soon()).unwrap();
+    assert_eq!(kind(other.try_lock(&soon())), ErrorKind::LockUnavailable);
+    eventually("the waiter", || first.inspect("x").unwrap().waiters.len() == 1);
+    assert_eq!(first.inspect_all().unwrap()[0].holder.as_ref().unwrap().token, Some(token(&one)));
+
+    let mut victim = Client::connect(&url, postgres::NoTls).unwrap();
+    victim.batch_execute("SET default_transaction_read_only = off; SET idle_session_timeout = 0").unwrap();
+    assert!(
+        victim.batch_execute("SELECT 1::pg_catalog.int8 = 1::pg_catalog.int8").is_err(),
+        "the trap works"
+    );
+    let term = one.term().unwrap();
+    let mut transaction = victim.transaction().unwrap();
+    term.fence(&mut transaction).unwrap();
+    transaction.commit().unwrap();
+    assert!(term.is_current(&mut victim).unwrap());
+    for view in ["locks", "waiters"] {
+        let rows = victim.query(&format!("SELECT FROM dsync.{view}"), &[]).unwrap();
+        assert_eq!(rows.len(), 1, "{view}");
+    }
+    one.release().unwrap();
+    eventually("the waiter's turn", || other.term().is_some());
+
+    // Roles belong to the server that other tests use.
+    drop((one, other, first, second, victim));
+    administrator.batch_execute("DROP OWNED BY victim CASCADE; DROP ROLE victim").unwrap();
+}
+
+const MANY: usize = 200;
+
+#[test]
+fn two_hundred_processes_make_one_catalog() {
+    let server = Server::builder().max_connections(2 * MANY as u32 + 50).start().unwrap();
+    let database = server.database().unwrap();
+    let gate = server.folder().join("gate");
+    let role = format!("start {} {}", database.url(), gate.display());
+    let crowd: Vec<_> = (0..MANY).map(|_| Process::start(&mut common::process("worker", &role))).collect();
+    for process in &crowd {
+        process.says("ready");
+    }
+    fs::write(&gate, "").unwrap();
+    let tokens: BTreeSet<i64> = crowd
+        .iter()
+        .map(|process| process.says("token ").rsplit(' ').next().unwrap().parse().unwrap())
+        .collect();
+    for process in crowd {
+        process.succeeds();
+    }
+    assert_eq!(tokens.len(), MANY);
+
+    let mut client = database.client().unwrap();
+    for table in ["version", "era"] {
+        assert_eq!(count(&mut client, &format!("SELECT count(*) FROM dsync.{table}")), 1);
+    }
+    let log = server.log();
+    let errors: Vec<_> = log
+        .lines()
+        // Whoever looks for the catalog before it is there.
+        .filter(|line| line.contains("ERROR") && !line.contains(r#"relation "dsync.version" does not exist"#))
+        .collect();
+    assert!(errors.is_empty(), "{errors:#?}");
+    assert!(!log.contains("already exists"), "made by one process alone");
+}
+
+/// Not a test: the body of the processes that other tests start.
+#[test]
+fn worker() {
+    let Some(role) = common::role() else { return };
+    let words: Vec<_> = role.split(' ').collect();
+    match words[..] {
+        ["start", url, gate] => start_at_once(url, Path::new(gate)),
+        ["terms", url, folder, terms] => record_terms(url, Path::new(folder), terms.parse().unwrap()),
+        _ => panic!("{role}"),
+    }
+}
+
+fn start_at_once(url: &str, gate: &Path) {
+    println!("ready");
+    eventually("the gate", || gate.exists());
+    let manager = PostgresManager::new(
+        Config::from_url(url).unwrap().max_sessions(2).connect_timeout(PATIENCE).lease(PATIENCE),
+    )
+    .unwrap();
+    manager.start().unwrap();
+    let lock = lock(&manager, &format!("key {}", std::process::id() % 7));
+    println!("token {}", one_term(&lock));
+    manager.stop().unwrap();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tokens
+// ---------------------------------------------------------------------------------------------------------------------
+
+const KEYS: [&str; 4] = ["red", "green", "blue", "black"];
+
+/// Many times each of the locks, and the tokens into a file for each, written while it is held.
+fn record_terms(url: &str, folder: &Path, terms: usize) {
+    thread::scope(|scope| {
+        for thread in 0..2 {
+            scope.spawn(move || {
+                let manager = started(Config::from_url(url).unwrap());
+                let locks = KEYS.map(|key| lock(&manager, key));
+                for round in 0..terms / 2 {
+                    let index = (round + 2 * thread) % KEYS.len();
+                    let guard = LockGuard::lock(Arc::clone(&locks[index]), &soon()).unwrap();
+                    let mut file =
+                        OpenOptions::new().create(true).append(true).open(folder.join(KEYS[index])).unwrap();
+                    writeln!(file, "{}", guard.term().token().unwrap()).unwrap();
+                    guard.release().unwrap();
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn ten_thousand_terms_of_many_processes_have_growing_tokens() {
+    const PROCESSES: usize = 8;
+    let database = Database::fresh().unwrap();
+    let folder = Folder::make();
+    let role = format!("terms {} {} {}", database.url(), folder.0.display(), 10_000 / PROCESSES);
+    let workers = [(); PROCESSES].map(|()| Process::start(&mut common::process("worker", &role)));
+    for worker in workers {
+        worker.succeeds_within(Duration::from_secs(300));
+    }
+    let mut all = BTreeSet::new();
+    for key in KEYS {
+        let text = fs::read_to_string(folder.0.join(key)).unwrap();
+        let tokens: Vec<i64> = text.lines().map(|line| line.parse().unwrap()).collect();
+        assert!(
+            tokens.is_sorted_by(|one, next| one < next),
+            "{key}: in the order of the terms, each greater"
+        );
+        all.extend(tokens);
+    }
+    assert_eq!(all.len(), 10_000, "each token once, for whichever key");
+}
+
+struct Folder(PathBuf);
+
+impl Folder {
+    fn make() -> Self {
+        let folder = std::env::temp_dir().join(format!("dsync-catalog-{}", std::process::id()));
+        fs::create_dir(&folder).unwrap();
+        Self(folder)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A crash takes back what the sequence has not written to the disk. Here that is as much as can be: the server writes
+/// nothing by itself, and the one transaction that logs the values ahead does not end before the crash.
+#[test]
+fn tokens_grow_over_crashes_of_the_server() {
+    let server = Server::builder().durable().setting("wal_writer_delay", "10s").start().unwrap();
+    let database = server.database().unwrap();
+    let manager = started(config(&database));
+    let locks = [lock(&manager, "held"), lock(&manager, "other")];
+    let mut newest = 0;
+    type Crash = (&'static str, fn(&Server));
+    let crashes: [Crash; 4] = [
+        ("immediate restart", |server| server.restart(Shutdown::Immediate).unwrap()),
+        ("kill -9 of all processes", |server| {
+            server.kill_hard().unwrap();
+            server.start_again().unwrap();
+        }),
+        ("kill -9 of the postmaster", |server| {
+            server.kill_postmaster().unwrap();
+            server.start_again().unwrap();
+        }),
+        ("fast restart", |server| server.restart(Shutdown::Fast).unwrap()),
+    ];
+    for (name, crash) in crashes {
+        locks[0].lock(&soon()).unwrap();
+        let lost = locks[0].lost();
+        assert!(token(&locks[0]) > newest, "{name}");
+        // Until a value that is logged comes first in an open transaction.
+        let mut logging = database.client().unwrap();
+        logging.batch_execute("BEGIN").unwrap();
+        for _ in 0..33 {
+            logging.query_one("SELECT nextval('dsync.token')", &[]).unwrap();
+        }
+        for _ in 0..20 {
+            let token = one_term(&locks[1]);
+            assert!(token > newest, "{name}");
+            newest = token;
+        }
+        crash(&server);
+        common::hear(&lost);
+        // The claim on `held` goes on by itself.
+        eventually("the lock in the background", || locks[0].term().is_some());
+        assert!(token(&locks[0]) > newest, "after {name}");
+        let after = one_term(&locks[1]);
+        assert!(after > newest, "after {name}");
+        newest = after.max(token(&locks[0]));
+        locks[0].release().unwrap();
+    }
+}
+
+/// The standby misses all that comes after the freezing of the process that sends it, and acquisitions do not wait for it.
+#[test]
+fn tokens_grow_over_the_promotion_of_a_synchronous_standby() {
+    let primary = Server::start().unwrap();
+    let standby = primary.standby(Replication::Synchronous).unwrap();
+    let ports = format!("{},{}", primary.port(), standby.port());
+    let url = format!(
+        "host=127.0.0.1,127.0.0.1 port={ports} user=postgres dbname=postgres target_session_attrs=read-write"
+    );
+    let manager = started(Config::from_url(&url).unwrap());
+    let lock = lock(&manager, "x");
+    let mut newest = (0..5).map(|_| one_term(&lock)).next_back().unwrap();
+    standby.wait_caught_up(&primary).unwrap();
+
+    let mut client = primary.client().unwrap();
+    let sender: i32 = client.query_one("SELECT pid FROM pg_stat_replication", &[]).unwrap().get(0);
+    support::process::signal(sender, Signal::Stop).unwrap();
+    for _ in 0..100 {
+        let token = one_term(&lock);
+        assert!(token > newest);
+        newest = token;
+    }
+    lock.lock(&soon()).unwrap();
+    let lost = lock.lost();
+    newest = token(&lock);
+    primary.kill_hard().unwrap();
+    common::hear(&lost);
+    standby.promote().unwrap();
+    eventually("the lock on the new primary", || lock.term().is_some());
+    assert!(token(&lock) > newest);
+}
+
+#[test]
+fn sessions_that_wait_and_that_come_back_get_tokens_too() {
+    let database = Database::fresh().unwrap();
+    let [first, second] = [(); 2].map(|()| started(config(&database)));
+    let (holder, waiter) = (lock(&first, "x"), lock(&second, "x"));
+    holder.lock(&soon()).unwrap();
+    let mut before = token(&holder);
+    let waiting = common::wait_in_thread(&waiter);
+    eventually("a waiter", || first.inspect("x").unwrap().waiters.len() == 1);
+    holder.release().unwrap();
+    waiting.get().unwrap();
+    for _ in 0..3 {
+        assert!(token(&waiter) > before);
+        before = token(&waiter);
+        let lost = waiter.lost();
+        let pid = second.inspect("x").unwrap().holder.unwrap().pid;
+        assert!(database.server().terminate(pid).unwrap());
+        common::hear(&lost);
+        eventually("the next term", || waiter.term().is_some());
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Round trips
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// Between the library and the server: counts how often a client begins to speak after the server has.
+struct Wire {
+    port: u16,
+    flights: Arc<AtomicUsize>,
+}
+
+impl Wire {
+    fn to(server: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let flights = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&flights);
+        thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let server = TcpStream::connect(("127.0.0.1", server)).unwrap();
+                let clients_turn = Arc::new(Mutex::new(true));
+                for (from, to, counter) in [
+                    (client.try_clone().unwrap(), server.try_clone().unwrap(), Some(Arc::clone(&counter))),
+                    (server, client, None),
+                ] {
+                    let clients_turn = Arc::clone(&clients_turn);
+                    thread::spawn(move || pass_on(from, to, &clients_turn, counter));
+                }
+            }
+        });
+        Self { port, flights }
+    }
+
+    /// How many round trips `work` takes.
+    fn round_trips<T>(&self, work: impl FnOnce() -> T) -> usize {
+        let before = self.flights.load(Ordering::SeqCst);
+        work();
+        self.flights.load(Ordering::SeqCst) - before
+    }
+}
+
+fn pass_on(
+    mut from: TcpStream,
+    mut to: TcpStream,
+    clients_turn: &Mutex<bool>,
+    counter: Option<Arc<AtomicUsize>>,
+) {
+    let mut buffer = [0; 65536];
+    while let Ok(length @ 1..) = from.read(&mut buffer) {
+        let mut turn = clients_turn.lock().unwrap();
+        if let Some(counter) = &counter
+            && *turn
+        {
+            counter.fetch_add(1, Ordering::SeqCst);
+        }
+        *turn = counter.is_none();
+        drop(turn);
+        if to.write_all(&buffer[..length]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(Close::Both);
+}
+
+#[test]
+fn acquiring_with_token_and_annotation_is_one_round_trip_and_releasing_is_one() {
+    let database = Database::fresh().unwrap();
+    let wire = Wire::to(database.server().port());
+    let url = database.url_at("127.0.0.1", wire.port);
+    // No heartbeat comes in between.
+    let manager = started(Config::from_url(&url).unwrap().lease(Duration::from_secs(600)));
+    let options = LockOptions::new().valuer(Arc::new(|| b"note".to_vec()));
+    let lock = manager.lock("x", options).unwrap();
+    one_term(&lock);
+    for _ in 0..10 {
+        assert_eq!(wire.round_trips(|| lock.lock(&soon()).unwrap()), 1);
+        assert!(lock.term().unwrap().token().is_some());
+        assert_eq!(wire.round_trips(|| lock.release().unwrap()), 1);
+    }
+    // Another key on the same session.
+    let lock = manager.lock("y", LockOptions::new()).unwrap();
+    assert_eq!(wire.round_trips(|| lock.try_lock(&soon()).unwrap()), 1);
+    let (term, mut client) = (lock.term().unwrap(), Client::connect(&url, postgres::NoTls).unwrap());
+    assert_eq!(wire.round_trips(|| term.is_current(&mut client).unwrap()), 2, "with its preparation");
+    lock.release().unwrap();
+    assert_eq!(wire.round_trips(|| manager.inspect("y").unwrap()), 2, "with its preparation");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Annotations
+// ---------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn annotations_are_kept_to_the_byte_or_left_out() {
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database));
+    let mut client = database.client().unwrap();
+    let whole = vec![0xfe; MAX_ANNOTATION];
+    let cases: [(&str, LockValuer, Option<Vec<u8>>); 7] = [
+        (
+            "json",
+            dsync::json_valuer(&serde_json::json!({"a": "'\\\u{0}"})).unwrap(),
+            Some(br#"{"a":"'\\\u0000"}"#.to_vec()),
+        ),
+        ("not utf-8", Arc::new(|| vec![0xff, 0, 0xfe, b'\\', b'x']), Some(vec![0xff, 0, 0xfe, b'\\', b'x'])),
+        ("looks like hex", Arc::new(|| br"\x00ff".to_vec()), Some(br"\x00ff".to_vec())),
+        ("empty", Arc::new(Vec::new), Some(Vec::new())),
+        ("as long as can be", Arc::new(move || whole.clone()), Some(vec![0xfe; MAX_ANNOTATION])),
+        ("too long", Arc::new(|| vec![0; MAX_ANNOTATION + 1]), None),
+        ("panics", Arc::new(|| panic!("in a valuer, on purpose")), None),
+    ];
+    for (name, valuer, wanted) in cases {
+        let lock = manager.lock(name, LockOptions::new().valuer(valuer)).unwrap();
+        lock.lock(&soon()).unwrap();
+        assert!(lock.term().unwrap().token().is_some());
+        let row = client.query_one("SELECT annotation FROM dsync.locks WHERE key = $1", &[&name]).unwrap();
+        assert_eq!(row.get::<_, Option<Vec<u8>>>(0), wanted, "{name}");
+        assert_eq!(manager.inspect(name).unwrap().holder.unwrap().annotation, wanted, "{name}");
+        lock.release().unwrap();
+    }
+    // An annotation is of its term only.
+    let plain = started(config(&database));
+    let lock = lock(&plain, "json");
+    lock.lock(&soon()).unwrap();
+    assert_eq!(plain.inspect("json").unwrap().holder.unwrap().annotation, None);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Two keys with one number
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// The number that the name `x` has in the namespace `dsync`. As a key it is another key with the same hash.
+fn number_of_x(database: &Database<'_>) -> i64 {
+    let query = "SELECT ('x' || left(encode(sha256(convert_to('dsync', 'UTF8') || '\\x00'::bytea \
+                 || convert_to('x', 'UTF8')), 'hex'), 16))::bit(64)::bigint";
+    database.client().unwrap().query_one(query, &[]).unwrap().get(0)
+}
+
+#[test]
+fn two_keys_with_one_hash_are_refused_and_never_wait_for_each_other() {
+    for same_process in [true, false] {
+        for name_first in [true, false] {
+            let database = Database::fresh().unwrap();
+            let first = started(config(&database));
+            let second = if same_process { None } else { Some(started(config(&database))) };
+            let second = second.as_ref().unwrap_or(&first);
+            let mut keys = [Key::from("x"), Key::from(number_of_x(&database))];
+            if !name_first {
+                keys.reverse();
+            }
+            let [one, other] = keys;
+            let one = first.lock(one, LockOptions::new()).unwrap();
+            let other = second.lock(other, LockOptions::new()).unwrap();
+
+            // While one is held, and while it is free with its row still there.
+            for held in [true, false] {
+                one.lock(&soon()).unwrap();
+                if !held {
+                    one.release().unwrap();
+                }
+                let error = other.try_lock(&soon()).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::InvalidKey, "{error}");
+                assert!(error.to_string().contains("the same hash as"), "{error}");
+                assert!(error.to_string().contains(one.key()), "{error}");
+                assert_eq!(held, one.term().is_some_and(|term| term.is_held()));
+                // `lock` waits, as it always does, and says why in the end.
+                let error = other.lock(&briefly()).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::TimedOut);
+                assert!(error.to_string().contains("the same hash as"), "{error}");
+                other.release().unwrap();
+                one.release().unwrap();
+            }
+            // It left nothing behind.
+            one.try_lock(&soon()).unwrap();
+            one.release().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_number_and_a_pair_of_the_same_bits_are_different_locks() {
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database));
+    let keys = [Key::from((-1, 2)), Key::from(-0x1_0000_0000 + 2), Key::from("#-1:2"), Key::from(i64::MIN)];
+    let locks = keys.map(|key| manager.lock(key, LockOptions::new()).unwrap());
+    for lock in &locks {
+        lock.try_lock(&soon()).unwrap();
+    }
+    assert_eq!(manager.inspect_all().unwrap().len(), locks.len());
+}
+
+/// Two that begin at once: neither sees the other's row when it asks.
+#[test]
+fn keys_that_collide_at_the_first_moment_do_not_wait_for_ever() {
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database).wait_slice(Duration::from_millis(200)));
+    let mut client = database.client().unwrap();
+    for _ in 0..20 {
+        client.batch_execute("DELETE FROM dsync.lock").unwrap();
+        let number = manager.lock(number_of_x(&database), LockOptions::new()).unwrap();
+        let locks = [lock(&manager, "x"), number];
+        let begun = locks.each_ref().map(|lock| {
+            let lock = Arc::clone(lock);
+            common::begin(move || lock.lock(&Context::timeout(Duration::from_secs(2))))
+        });
+        let outcomes = begun.map(common::Outcome::get);
+        assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1, "{outcomes:?}");
+        let refused = outcomes.iter().find_map(|outcome| outcome.as_ref().err()).unwrap();
+        assert!(refused.to_string().contains("the same hash as"), "{refused}");
+        for lock in &locks {
+            lock.release().unwrap();
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Old rows
+// ---------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn old_rows_go_but_not_those_of_held_locks_and_of_fenced_transactions() {
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database));
+    let locks = ["held", "fenced", "old", "recent"].map(|key| lock(&manager, key));
+    for lock in &locks {
+        lock.lock(&soon()).unwrap();
+    }
+    let mut writer = database.client().unwrap();
+    let mut transaction = writer.transaction().unwrap();
+    locks[1].term().unwrap().fence(&mut transaction).unwrap();
+    for lock in &locks[1..] {
+        lock.release().unwrap();
+    }
+    let mut client = database.client().unwrap();
+    client
+        .batch_execute(
+            "UPDATE dsync.lock SET since = now() - interval '25 hours' WHERE key IN ('held', 'old');
+             UPDATE dsync.lock SET since = now() - interval '23 hours' WHERE key = 'recent'",
+        )
+        .unwrap();
+    let keys = |client: &mut Client| -> Vec<String> {
+        let rows = client.query("SELECT key FROM dsync.lock ORDER BY key", &[]).unwrap();
+        rows.iter().map(|row| row.get(0)).collect()
+    };
+    started(config(&database));
+    assert_eq!(keys(&mut client), ["fenced", "held", "recent"]);
+
+    transaction.commit().unwrap();
+    client
+        .batch_execute("UPDATE dsync.lock SET since = now() - interval '25 hours' WHERE key = 'fenced'")
+        .unwrap();
+    let mut transaction = writer.transaction().unwrap();
+    transaction.batch_execute("SELECT FROM dsync.lock WHERE key = 'fenced' FOR SHARE").unwrap();
+    let begun = Instant::now();
+    started(config(&database));
+    assert!(
+        begun.elapsed() < Duration::from_secs(4),
+        "nobody waits for the transaction: {:?}",
+        begun.elapsed()
+    );
+    assert_eq!(keys(&mut client), ["fenced", "held", "recent"]);
+    transaction.commit().unwrap();
+    started(config(&database));
+    assert_eq!(keys(&mut client), ["held", "recent"]);
+
+    let term = locks[0].term().unwrap();
+    assert!(term.is_current(&mut client).unwrap());
+    assert!(one_term(&locks[2]) > term.token().unwrap(), "a row that has gone comes back");
+}

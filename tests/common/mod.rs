@@ -1,0 +1,202 @@
+//! What several files of tests share: words for their timelines, and processes of their own.
+
+#![allow(dead_code, reason = "each file uses a part of it")]
+
+use std::fmt::Debug;
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, unbounded};
+use dsync::{Context, Error, ErrorKind, Lock, LockOptions, Lost, PostgresManager, SyncManager};
+
+/// What should happen has this long, so that a fault is a failed test and not a hung one.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) fn soon() -> Context {
+    Context::timeout(PATIENCE)
+}
+
+/// Long enough for a session to be opened and to begin to wait, on a busy machine too.
+pub(crate) fn briefly() -> Context {
+    Context::timeout(Duration::from_millis(500))
+}
+
+pub(crate) fn lock(manager: &PostgresManager, key: &str) -> Arc<dyn Lock> {
+    manager.lock(key, LockOptions::new()).unwrap()
+}
+
+pub(crate) fn started(config: dsync::Config) -> PostgresManager {
+    let manager = PostgresManager::new(config).unwrap();
+    manager.start().unwrap();
+    manager
+}
+
+pub(crate) fn kind<T>(result: Result<T, Error>) -> ErrorKind {
+    result.err().expect("an error").kind()
+}
+
+pub(crate) fn is_open(lost: &Lost) -> bool {
+    lost.try_recv().is_err_and(|error| error.is_empty())
+}
+
+pub(crate) fn is_held(lock: &Arc<dyn Lock>) -> bool {
+    is_open(&lock.lost())
+}
+
+pub(crate) fn hear(lost: &Lost) {
+    assert_eq!(lost.recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected), "the lost channel closes");
+}
+
+/// For what has no event to wait for, since the test is that nobody asks.
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    support::wait_for(what, PATIENCE, || condition().then_some(())).unwrap();
+}
+
+/// Like [`eventually`], and tells the last value if it never becomes `wanted`.
+pub(crate) fn becomes<T: PartialEq + Debug>(what: &str, wanted: &T, mut value: impl FnMut() -> T) {
+    let mut last = None;
+    let outcome = support::wait_for(what, PATIENCE, || (last.insert(value()) == wanted).then_some(()));
+    assert!(outcome.is_ok(), "{what} should become {wanted:?} and stays {last:?}");
+}
+
+/// What a thread will return.
+pub(crate) struct Outcome<T>(Receiver<T>);
+
+impl<T> Outcome<T> {
+    pub(crate) fn get(self) -> T {
+        self.get_within(PATIENCE)
+    }
+
+    pub(crate) fn get_within(self, bound: Duration) -> T {
+        self.0.recv_timeout(bound).expect("the call ends in time and does not panic")
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        !self.0.is_empty()
+    }
+}
+
+pub(crate) fn begin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Outcome<T> {
+    let (sender, receiver) = bounded(1);
+    thread::spawn(move || sender.send(work()));
+    Outcome(receiver)
+}
+
+/// Waits for the lock in a thread.
+pub(crate) fn wait_in_thread(lock: &Arc<dyn Lock>) -> Outcome<Result<(), Error>> {
+    let lock = Arc::clone(lock);
+    begin(move || lock.lock(&Context::background()))
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Processes
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// By this variable a test that is the body of a process knows that it is to run, and what it is to do.
+const ROLE: &str = "TEST_ROLE";
+
+/// What this process is to do, if another test has started it with [`process`].
+pub(crate) fn role() -> Option<String> {
+    std::env::var(ROLE).ok()
+}
+
+/// This very program again, as a process that runs the test `body` only, with an environment that is of no influence.
+pub(crate) fn process(body: &str, role: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", body, "--nocapture", "--test-threads=1"]).env(ROLE, role);
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("PG")
+            || text.starts_with("DSYNC_")
+            || text == "DATABASE_URL"
+            || text == "RUST_LOG"
+        {
+            // Where the programs of PostgreSQL are is still to be known.
+            if text != "DSYNC_PG_BIN" {
+                command.env_remove(&name);
+            }
+        }
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// A process of ours, killed when dropped. What it says comes line by line.
+pub(crate) struct Process {
+    child: Child,
+    pub(crate) lines: Receiver<String>,
+}
+
+impl Process {
+    pub(crate) fn start(command: &mut Command) -> Self {
+        let mut child = command.spawn().unwrap();
+        let (sender, lines) = unbounded();
+        let outputs: [Box<dyn Read + Send>; 2] =
+            [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+        for output in outputs {
+            let sender = sender.clone();
+            thread::spawn(move || {
+                for line in BufReader::new(output).lines().map_while(Result::ok) {
+                    let _ = sender.send(line);
+                }
+            });
+        }
+        Self { child, lines }
+    }
+
+    pub(crate) fn id(&self) -> i32 {
+        support::process::id_of(&self.child)
+    }
+
+    /// Waits for a line with `text` in it.
+    pub(crate) fn says(&self, text: &str) -> String {
+        let mut heard = Vec::new();
+        loop {
+            match self.lines.recv_timeout(PATIENCE) {
+                Ok(line) if line.contains(text) => return line,
+                Ok(line) => heard.push(line),
+                Err(_) => panic!("the process does not say {text:?}, but:\n{}", heard.join("\n")),
+            }
+        }
+    }
+
+    /// Waits for its end, which must be a good one. What it said.
+    pub(crate) fn succeeds(self) -> String {
+        // What it waits for itself has to fail first, since it knows best what that was.
+        self.succeeds_within(PATIENCE * 2)
+    }
+
+    pub(crate) fn succeeds_within(mut self, bound: Duration) -> String {
+        let mut said = Vec::new();
+        let end = Instant::now() + bound;
+        loop {
+            match self.lines.recv_deadline(end) {
+                Ok(line) => said.push(line),
+                // Both its outputs are closed.
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    panic!("the process does not end; it said:\n{}", said.join("\n"))
+                }
+            }
+        }
+        let (status, said) = (self.child.wait().unwrap(), said.join("\n"));
+        assert!(status.success(), "the process failed ({status}); it said:\n{said}");
+        assert!(said.contains("1 passed"), "the process ran nothing; it said:\n{said}");
+        said
+    }
+
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

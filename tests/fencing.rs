@@ -1,0 +1,510 @@
+//! Fenced transactions: what a former holder writes is refused, and a successor waits for what is being written.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this is test code, in which a panic is the report of a failure"
+)]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{PATIENCE, Process, eventually, hear, kind, lock, soon, started, wait_in_thread};
+use dsync::{Config, Error, ErrorKind, Lock, PostgresManager, Term};
+use postgres::{Client, IsolationLevel, NoTls, Transaction};
+use support::Database;
+use support::process::Signal;
+
+fn config(database: &Database<'_>) -> Config {
+    Config::from_url(&database.url()).unwrap()
+}
+
+/// A holder of the lock `x`, a rival, and the connection of somebody who writes.
+struct Scene<'a> {
+    database: &'a Database<'a>,
+    holder: Arc<dyn Lock>,
+    rival: Arc<dyn Lock>,
+    writer: Client,
+    _managers: [PostgresManager; 2],
+}
+
+impl<'a> Scene<'a> {
+    fn set(database: &'a Database<'a>) -> Self {
+        let managers = [(); 2].map(|()| started(config(database)));
+        let [holder, rival] = [&managers[0], &managers[1]].map(|manager| lock(manager, "x"));
+        holder.lock(&soon()).unwrap();
+        Self { database, holder, rival, writer: database.client().unwrap(), _managers: managers }
+    }
+
+    fn term(&self) -> Term {
+        self.holder.term().unwrap()
+    }
+
+    /// Ends the holder's session, and its claim, so that it does not come back.
+    fn lose(&self) {
+        end_session(&mut self.database.client().unwrap(), "x");
+        hear(&self.holder.lost());
+        self.holder.release().unwrap();
+    }
+
+    /// A later term begins, and the holder does not know.
+    fn supersede(&self) {
+        let query = "UPDATE dsync.lock SET token = nextval('dsync.token') WHERE key = 'x'";
+        assert_eq!(self.database.client().unwrap().execute(query, &[]).unwrap(), 1);
+        assert!(self.term().is_held(), "as far as it knows");
+    }
+}
+
+fn end_session(operator: &mut Client, key: &str) {
+    operator.execute("SELECT pg_terminate_backend(pid) FROM dsync.locks WHERE key = $1", &[&key]).unwrap();
+}
+
+/// The bound on pauses that the transaction has.
+fn bound(transaction: &mut impl postgres::GenericClient) -> String {
+    transaction.query_one("SHOW idle_in_transaction_session_timeout", &[]).unwrap().get(0)
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A holder that was paused
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// Of the processes that are frozen. The others have longer ones, so that a busy machine does not cost them their locks.
+const LEASE: Duration = Duration::from_secs(1);
+
+#[test]
+fn a_holder_that_was_frozen_past_its_lease_cannot_write() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    client.batch_execute("CREATE TABLE story (id serial, writer text, fenced bool)").unwrap();
+    let gate = database.server().folder().join(format!("gate-{}", database.name()));
+    let role = format!("paused {} {}", database.url(), gate.display());
+    let child = Process::start(&mut common::process("worker", &role));
+    child.says("held");
+
+    support::process::signal(child.id(), Signal::Stop).unwrap();
+    let manager = started(config(&database));
+    let successor = lock(&manager, "x");
+    successor.lock(&soon()).unwrap();
+    let mut transaction = client.transaction().unwrap();
+    successor.term().unwrap().fence(&mut transaction).unwrap();
+    transaction.execute("INSERT INTO story (writer, fenced) VALUES ('successor', true)", &[]).unwrap();
+    transaction.commit().unwrap();
+    fs::write(&gate, "").unwrap();
+    support::process::signal(child.id(), Signal::Continue).unwrap();
+    assert!(child.says("fenced: ").ends_with("Lost"));
+    child.succeeds();
+
+    let rows = client.query("SELECT writer FROM story ORDER BY id", &[]).unwrap();
+    let writers: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    assert_eq!(
+        writers,
+        ["successor", "former holder"],
+        "without the fence, nothing had kept it from writing"
+    );
+}
+
+#[test]
+fn a_writer_that_is_frozen_in_its_transaction_holds_up_nobody_for_longer_than_the_lease() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    client.batch_execute("CREATE TABLE story (id serial, writer text, fenced bool)").unwrap();
+    let child = Process::start(&mut common::process("worker", &format!("inside {} -", database.url())));
+    let manager = started(config(&database));
+    let successor = lock(&manager, "x");
+    child.says("inside");
+
+    let begun = Instant::now();
+    support::process::signal(child.id(), Signal::Stop).unwrap();
+    successor.lock(&soon()).unwrap();
+    let held_up = begun.elapsed();
+    println!("held up for {held_up:?}, with a lease of {LEASE:?}");
+    // The lease and a second; and two more, for a machine that has others to serve.
+    assert!(held_up < LEASE + Duration::from_secs(3), "{held_up:?}");
+    let rows = client.query("SELECT FROM story", &[]).unwrap();
+    assert_eq!(rows.len(), 0, "what it wrote went with its session");
+    child.kill();
+}
+
+/// Not a test: the body of the processes that other tests start.
+#[test]
+fn worker() {
+    let Some(role) = common::role() else { return };
+    let words: Vec<_> = role.split(' ').collect();
+    let [what, url, gate] = words[..] else { panic!("{role}") };
+    let manager = started(Config::from_url(url).unwrap().lease(LEASE));
+    let lock = lock(&manager, "x");
+    lock.lock(&soon()).unwrap();
+    let term = lock.term().unwrap();
+    let mut client = Client::connect(url, NoTls).unwrap();
+    let write = |transaction: &mut Transaction<'_>, fenced: bool| {
+        let statement = "INSERT INTO story (writer, fenced) VALUES ('former holder', $1)";
+        transaction.execute(statement, &[&fenced]).unwrap();
+    };
+    if what == "inside" {
+        let mut transaction = client.transaction().unwrap();
+        term.fence(&mut transaction).unwrap();
+        write(&mut transaction, true);
+        println!("inside");
+        thread::sleep(PATIENCE);
+        return;
+    }
+    println!("held");
+    eventually("the gate", || Path::new(gate).exists());
+    let mut transaction = client.transaction().unwrap();
+    match term.fence(&mut transaction) {
+        Ok(()) => {
+            write(&mut transaction, true);
+            transaction.commit().unwrap();
+            println!("fenced: written");
+        }
+        Err(error) => {
+            drop(transaction);
+            println!("fenced: {:?}", error.kind());
+        }
+    }
+    let mut transaction = client.transaction().unwrap();
+    write(&mut transaction, false);
+    transaction.commit().unwrap();
+}
+
+/// The former holder's own knowledge plays no part here.
+#[test]
+fn the_database_itself_refuses_a_former_holder() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    let term = scene.term();
+    assert!(term.is_current(&mut scene.writer).unwrap());
+    let mut transaction = scene.writer.transaction().unwrap();
+    term.fence(&mut transaction).unwrap();
+    term.fence(&mut transaction).unwrap();
+    transaction.commit().unwrap();
+
+    scene.supersede();
+    assert!(!term.is_current(&mut scene.writer).unwrap());
+    let mut transaction = scene.writer.transaction().unwrap();
+    assert_eq!(kind(term.fence(&mut transaction)), ErrorKind::Lost);
+    transaction.rollback().unwrap();
+
+    scene.writer.batch_execute("DELETE FROM dsync.lock").unwrap();
+    let mut transaction = scene.writer.transaction().unwrap();
+    assert_eq!(kind(term.fence(&mut transaction)), ErrorKind::Lost);
+}
+
+#[test]
+fn a_former_term_stays_over_when_the_lock_is_held_again() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    let old = scene.term();
+    scene.holder.release().unwrap();
+    assert!(!old.is_held());
+    let mut transaction = scene.writer.transaction().unwrap();
+    assert_eq!(kind(old.fence(&mut transaction)), ErrorKind::Lost);
+    drop(transaction);
+    scene.holder.lock(&soon()).unwrap();
+    let new = scene.term();
+    let mut transaction = scene.writer.transaction().unwrap();
+    assert_eq!(kind(old.fence(&mut transaction)), ErrorKind::Lost);
+    new.fence(&mut transaction).unwrap();
+    drop(transaction);
+    assert!(!old.is_current(&mut scene.writer).unwrap());
+    assert!(new.is_current(&mut scene.writer).unwrap());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A successor waits
+// ---------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn the_next_term_begins_only_when_the_fenced_transactions_of_the_last_one_have_ended() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    scene.writer.batch_execute("CREATE TABLE story (line text)").unwrap();
+    let term = scene.term();
+    // Two at once: several threads of the holder may write.
+    let mut second_writer = database.client().unwrap();
+    let mut transaction = scene.writer.transaction().unwrap();
+    let mut second = second_writer.transaction().unwrap();
+    term.fence(&mut transaction).unwrap();
+    term.fence(&mut second).unwrap();
+
+    end_session(&mut database.client().unwrap(), "x");
+    hear(&scene.holder.lost());
+    scene.holder.release().unwrap();
+    // Whoever does not want to wait is told so, also where the row alone is in the way.
+    let begun = Instant::now();
+    assert_eq!(kind(scene.rival.try_lock(&soon())), ErrorKind::LockUnavailable);
+    assert!(begun.elapsed() < Duration::from_secs(4), "it does not wait for a slice to end");
+    let waiting = wait_in_thread(&scene.rival);
+    let mut operator = database.client().unwrap();
+    eventually("the successor to wait for the row", || {
+        let query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dsync x'
+                     AND wait_event_type = 'Lock' AND wait_event = 'transactionid'
+                     AND datname = current_database()";
+        operator.query_one(query, &[]).unwrap().get::<_, i64>(0) == 1
+    });
+    second.commit().unwrap();
+    transaction.execute("INSERT INTO story VALUES ('the last word of the old term')", &[]).unwrap();
+    assert!(!waiting.is_ready() && scene.rival.term().is_none(), "one of the two is open still");
+    transaction.commit().unwrap();
+    waiting.get().unwrap();
+    assert!(scene.rival.term().unwrap().token() > term.token());
+
+    scene.rival.release().unwrap();
+}
+
+/// The path on which the row is waited for must not lose the lease: a holder that freezes then must be replaced too.
+#[test]
+fn a_successor_that_waited_for_a_fenced_transaction_has_a_lease() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    let manager = started(config(&database));
+    let first = lock(&manager, "x");
+    first.lock(&soon()).unwrap();
+    let mut transaction = client.transaction().unwrap();
+    first.term().unwrap().fence(&mut transaction).unwrap();
+    first.release().unwrap();
+
+    // Slices so short that several end while it waits, with the lock in its hand.
+    let url = database.url();
+    let child = Process::start(&mut common::process("worker_waits", &url));
+    child.says("asking");
+    // Nothing tells that several slices have ended.
+    thread::sleep(Duration::from_millis(500));
+    transaction.commit().unwrap();
+    child.says("held");
+    support::process::signal(child.id(), Signal::Stop).unwrap();
+    let begun = Instant::now();
+    first.lock(&soon()).unwrap();
+    assert!(begun.elapsed() < LEASE + Duration::from_secs(3), "{:?}", begun.elapsed());
+}
+
+/// As [`a_successor_that_waited_for_a_fenced_transaction_has_a_lease`], but it freezes while it waits for the row.
+#[test]
+fn a_successor_that_freezes_while_it_waits_for_a_fenced_transaction_is_replaced() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    let manager = started(config(&database));
+    let first = lock(&manager, "x");
+    first.lock(&soon()).unwrap();
+    let mut transaction = client.transaction().unwrap();
+    first.term().unwrap().fence(&mut transaction).unwrap();
+    first.release().unwrap();
+    let child = Process::start(&mut common::process("worker_waits", &database.url()));
+    child.says("asking");
+    eventually("the child to have the advisory lock", || manager.inspect("x").unwrap().holder.is_some());
+    support::process::signal(child.id(), Signal::Stop).unwrap();
+    let begun = Instant::now();
+    eventually("the lock to be free", || manager.inspect("x").unwrap().holder.is_none());
+    assert!(begun.elapsed() < LEASE + Duration::from_secs(3), "{:?}", begun.elapsed());
+}
+
+/// Not a test: the body of a process that other tests start.
+#[test]
+fn worker_waits() {
+    let Some(url) = common::role() else { return };
+    let config = Config::from_url(&url).unwrap().lease(LEASE).wait_slice(Duration::from_millis(100));
+    let manager = started(config);
+    let lock = lock(&manager, "x");
+    println!("asking");
+    lock.lock(&soon()).unwrap();
+    println!("held");
+    thread::sleep(PATIENCE);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// No update is lost
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// Reads and writes as if nobody else did; whether that was committed.
+fn increment(term: &Term, client: &mut Client, key: &str, pauses: [Duration; 2]) -> bool {
+    let mut attempt = || -> Result<(), Error> {
+        let mut transaction = client.transaction().unwrap();
+        term.fence(&mut transaction)?;
+        let value: i64 =
+            transaction.query_one("SELECT value FROM counter WHERE key = $1", &[&key]).unwrap().get(0);
+        thread::sleep(pauses[0]);
+        transaction.execute("UPDATE counter SET value = $2 WHERE key = $1", &[&key, &(value + 1)]).unwrap();
+        thread::sleep(pauses[1]);
+        transaction.commit().unwrap();
+        Ok(())
+    };
+    match attempt() {
+        Ok(()) => true,
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::Lost, "{error}");
+            false
+        }
+    }
+}
+
+#[test]
+fn a_thousand_interleavings_lose_no_update() {
+    const THREADS: usize = 8;
+    const ROUNDS: usize = 125;
+    let database = Database::fresh().unwrap();
+    database.client().unwrap().batch_execute("CREATE TABLE counter (key text, value int8)").unwrap();
+    let refused = AtomicI64::new(0);
+    thread::scope(|scope| {
+        for number in 0..THREADS {
+            let (database, refused) = (&database, &refused);
+            scope.spawn(move || {
+                let key = format!("counter {number}");
+                let managers = [(); 2].map(|()| started(config(database)));
+                let [holder, rival] = [&managers[0], &managers[1]].map(|manager| lock(manager, &key));
+                let [mut one, mut other, mut operator] = [(); 3].map(|()| database.client().unwrap());
+                operator.execute("INSERT INTO counter VALUES ($1, 0)", &[&key]).unwrap();
+                let mut random = fastrand::Rng::with_seed(number as u64);
+                let mut committed = 0;
+                for _ in 0..ROUNDS {
+                    let mut pause = || Duration::from_micros(random.u64(..3000));
+                    let (first, second, before) = ([pause(), pause()], [pause(), pause()], pause());
+                    let queues_first = random.bool();
+                    holder.lock(&soon()).unwrap();
+                    let Some(term) = holder.term() else { continue };
+                    let waiting = queues_first.then(|| wait_in_thread(&rival));
+                    committed += thread::scope(|scope| {
+                        let writer = scope.spawn(|| increment(&term, &mut one, &key, first));
+                        thread::sleep(before);
+                        end_session(&mut operator, &key);
+                        hear(term.lost());
+                        holder.release().unwrap();
+                        match waiting {
+                            Some(waiting) => waiting.get().unwrap(),
+                            None => rival.lock(&soon()).unwrap(),
+                        }
+                        // It began after the other's transaction had ended, or the other one's is refused.
+                        let rivals = rival.term().unwrap();
+                        assert!(increment(&rivals, &mut other, &key, second), "it is the holder now");
+                        let written = writer.join().unwrap();
+                        if !written {
+                            refused.fetch_add(1, Ordering::Relaxed);
+                        }
+                        1 + i64::from(written)
+                    });
+                    rival.release().unwrap();
+                }
+                let value: i64 =
+                    operator.query_one("SELECT value FROM counter WHERE key = $1", &[&key]).unwrap().get(0);
+                assert_eq!(value, committed, "an update was lost");
+            });
+        }
+    });
+    let refused = refused.into_inner();
+    println!("{refused} of {} former holders were refused", THREADS * ROUNDS);
+    assert!(
+        refused > 0 && refused < (THREADS * ROUNDS) as i64,
+        "both ends of the race have been seen: {refused}"
+    );
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Whose transaction it is
+// ---------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_tighter_bound_on_pauses_stays_and_a_looser_one_comes_back() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    let term = scene.term();
+    for (own, wanted) in
+        [("300ms", "300ms"), ("1h", "15s"), ("0", "15s"), ("14999ms", "14999ms"), ("2d", "15s")]
+    {
+        scene.writer.batch_execute(&format!("SET idle_in_transaction_session_timeout = '{own}'")).unwrap();
+        let before = bound(&mut scene.writer);
+        let mut transaction = scene.writer.transaction().unwrap();
+        term.fence(&mut transaction).unwrap();
+        assert_eq!(bound(&mut transaction), wanted);
+        transaction.commit().unwrap();
+        assert_eq!(bound(&mut scene.writer), before);
+    }
+}
+
+fn begin(client: &mut Client, level: IsolationLevel) -> Transaction<'_> {
+    client.build_transaction().isolation_level(level).start().unwrap()
+}
+
+#[test]
+fn transactions_of_every_isolation_level_can_be_fenced() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    let mut operator = database.client().unwrap();
+    for level in [IsolationLevel::ReadCommitted, IsolationLevel::RepeatableRead, IsolationLevel::Serializable]
+    {
+        let term = scene.term();
+        let mut transaction = begin(&mut scene.writer, level);
+        term.fence(&mut transaction).unwrap();
+        transaction.commit().unwrap();
+
+        // It has read already when the next term begins: it must not write by what it has read.
+        let mut transaction = begin(&mut scene.writer, level);
+        transaction.batch_execute("SELECT 1").unwrap();
+        operator.execute("UPDATE dsync.lock SET token = nextval('dsync.token')", &[]).unwrap();
+        assert_eq!(kind(term.fence(&mut transaction)), ErrorKind::Lost, "{level:?}");
+        drop(transaction);
+
+        // And it has read already when its own term begins.
+        let mut writer = database.client().unwrap();
+        let mut early = begin(&mut writer, level);
+        early.batch_execute("SELECT 1").unwrap();
+        scene.holder.release().unwrap();
+        scene.holder.lock(&soon()).unwrap();
+        let outcome = scene.term().fence(&mut early).map_err(|error| error.kind());
+        let sees_the_present = matches!(level, IsolationLevel::ReadCommitted);
+        assert_eq!(outcome, if sees_the_present { Ok(()) } else { Err(ErrorKind::Lost) }, "{level:?}");
+    }
+}
+
+#[test]
+fn any_role_on_any_connection_can_fence_if_it_has_the_rights() {
+    let database = Database::fresh().unwrap();
+    let scene = Scene::set(&database);
+    let term = scene.term();
+    let mut administrator = database.client().unwrap();
+    administrator.batch_execute("CREATE ROLE clerk LOGIN").unwrap();
+    let url = database.url().replace("postgres@", "clerk@");
+    let mut clerk = Client::connect(&url, NoTls).unwrap();
+
+    let refusal = |clerk: &mut Client| {
+        let error = term.fence(&mut clerk.transaction().unwrap()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::SessionRefused);
+        assert_eq!(error.sqlstate(), Some("42501"));
+        error.to_string()
+    };
+    assert!(refusal(&mut clerk).contains("permission denied for schema dsync"));
+    administrator
+        .batch_execute("GRANT USAGE ON SCHEMA dsync TO clerk; GRANT SELECT ON dsync.lock TO clerk")
+        .unwrap();
+    let text = refusal(&mut clerk);
+    assert!(text.contains("GRANT USAGE ON SCHEMA dsync") && text.contains("UPDATE ON dsync.lock"), "{text}");
+    assert!(term.is_current(&mut clerk).unwrap(), "asking needs less");
+    administrator.batch_execute("GRANT UPDATE ON dsync.lock TO clerk").unwrap();
+    let mut transaction = clerk.transaction().unwrap();
+    term.fence(&mut transaction).unwrap();
+    transaction.commit().unwrap();
+
+    let mut read_only = clerk.build_transaction().read_only(true).start().unwrap();
+    let error = term.fence(&mut read_only).unwrap_err();
+    assert_eq!(error.sqlstate(), Some("25006"), "{error}");
+    drop(read_only);
+    drop(clerk);
+    administrator.batch_execute("DROP OWNED BY clerk; DROP ROLE clerk").unwrap();
+}
+
+#[test]
+fn a_connection_that_is_lost_is_no_lost_term() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    let term = scene.term();
+    let pid: i32 = scene.writer.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+    let mut transaction = scene.writer.transaction().unwrap();
+    assert!(database.server().terminate(pid).unwrap());
+    assert_eq!(kind(term.fence(&mut transaction)), ErrorKind::SessionUnavailable);
+    drop(transaction);
+    assert!(term.is_held());
+    scene.lose();
+}
