@@ -243,22 +243,22 @@ impl Config {
         self
     }
 
-    /// By how much the holder regards the lock as lost before the server gives it away. Defaults to a fifteenth of the
-    /// lease.
+    /// By how much, at the least, the holder regards the lock as lost before the server gives it away. Defaults to a
+    /// fifteenth of the lease.
     #[must_use]
     pub fn margin(mut self, margin: Duration) -> Self {
         self.margin = Some(margin);
         self
     }
 
-    /// How often a holder renews its lease. Defaults to a third of the lease.
+    /// How often a holder renews its lease. Defaults to a quarter of the lease.
     #[must_use]
     pub fn heartbeat(mut self, interval: Duration) -> Self {
         self.heartbeat = Some(interval);
         self
     }
 
-    /// How long the answer to a heartbeat may take before the lock counts as lost. Defaults to a third of the lease.
+    /// How long the answer to a heartbeat may take before the lock counts as lost. Defaults to a quarter of the lease.
     #[must_use]
     pub fn heartbeat_timeout(mut self, timeout: Duration) -> Self {
         self.heartbeat_timeout = Some(timeout);
@@ -270,8 +270,8 @@ impl Config {
         LeasePlan {
             lease: self.lease,
             margin: self.margin.unwrap_or(self.lease / 15),
-            heartbeat: self.heartbeat.unwrap_or(self.lease / 3),
-            heartbeat_timeout: self.heartbeat_timeout.unwrap_or(self.lease / 3),
+            heartbeat: self.heartbeat.unwrap_or(self.lease / 4),
+            heartbeat_timeout: self.heartbeat_timeout.unwrap_or(self.lease / 4),
         }
     }
 
@@ -298,11 +298,11 @@ impl Config {
                 )));
             }
         }
-        if plan.heartbeat + plan.heartbeat_timeout + plan.margin >= plan.lease {
+        if plan.heartbeat + plan.heartbeat_timeout >= plan.term() {
             return Err(invalid(format!(
-                "heartbeat ({:?}) and heartbeat_timeout ({:?}) together must be less than lease less margin \
-                 ({:?} - {:?}), or a term could end before a heartbeat has had its time; lengthen lease",
-                plan.heartbeat, plan.heartbeat_timeout, plan.lease, plan.margin
+                "twice heartbeat ({:?}), heartbeat_timeout ({:?}) and margin ({:?}) together must be less than lease \
+                 ({:?}), or a term could end before a heartbeat has had its time; lengthen lease",
+                plan.heartbeat, plan.heartbeat_timeout, plan.margin, plan.lease
             )));
         }
         if self.max_sessions == 0 {
@@ -362,6 +362,17 @@ pub(super) struct LeasePlan {
     pub(super) margin: Duration,
     pub(super) heartbeat: Duration,
     pub(super) heartbeat_timeout: Duration,
+}
+
+impl LeasePlan {
+    /// How long a term lasts, at the most, after the sending of the last heartbeat that was answered.
+    ///
+    /// The server frees the lock a lease after the last message that it got, which is later than that sending; or, where
+    /// its answers are not acknowledged, a lease less one heartbeat after the first such answer (`tcp_user_timeout`),
+    /// which may be the very answer that the holder got. Both must be later than the end of the term, by the margin.
+    pub(super) fn term(&self) -> Duration {
+        self.lease.saturating_sub(self.heartbeat + self.margin)
+    }
 }
 
 /// Looks up a variable; a parameter so that tests need not change the process's environment.

@@ -26,6 +26,7 @@ pub(super) struct Pool {
     dialer: Arc<Dialer>,
     wait_slice: Duration,
     lease: Duration,
+    heartbeat: Duration,
     connect_timeout: Duration,
     catalog: CatalogMode,
     /// Whether the catalog has been seen to be there.
@@ -106,6 +107,7 @@ impl Pool {
             dialer: Arc::new(dialer),
             wait_slice: config.wait_slice,
             lease: config.lease,
+            heartbeat: config.lease_plan().heartbeat,
             connect_timeout: config.connect_timeout,
             catalog: config.catalog,
             catalog_ready: AtomicBool::new(false),
@@ -154,7 +156,7 @@ impl Pool {
     }
 
     fn open_session(&self, control: StreamControl, by: Instant) -> std::result::Result<Session, Refusal> {
-        Session::open(Arc::clone(&self.dialer), control, self.wait_slice, self.lease, by)
+        Session::open(Arc::clone(&self.dialer), control, self.wait_slice, self.lease, self.heartbeat, by)
     }
 
     /// Shows once that two sessions which are open at once are two, and stay what they are.

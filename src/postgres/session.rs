@@ -82,12 +82,13 @@ impl Session {
         control: StreamControl,
         slice: Duration,
         lease: Duration,
+        heartbeat: Duration,
         by: Instant,
     ) -> Result<Self, Refusal> {
         let client = dialer.connect(&control, by).map_err(Refusal::from_dial)?;
         let mut session = Self { client, control, dialer, backend_pid: 0, prepared: Vec::new() };
         session.prepare(slice, by)?;
-        for statement in sql::notice_dead_clients(lease) {
+        for statement in sql::notice_dead_clients(lease, heartbeat) {
             match session.bounded(by, |client| client.batch_execute(&statement)) {
                 Ok(()) => {}
                 Err(Failure::Refused(error)) => {
@@ -138,7 +139,7 @@ impl Session {
         self.control.is_dead() || self.client.is_closed()
     }
 
-    /// Asks for the lock.
+    /// Asks for the lock. An error may come after the grant, and takes the lease back: then the session must be discarded.
     pub(super) fn try_lock(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
         let statement = self.prepared(Verb::Try, request.shape(), by)?;
         self.acquire(&statement, request, by)
@@ -156,7 +157,10 @@ impl Session {
             // A cancel that nobody knows the fate of may hit whatever comes next.
             return Err(Failure::Lost { reason: LossReason::ConnectionClosed, cause: None });
         }
-        outcome
+        match outcome {
+            Err(Failure::Refused(error)) if is_end_of_wait(&error) => Ok(Answer::NotGranted),
+            outcome => outcome,
+        }
     }
 
     fn acquire(&mut self, statement: &Statement, request: &Request, by: Instant) -> Result<Answer, Failure> {
@@ -170,7 +174,6 @@ impl Session {
             Ok(Answered::With(answer)) => Ok(answer),
             // Its row is not free yet, or is another key's, as the next slice tells.
             Ok(Answered::Tokenless) => Ok(Answer::NotGranted),
-            Err(Failure::Refused(error)) if is_end_of_wait(&error) => Ok(Answer::NotGranted),
             Err(failure) => Err(failure),
         }
     }

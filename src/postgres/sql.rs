@@ -40,16 +40,20 @@ pub(super) fn prepare_session(slice: Duration) -> String {
 ///
 /// `client_connection_check_interval` lets a *waiting* session notice that its client died, so that it leaves the
 /// queue: <https://www.postgresql.org/docs/current/runtime-config-connection.html>.
-pub(super) fn notice_dead_clients(lease: Duration) -> [String; 5] {
-    // A silent client is given up after one idle time and three intervals. That must not be before the lease is over,
-    // or the lock would be free while its holder may still believe in it.
-    let seconds = lease.as_secs() / 4 + 1;
+pub(super) fn notice_dead_clients(lease: Duration, heartbeat: Duration) -> [String; 5] {
+    // A silent client is given up after two of these. That must not be before the lease is over, or the lock would be
+    // free while its holder may still believe in it.
+    let seconds = lease.as_secs() / 2 + 1;
+    // A holder that is heard but hears nothing renews its lease once more, by a heartbeat whose answer is never
+    // acknowledged. With this it is replaced within the lease all the same. A term must be shorter by that: see
+    // `LeasePlan::term`.
+    let unacknowledged = lease.saturating_sub(heartbeat);
     [
         "SET client_connection_check_interval = '1s'".to_owned(),
         format!("SET tcp_keepalives_idle = {seconds}"),
         format!("SET tcp_keepalives_interval = {seconds}"),
-        "SET tcp_keepalives_count = 3".to_owned(),
-        format!("SET tcp_user_timeout = {}", lease.as_millis()),
+        "SET tcp_keepalives_count = 2".to_owned(),
+        format!("SET tcp_user_timeout = {}", unacknowledged.as_millis()),
     ]
 }
 

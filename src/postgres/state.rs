@@ -42,7 +42,7 @@ pub(super) struct Machine {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Timing {
     /// How long a term lasts, at the most, after the sending of the last heartbeat that was answered: the server's
-    /// lease less the margin.
+    /// lease less one heartbeat and the margin.
     pub(super) term: Duration,
     /// How long the server may hold something for a session that was lost without its knowing: a wait slice, at the end
     /// of which it may be granted the lock, and a lease from then on.

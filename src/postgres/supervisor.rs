@@ -53,11 +53,7 @@ impl Supervisor {
 
     /// The body of the thread.
     pub(super) fn run(self) {
-        let timing = Timing {
-            term: self.plan.lease - self.plan.margin,
-            doubt: self.doubt(),
-            heartbeat: self.plan.heartbeat,
-        };
+        let timing = Timing { term: self.plan.term(), doubt: self.doubt(), heartbeat: self.plan.heartbeat };
         let mut machine = Machine::new(timing, fastrand::u64(..));
         let mut running = Running {
             supervisor: self,

@@ -1,0 +1,716 @@
+//! Lost before stolen: a holder that is frozen, cut off or dead, or whose server is, knows that it has lost its lock
+//! before another can get it, and another gets it within the lease and a second. And nothing hangs meanwhile.
+//!
+//! Each test has a server of its own. `partition.rs` has the same cuts in real networks.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this is test code, in which a panic is the report of a failure"
+)]
+
+mod common;
+mod cutoff;
+
+use std::sync::{Arc, Once};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{
+    PATIENCE, becomes, begin, eventually, hear, is_held, is_open, kind, lock, role, soon, started,
+    wait_in_thread,
+};
+use cutoff::proxy::Proxy;
+use cutoff::witness::{Event, Role, WITNESS, Witness, testify};
+use cutoff::{
+    GRACE, LEASE, Party, all_queue, config, gets_all_back, granted, holds, last_of, length, micros, ms,
+    nothing_is_left, now, queues,
+};
+use dsync::{Context, ErrorKind, Lock, LockGuard, LockOptions, LossReason, PostgresManager, SyncManager};
+use parking_lot::Mutex;
+use postgres::Client;
+use support::netns::Direction;
+use support::process::{Signal, signal};
+use support::{Server, Shutdown};
+
+/// What a machine that is busy may add where a bound is on our own doing.
+const SLACK: Duration = Duration::from_millis(500);
+
+/// Longer than any test, so that the order of a queue stays.
+const ONE_SLICE: Duration = Duration::from_secs(100);
+
+/// By when a holder knows, at the latest, if it hears nothing: the lease less a heartbeat, by default a quarter of it, and
+/// the margin, by default a fifteenth.
+fn own_deadline(lease: Duration) -> Duration {
+    lease - lease / 4 - lease / 15
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The server stands still
+// ---------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_holder_of_a_frozen_server_knows_by_its_own_deadline() {
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let holder = Party::new("holder", &server.url(), 10);
+    let terms = holder.lock_all();
+    let frozen = server.freeze().unwrap();
+    let frozen_at = now();
+    terms.iter().for_each(hear);
+    let losses: Vec<_> = holder.locks.iter().map(|lock| lock.last_loss().unwrap()).collect();
+    let last = losses.iter().map(|loss| micros(loss.at)).max().unwrap();
+    println!("lost {:.0} ms after the freeze, at the latest; lease {LEASE:?}", ms(frozen_at, last));
+    assert!(
+        last - frozen_at <= length(own_deadline(LEASE)) + length(SLACK) / 5,
+        "{:.0} ms",
+        ms(frozen_at, last)
+    );
+    for loss in losses {
+        let expected = [LossReason::HeartbeatTimedOut, LossReason::LeaseNotRenewed];
+        assert!(expected.contains(&loss.reason), "{loss:?}");
+    }
+    assert_eq!(holder.held(), 0);
+    frozen.thaw();
+    gets_all_back(operator, &holder);
+    nothing_is_left(operator);
+}
+
+#[test]
+fn a_short_freeze_costs_nobody_a_long_lease() {
+    const LONG: Duration = Duration::from_secs(60);
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let holder = Party::with("holder", 10, config("holder", &server.url(), 10).lease(LONG));
+    let terms = holder.lock_all();
+    let before = granted(operator, 10);
+    let frozen = server.freeze().unwrap();
+    // There is no event to wait for: what should happen is nothing.
+    thread::sleep(Duration::from_secs(2));
+    assert!(terms.iter().all(is_open));
+    frozen.thaw();
+    assert_eq!(granted(operator, 10), before);
+    assert_eq!(holds(operator, "holder"), 10);
+    assert!(terms.iter().all(is_open));
+    gets_all_back(operator, &holder);
+    nothing_is_left(operator);
+}
+
+/// With a long lease, the heartbeat's timeout is what tells.
+#[test]
+fn a_heartbeat_that_is_not_answered_ends_a_term_long_before_the_lease() {
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let holder = Party::with("holder", 10, long_lease("holder", &server.url(), 10));
+    let terms = holder.lock_all();
+    let frozen = server.freeze().unwrap();
+    let frozen_at = now();
+    terms.iter().for_each(hear);
+    for lock in &holder.locks {
+        let loss = lock.last_loss().unwrap();
+        assert_eq!(loss.reason, LossReason::HeartbeatTimedOut);
+        assert!(micros(loss.at) - frozen_at < length(Duration::from_millis(700) + SLACK));
+    }
+    frozen.thaw();
+    gets_all_back(operator, &holder);
+}
+
+/// A lease that no test waits for; a holder that is cut off knows after 700 ms all the same.
+fn long_lease(name: &str, url: &str, count: usize) -> dsync::Config {
+    config(name, url, count)
+        .lease(Duration::from_secs(60))
+        .heartbeat(Duration::from_millis(200))
+        .heartbeat_timeout(Duration::from_millis(500))
+}
+
+/// What a claim is at when the server stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Held,
+    Lost,
+    Waiting,
+    Connecting,
+}
+
+/// What the application then does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Release,
+    Stop,
+    DropManager,
+    /// Drops a guard, or gives up getting one.
+    Guard,
+}
+
+/// A claim on a number of its own, with a manager of its own.
+struct Claimant {
+    phase: Phase,
+    way: Way,
+    manager: PostgresManager,
+    lock: Arc<dyn Lock>,
+    guard: Option<LockGuard>,
+}
+
+impl Claimant {
+    fn end(self) -> (Phase, Way, Duration, Result<(), dsync::Error>) {
+        let begun = Instant::now();
+        let outcome = match self.way {
+            Way::Release => self.lock.release(),
+            Way::Stop => self.manager.stop(),
+            Way::DropManager => {
+                drop(self.manager);
+                Ok(())
+            }
+            Way::Guard => {
+                match self.guard {
+                    Some(guard) => drop(guard),
+                    None => {
+                        let error =
+                            LockGuard::lock(Arc::clone(&self.lock), &Context::timeout(Duration::ZERO));
+                        assert_eq!(kind(error), ErrorKind::TimedOut);
+                    }
+                }
+                Ok(())
+            }
+        };
+        (self.phase, self.way, begun.elapsed(), outcome)
+    }
+}
+
+#[test]
+fn releasing_and_stopping_end_in_time_on_a_frozen_server() {
+    const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let blocker = &mut server.client().unwrap();
+    let mut claimants = Vec::new();
+    for phase in [Phase::Held, Phase::Lost, Phase::Waiting, Phase::Connecting] {
+        for way in [Way::Release, Way::Stop, Way::DropManager, Way::Guard] {
+            let number = claimants.len() as i64;
+            let manager =
+                started(config(&format!("{phase:?}"), &server.url(), 2).release_timeout(RELEASE_TIMEOUT));
+            let lock = manager.lock(number, LockOptions::new()).unwrap();
+            let mut guard = None;
+            match phase {
+                Phase::Held | Phase::Lost if way == Way::Guard => {
+                    guard = Some(LockGuard::lock(Arc::clone(&lock), &soon()).unwrap());
+                }
+                Phase::Held | Phase::Lost => lock.lock(&soon()).unwrap(),
+                Phase::Waiting => {
+                    blocker.execute("SELECT pg_advisory_lock($1)", &[&number]).unwrap();
+                    drop(wait_in_thread(&lock));
+                }
+                Phase::Connecting => {}
+            }
+            claimants.push(Claimant { phase, way, manager, lock, guard });
+        }
+    }
+    let count = |operator: &mut Client, condition: &str| {
+        let query = format!("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND {condition}");
+        operator.query_one(&query, &[]).unwrap().get::<_, i64>(0)
+    };
+    becomes("the queue", &4, || count(operator, "NOT granted"));
+    // The ones that connect later must not find a session in their pool.
+    let ended =
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'Connecting'";
+    assert_eq!(operator.query(ended, &[]).unwrap().len(), 4);
+    becomes("their sessions", &0, || {
+        let query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'Connecting'";
+        operator.query_one(query, &[]).unwrap().get::<_, i64>(0)
+    });
+
+    let frozen = server.freeze().unwrap();
+    let (connecting, others): (Vec<_>, Vec<_>) =
+        claimants.into_iter().partition(|claimant| claimant.phase == Phase::Connecting);
+    connecting.iter().for_each(|claimant| drop(wait_in_thread(&claimant.lock)));
+    let (lost, others): (Vec<_>, Vec<_>) =
+        others.into_iter().partition(|claimant| claimant.phase == Phase::Lost);
+    let end_all = |claimants: Vec<Claimant>| -> Vec<_> {
+        let ends: Vec<_> = claimants.into_iter().map(|claimant| begin(|| claimant.end())).collect();
+        ends.into_iter().map(|end| end.get()).collect()
+    };
+    let mut ends = end_all(others);
+    for claimant in &lost {
+        hear(&claimant.lock.lost());
+    }
+    ends.extend(end_all(lost));
+    // By now they hang in a connect.
+    ends.extend(end_all(connecting));
+    for (phase, way, took, outcome) in ends {
+        println!("{phase:?} {way:?}: {took:.0?} {:?}", outcome.as_ref().map_err(|error| error.kind()));
+        assert!(took <= RELEASE_TIMEOUT + SLACK, "{phase:?} {way:?} took {took:?}");
+        match (phase, way, outcome) {
+            (Phase::Held | Phase::Waiting, Way::Release | Way::Stop, outcome) => {
+                let expected = [ErrorKind::UnlockFailed, ErrorKind::SessionUnavailable];
+                let kind = kind(outcome);
+                assert!(expected.contains(&kind), "{phase:?} {way:?}: {kind:?}");
+            }
+            // Whether the server keeps something for a session that was lost is not known.
+            (_, _, Err(error)) => assert_eq!(error.kind(), ErrorKind::UnlockFailed),
+            (_, _, Ok(())) => {}
+        }
+    }
+    frozen.thaw();
+    blocker.batch_execute("SELECT pg_advisory_unlock_all()").unwrap();
+    nothing_is_left(operator);
+    let manager = started(config("after", &server.url(), 20));
+    for number in 0..16 {
+        manager.lock(number, LockOptions::new()).unwrap().try_lock(&soon()).unwrap();
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The process stands still, or dies
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// The body of the processes below; as a test of its own it does nothing.
+#[test]
+fn a_witness() {
+    if let Some(role) = role() {
+        testify(&role);
+    }
+}
+
+fn witness(server: &Server, count: usize) -> Witness {
+    let role = Role { url: server.url(), count, lease: LEASE, wait_slice: ONE_SLICE };
+    Witness::start(&role, &mut role.command("a_witness"))
+}
+
+#[test]
+fn a_frozen_holder_is_replaced_in_time_and_knows_when_it_thaws() {
+    const COUNT: usize = 20;
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let mut witness = witness(&server, COUNT);
+    witness.says_of_all("held", Event::held);
+    let competitor = Party::new("competitor", &server.url(), COUNT);
+    let had = competitor.wait_for_all();
+    all_queue(operator, &competitor);
+
+    signal(witness.process.id(), Signal::Stop).unwrap();
+    let frozen_at = now();
+    let times: Vec<_> = (0..COUNT).map(|_| had.recv_timeout(PATIENCE).unwrap().1).collect();
+    let last = *times.iter().max().unwrap();
+    println!(
+        "replaced after {:.0} to {:.0} ms",
+        ms(frozen_at, *times.iter().min().unwrap()),
+        ms(frozen_at, last)
+    );
+    assert!(last - frozen_at <= length(LEASE + GRACE), "{:.0} ms", ms(frozen_at, last));
+    let grants = granted(operator, COUNT);
+
+    signal(witness.process.id(), Signal::Continue).unwrap();
+    let thawed_at = now();
+    let last_held = witness.says_of_all("not held", Event::not_held);
+    let heard = witness.says_of_all("heard", Event::heard);
+    becomes("the queue of the witness", &COUNT, || queues(operator, WITNESS));
+    for (index, (&last_held, (since, _))) in last_held.iter().zip(&grants).enumerate() {
+        assert!(
+            last_held < *since,
+            "lock {index}: said to be held {:.3} ms after it was not",
+            ms(*since, last_held)
+        );
+    }
+    println!(
+        "a channel that was listened to since before the freeze closes {:.2} ms after the thaw at the latest",
+        ms(thawed_at, *heard.iter().max().unwrap())
+    );
+
+    let released_at = now();
+    competitor.release_all();
+    let again = witness.says_of_all("held again", Event::held);
+    assert!(again.iter().all(|&by| by > released_at));
+    for (index, event, reason) in witness.rest() {
+        if let Event::Lost { .. } = event {
+            assert!(["LeaseExpired", "LeaseNotRenewed"].contains(&&*reason), "lock {index}: {reason}");
+        } else {
+            panic!("lock {index}: {event:?}, which should not have happened");
+        }
+    }
+    assert_eq!(holds(operator, WITNESS), COUNT);
+    witness.process.kill();
+    nothing_is_left(operator);
+}
+
+#[test]
+fn a_frozen_waiter_that_is_granted_the_lock_loses_it_in_time_and_does_not_believe_in_it() {
+    const COUNT: usize = 10;
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let slow = |name| Party::with(name, COUNT, config(name, &server.url(), COUNT).wait_slice(ONE_SLICE));
+    let holder = slow("holder");
+    holder.lock_all();
+    let mut witness = witness(&server, COUNT);
+    becomes("the queue of the witness", &COUNT, || queues(operator, WITNESS));
+    let next = slow("next");
+    let had = next.wait_for_all();
+    all_queue(operator, &next);
+
+    signal(witness.process.id(), Signal::Stop).unwrap();
+    let released_at = now();
+    holder.release_all();
+    becomes("what the frozen one holds", &COUNT, || holds(operator, WITNESS));
+    let granted_at = now();
+    let last = last_of(&had, COUNT);
+    println!("the next had it {:.0} ms after the frozen one was granted it", ms(released_at, last));
+    assert!(last - granted_at <= length(LEASE + GRACE), "{:.0} ms", ms(granted_at, last));
+
+    signal(witness.process.id(), Signal::Continue).unwrap();
+    becomes("the queue of the witness", &COUNT, || queues(operator, WITNESS));
+    assert_eq!(witness.rest(), [], "it was never told that it held something");
+    let released_at = now();
+    next.release_all();
+    assert!(witness.says_of_all("held", Event::held).iter().all(|&by| by > released_at));
+}
+
+#[test]
+fn a_killed_holder_is_replaced_at_once() {
+    const COUNT: usize = 10;
+    let server = Server::start().unwrap();
+    let mut witness = witness(&server, COUNT);
+    witness.says_of_all("held", Event::held);
+    let next = Party::new("next", &server.url(), COUNT);
+    let had = next.wait_for_all();
+    all_queue(&mut server.client().unwrap(), &next);
+    let killed_at = now();
+    witness.process.kill();
+    let last = last_of(&had, COUNT);
+    println!("{COUNT} locks replaced within {:.1} ms of the kill", ms(killed_at, last));
+    assert!(last - killed_at < 1_000_000, "{:.1} ms", ms(killed_at, last));
+}
+
+#[test]
+fn a_killed_waiter_leaves_the_queue() {
+    const COUNT: usize = 10;
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let holder = Party::new("holder", &server.url(), COUNT);
+    holder.lock_all();
+    let witness = witness(&server, COUNT);
+    becomes("the queue of the witness", &COUNT, || queues(operator, WITNESS));
+    witness.process.kill();
+    let killed_at = Instant::now();
+    becomes("the queue of the witness", &0, || queues(operator, WITNESS));
+    println!("out of the queue {:.0?} after the kill", killed_at.elapsed());
+    assert!(
+        killed_at.elapsed() < Duration::from_secs(5),
+        "by its interval of a second, and not by its slice"
+    );
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The network is cut
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// Cuts `count` holders off at one moment, and checks each of them.
+fn cut_off(direction: Direction, count: usize) {
+    let connections = u32::try_from(4 * count + 20).unwrap();
+    let server = Server::builder().max_connections(connections).start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let proxy = Proxy::to(server.port());
+    let holder = Party::new("holder", &server.url_at("127.0.0.1", proxy.port()), count);
+    let competitor = Party::new("competitor", &server.url(), count);
+    let terms = holder.lock_all();
+    let had = competitor.wait_for_all();
+    all_queue(operator, &competitor);
+    let before = granted(operator, count);
+    // Anywhere between two heartbeats.
+    thread::sleep(Duration::from_micros(now().unsigned_abs() % 700_000));
+    assert_eq!(holder.held(), count);
+
+    proxy.cut(direction);
+    let cut_at = now();
+    let mut last = 0;
+    for _ in 0..count {
+        let (index, at) = had.recv_timeout(PATIENCE).unwrap();
+        assert!(!is_open(&terms[index]) && !is_held(&holder.locks[index]), "lock {index}: two hold it");
+        last = last.max(at);
+    }
+    let after = granted(operator, count);
+    let mut margins = Vec::new();
+    for (index, lock) in holder.locks.iter().enumerate() {
+        let (loss, (since, token)) = (lock.last_loss().unwrap(), after[index]);
+        assert!(token > before[index].1, "lock {index}: there is a new term");
+        let margin = since - micros(loss.at);
+        assert!(margin > 0, "lock {index}: stolen {:.3} ms before it was lost ({loss:?})", ms(margin, 0));
+        margins.push(margin);
+    }
+    margins.sort_unstable();
+    println!(
+        "{direction:?}: {count} holders cut off; lost before stolen by {:.3} ms at the least, {:.3} ms in the median; \
+         the last competitor had its lock {:.0} ms after the cut",
+        ms(0, margins[0]),
+        ms(0, margins[count / 2]),
+        ms(cut_at, last),
+    );
+    assert!(last - cut_at <= length(LEASE + GRACE), "{:.0} ms", ms(cut_at, last));
+
+    proxy.restore();
+    all_queue(operator, &holder);
+    assert_eq!(holder.held(), 0);
+    competitor.release_all();
+    gets_all_back(operator, &holder);
+    nothing_is_left(operator);
+}
+
+#[test]
+fn a_hundred_holders_cut_off_in_both_directions_lose_before_another_gets() {
+    cut_off(Direction::Both, 100);
+}
+
+#[test]
+fn a_hundred_holders_that_hear_nothing_lose_before_another_gets() {
+    cut_off(Direction::Inward, 100);
+}
+
+#[test]
+fn a_hundred_holders_that_are_not_heard_lose_before_another_gets() {
+    cut_off(Direction::Outward, 100);
+}
+
+#[test]
+fn holders_with_a_long_lease_are_told_of_a_cut_long_before_it_ends() {
+    const COUNT: usize = 10;
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    for direction in [Direction::Both, Direction::Inward, Direction::Outward] {
+        let proxy = Proxy::to(server.port());
+        let url = server.url_at("127.0.0.1", proxy.port());
+        let holder = Party::with("holder", COUNT, long_lease("holder", &url, COUNT));
+        let competitor = Party::new("competitor", &server.url(), COUNT);
+        let terms = holder.lock_all();
+        let had = competitor.wait_for_all();
+        all_queue(operator, &competitor);
+        proxy.cut(direction);
+        let cut_at = now();
+        terms.iter().for_each(hear);
+        let losses: Vec<_> = holder.locks.iter().map(|lock| micros(lock.last_loss().unwrap().at)).collect();
+        println!("{direction:?}: lost {:.0} ms after the cut", ms(cut_at, *losses.iter().max().unwrap()));
+        assert!(losses.iter().all(|at| at - cut_at < length(Duration::from_millis(700) + SLACK)));
+        // Where the server hears of the closed sockets it frees the locks, else it would keep them for the lease.
+        if direction != Direction::Inward {
+            assert!(had.is_empty());
+            proxy.restore();
+        }
+        last_of(&had, COUNT);
+        for (lost, (since, _)) in losses.iter().zip(granted(operator, COUNT)) {
+            assert!(*lost < since, "stolen {:.3} ms before it was lost", ms(since, *lost));
+        }
+        proxy.restore();
+        competitor.release_all();
+        gets_all_back(operator, &holder);
+        nothing_is_left(operator);
+    }
+}
+
+#[test]
+fn a_waiter_that_is_cut_off_is_passed_over_and_queues_again_when_the_cut_ends() {
+    const COUNT: usize = 10;
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    for direction in [Direction::Both, Direction::Inward, Direction::Outward] {
+        let proxy = Proxy::to(server.port());
+        let url = server.url_at("127.0.0.1", proxy.port());
+        let holder = Party::new("holder", &server.url(), COUNT);
+        holder.lock_all();
+        let slice = Duration::from_secs(2);
+        let waiter = Party::with("waiter", COUNT, config("waiter", &url, COUNT).wait_slice(slice));
+        let waiting = waiter.wait_for_all();
+        all_queue(operator, &waiter);
+        let next = Party::with("next", COUNT, config("next", &server.url(), COUNT).wait_slice(ONE_SLICE));
+        let had = next.wait_for_all();
+        all_queue(operator, &next);
+
+        proxy.cut(direction);
+        let released_at = now();
+        holder.release_all();
+        let last = last_of(&had, COUNT);
+        println!("{direction:?}: passed over within {:.0} ms", ms(released_at, last));
+        assert!(last - released_at <= length(LEASE + GRACE), "{:.0} ms", ms(released_at, last));
+        // One that hears but is not heard was told that it has the lock, and had it, until it got no answer.
+        assert_eq!(waiter.held(), 0);
+        for (lock, (since, _)) in waiter.locks.iter().zip(granted(operator, COUNT)) {
+            assert_eq!(lock.last_loss().is_some(), direction == Direction::Outward);
+            assert!(lock.last_loss().is_none_or(|loss| micros(loss.at) < since), "stolen before it was lost");
+        }
+
+        // All its sessions are over, by its own word: there is nothing to find in the queue when the cut ends.
+        becomes("the sessions of the waiter", &0, || queues(operator, "waiter") + holds(operator, "waiter"));
+        proxy.restore();
+        let restored_at = Instant::now();
+        all_queue(operator, &waiter);
+        println!("{direction:?}: in the queue {:.0?} after the end of the cut", restored_at.elapsed());
+        assert_eq!(waiter.held(), 0);
+        next.release_all();
+        last_of(&waiting, COUNT);
+        gets_all_back(operator, &waiter);
+        nothing_is_left(operator);
+    }
+}
+
+/// A fenced transaction of the term before makes the first statement of the next one fail, after the lock was granted.
+#[test]
+fn a_lock_that_was_had_after_a_fenced_transaction_is_under_the_lease_too() {
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let proxy = Proxy::to(server.port());
+    let before = Party::new("before", &server.url(), 1);
+    before.lock_all();
+    let mut writer = server.client().unwrap();
+    let mut transaction = writer.transaction().unwrap();
+    before.locks[0].term().unwrap().fence(&mut transaction).unwrap();
+    before.release_all();
+
+    let url = server.url_at("127.0.0.1", proxy.port());
+    let slice = Duration::from_millis(300);
+    let holder = Party::with("holder", 1, config("holder", &url, 1).wait_slice(slice));
+    let waiting = holder.wait_for_all();
+    eventually("the end of a slice", || {
+        let log = server.log();
+        log.matches("canceling statement due to lock timeout").count() >= 1
+    });
+    transaction.commit().unwrap();
+    last_of(&waiting, 1);
+    let competitor = Party::new("competitor", &server.url(), 1);
+    let had = competitor.wait_for_all();
+    all_queue(operator, &competitor);
+    proxy.cut(Direction::Both);
+    let cut_at = now();
+    let (_, at) = had.recv_timeout(LEASE + GRACE + SLACK).expect("the lease ends");
+    assert!(at - cut_at <= length(LEASE + GRACE), "{:.0} ms", ms(cut_at, at));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The lease is a holder's
+// ---------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_session_in_the_pool_outlives_the_lease() {
+    let lease = Duration::from_millis(500);
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let [holder, waiter] =
+        ["holder", "waiter"].map(|name| Party::with(name, 3, config(name, &server.url(), 3).lease(lease)));
+    let mut sessions = || {
+        let query = "SELECT pid, clock_timestamp() - state_change > interval '2s' FROM pg_stat_activity
+                     WHERE application_name ~ '^(holder|waiter)' ORDER BY pid";
+        let rows = operator.query(query, &[]).unwrap();
+        rows.iter().map(|row| (row.get::<_, i32>(0), row.get::<_, bool>(1))).unzip::<_, _, Vec<_>, Vec<_>>()
+    };
+    holder.lock_all();
+    drop(waiter.wait_for_all());
+    eventually("the queue", || queues(&mut server.client().unwrap(), "waiter") == 3);
+    waiter.release_all();
+    holder.release_all();
+    let (pids, _) = sessions();
+    assert_eq!(pids.len(), 6);
+    eventually("a long rest", || sessions().1.iter().all(|&rested| rested));
+    assert_eq!(sessions().0, pids, "no session has ended");
+    for party in [&holder, &waiter] {
+        for lock in &party.locks {
+            lock.try_lock(&soon()).unwrap();
+        }
+        party.release_all();
+    }
+    assert_eq!(sessions().0, pids, "and they serve again");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Why it was lost
+// ---------------------------------------------------------------------------------------------------------------------
+
+static LOGGED: Mutex<Vec<(log::Level, String)>> = Mutex::new(Vec::new());
+
+struct Logger;
+
+impl log::Log for Logger {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        LOGGED.lock().push((record.level(), record.args().to_string()));
+    }
+
+    fn flush(&self) {}
+}
+
+/// The warnings about a key's loss. Tests that use this have keys of their own.
+fn warnings(key: &str) -> Vec<String> {
+    let start = format!("lock {key:?}: lost");
+    let logged = LOGGED.lock();
+    logged
+        .iter()
+        .filter(|(level, text)| text.starts_with(&start) && *level == log::Level::Warn)
+        .map(|(_, text)| text.clone())
+        .collect()
+}
+
+#[test]
+fn the_handle_tells_why_the_lock_was_lost_and_the_log_tells_it_once() {
+    static LOGGER: Once = Once::new();
+    LOGGER.call_once(|| {
+        log::set_logger(&Logger).unwrap();
+        log::set_max_level(log::LevelFilter::Debug);
+    });
+    type Strike<'a> = &'a dyn Fn(&Server, &Proxy, &mut Client);
+    let terminate: Strike<'_> = &|_, _, operator| {
+        let query = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'";
+        assert_eq!(operator.query(query, &[]).unwrap().len(), 1);
+    };
+    let table: [(&str, Strike<'_>, &[LossReason], &str); 5] = [
+        ("terminated", terminate, &[LossReason::Terminated], "terminated by an operator"),
+        (
+            "shut-down",
+            &|server, _, _| server.stop(Shutdown::Fast).unwrap(),
+            &[LossReason::Terminated],
+            "shutdown of the server",
+        ),
+        (
+            "crashed",
+            &|server, _, _| server.kill_hard().unwrap(),
+            &[LossReason::ConnectionClosed],
+            "connection was closed",
+        ),
+        (
+            "closed",
+            &|_, proxy, _| proxy.close_all(),
+            &[LossReason::ConnectionClosed],
+            "connection was closed",
+        ),
+        (
+            "cut",
+            &|_, proxy, _| proxy.cut(Direction::Both),
+            &[LossReason::HeartbeatTimedOut, LossReason::LeaseNotRenewed],
+            "in time",
+        ),
+    ];
+    for (name, strike, reasons, words) in table {
+        let server = Server::start().unwrap();
+        let mut operator = server.client().unwrap();
+        let proxy = Proxy::to(server.port());
+        let manager = started(config("it", &server.url_at("127.0.0.1", proxy.port()), 2));
+        let key = format!("why-{name}");
+        let lock = lock(&manager, &key);
+        assert_eq!(lock.last_loss(), None);
+        lock.lock(&soon()).unwrap();
+        let before = now();
+        strike(&server, &proxy, &mut operator);
+        hear(&lock.lost());
+        eventually("the warning", || !warnings(&key).is_empty());
+        let loss = lock.last_loss().unwrap();
+        println!("{name}: {loss:?}: {}", warnings(&key)[0]);
+        assert!(reasons.contains(&loss.reason), "{name}: {loss:?}");
+        assert!(loss.to_string().contains(words), "{name}: {loss}");
+        assert!((before..=now()).contains(&micros(loss.at)));
+        if server.start_again().is_ok() {
+            operator = server.client().unwrap();
+        }
+        proxy.restore();
+        eventually("the lock again", || is_held(&lock));
+        lock.release().unwrap();
+        assert_eq!(lock.last_loss(), Some(loss), "a release is no loss");
+        let said = warnings(&key);
+        assert_eq!(said.len(), 1, "{said:?}");
+        nothing_is_left(&mut operator);
+    }
+}
