@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crossbeam_channel::select;
 use serde_json::json;
@@ -30,6 +31,7 @@ impl Campaign {
         });
         let options = LockOptions::new().valuer(json_valuer(&annotation)?);
         let lock = manager.lock(format!("service/{service}/leadership"), options)?;
+        stand(&*lock)?;
         let (context, canceller) = Context::background().with_cancel();
         let (candidate, service) = (Arc::clone(&lock), service.to_owned());
         let thread = thread::Builder::new()
@@ -60,18 +62,27 @@ impl Drop for Campaign {
     }
 }
 
-/// Logs each gain and each loss of the leadership, and stands again after a loss, until the lock is released.
+/// Begins the claim, and does not wait for what becomes of it. Here and not in the thread that observes it: a release that
+/// came before that thread had its turn would be undone by it.
+fn stand(lock: &dyn Lock) -> Result<()> {
+    match lock.try_lock(&Context::timeout(Duration::ZERO)) {
+        Err(error) if !matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::LockUnavailable) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Logs each gain and each loss of the leadership, until the lock is released.
 fn observe(lock: &dyn Lock, service: &str, context: &Context) {
     let cancelled = context.cancelled();
-    let withdrawn = || log::info!("this process does not stand for the leadership of {service:?} any more");
-    let mut known = lock.last_loss();
     loop {
-        match lock.lock(context) {
+        match lock.wait(context) {
             Ok(()) => log::info!("this process leads service {service:?}"),
             Err(error) => {
                 match error.kind() {
                     ErrorKind::Cancelled | ErrorKind::SyncManagerStopped => {}
-                    ErrorKind::Released => withdrawn(),
+                    ErrorKind::Released => {
+                        log::info!("this process does not stand for the leadership of {service:?} any more");
+                    }
                     _ => log::error!("the leadership of {service:?}: {}", chain(&error)),
                 }
                 return;
@@ -82,11 +93,5 @@ fn observe(lock: &dyn Lock, service: &str, context: &Context) {
             recv(lost) -> _ => log::info!("this process leads service {service:?} no longer"),
             recv(cancelled) -> _ => return,
         }
-        // A term that ended without a loss was released, and to lock again would undo that.
-        let last = lock.last_loss();
-        if last == known {
-            return withdrawn();
-        }
-        known = last;
     }
 }

@@ -69,6 +69,13 @@ pub trait Lock: Send + Sync + fmt::Debug {
     /// - [`PoolExhausted`](ErrorKind::PoolExhausted): the manager has no session left for this claim.
     fn try_lock(&self, context: &Context) -> Result<()>;
 
+    /// Waits until the lock is held, as [`lock`](Self::lock) does, but begins no claim: for threads that observe the work of
+    /// another one, which may release the lock at any time.
+    ///
+    /// # Errors
+    /// Those of `lock`; [`Released`](ErrorKind::Released) also where there is no claim.
+    fn wait(&self, context: &Context) -> Result<()>;
+
     /// Ends the claim: stops acquiring, and gives the lock back if it is held.
     ///
     /// The [`lost`](Self::lost) channel disconnects before the server is told. Without a claim nothing happens, so

@@ -32,7 +32,8 @@ pub enum LossReason {
     /// An operator terminated the session (`pg_terminate_backend`), or the server is being shut down: PostgreSQL
     /// reports both alike (SQLSTATE 57P01).
     Terminated,
-    /// The server crashed, or was shut down in immediate mode (57P02).
+    /// The server crashed, or was shut down in immediate mode, and said so (57P02). Mostly it has no time to: then it is
+    /// [`ConnectionClosed`](Self::ConnectionClosed).
     ServerCrashed,
     /// The database was dropped (57P04).
     DatabaseDropped,

@@ -37,13 +37,27 @@ impl MemoryLock {
         let since = Instant::now();
         let (claim, begun) =
             self.server.change(|state, aftermath| state.claim(self.manager, &self.key, aftermath))?;
-        let look = || self.server.see(|state| state.look(self.manager, &self.key, claim));
         // A real server takes its time to answer a new claim, so a context that has ended already comes first.
         if begun && let Err(error) = context.check() {
-            return Err(self.context_ended(error.kind(), since, &look()));
+            return Err(self.context_ended(error.kind(), since, &self.look(claim)));
         }
+        self.watch(claim, context, since, refused)
+    }
+
+    fn look(&self, claim: u64) -> Sight {
+        self.server.see(|state| state.look(self.manager, &self.key, claim))
+    }
+
+    /// Waits until the claim holds the lock, or until `refused` makes an error of what is in the way.
+    fn watch(
+        &self,
+        claim: u64,
+        context: &Context,
+        since: Instant,
+        refused: impl Fn(&Sight) -> Option<Error>,
+    ) -> Result<()> {
         loop {
-            let sight = look();
+            let sight = self.look(claim);
             if let Some(error) = refused(&sight) {
                 return Err(error);
             }
@@ -52,7 +66,7 @@ impl MemoryLock {
                 Sight::Gone => return Err(self.claim_ended()),
                 Sight::Queued(change) | Sight::Unknown(change) => change,
             };
-            if let Err(kind) = wait(change, context) {
+            if let Err(kind) = wait_for_change(change, context) {
                 return Err(self.context_ended(kind, since, &sight));
             }
         }
@@ -104,6 +118,13 @@ impl Lock for MemoryLock {
         })
     }
 
+    fn wait(&self, context: &Context) -> Result<()> {
+        match self.server.see(|state| state.claim_of(self.manager, &self.key)) {
+            Some(claim) => self.watch(claim, context, Instant::now(), |_| None),
+            None => Err(self.claim_ended()),
+        }
+    }
+
     fn release(&self) -> Result<()> {
         self.server.change(|state, aftermath| state.end_claim(self.manager, &self.key, aftermath));
         Ok(())
@@ -135,7 +156,7 @@ impl fmt::Debug for MemoryLock {
 }
 
 /// Waits for a change; fails if the context ends before one.
-fn wait(change: &Receiver<Infallible>, context: &Context) -> std::result::Result<(), ErrorKind> {
+fn wait_for_change(change: &Receiver<Infallible>, context: &Context) -> std::result::Result<(), ErrorKind> {
     select_biased! {
         recv(change) -> _ => Ok(()),
         recv(context.cancelled()) -> _ => Err(ErrorKind::Cancelled),

@@ -182,6 +182,11 @@ impl State {
         Ok((id, true))
     }
 
+    /// The number of the manager's claim on the key, if there is one.
+    pub(super) fn claim_of(&self, manager: u64, key: &Key) -> Option<u64> {
+        self.find(manager, key).map(|claim| claim.id)
+    }
+
     pub(super) fn look(&self, manager: u64, key: &Key, id: u64) -> Sight {
         match self.find(manager, key).filter(|claim| claim.id == id) {
             None => Sight::Gone,

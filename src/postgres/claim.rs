@@ -273,6 +273,7 @@ impl Claim {
         let obstacle = match (&status.phase, &status.problem) {
             (Phase::Queueing, _) => ", which another session holds".to_owned(),
             (_, Some(problem)) => format!("; {problem}"),
+            (Phase::Acquiring, None) => "; the server has not answered yet: check host and port".to_owned(),
             _ => String::new(),
         };
         let message = format!("waited {:.1?} for lock {:?}{obstacle}", begun.elapsed(), self.key);

@@ -164,6 +164,15 @@ impl Lock for PostgresLock {
         self.acquire(Patience::TryLock, context)
     }
 
+    fn wait(&self, context: &Context) -> Result<()> {
+        let claim = self.state.lock().claim.clone();
+        match claim {
+            Some(claim) => claim.acquire(Patience::Lock, context),
+            None if self.core.is_stopped() => Err(stopped()),
+            None => Err(Error::new(ErrorKind::Released, format!("nobody claims {:?}", self.text))),
+        }
+    }
+
     fn release(&self) -> Result<()> {
         let by = self.core.release_by();
         let Some(claim) = self.end(Why::Released, by) else { return Ok(()) };

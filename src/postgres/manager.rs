@@ -262,6 +262,10 @@ impl Core {
         }
     }
 
+    pub(super) fn is_stopped(&self) -> bool {
+        self.state.lock().stage == Stage::Stopped
+    }
+
     /// The one handle for `key`.
     fn lock(self: &Arc<Self>, key: Key, options: LockOptions) -> Result<Arc<PostgresLock>> {
         let mut state = self.state.lock();

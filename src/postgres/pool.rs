@@ -302,7 +302,7 @@ impl Refusal {
         )
     }
 
-    fn pooler() -> Self {
+    pub(super) fn pooler() -> Self {
         Self::refused(SHARED_SESSIONS.to_owned())
     }
 }

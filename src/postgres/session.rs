@@ -21,6 +21,8 @@ pub(super) struct Session {
     control: StreamControl,
     dialer: Arc<Dialer>,
     backend_pid: i32,
+    /// What this session, and no other, has written into its backend.
+    mark: u64,
     prepared: Vec<((Verb, Shape), Statement)>,
 }
 
@@ -86,7 +88,8 @@ impl Session {
         by: Instant,
     ) -> Result<Self, Refusal> {
         let client = dialer.connect(&control, by).map_err(Refusal::from_dial)?;
-        let mut session = Self { client, control, dialer, backend_pid: 0, prepared: Vec::new() };
+        let mut session =
+            Self { client, control, dialer, backend_pid: 0, mark: fastrand::u64(..), prepared: Vec::new() };
         session.prepare(slice, by)?;
         for statement in sql::notice_dead_clients(lease, heartbeat) {
             match session.bounded(by, |client| client.batch_execute(&statement)) {
@@ -101,8 +104,9 @@ impl Session {
     }
 
     fn prepare(&mut self, slice: Duration, by: Instant) -> Result<(), Refusal> {
+        let mark = self.mark;
         let rows = self
-            .bounded(by, |client| client.simple_query(&sql::prepare_session(slice)))
+            .bounded(by, |client| client.simple_query(&sql::prepare_session(slice, mark)))
             .map_err(Refusal::from_failure)?;
         // The second statement's row is the last one.
         let row = rows.iter().rev().find_map(|message| match message {
@@ -116,6 +120,10 @@ impl Session {
         };
         if version < 140_000 {
             return Err(Refusal::too_old(version / 10_000));
+        }
+        if column(3).is_none() {
+            // It holds a lock already, so it is not ours alone.
+            return Err(Refusal::pooler());
         }
         if in_recovery == "t" {
             return Err(Refusal::standby());
@@ -230,7 +238,9 @@ impl Session {
         let row = self.simple_query(sql::HEARTBEAT, by)?;
         let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
         let lost = |reason| Err(Failure::Lost { reason, cause: None });
-        if column(0).and_then(|pid| pid.parse().ok()) != Some(self.backend_pid) {
+        let (pid, mark) =
+            (column(0).and_then(|pid| pid.parse().ok()), column(2).and_then(|mark| mark.parse().ok()));
+        if (pid, mark) != (Some(self.backend_pid), Some(self.mark)) {
             return lost(LossReason::SessionChanged);
         }
         if column(1) != Some("f") {

@@ -8,6 +8,9 @@ use std::time::Duration;
 /// The catalog's tables, sequence and views.
 pub(super) const CATALOG: &str = include_str!("catalog.sql");
 
+/// The setting that tells our sessions apart, of no meaning to the server.
+const MARK: &str = "dsync.session";
+
 /// What every lock session is set to, whatever its role or database brought along:
 ///
 /// - `statement_timeout`, `transaction_timeout` (17+) and `idle_in_transaction_session_timeout` would end a wait;
@@ -18,8 +21,13 @@ pub(super) const CATALOG: &str = include_str!("catalog.sql");
 /// - `synchronous_commit` would make one acquisition in 32 wait for the disk, and for a standby, which may be gone. What a
 ///   crash takes back of the tokens is jumped over: see [`NEW_ERA`].
 ///
-/// A setting that the server's version does not know is left out. Answers with what the session must be checked for.
-pub(super) fn prepare_session(slice: Duration) -> String {
+/// A setting that the server's version does not know is left out. Answers with what the session must be checked for. A
+/// backend that holds a lock from the start is not ours alone, and is left as it is.
+pub(super) fn prepare_session(slice: Duration, mark: u64) -> String {
+    // With its schema even the operator: the role's own search path is in force still.
+    let holds = "EXISTS (SELECT FROM pg_catalog.pg_locks AS own \
+                 WHERE own.locktype OPERATOR(pg_catalog.=) 'advisory' \
+                 AND own.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid())";
     format!(
         "SELECT pg_catalog.set_config(wanted.name, wanted.setting, false) \
          FROM (VALUES ('statement_timeout', '0'), ('transaction_timeout', '0'), \
@@ -28,9 +36,10 @@ pub(super) fn prepare_session(slice: Duration) -> String {
                       ('default_transaction_isolation', 'read committed'), ('synchronous_commit', 'off'), \
                       ('search_path', 'pg_catalog, pg_temp')) \
               AS wanted (name, setting) \
-         WHERE pg_catalog.current_setting(wanted.name, true) IS NOT NULL; \
+         WHERE pg_catalog.current_setting(wanted.name, true) IS NOT NULL AND NOT {holds}; \
          SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(), \
-                pg_catalog.current_setting('server_version_num')",
+                pg_catalog.current_setting('server_version_num'), \
+                CASE WHEN NOT {holds} THEN pg_catalog.set_config('{MARK}', '{mark}', false) END",
         slice = slice.as_millis()
     )
 }
@@ -197,7 +206,10 @@ pub(super) fn settle(lost: &[i32]) -> String {
 }
 
 /// Renews the lease, as any message does, and shows that the session is the one that took the lock, on a primary.
-pub(super) const HEARTBEAT: &str = "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery()";
+///
+/// The mark tells a backend that a pooler has lent to another of our sessions in between.
+pub(super) const HEARTBEAT: &str = "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(), \
+     pg_catalog.current_setting('dsync.session', true)";
 
 /// The version of the catalog, and whether the role has the rights on it.
 pub(super) const CATALOG_STATE: &str = "SELECT version, \

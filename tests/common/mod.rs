@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each file uses a part of it")]
 
 use std::fmt::Debug;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -186,6 +186,11 @@ impl Process {
         assert!(status.success(), "the process failed ({status}); it said:\n{said}");
         assert!(said.contains("1 passed"), "the process ran nothing; it said:\n{said}");
         said
+    }
+
+    /// Gives a process that waits for it a line on its standard input, which must be a pipe.
+    pub(crate) fn go_on(&mut self) {
+        self.child.stdin.as_mut().expect("a pipe").write_all(b"\n").unwrap();
     }
 
     pub(crate) fn kill(mut self) {

@@ -1,0 +1,320 @@
+//! The process-wide manager, each time in a process of its own: before `init`, between the two, and after `shutdown`; made
+//! from code or from the environment; and processes that stand for the leadership of one service.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this is test code, in which a panic is the report of a failure"
+)]
+
+mod common;
+
+use std::panic::catch_unwind;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use common::{Process, becomes, eventually, hear, is_held, kind, lock, soon, started};
+use dsync::{Config, Context, ErrorKind, LockOptions, MemoryManager};
+use postgres::Client;
+use serde_json::Value;
+use support::{Database, process};
+
+const LEADERSHIP: &str = "service/billing/leadership";
+
+/// A process that does what `scenario` says, on this database.
+fn scenario(name: &str, database: &Database<'_>) -> Command {
+    let mut command = common::process("scene", name);
+    command.env("DATABASE_URL", database.url());
+    command
+}
+
+fn play(name: &str) {
+    let database = Database::fresh().unwrap();
+    Process::start(&mut scenario(name, &database)).succeeds();
+}
+
+/// Not a test: the body of the processes that the others start. It plays the scene that it is told.
+#[test]
+fn scene() {
+    let Some(role) = common::role() else { return };
+    env_logger::Builder::new().filter_level(log::LevelFilter::Info).init();
+    match &*role {
+        "before init" => scenes::before_init(),
+        "the life of an instance" => scenes::life(),
+        "an init that fails" => scenes::failed_init(),
+        "stepping down" => scenes::stepping_down(),
+        "in memory" => scenes::in_memory(),
+        "lead" => scenes::lead(),
+        other => panic!("there is no scene {other:?}"),
+    }
+}
+
+/// What happens in those processes. `DATABASE_URL` is set.
+mod scenes {
+    use super::*;
+
+    /// The text of the panic that `call` ends in.
+    fn panic_of<T>(call: impl FnOnce() -> T + std::panic::UnwindSafe) -> String {
+        let payload = catch_unwind(call).err().expect("it panics");
+        payload.downcast_ref::<String>().expect("a text").clone()
+    }
+
+    fn assert_not_initialised() {
+        let text = panic_of(|| dsync::lock_with_key("x", LockOptions::new()));
+        assert_eq!(text, "dsync::lock_with_key() was called before dsync::init()");
+        let text = panic_of(dsync::leadership_lock);
+        assert_eq!(text, "dsync::leadership_lock() was called before dsync::init()");
+    }
+
+    pub(super) fn before_init() {
+        assert_not_initialised();
+        dsync::shutdown().expect("there is nothing to shut down");
+        assert_not_initialised();
+        dsync::init(Config::from_env().unwrap()).unwrap();
+        dsync::lock_with_key("x", LockOptions::new()).unwrap().lock(&soon()).unwrap();
+    }
+
+    pub(super) fn life() {
+        let config = || Config::from_env().unwrap();
+        dsync::init(config()).unwrap();
+        let held = dsync::lock_with_key("x", LockOptions::new()).unwrap();
+        held.lock(&soon()).unwrap();
+        let lost = held.lost();
+        let again = dsync::lock_with_key("x", LockOptions::new()).unwrap();
+        assert!(Arc::ptr_eq(&held, &again), "one handle for a key");
+
+        let error = dsync::leadership_lock().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+        assert!(error.to_string().contains("DSYNC_SERVICE"), "{error}");
+        let error = dsync::init(config()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::FailedInitialization);
+        assert!(error.to_string().contains("exists already"), "{error}");
+        assert!(is_held(&held), "the second init has done nothing");
+
+        dsync::shutdown().unwrap();
+        hear(&lost);
+        assert_eq!(kind(held.lock(&soon())), ErrorKind::SyncManagerStopped);
+        assert_eq!(kind(dsync::lock_with_key("x", LockOptions::new())), ErrorKind::SyncManagerStopped);
+        assert_eq!(kind(dsync::leadership_lock()), ErrorKind::SyncManagerStopped);
+        dsync::shutdown().expect("once more does nothing");
+        assert_eq!(kind(dsync::lock_with_key("x", LockOptions::new())), ErrorKind::SyncManagerStopped);
+
+        dsync::init(config()).expect("a new life");
+        let new = dsync::lock_with_key("x", LockOptions::new()).unwrap();
+        new.try_lock(&soon()).expect("the shutdown has released it");
+        assert_eq!(kind(held.lock(&soon())), ErrorKind::SyncManagerStopped, "the old handle stays dead");
+        dsync::shutdown().unwrap();
+    }
+
+    pub(super) fn failed_init() {
+        let config = || Config::from_env().unwrap();
+        let url = std::env::var("DATABASE_URL").unwrap();
+        let nowhere = Config::from_url(&format!("{url}_nowhere")).unwrap();
+        let error = dsync::init(nowhere).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::FailedInitialization);
+        assert_eq!(error.sqlstate(), Some("3D000"), "{error}");
+        assert_not_initialised();
+        assert_eq!(kind(dsync::init(config().max_sessions(0))), ErrorKind::InvalidConfig);
+        assert_not_initialised();
+        assert_eq!(kind(dsync::init(config().service("s".repeat(2_000)))), ErrorKind::InvalidKey);
+        assert_not_initialised();
+        dsync::init(config().service("billing")).unwrap();
+        dsync::leadership_lock().unwrap().lock(&soon()).unwrap();
+        dsync::shutdown().unwrap();
+    }
+
+    pub(super) fn stepping_down() {
+        dsync::init(Config::from_env().unwrap().service("billing")).unwrap();
+        let leadership = dsync::leadership_lock().unwrap();
+        // Until the other side has heard in the log that this process leads.
+        std::io::stdin().read_line(&mut String::new()).unwrap();
+        for _ in 0..3 {
+            leadership.lock(&soon()).unwrap();
+            leadership.release().unwrap();
+            println!("stepped down");
+            // Another one can come and go, again and again.
+            let rival = started(Config::from_env().unwrap());
+            let lock = lock(&rival, LEADERSHIP);
+            for _ in 0..20 {
+                lock.try_lock(&soon()).expect("nobody else stands for election");
+                lock.release().unwrap();
+            }
+        }
+        dsync::shutdown().unwrap();
+    }
+
+    pub(super) fn in_memory() {
+        let manager = Arc::new(MemoryManager::new());
+        dsync::init_with(manager, Some("billing"), Some("1.0")).unwrap();
+        let leadership = dsync::leadership_lock().unwrap();
+        assert_eq!(leadership.key(), LEADERSHIP);
+        leadership.lock(&soon()).unwrap();
+        dsync::lock_with_key(42, LockOptions::new()).unwrap().lock(&soon()).unwrap();
+        dsync::shutdown().unwrap();
+        assert!(!is_held(&leadership));
+    }
+
+    /// Stands for election until it is killed. The log tells of it, and nothing else has to be called.
+    pub(super) fn lead() {
+        dsync::init(Config::from_env().unwrap()).unwrap();
+        println!("stands for election");
+        // Nobody cancels it.
+        let _ = Context::background().cancelled().recv();
+    }
+}
+
+#[test]
+fn before_init_everything_panics_with_advice() {
+    play("before init");
+}
+
+#[test]
+fn an_instance_lives_from_init_to_shutdown_and_may_live_again() {
+    play("the life of an instance");
+}
+
+#[test]
+fn an_init_that_fails_leaves_nothing_behind_and_may_be_repeated() {
+    play("an init that fails");
+}
+
+#[test]
+fn a_leader_that_steps_down_does_not_stand_again_by_itself() {
+    let database = Database::fresh().unwrap();
+    let mut process = Process::start(scenario("stepping down", &database).stdin(Stdio::piped()));
+    process.says(GAIN);
+    process.go_on();
+    process.says("does not stand for the leadership of \"billing\" any more");
+    process.succeeds();
+}
+
+#[test]
+fn any_manager_can_be_the_instance() {
+    play("in memory");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Leadership
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// A process of the service `billing`.
+fn candidate(database: &Database<'_>) -> Process {
+    let mut command = scenario("lead", database);
+    Process::start(command.env("DSYNC_SERVICE", "billing").env("DSYNC_BUILD", "1.2.3"))
+}
+
+const GAIN: &str = r#"INFO  dsync::leadership] this process leads service "billing""#;
+const LOSS: &str = r#"INFO  dsync::leadership] this process leads service "billing" no longer"#;
+
+/// The backend that holds the leadership, and what the catalog says of the leader.
+fn leader(operator: &mut Client) -> Option<(i32, Value)> {
+    let query = "SELECT pid, annotation FROM dsync.locks WHERE namespace = 'dsync' AND key = $1";
+    let rows = operator.query(query, &[&LEADERSHIP]).unwrap();
+    assert!(rows.len() <= 1, "there is one leader");
+    let row = rows.first()?;
+    Some((row.get(0), serde_json::from_slice(row.get(1)).unwrap()))
+}
+
+/// The process that leads, by what the catalog says.
+fn leading_process(operator: &mut Client) -> Option<i64> {
+    leader(operator)?.1["pid"].as_i64()
+}
+
+#[test]
+fn the_leader_is_annotated_with_where_and_what_it_is() {
+    let database = Database::fresh().unwrap();
+    let process = candidate(&database);
+    process.says(GAIN);
+    let (backend, annotation) = leader(&mut database.client().unwrap()).expect("a leader");
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let expected = serde_json::json!({
+        "service": "billing", "host": host.trim(), "pid": process.id(), "build": "1.2.3"
+    });
+    assert_eq!(annotation, expected);
+    let query = "SELECT namespace, token > 0, pid FROM dsync.lock WHERE key = $1";
+    let row = database.client().unwrap().query_one(query, &[&LEADERSHIP]).unwrap();
+    assert_eq!((row.get("namespace"), row.get(1), row.get("pid")), ("dsync", true, backend));
+}
+
+#[test]
+fn when_the_leader_is_killed_another_process_leads() {
+    let database = Database::fresh().unwrap();
+    let mut operator = database.client().unwrap();
+    let mut leader = candidate(&database);
+    leader.says(GAIN);
+    for _ in 0..3 {
+        let next = candidate(&database);
+        next.says("stands for election");
+        assert_eq!(leading_process(&mut operator), Some(leader.id().into()));
+        std::mem::replace(&mut leader, next).kill();
+        leader.says(GAIN);
+        assert_eq!(leading_process(&mut operator), Some(leader.id().into()));
+    }
+}
+
+#[test]
+fn a_leader_that_loses_its_session_says_so_and_leads_again() {
+    let database = Database::fresh().unwrap();
+    let mut operator = database.client().unwrap();
+    let process = candidate(&database);
+    process.says(GAIN);
+    for _ in 0..3 {
+        let (backend, _) = leader(&mut operator).expect("a leader");
+        assert!(database.server().terminate(backend).unwrap());
+        process.says(LOSS);
+        process.says(GAIN);
+        becomes("the leader", &Some(process.id().into()), || leading_process(&mut operator));
+    }
+}
+
+#[test]
+fn a_leader_that_is_frozen_is_replaced_and_knows_it_when_it_has_thawed() {
+    let database = Database::fresh().unwrap();
+    let mut operator = database.client().unwrap();
+    let short = |mut command: Command| {
+        Process::start(command.env("DSYNC_SERVICE", "billing").env("DSYNC_LEASE", "2s"))
+    };
+    let first = short(scenario("lead", &database));
+    first.says(GAIN);
+    let second = short(scenario("lead", &database));
+    second.says("stands for election");
+    process::signal(first.id(), process::Signal::Stop).unwrap();
+    second.says(GAIN);
+    assert_eq!(leading_process(&mut operator), Some(second.id().into()));
+    process::signal(first.id(), process::Signal::Continue).unwrap();
+    first.says(LOSS);
+    second.kill();
+    first.says(GAIN);
+    eventually("the first again", || leading_process(&mut operator) == Some(first.id().into()));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The environment
+// ---------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn the_variables_of_libpq_are_enough() {
+    let database = Database::fresh().unwrap();
+    let server = database.server();
+    let (port, folder) = (server.port().to_string(), server.socket_dir());
+    for host in ["127.0.0.1", folder.to_str().unwrap()] {
+        let mut command = scenario("lead", &database);
+        command.env_remove("DATABASE_URL");
+        command
+            .env("PGHOST", host)
+            .env("PGPORT", &port)
+            .env("PGUSER", "postgres")
+            .env("PGDATABASE", database.name());
+        command
+            .env("PGAPPNAME", "ledger")
+            .env("DSYNC_SERVICE", "billing")
+            .env("DSYNC_NAMESPACE", "elsewhere");
+        let process = Process::start(&mut command);
+        process.says(GAIN);
+        let query = "SELECT namespace, application_name, role FROM dsync.locks WHERE key = $1";
+        let row = database.client().unwrap().query_one(query, &[&LEADERSHIP]).unwrap();
+        assert_eq!(row.get::<_, &str>("namespace"), "elsewhere");
+        assert_eq!(row.get::<_, &str>("application_name"), format!("ledger {LEADERSHIP}"));
+        assert_eq!(row.get::<_, &str>("role"), "postgres");
+        process.kill();
+    }
+}

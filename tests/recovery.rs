@@ -1,0 +1,425 @@
+//! What befalls servers and sessions, and that locks come back: the loss is told, the lock is acquired again without
+//! another call, and who believes to hold it is who holds it by the server's word.
+//!
+//! Each test has a server of its own.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this is test code, in which a panic is the report of a failure"
+)]
+
+mod common;
+
+use std::sync::Arc;
+use std::thread;
+
+use common::{
+    becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
+};
+use dsync::{Config, ErrorKind, Lock, LossReason, Lost, PostgresManager, SyncManager};
+use postgres::{Client, NoTls};
+use support::process::{self, Signal};
+use support::{Server, Shutdown};
+
+/// A process that wants the lock `x`. Its name is that of its sessions.
+struct Rival {
+    name: &'static str,
+    manager: PostgresManager,
+    lock: Arc<dyn Lock>,
+}
+
+impl Rival {
+    fn new(name: &'static str, url: &str) -> Self {
+        let config = Config::from_url(&format!("{url}?application_name={name}")).unwrap();
+        let manager = started(config);
+        Self { name, lock: lock(&manager, "x"), manager }
+    }
+
+    fn pair(server: &Server) -> [Self; 2] {
+        ["first", "second"].map(|name| Self::new(name, &server.url()))
+    }
+
+    fn lock(&self) -> Lost {
+        self.lock.lock(&soon()).unwrap();
+        self.lock.lost()
+    }
+
+    fn is_held(&self) -> bool {
+        is_held(&self.lock)
+    }
+
+    fn loses(&self, term: &Lost, reasons: &[LossReason]) {
+        hear(term);
+        let loss = self.lock.last_loss().expect("a loss is remembered");
+        assert!(reasons.contains(&loss.reason), "{}: {loss:?}", self.name);
+    }
+
+    /// Waits until the lock is held, without a call that would acquire it, and sees that the server says the same.
+    fn gets_it_again(&self, operator: &mut Client) {
+        eventually("the lock in the background", || self.is_held());
+        becomes("the holder", &vec![self.name.to_owned()], || holders(operator));
+        assert!(self.is_held());
+    }
+
+    /// Nobody can be asked now. That is not to say that another one has the lock.
+    fn waits_for_the_server(&self) {
+        assert_eq!(kind(self.lock.try_lock(&briefly())), ErrorKind::TimedOut);
+        assert!(!self.is_held());
+    }
+}
+
+/// Who of the two gets the lock first when there is none to tell them apart.
+fn winner_and_other<'a>(first: &'a Rival, second: &'a Rival) -> (&'a Rival, &'a Rival) {
+    eventually("a holder", || first.is_held() || second.is_held());
+    if first.is_held() { (first, second) } else { (second, first) }
+}
+
+/// Who holds an advisory lock of the operator's database.
+fn holders(operator: &mut Client) -> Vec<String> {
+    sessions(operator, "granted")
+}
+
+/// Who is in a queue for one.
+fn waiters(operator: &mut Client) -> Vec<String> {
+    sessions(operator, "NOT granted")
+}
+
+fn sessions(operator: &mut Client, condition: &str) -> Vec<String> {
+    let query = format!(
+        "SELECT split_part(application_name, ' ', 1) FROM pg_locks JOIN pg_stat_activity USING (pid)
+         WHERE locktype = 'advisory' AND datname = current_database() AND application_name LIKE '% x' AND {condition}
+         ORDER BY 1"
+    );
+    operator.query(&query, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+/// A way in which a server ends, and what the holder of a lock may be told.
+struct Fault {
+    name: &'static str,
+    strike: fn(&Server),
+    reasons: &'static [LossReason],
+}
+
+const FAULTS: [Fault; 4] = [
+    Fault {
+        name: "shut down in fast mode",
+        strike: |server| server.stop(Shutdown::Fast).unwrap(),
+        reasons: &[LossReason::Terminated],
+    },
+    Fault {
+        name: "shut down in immediate mode",
+        strike: |server| server.stop(Shutdown::Immediate).unwrap(),
+        // The server's last word may not arrive, since its processes end at once.
+        reasons: &[LossReason::ServerCrashed, LossReason::Terminated, LossReason::ConnectionClosed],
+    },
+    Fault {
+        name: "postmaster killed",
+        strike: |server| server.kill_postmaster().unwrap(),
+        reasons: &[LossReason::Terminated, LossReason::ConnectionClosed],
+    },
+    Fault {
+        name: "all processes killed",
+        strike: |server| server.kill_hard().unwrap(),
+        reasons: &[LossReason::ConnectionClosed],
+    },
+];
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The server ends and comes back
+// ---------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_held_lock_comes_back_however_the_server_ended() {
+    let server = Server::start().unwrap();
+    let only = Rival::new("only", &server.url());
+    only.lock();
+    for Fault { name, strike, reasons } in FAULTS {
+        println!("{name}");
+        let term = only.lock.lost();
+        assert!(is_open(&term));
+        strike(&server);
+        only.loses(&term, reasons);
+        server.start_again().unwrap();
+        only.gets_it_again(&mut server.client().unwrap());
+        assert!(!is_open(&term), "the old term stays over");
+    }
+    only.lock.release().unwrap();
+}
+
+#[test]
+fn one_of_holder_and_waiter_gets_the_lock_however_the_server_ended() {
+    let server = Server::start().unwrap();
+    for Fault { name, strike, reasons } in FAULTS {
+        println!("{name}");
+        let [first, second] = Rival::pair(&server);
+        let term = first.lock();
+        let waiting = wait_in_thread(&second.lock);
+        becomes("the queue", &vec!["second".to_owned()], || waiters(&mut server.client().unwrap()));
+        strike(&server);
+        first.loses(&term, reasons);
+        assert!(!waiting.is_ready(), "a call that waits does not end with the server");
+        server.start_again().unwrap();
+
+        let operator = &mut server.client().unwrap();
+        let (winner, other) = winner_and_other(&first, &second);
+        winner.gets_it_again(operator);
+        becomes("the queue", &vec![other.name.to_owned()], || waiters(operator));
+        assert!(!other.is_held());
+        winner.lock.release().unwrap();
+        other.gets_it_again(operator);
+        // If the one that waited was the winner it was told so then, else now.
+        waiting.get().unwrap();
+    }
+}
+
+#[test]
+fn claims_that_begin_while_the_server_is_down_get_their_lock() {
+    let server = Server::start().unwrap();
+    let only = Rival::new("only", &server.url());
+    for Fault { name, strike, .. } in FAULTS {
+        println!("{name}");
+        // Whatever is in the pool was there before.
+        strike(&server);
+        let waiting = wait_in_thread(&only.lock);
+        only.waits_for_the_server();
+        server.start_again().unwrap();
+        waiting.get().unwrap();
+        only.gets_it_again(&mut server.client().unwrap());
+        only.lock.release().unwrap();
+    }
+}
+
+/// A connection that is being made is one to a server that hangs, and then to one that has died.
+#[test]
+fn a_server_that_dies_while_a_session_is_being_opened_is_waited_for() {
+    let server = Server::start().unwrap();
+    let only = Rival::new("only", &server.url());
+    server.restart(Shutdown::Fast).unwrap(); // so that there is no session in the pool
+    let frozen = server.freeze().unwrap();
+    let waiting = wait_in_thread(&only.lock);
+    only.waits_for_the_server();
+    drop(frozen);
+    server.kill_hard().unwrap();
+    only.waits_for_the_server();
+    server.start_again().unwrap();
+    waiting.get().unwrap();
+    only.gets_it_again(&mut server.client().unwrap());
+}
+
+/// Such a server refuses new sessions and lets the old ones be.
+#[test]
+fn a_smart_shutdown_leaves_the_lock_until_the_session_ends() {
+    let server = Server::start().unwrap();
+    let holder = Rival::new("holder", &server.url());
+    let term = holder.lock();
+    let backends = server.backend_pids().unwrap();
+    thread::scope(|scope| {
+        let stopping = scope.spawn(|| server.stop(Shutdown::Smart));
+        eventually("the order to stop", || server.log().contains("received smart shutdown request"));
+        let other = Rival::new("other", &server.url());
+        other.waits_for_the_server();
+        assert!(is_open(&term) && server.is_running(), "the server waits for the holder");
+        for backend in backends {
+            process::signal(backend, Signal::Terminate).unwrap();
+        }
+        holder.loses(&term, &[LossReason::Terminated]);
+        stopping.join().unwrap().unwrap();
+        holder.waits_for_the_server();
+        other.lock.release().unwrap();
+    });
+    server.start_again().unwrap();
+    holder.gets_it_again(&mut server.client().unwrap());
+}
+
+/// The seed's scenario, step by step: the server goes, nothing can be had, the server comes, all is well.
+#[test]
+fn restarts_in_a_row_are_survived() {
+    let server = Server::start().unwrap();
+    let [first, second] = Rival::pair(&server);
+    first.lock();
+    let waiting = wait_in_thread(&second.lock);
+    for how in [Shutdown::Fast, Shutdown::Immediate, Shutdown::Fast] {
+        server.restart(how).unwrap();
+    }
+    let operator = &mut server.client().unwrap();
+    let (winner, other) = winner_and_other(&first, &second);
+    winner.gets_it_again(operator);
+    becomes("the queue", &vec![other.name.to_owned()], || waiters(operator));
+    winner.lock.release().unwrap();
+    other.gets_it_again(operator);
+    waiting.get().unwrap();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sessions end
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// The backends that serve `condition` of the locks.
+fn backends(operator: &mut Client, condition: &str) -> Vec<i32> {
+    let query = format!("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND {condition} ORDER BY pid");
+    operator.query(&query, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+#[test]
+fn a_waiter_whose_session_is_removed_queues_again() {
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let [first, second] = Rival::pair(&server);
+    let term = first.lock();
+    let waiting = wait_in_thread(&second.lock);
+    for _ in 0..5 {
+        becomes("the queue", &vec!["second".to_owned()], || waiters(operator));
+        let [backend] = backends(operator, "NOT granted")[..] else { panic!("one waiter") };
+        assert!(server.terminate(backend).unwrap());
+        eventually("its end", || !server.backend_pids().unwrap().contains(&backend));
+    }
+    becomes("the queue", &vec!["second".to_owned()], || waiters(operator));
+    assert!(is_open(&term) && !waiting.is_ready() && !second.is_held(), "nothing has happened to anybody");
+    assert_eq!(second.lock.last_loss(), None, "it had nothing to lose");
+    first.lock.release().unwrap();
+    waiting.get().unwrap();
+    second.gets_it_again(operator);
+}
+
+#[test]
+fn sessions_killed_one_by_one_again_and_again_come_back() {
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let [first, second] = Rival::pair(&server);
+    let third = Rival::new("third", &server.url());
+    let rivals = [&first, &second, &third];
+    let waiting = rivals.map(|rival| wait_in_thread(&rival.lock));
+    for round in 0..30 {
+        eventually("a holder and a queue", || holders(operator).len() == 1 && waiters(operator).len() == 2);
+        // The holder in one round, one that waits in the next.
+        let victims = backends(operator, if round % 2 == 0 { "granted" } else { "NOT granted" });
+        let terms = rivals.map(|rival| rival.lock.lost());
+        assert!(server.terminate(victims[0]).unwrap());
+        if round % 2 == 0 {
+            let [lost] = terms.iter().filter(|term| is_open(term)).collect::<Vec<_>>()[..] else {
+                // Its signal was there already.
+                continue;
+            };
+            hear(lost);
+        }
+    }
+    // One after the other has had it, and gets it now.
+    let mut left = rivals.to_vec();
+    while !left.is_empty() {
+        becomes("the holders", &1, || left.iter().filter(|rival| rival.is_held()).count());
+        let index = left.iter().position(|rival| rival.is_held()).unwrap();
+        let holder = left.swap_remove(index);
+        holder.gets_it_again(operator);
+        holder.lock.release().unwrap();
+    }
+    // All were told that they had it, each in its time.
+    waiting.into_iter().for_each(|waiting| waiting.get().unwrap());
+    becomes("the holders", &Vec::<String>::new(), || holders(operator));
+}
+
+/// The server then ends all other sessions too, since the one may have left its memory in disorder.
+#[test]
+fn a_backend_killed_hard_takes_all_sessions_along_and_they_come_back() {
+    let server = Server::start().unwrap();
+    let [first, second] = Rival::pair(&server);
+    let term = first.lock();
+    let waiting = wait_in_thread(&second.lock);
+    becomes("the queue", &vec!["second".to_owned()], || waiters(&mut server.client().unwrap()));
+    let [backend] = backends(&mut server.client().unwrap(), "NOT granted")[..] else { panic!("one waiter") };
+    process::signal(backend, Signal::Kill).unwrap();
+    first.loses(&term, &[LossReason::ServerCrashed, LossReason::ConnectionClosed]);
+    let (winner, other) = winner_and_other(&first, &second);
+    let operator = &mut server.client().unwrap();
+    winner.gets_it_again(operator);
+    winner.lock.release().unwrap();
+    other.gets_it_again(operator);
+    waiting.get().unwrap();
+}
+
+#[test]
+fn a_dropped_database_that_is_made_again_has_locks_again() {
+    let server = Server::start().unwrap();
+    let mut administrator = server.client().unwrap();
+    administrator.batch_execute("CREATE DATABASE fragile").unwrap();
+    let url = format!("{}fragile", server.url().strip_suffix("postgres").unwrap());
+    let operator = || Client::connect(&url, NoTls).unwrap();
+    let [first, second] = ["first", "second"].map(|name| Rival::new(name, &url));
+    let term = first.lock();
+    let waiting = wait_in_thread(&second.lock);
+    becomes("the queue", &vec!["second".to_owned()], || waiters(&mut operator()));
+
+    administrator.batch_execute("DROP DATABASE fragile WITH (FORCE)").unwrap();
+    first.loses(&term, &[LossReason::Terminated, LossReason::DatabaseDropped]);
+    eventually("the news", || {
+        let error = first.lock.try_lock(&soon()).unwrap_err();
+        // The session may be told of its end, before the next one is told of the database's.
+        error.kind() == ErrorKind::SessionRefused && error.to_string().contains("create the database")
+    });
+    assert!(!waiting.is_ready() && !second.is_held());
+
+    administrator.batch_execute("CREATE DATABASE fragile").unwrap();
+    let (winner, other) = winner_and_other(&first, &second);
+    winner.gets_it_again(&mut operator());
+    let token = winner.lock.term().unwrap().token();
+    assert!(token.is_some(), "the catalog has been made again");
+    let row = operator().query_one("SELECT token FROM dsync.lock WHERE key = 'x'", &[]).unwrap();
+    assert_eq!(token, Some(row.get(0)));
+    winner.lock.release().unwrap();
+    other.gets_it_again(&mut operator());
+    assert!(other.lock.term().unwrap().token() > token);
+    waiting.get().unwrap();
+    for rival in [first, second] {
+        rival.manager.stop().unwrap();
+    }
+}
+
+#[test]
+fn a_dropped_catalog_is_made_again() {
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let only = Rival::new("only", &server.url());
+    only.lock();
+    operator.batch_execute("DROP SCHEMA dsync CASCADE").unwrap();
+    only.lock.release().unwrap();
+    only.lock();
+    only.gets_it_again(operator);
+    assert!(only.lock.term().unwrap().token().is_some());
+}
+
+#[test]
+fn a_full_server_is_waited_for() {
+    let server = Server::builder().max_connections(10).start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let others =
+        || -> Vec<Client> { std::iter::from_fn(|| Client::connect(&server.url(), NoTls).ok()).collect() };
+    let no_room = |rival: &Rival| {
+        let error = rival.lock.try_lock(&briefly()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+        assert_eq!(error.sqlstate(), Some("53300"), "{error}");
+        assert!(error.to_string().contains("max_connections"), "it says what to change: {error}");
+        assert!(!rival.is_held());
+    };
+
+    let crowd = others();
+    let first = Rival::new("first", &server.url());
+    no_room(&first);
+    drop(crowd);
+    first.gets_it_again(operator);
+
+    // A full server loses the holder's session, and the place may be taken before the next one comes.
+    let second = Rival::new("second", &server.url());
+    let term = first.lock.lost();
+    let waiting = wait_in_thread(&second.lock);
+    becomes("the queue", &vec!["second".to_owned()], || waiters(operator));
+    let mut crowd = others();
+    let [backend] = backends(operator, "granted")[..] else { panic!("one holder") };
+    assert!(operator.query_one("SELECT pg_terminate_backend($1)", &[&backend]).unwrap().get::<_, bool>(0));
+    crowd.extend(others());
+    first.loses(&term, &[LossReason::Terminated]);
+    waiting.get().unwrap();
+    second.gets_it_again(operator);
+    drop(crowd);
+    becomes("the queue", &vec!["first".to_owned()], || waiters(operator));
+    second.lock.release().unwrap();
+    first.gets_it_again(operator);
+}
