@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::thread;
 
 use common::{
-    becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
+    Outcome, becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
 };
 use dsync::{Config, ErrorKind, Lock, LossReason, Lost, PostgresManager, SyncManager};
 use postgres::{Client, NoTls};
@@ -65,6 +65,20 @@ impl Rival {
     fn waits_for_the_server(&self) {
         assert_eq!(kind(self.lock.try_lock(&briefly())), ErrorKind::TimedOut);
         assert!(!self.is_held());
+    }
+}
+
+/// The winner gives the lock to the other one. `waiting` is the call of the second: it ends when that one has the lock, and a
+/// release before it has heard so would end it with an error.
+fn pass_on(winner: &Rival, other: &Rival, waiting: Outcome<dsync::Result<()>>, operator: &mut Client) {
+    if winner.name == "second" {
+        waiting.get().unwrap();
+        winner.lock.release().unwrap();
+        other.gets_it_again(operator);
+    } else {
+        winner.lock.release().unwrap();
+        other.gets_it_again(operator);
+        waiting.get().unwrap();
     }
 }
 
@@ -165,10 +179,7 @@ fn one_of_holder_and_waiter_gets_the_lock_however_the_server_ended() {
         winner.gets_it_again(operator);
         becomes("the queue", &vec![other.name.to_owned()], || waiters(operator));
         assert!(!other.is_held());
-        winner.lock.release().unwrap();
-        other.gets_it_again(operator);
-        // If the one that waited was the winner it was told so then, else now.
-        waiting.get().unwrap();
+        pass_on(winner, other, waiting, operator);
     }
 }
 
@@ -245,9 +256,7 @@ fn restarts_in_a_row_are_survived() {
     let (winner, other) = winner_and_other(&first, &second);
     winner.gets_it_again(operator);
     becomes("the queue", &vec![other.name.to_owned()], || waiters(operator));
-    winner.lock.release().unwrap();
-    other.gets_it_again(operator);
-    waiting.get().unwrap();
+    pass_on(winner, other, waiting, operator);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -331,9 +340,7 @@ fn a_backend_killed_hard_takes_all_sessions_along_and_they_come_back() {
     let (winner, other) = winner_and_other(&first, &second);
     let operator = &mut server.client().unwrap();
     winner.gets_it_again(operator);
-    winner.lock.release().unwrap();
-    other.gets_it_again(operator);
-    waiting.get().unwrap();
+    pass_on(winner, other, waiting, operator);
 }
 
 #[test]
@@ -364,10 +371,8 @@ fn a_dropped_database_that_is_made_again_has_locks_again() {
     assert!(token.is_some(), "the catalog has been made again");
     let row = operator().query_one("SELECT token FROM dsync.lock WHERE key = 'x'", &[]).unwrap();
     assert_eq!(token, Some(row.get(0)));
-    winner.lock.release().unwrap();
-    other.gets_it_again(&mut operator());
+    pass_on(winner, other, waiting, &mut operator());
     assert!(other.lock.term().unwrap().token() > token);
-    waiting.get().unwrap();
     for rival in [first, second] {
         rival.manager.stop().unwrap();
     }
