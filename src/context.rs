@@ -43,6 +43,8 @@ pub struct Canceller {
 
 /// A point of cancellation. The sender's end is dropped to cancel, which disconnects every receiver at once.
 struct Node {
+    /// Keeps the way down from the ancestors, who know their children weakly only.
+    _parent: Option<Arc<Node>>,
     state: Mutex<NodeState>,
     done: Receiver<Infallible>,
 }
@@ -88,7 +90,7 @@ impl Context {
     /// A context like this one that can also be cancelled by itself.
     #[must_use]
     pub fn with_cancel(&self) -> (Self, Canceller) {
-        let node = Node::new();
+        let node = Node::new(self.node.clone());
         if let Some(parent) = &self.node {
             parent.adopt(&node);
         }
@@ -100,7 +102,9 @@ impl Context {
         self.deadline
     }
 
-    /// A channel that disconnects when this context is cancelled; for use in `select!`. It does not tell of the deadline.
+    /// A channel that disconnects when this context is cancelled; for use in `select!`. It does not tell of the
+    /// deadline. Keep the context for as long as you listen: the channel also disconnects when the context, its clones, its
+    /// children and its cancellers are all gone.
     pub fn cancelled(&self) -> Receiver<Infallible> {
         self.node.as_ref().map_or_else(never, |node| node.done.clone())
     }
@@ -148,9 +152,13 @@ impl fmt::Debug for Canceller {
 }
 
 impl Node {
-    fn new() -> Arc<Self> {
+    fn new(parent: Option<Arc<Self>>) -> Arc<Self> {
         let (alive, done) = bounded(0);
-        Arc::new(Self { state: Mutex::new(NodeState { alive: Some(alive), children: Vec::new() }), done })
+        Arc::new(Self {
+            _parent: parent,
+            state: Mutex::new(NodeState { alive: Some(alive), children: Vec::new() }),
+            done,
+        })
     }
 
     /// Makes `child` end with this node; at once, if this one has ended already.
@@ -210,6 +218,15 @@ mod tests {
         assert!(is_cancelled(&parent) && is_cancelled(&sibling));
         let (late, _keep) = parent.with_cancel();
         assert_eq!(late.check().unwrap_err().kind(), ErrorKind::Cancelled);
+    }
+
+    #[test]
+    fn a_cancel_reaches_a_grandchild_whose_parent_is_gone() {
+        let (root, canceller) = Context::background().with_cancel();
+        let leaf = root.with_cancel().0.with_cancel().0;
+        assert!(leaf.check().is_ok() && !is_cancelled(&leaf));
+        canceller.cancel();
+        assert!(is_cancelled(&leaf));
     }
 
     #[test]

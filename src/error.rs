@@ -63,7 +63,7 @@ pub enum ErrorKind {
     Lost,
     /// The release of a lock could not be confirmed, or the server says that the lock was not held.
     UnlockFailed,
-    /// The key is empty, too long, or contains a NUL.
+    /// The key is empty, too long, contains a NUL, or has the same hash as another one in use.
     InvalidKey,
     /// A setting cannot work.
     InvalidConfig,

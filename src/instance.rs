@@ -15,6 +15,8 @@ static INSTANCE: RwLock<Stage> = RwLock::new(Stage::Before);
 
 enum Stage {
     Before,
+    /// `init` is at work.
+    Starting,
     Running(Arc<Instance>),
     After,
 }
@@ -70,22 +72,34 @@ pub fn init(config: Config) -> Result<()> {
 /// # Ok::<(), dsync::Error>(())
 /// ```
 pub fn init_with(manager: Arc<dyn SyncManager>, service: Option<&str>, build: Option<&str>) -> Result<()> {
-    let mut stage = INSTANCE.write();
-    if matches!(*stage, Stage::Running(_)) {
-        let message = "the process-wide manager exists already; call init() once, or shutdown() before";
-        return Err(Error::new(ErrorKind::FailedInitialization, message));
-    }
-    manager.start()?;
-    let campaign = service.map(|service| Campaign::start(&*manager, service, build)).transpose();
-    let campaign = match campaign {
-        Ok(campaign) => campaign,
-        Err(error) => {
-            manager.stop()?;
-            return Err(error);
+    let before = {
+        let mut stage = INSTANCE.write();
+        if matches!(*stage, Stage::Running(_) | Stage::Starting) {
+            let message = "the process-wide manager exists already; call init() once, or shutdown() before";
+            return Err(Error::new(ErrorKind::FailedInitialization, message));
         }
+        std::mem::replace(&mut *stage, Stage::Starting)
     };
-    *stage = Stage::Running(Arc::new(Instance { manager, campaign }));
-    Ok(())
+    // Not under the lock: it takes its time, and what it logs may come back here.
+    let (after, outcome) = match start(manager, service, build) {
+        Ok(instance) => (Stage::Running(Arc::new(instance)), Ok(())),
+        Err(error) => (before, Err(error)),
+    };
+    *INSTANCE.write() = after;
+    outcome
+}
+
+fn start(manager: Arc<dyn SyncManager>, service: Option<&str>, build: Option<&str>) -> Result<Instance> {
+    manager.start()?;
+    match service.map(|service| Campaign::start(&*manager, service, build)).transpose() {
+        Ok(campaign) => Ok(Instance { manager, campaign }),
+        Err(error) => {
+            if let Err(second) = manager.stop() {
+                log::warn!("stopping the lock manager: {second:#}");
+            }
+            Err(error)
+        }
+    }
 }
 
 /// Releases all locks of the process-wide manager, and stops it.
@@ -99,8 +113,8 @@ pub fn shutdown() -> Result<()> {
         let mut stage = INSTANCE.write();
         match std::mem::replace(&mut *stage, Stage::After) {
             Stage::Running(instance) => instance,
-            Stage::Before => {
-                *stage = Stage::Before;
+            before @ (Stage::Before | Stage::Starting) => {
+                *stage = before;
                 return Ok(());
             }
             Stage::After => return Ok(()),
@@ -154,6 +168,6 @@ fn instance(caller: &str) -> Result<Arc<Instance>> {
             ErrorKind::SyncManagerStopped,
             "the process-wide manager was shut down; its locks cannot be used any more",
         )),
-        Stage::Before => panic!("dsync::{caller}() was called before dsync::init()"),
+        Stage::Before | Stage::Starting => panic!("dsync::{caller}() was called before dsync::init()"),
     }
 }

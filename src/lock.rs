@@ -48,7 +48,8 @@ pub trait Lock: Send + Sync + fmt::Debug {
     /// `context` has ended: a loop that is to end with its context must look at [`Context::check`] as well.
     ///
     /// While the server cannot be reached the call goes on waiting. Whatever it returns, the claim goes on in the
-    /// background until [`release`](Self::release), which must therefore follow.
+    /// background until [`release`](Self::release), which must therefore follow. (Where another thread is releasing the lock
+    /// at this moment, the call first waits for that; if `context` ends meanwhile, there is no claim yet.)
     ///
     /// # Errors
     /// - [`TimedOut`](ErrorKind::TimedOut), [`Cancelled`](ErrorKind::Cancelled): the context ended first; the last problem
@@ -67,6 +68,7 @@ pub trait Lock: Send + Sync + fmt::Debug {
     /// - [`SessionRefused`](ErrorKind::SessionRefused): trying again will not help: wrong password, missing database or
     ///   rights, a standby, a transaction pooler.
     /// - [`PoolExhausted`](ErrorKind::PoolExhausted): the manager has no session left for this claim.
+    /// - [`InvalidKey`](ErrorKind::InvalidKey): another key has the same hash.
     fn try_lock(&self, context: &Context) -> Result<()>;
 
     /// Waits until the lock is held, as [`lock`](Self::lock) does, but begins no claim: for threads that observe the work of
@@ -100,8 +102,8 @@ pub trait Lock: Send + Sync + fmt::Debug {
 
 /// Makes the bytes that annotate a lock where an operator can see them: in the view `dsync.locks`.
 ///
-/// It is called anew for each term, when the attempt to acquire the lock begins, on the thread of the claim and under no
-/// mutex. What it returns is taken literally, up to [`MAX_ANNOTATION`] bytes; if it returns more, or panics, the term
+/// It is called anew for each term, when the attempt to acquire the lock begins, on a thread of the library's (in memory,
+/// on the one that gives the lock away) and under no mutex. What it returns is taken literally, up to [`MAX_ANNOTATION`] bytes; if it returns more, or panics, the term
 /// goes without annotation and the log says so.
 pub type LockValuer = Arc<dyn Fn() -> Vec<u8> + Send + Sync>;
 

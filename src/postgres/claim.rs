@@ -56,6 +56,8 @@ struct Status {
     /// Of the current term, or of the last one.
     token: Option<i64>,
     last_loss: Option<Loss>,
+    /// Until when the server may hold something for a session of this claim that was lost.
+    in_doubt_until: Option<Instant>,
     /// Disconnects at the next change; there while somebody waits for it.
     changed: Option<(Sender<Infallible>, Receiver<Infallible>)>,
 }
@@ -100,6 +102,7 @@ impl Claim {
             lost: lost_already(),
             token: None,
             last_loss: None,
+            in_doubt_until: None,
             changed: None,
         };
         let claim = Arc::new(Self {
@@ -172,29 +175,39 @@ impl Claim {
         matches!(self.status.lock().phase, Phase::Ending(_) | Phase::Ended { .. })
     }
 
-    /// Ends the claim: closes the term, and asks the supervisor to give back what it has, by `by`. Only the first call
-    /// does something.
-    ///
-    /// Sends a cancel request if the supervisor waits for the lock, and so takes as long as that does.
-    pub(super) fn end(&self, why: Why, by: Instant) {
+    /// Ends the claim: closes the term, and tells the supervisor to give back what it has, by `by`. Only the first call
+    /// does something, and returns `true`: then [`interrupt`](Self::interrupt) must follow.
+    pub(super) fn end(&self, why: Why, by: Instant) -> bool {
         {
             let mut status = self.status.lock();
             if matches!(status.phase, Phase::Ending(_) | Phase::Ended { .. }) {
-                return;
+                return false;
             }
             status.phase = Phase::Ending(why);
             status.notify();
         }
         // There is room for one, and this is the only one there ever is.
         let _ = self.commands.try_send(Command::Release { by });
-        let reach = self.reach.lock().clone();
-        match reach {
-            Reach::Commands => {}
-            Reach::Connecting(control) => control.kill(),
-            Reach::Session(link) => {
-                let left = by.saturating_duration_since(Instant::now());
-                link.interrupt(Instant::now() + left / 2);
+        true
+    }
+
+    /// Makes the supervisor hear that the claim has ended, whatever it does.
+    ///
+    /// Sends a cancel request if it waits for the lock, and so takes as long as that does, but no longer than half of the
+    /// time until `by`.
+    pub(super) fn interrupt(&self, by: Instant) {
+        let link = match &*self.reach.lock() {
+            Reach::Commands => None,
+            // Under the mutex, so that it is the attempt of this claim still: a moment later the session may be another's.
+            Reach::Connecting(control) => {
+                control.kill();
+                None
             }
+            Reach::Session(link) => Some(Arc::clone(link)),
+        };
+        if let Some(link) = link {
+            let left = by.saturating_duration_since(Instant::now());
+            link.interrupt(Instant::now() + left / 2);
         }
     }
 
@@ -209,14 +222,10 @@ impl Claim {
         let outcome = match reach {
             Reach::Session(link) => {
                 link.kill();
-                let message = format!(
-                    "the release of {:?} was not confirmed in time and its session was closed; \
-                     the server frees the lock when it notices, after {:?} at the latest",
-                    self.key, self.doubt
-                );
-                Err(Error::new(ErrorKind::UnlockFailed, message))
+                Err(self.unconfirmed())
             }
-            // It holds nothing, and ends when the attempt to connect does.
+            // It has no session, but may have had one; and ends when the attempt to connect does.
+            Reach::Connecting(_) | Reach::Commands if self.is_in_doubt() => Err(self.unconfirmed()),
             Reach::Connecting(_) | Reach::Commands => Ok(()),
         };
         if let Some(outcome) = self.ended_by(by) {
@@ -224,6 +233,48 @@ impl Claim {
         }
         self.finish(outcome.clone());
         outcome
+    }
+
+    fn unconfirmed(&self) -> Error {
+        let message = format!(
+            "the release of {:?} was not confirmed in time and its session was closed; \
+             the server frees the lock when it notices, after {:?} at the latest",
+            self.key, self.doubt
+        );
+        Error::new(ErrorKind::UnlockFailed, message)
+    }
+
+    fn is_in_doubt(&self) -> bool {
+        self.status.lock().in_doubt_until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Blocks until another thread's release of this claim is over; fails if `context` ends before. After `by` it is, even
+    /// if that thread is gone.
+    pub(super) fn wait_released(&self, context: &Context, by: Instant) -> Result<()> {
+        let begun = Instant::now();
+        let cancelled = context.cancelled();
+        let deadline = context.expires_at().map_or_else(never, at);
+        loop {
+            let changed = {
+                let mut status = self.status.lock();
+                if matches!(status.phase, Phase::Ended { .. }) {
+                    return Ok(());
+                }
+                status.subscribe()
+            };
+            let left = by.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // How it ended is told to the one who released it.
+                let _ = self.wait_ended(Instant::now());
+                return Ok(());
+            }
+            select! {
+                recv(changed) -> _ => {}
+                recv(after(left)) -> _ => {}
+                recv(cancelled) -> _ => return Err(self.gave_up(ErrorKind::Cancelled, begun)),
+                recv(deadline) -> _ => return Err(self.gave_up(ErrorKind::TimedOut, begun)),
+            }
+        }
     }
 
     fn ended_by(&self, by: Instant) -> Option<Result<()>> {
@@ -273,6 +324,7 @@ impl Claim {
         let obstacle = match (&status.phase, &status.problem) {
             (Phase::Queueing, _) => ", which another session holds".to_owned(),
             (_, Some(problem)) => format!("; {problem}"),
+            (Phase::Ending(_), _) => ", whose former claim is still being released".to_owned(),
             (Phase::Acquiring, None) => "; the server has not answered yet: check host and port".to_owned(),
             _ => String::new(),
         };
@@ -330,6 +382,11 @@ impl Claim {
             status.lose(reason);
         }
         held
+    }
+
+    /// Until when the server may hold something for a session of this claim that was lost.
+    pub(super) fn announce_doubt(&self, until: Option<Instant>) {
+        self.status.lock().in_doubt_until = until;
     }
 
     /// An attempt failed.

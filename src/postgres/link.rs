@@ -100,8 +100,11 @@ impl Link {
             state.slice = Slice::Cancelled { known: outcome.is_ok() };
             self.changed.notify_all();
             if let Err(error) = outcome {
+                // Under the mutex, as in `kill`; the logger, which is the application's, not.
+                self.control.kill();
+                drop(state);
                 log::debug!("could not cancel a wait, so its session will be closed: {}", chain(&error));
-                return self.control.kill();
+                return;
             }
             self.changed.wait_for(&mut state, AGAIN_AFTER);
             if !matches!(state.slice, Slice::Cancelled { .. }) || Instant::now() >= by {

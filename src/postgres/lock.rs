@@ -45,11 +45,11 @@ impl PostgresLock {
     }
 
     fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
-        self.claim()?.acquire(patience, context)
+        self.claim(context)?.acquire(patience, context)
     }
 
-    /// The claim that goes on, or a new one. Waits for one that is ending, no longer than that takes.
-    fn claim(&self) -> Result<Arc<Claim>> {
+    /// The claim that goes on, or a new one. Waits for one that is ending, no longer than that takes or `context` allows.
+    fn claim(&self, context: &Context) -> Result<Arc<Claim>> {
         loop {
             let ending = {
                 let mut state = self.state.lock();
@@ -63,8 +63,7 @@ impl PostgresLock {
                     }
                 }
             };
-            // How it ended is told to the one who released it.
-            let _ = ending.wait_ended(self.core.release_by());
+            ending.wait_released(context, self.core.release_by())?;
             self.forget(&ending);
         }
     }
@@ -73,7 +72,7 @@ impl PostgresLock {
     fn begin(&self) -> Result<Arc<Claim>> {
         let pool = self.core.pool()?;
         let config = self.core.config();
-        let (claim, commands) = Claim::new(self.text.clone(), config.lease + config.wait_slice);
+        let (claim, commands) = Claim::new(self.text.clone(), config.lease + 2 * config.wait_slice);
         let supervisor = Supervisor {
             request: self.request(),
             valuer: self.options.valuer.clone().filter(|_| config.catalog != CatalogMode::None),
@@ -129,10 +128,11 @@ impl PostgresLock {
     }
 
     /// Begins the end of the claim, if there is one. `by` is when it must be over.
-    pub(super) fn end(&self, why: Why, by: Instant) -> Option<Arc<Claim>> {
+    ///
+    /// Gives `true` with it if this is the first call: then the caller must [interrupt](Claim::interrupt) it.
+    pub(super) fn end(&self, why: Why, by: Instant) -> Option<(bool, Arc<Claim>)> {
         let claim = self.state.lock().claim.clone()?;
-        claim.end(why, by);
-        Some(claim)
+        Some((claim.end(why, by), claim))
     }
 
     /// Forgets a claim that has ended, unless another thread did so before.
@@ -175,7 +175,10 @@ impl Lock for PostgresLock {
 
     fn release(&self) -> Result<()> {
         let by = self.core.release_by();
-        let Some(claim) = self.end(Why::Released, by) else { return Ok(()) };
+        let Some((first, claim)) = self.end(Why::Released, by) else { return Ok(()) };
+        if first {
+            claim.interrupt(by);
+        }
         let outcome = claim.wait_ended(by);
         self.forget(&claim);
         outcome

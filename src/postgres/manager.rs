@@ -9,7 +9,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 
 use super::catalog::CatalogMode;
-use super::claim::{Why, stopped};
+use super::claim::{Claim, Why, stopped};
 use super::config::Config;
 use super::inspect::{self, Named};
 use super::lock::PostgresLock;
@@ -161,6 +161,8 @@ impl SyncManager for PostgresManager {
         };
         match outcome {
             Ok(()) => Ok(()),
+            // The claims of other threads were faster.
+            Err(refusal) if refusal.is_about_slots() => Ok(()),
             Err(refusal) if refusal.is_curable() => {
                 let error = refusal.into_error();
                 log::warn!(
@@ -237,6 +239,14 @@ struct Entry {
     handle: Weak<PostgresLock>,
     /// Keeps the lock while it is claimed.
     claimed: Option<Arc<PostgresLock>>,
+}
+
+/// A claim that ends since the manager stops.
+struct Stopping {
+    lock: Arc<PostgresLock>,
+    claim: Arc<Claim>,
+    /// Whether the stop was the first to end it.
+    first: bool,
 }
 
 impl Core {
@@ -320,25 +330,31 @@ impl Core {
             let claimed: Vec<_> = state.locks.values().filter_map(|entry| entry.claimed.clone()).collect();
             (state.pool.take(), claimed)
         };
-        let share = claimed.len().div_ceil(AT_ONCE).max(1);
-        let mut claims = Vec::with_capacity(claimed.len());
+        // First all are told, so that no holder hears of the end late because a waiter's cancel request takes its time.
+        let claims: Vec<_> = claimed
+            .into_iter()
+            .filter_map(|lock| {
+                let (first, claim) = lock.end(Why::Stopped, by)?;
+                Some(Stopping { lock, claim, first })
+            })
+            .collect();
+        let share = claims.len().div_ceil(AT_ONCE).max(1);
+        let interrupt = |claims: &[Stopping]| {
+            claims.iter().filter(|stopping| stopping.first).for_each(|stopping| stopping.claim.interrupt(by));
+        };
         thread::scope(|scope| {
-            let mut shares: Vec<_> = claimed.chunks(share).collect();
-            let own = shares.pop().unwrap_or_default();
-            let end = |locks: &[Arc<PostgresLock>]| {
-                locks
-                    .iter()
-                    .filter_map(|lock| Some((Arc::clone(lock), lock.end(Why::Stopped, by)?)))
-                    .collect::<Vec<_>>()
-            };
-            let others: Vec<_> = shares.into_iter().map(|locks| scope.spawn(move || end(locks))).collect();
-            claims.extend(end(own));
-            for other in others {
-                claims.extend(other.join().unwrap_or_default());
+            let mut shares = claims.chunks(share);
+            let own = shares.next().unwrap_or_default();
+            for claims in shares {
+                // Without a thread to spare it is done here, one after the other.
+                if thread::Builder::new().spawn_scoped(scope, move || interrupt(claims)).is_err() {
+                    interrupt(claims);
+                }
             }
+            interrupt(own);
         });
         let mut outcome = Ok(());
-        for (lock, claim) in &claims {
+        for Stopping { lock, claim, .. } in &claims {
             outcome = outcome.and(claim.wait_ended(by));
             lock.forget(claim);
         }

@@ -228,6 +228,11 @@ impl Refusal {
         self.kind == ErrorKind::SessionUnavailable
     }
 
+    /// Whether all slots are taken.
+    pub(super) fn is_about_slots(&self) -> bool {
+        self.kind == ErrorKind::PoolExhausted
+    }
+
     /// Whether the next attempt need not hurry.
     pub(super) fn is_patient(&self) -> bool {
         matches!(self.kind, ErrorKind::SessionRefused | ErrorKind::InvalidKey)

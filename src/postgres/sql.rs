@@ -177,7 +177,7 @@ fn acquire_with_catalog(granted: &str, settings: &str, verb: Verb, pair: bool) -
 /// The server that comes back need not know the last state of the sequence: every 32nd value is logged only, and nobody
 /// waits for that to reach a disk or a standby. So it jumps, by more than can have been given out during one outage, and at
 /// least to the clock, in microseconds: that also covers a catalog which was dropped and made again, or restored from a
-/// backup. The jump itself is safe before anybody sees the row of the era.
+/// physical backup. (`pg_dump` takes the row along unless it is told `--no-unlogged-table-data`.) The jump itself is safe before anybody sees the row of the era.
 pub(super) const NEW_ERA: &str = "SELECT pg_catalog.set_config('synchronous_commit', 'on', true); \
      WITH made AS (INSERT INTO dsync.era DEFAULT VALUES ON CONFLICT DO NOTHING RETURNING since) \
      SELECT pg_catalog.setval('dsync.token', greatest( \

@@ -44,8 +44,8 @@ pub(super) struct Timing {
     /// How long a term lasts, at the most, after the sending of the last heartbeat that was answered: the server's
     /// lease less one heartbeat and the margin.
     pub(super) term: Duration,
-    /// How long the server may hold something for a session that was lost without its knowing: a wait slice, at the end
-    /// of which it may be granted the lock, and a lease from then on.
+    /// How long the server may hold something for a session that was lost without its knowing: a wait, at the end of
+    /// which it may be granted the lock, and a lease from then on.
     pub(super) doubt: Duration,
     /// A heartbeat is sent this long after the one before.
     pub(super) heartbeat: Duration,
@@ -284,6 +284,11 @@ impl Machine {
             // An event of an action that a release has overtaken.
             _ => None,
         }
+    }
+
+    /// Until when the server may hold something for a session that was lost.
+    pub(super) fn in_doubt_until(&self) -> Time {
+        self.in_doubt_until
     }
 
     /// When a term ends that was renewed by a heartbeat sent at `renewed`.

@@ -37,8 +37,11 @@ struct Running {
     link: Option<Arc<Link>>,
     /// Who served the sessions of this claim that were lost and may be in doubt still, and when that was.
     lost_backends: Vec<(Instant, i32)>,
+    in_doubt_until: Time,
     /// Why the last attempt failed.
     problem: Option<Error>,
+    /// What sort of problem was logged last, so that one that goes on is not logged again and again.
+    warned: Option<ErrorKind>,
     /// The token of the current term, or of the last one.
     token: Option<i64>,
     /// When the release must be done.
@@ -48,7 +51,8 @@ struct Running {
 impl Supervisor {
     /// How long the server may hold something for a session that was lost without its knowing.
     fn doubt(&self) -> Duration {
-        self.plan.lease + self.wait_slice
+        // A slice may wait twice: for the lock, and for the row of a predecessor's fenced transaction.
+        self.plan.lease + 2 * self.wait_slice
     }
 
     /// The body of the thread.
@@ -61,7 +65,9 @@ impl Supervisor {
             slot: None,
             link: None,
             lost_backends: Vec::new(),
+            in_doubt_until: Time::ZERO,
             problem: None,
+            warned: None,
             token: None,
             release_by: None,
         };
@@ -74,6 +80,7 @@ impl Supervisor {
                 },
             };
             let mut notice = machine.handle(event, running.now());
+            running.announce_doubt(machine.in_doubt_until());
             while let Some(announced) = notice {
                 notice = if running.announce(announced) {
                     None
@@ -111,7 +118,8 @@ impl Running {
                 self.acquire(Event::Busy, |session, _, request| session.try_lock(request, by))
             }
             Action::Queue => {
-                let by = self.soon() + self.supervisor.wait_slice;
+                // As `Supervisor::doubt` says, a slice may wait twice.
+                let by = self.soon() + 2 * self.supervisor.wait_slice;
                 self.acquire(Event::SliceOver, |session, link, request| session.queue(request, link, by))
             }
             Action::Watch { until } => {
@@ -259,11 +267,20 @@ impl Running {
         Event::Refused { patient }
     }
 
-    /// Keeps an error for those who ask, and logs it: the first of a series loud enough to be heard.
+    /// Keeps an error for those who ask, and logs it: the first of its kind in a series loud enough to be heard.
     fn note(&mut self, error: Error) {
-        let level = if self.problem.is_none() { log::Level::Warn } else { log::Level::Debug };
+        let known = self.warned.replace(error.kind()) == Some(error.kind());
+        let level = if known { log::Level::Debug } else { log::Level::Warn };
         log::log!(level, "lock {:?}: {}", self.supervisor.claim.key(), chain(&error));
         self.problem = Some(error);
+    }
+
+    /// Tells the claim until when the server may hold something that this thread cannot reach, if that has changed.
+    fn announce_doubt(&mut self, until: Time) {
+        if self.in_doubt_until != until {
+            self.in_doubt_until = until;
+            self.supervisor.claim.announce_doubt((until > Time::ZERO).then(|| self.at(until)));
+        }
     }
 
     /// Tells the application; `false` if it knows better.
@@ -274,12 +291,12 @@ impl Running {
             Notice::Acquired { until } => {
                 log::debug!("lock {key:?}: acquired");
                 claim.announce_acquired(self.at(until), self.token);
-                self.problem = None;
+                (self.problem, self.warned) = (None, None);
             }
             Notice::Renewed { until } => return claim.announce_renewed(self.at(until)),
             Notice::Busy => {
                 claim.announce_queueing();
-                self.problem = None;
+                (self.problem, self.warned) = (None, None);
             }
             Notice::Lost(reason) => {
                 claim.announce_lost(reason);
