@@ -17,13 +17,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use common::{begin, briefly, eventually, is_held, kind, lock, soon, started};
+use common::{SilentHost, begin, briefly, eventually, is_held, kind, lock, soon, started};
 use dsync::{
     CATALOG_SQL, CatalogMode, Config, Context, Error, ErrorKind, Key, Lock, LockOptions, PostgresManager,
     SyncManager,
 };
 use postgres::NoTls;
-use socket2::{Domain, SockAddr, SockRef, Socket, Type};
+use socket2::{Domain, SockAddr, Socket, Type};
 use support::{Database, Server, Shutdown};
 
 /// For all that has to end by itself, whatever the other side does. Generous: the machine may be busy.
@@ -572,15 +572,8 @@ fn what_speaks_the_protocol_without_being_postgresql_is_refused() {
 /// The kernel answers no more connects, as a host that swallows packets does not.
 #[test]
 fn a_listener_with_a_full_backlog_is_told_in_time() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    SockRef::from(&listener).listen(0).unwrap();
-    let address = listener.local_addr().unwrap();
-    let mut queued = Vec::new();
-    while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(200)) {
-        queued.push(stream);
-        assert!(queued.len() < 10, "the queue does not fill");
-    }
-    let url = format!("host=127.0.0.1 port={} user=app", address.port());
+    let host = SilentHost::new();
+    let url = format!("host=127.0.0.1 port={} user=app", host.port());
     let manager = in_time(move || Arc::new(started(hasty(&url))));
     let lock = lock(&manager, "x");
     let error = try_lock_in_time(&lock, &Context::timeout(Duration::from_secs(1)));

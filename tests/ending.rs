@@ -3,38 +3,12 @@
 
 mod common;
 
-use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{begin, hear, kind, lock, soon, started};
+use common::{SilentHost, begin, hear, kind, lock, soon, started};
 use dsync::{Config, Context, ErrorKind};
-use socket2::SockRef;
 use support::Server;
-
-/// A host that swallows packets: its kernel answers no connect any more.
-struct SilentHost {
-    listener: TcpListener,
-    _queued: Vec<TcpStream>,
-}
-
-impl SilentHost {
-    fn new() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        SockRef::from(&listener).listen(0).unwrap();
-        let address = listener.local_addr().unwrap();
-        let mut queued = Vec::new();
-        while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(200)) {
-            queued.push(stream);
-            assert!(queued.len() < 10, "the queue does not fill");
-        }
-        Self { listener, _queued: queued }
-    }
-
-    fn port(&self) -> u16 {
-        self.listener.local_addr().unwrap().port()
-    }
-}
 
 /// The driver's own connect cannot be interrupted, so the release does not wait for it. But the session before it was lost
 /// without a word of the server's, which may keep the lock still.

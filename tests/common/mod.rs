@@ -4,6 +4,7 @@
 
 use std::fmt::Debug;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, unbounded};
 use dsync::{Context, Error, ErrorKind, Lock, LockOptions, Lost, PostgresManager, SyncManager};
+use socket2::SockRef;
 
 /// What should happen has this long, so that a fault is a failed test and not a hung one.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -89,6 +91,30 @@ pub(crate) fn begin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static
 pub(crate) fn wait_in_thread(lock: &Arc<dyn Lock>) -> Outcome<Result<(), Error>> {
     let lock = Arc::clone(lock);
     begin(move || lock.lock(&Context::background()))
+}
+
+/// A host that swallows packets: its kernel answers no connect any more.
+pub(crate) struct SilentHost {
+    listener: TcpListener,
+    _queued: Vec<TcpStream>,
+}
+
+impl SilentHost {
+    pub(crate) fn new() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        SockRef::from(&listener).listen(0).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut queued = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(200)) {
+            queued.push(stream);
+            assert!(queued.len() < 10, "the queue does not fill");
+        }
+        Self { listener, _queued: queued }
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.listener.local_addr().unwrap().port()
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
