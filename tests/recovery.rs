@@ -428,3 +428,28 @@ fn a_full_server_is_waited_for() {
     second.lock.release().unwrap();
     first.gets_it_again(operator);
 }
+
+#[test]
+fn a_password_that_is_changed_and_changed_back_is_waited_for() {
+    let server = Server::builder().password_auth().start().unwrap();
+    let operator = &mut server.client().unwrap();
+    operator
+        .batch_execute("CREATE ROLE app LOGIN PASSWORD 'right'; GRANT CREATE ON DATABASE postgres TO app")
+        .unwrap();
+    let only = Rival::new("only", &format!("postgres://app:right@127.0.0.1:{}/postgres", server.port()));
+    let term = only.lock();
+    operator.batch_execute("ALTER ROLE app PASSWORD 'another'").unwrap();
+    assert!(is_open(&term), "who is in stays in");
+
+    let [backend] = backends(operator, "granted")[..] else { panic!("one holder") };
+    assert!(server.terminate(backend).unwrap());
+    only.loses(&term, &[LossReason::Terminated]);
+    let error = only.lock.try_lock(&soon()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::SessionRefused, "{error}");
+    assert!(error.to_string().contains("check user and password"), "{error}");
+    let waiting = wait_in_thread(&only.lock);
+
+    operator.batch_execute("ALTER ROLE app PASSWORD 'right'").unwrap();
+    only.gets_it_again(operator);
+    waiting.get().unwrap();
+}
