@@ -70,13 +70,15 @@ impl Link {
 
     /// The supervisor's wait is over; `false` if a cancel request may still be on its way.
     ///
-    /// Blocks while another thread is sending one, which that thread does for no longer than its deadline.
-    pub(super) fn end_slice(&self) -> bool {
+    /// Blocks while another thread is sending one, but not longer than until `by`, should that thread have come to grief.
+    pub(super) fn end_slice(&self, by: Instant) -> bool {
         let mut state = self.state.lock();
         while state.slice == Slice::Cancelling {
-            self.changed.wait(&mut state);
+            if self.changed.wait_until(&mut state, by).timed_out() {
+                break;
+            }
         }
-        let settled = state.slice != Slice::Cancelled { known: false };
+        let settled = !matches!(state.slice, Slice::Cancelling | Slice::Cancelled { known: false });
         state.slice = Slice::None;
         self.changed.notify_all();
         settled

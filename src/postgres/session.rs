@@ -160,7 +160,7 @@ impl Session {
             return Ok(Answer::NotGranted);
         }
         let outcome = self.acquire(&statement, request, by);
-        let settled = link.end_slice();
+        let settled = link.end_slice(by);
         if !settled {
             // A cancel that nobody knows the fate of may hit whatever comes next.
             return Err(Failure::Lost { reason: LossReason::ConnectionClosed, cause: None });
