@@ -35,6 +35,9 @@ use support::{Server, Shutdown};
 /// What a machine that is busy may add where a bound is on our own doing.
 const SLACK: Duration = Duration::from_millis(500);
 
+/// A long lease, for the tests that do not end before it does.
+const MINUTE: Duration = Duration::from_secs(60);
+
 /// Longer than any test, so that the order of a queue stays.
 const ONE_SLICE: Duration = Duration::from_secs(100);
 
@@ -402,13 +405,14 @@ fn a_killed_waiter_leaves_the_queue() {
 // ---------------------------------------------------------------------------------------------------------------------
 
 /// Cuts `count` holders off at one moment, and checks each of them.
-fn cut_off(direction: Direction, count: usize) {
+fn cut_off(direction: Direction, lease: Duration, count: usize) {
     let connections = u32::try_from(4 * count + 20).unwrap();
     let server = Server::builder().max_connections(connections).start().unwrap();
     let operator = &mut server.client().unwrap();
     let proxy = Proxy::to(server.port());
-    let holder = Party::new("holder", &server.url_at("127.0.0.1", proxy.port()), count);
-    let competitor = Party::new("competitor", &server.url(), count);
+    let [holder, competitor] =
+        [("holder", server.url_at("127.0.0.1", proxy.port())), ("competitor", server.url())]
+            .map(|(name, url)| Party::with(name, count, config(name, &url, count).lease(lease)));
     let terms = holder.lock_all();
     let had = competitor.wait_for_all();
     all_queue(operator, &competitor);
@@ -421,7 +425,7 @@ fn cut_off(direction: Direction, count: usize) {
     let cut_at = now();
     let mut last = 0;
     for _ in 0..count {
-        let (index, at) = had.recv_timeout(PATIENCE).unwrap();
+        let (index, at) = had.recv_timeout(lease + PATIENCE).unwrap();
         assert!(!is_open(&terms[index]) && !is_held(&holder.locks[index]), "lock {index}: two hold it");
         last = last.max(at);
     }
@@ -436,13 +440,13 @@ fn cut_off(direction: Direction, count: usize) {
     }
     margins.sort_unstable();
     println!(
-        "{direction:?}: {count} holders cut off; lost before stolen by {:.3} ms at the least, {:.3} ms in the median; \
+        "{direction:?}, lease {lease:?}: {count} holders cut off; lost before stolen by {:.3} ms at the least, {:.3} ms in the median; \
          the last competitor had its lock {:.0} ms after the cut",
         ms(0, margins[0]),
         ms(0, margins[count / 2]),
         ms(cut_at, last),
     );
-    assert!(last - cut_at <= length(LEASE + GRACE), "{:.0} ms", ms(cut_at, last));
+    assert!(last - cut_at <= length(lease + GRACE), "{:.0} ms", ms(cut_at, last));
 
     proxy.restore();
     all_queue(operator, &holder);
@@ -454,17 +458,32 @@ fn cut_off(direction: Direction, count: usize) {
 
 #[test]
 fn a_hundred_holders_cut_off_in_both_directions_lose_before_another_gets() {
-    cut_off(Direction::Both, 100);
+    cut_off(Direction::Both, LEASE, 100);
 }
 
 #[test]
 fn a_hundred_holders_that_hear_nothing_lose_before_another_gets() {
-    cut_off(Direction::Inward, 100);
+    cut_off(Direction::Inward, LEASE, 100);
 }
 
 #[test]
 fn a_hundred_holders_that_are_not_heard_lose_before_another_gets() {
-    cut_off(Direction::Outward, 100);
+    cut_off(Direction::Outward, LEASE, 100);
+}
+
+#[test]
+fn with_a_lease_of_a_minute_it_is_the_same_in_both_directions() {
+    cut_off(Direction::Both, MINUTE, 5);
+}
+
+#[test]
+fn with_a_lease_of_a_minute_it_is_the_same_for_those_that_hear_nothing() {
+    cut_off(Direction::Inward, MINUTE, 5);
+}
+
+#[test]
+fn with_a_lease_of_a_minute_it_is_the_same_for_those_that_are_not_heard() {
+    cut_off(Direction::Outward, MINUTE, 5);
 }
 
 #[test]
