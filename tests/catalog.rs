@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, Process, briefly, eventually, kind, lock, soon, started};
+use common::{PATIENCE, Process, becomes, briefly, eventually, kind, lock, soon, started};
 use dsync::{
     CATALOG_SQL, CatalogMode, Config, Context, ErrorKind, Key, Lock, LockGuard, LockOptions, LockValuer,
     MAX_ANNOTATION, PostgresManager, SyncManager,
@@ -129,8 +129,14 @@ fn a_catalog_that_is_dropped_comes_back_with_greater_tokens() {
     let after = one_term(&lock(&manager, "next"));
     client.batch_execute("TRUNCATE dsync.era").unwrap();
     assert!(one_term(&lock(&manager, "last")) > after);
+}
 
-    // Even then the tokens of a sequence that begins anew are noticed.
+/// A claim that follows close on another one does not ask whether the catalog is what it was.
+#[test]
+fn a_sequence_that_begins_anew_between_two_quick_claims_is_noticed() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    let manager = started(config(&database));
     let quick = lock(&manager, "quick");
     let terms: Vec<_> = (0..20)
         .map(|round| {
@@ -519,7 +525,8 @@ fn acquiring_with_token_and_annotation_is_one_round_trip_and_releasing_is_one() 
     let wire = Wire::to(database.server().port());
     let url = database.url_at("127.0.0.1", wire.port);
     // No heartbeat comes in between.
-    let manager = started(Config::from_url(&url).unwrap().lease(Duration::from_secs(600)));
+    let config = Config::from_url(&url).unwrap().lease(Duration::from_secs(600)).max_sessions(1);
+    let manager = started(config);
     let options = LockOptions::new().valuer(Arc::new(|| b"note".to_vec()));
     let lock = manager.lock("x", options).unwrap();
     one_term(&lock);
@@ -535,7 +542,10 @@ fn acquiring_with_token_and_annotation_is_one_round_trip_and_releasing_is_one() 
         with_preparation.len() <= 2 && with_preparation.iter().all(|&&count| count == 2),
         "{round_trips:?}"
     );
-    // Another key on the same session.
+    // Another key on the same session, which is kept for the first one for a moment.
+    let mut operator = database.client().unwrap();
+    let kept = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dsync x'";
+    becomes("the session of the first key", &0, || count(&mut operator, kept));
     let lock = manager.lock("y", LockOptions::new()).unwrap();
     assert_eq!(wire.round_trips(|| lock.try_lock(&soon()).unwrap()), 1);
     let (term, mut client) = (lock.term().unwrap(), Client::connect(&url, postgres::NoTls).unwrap());

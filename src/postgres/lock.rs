@@ -1,6 +1,7 @@
 //! The handle of a lock: begins and ends its claims.
 
 use std::fmt;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -95,6 +96,7 @@ impl PostgresLock {
         let terms = Terms {
             request: self.request(),
             valuer: self.options.valuer.clone().filter(|_| config.catalog != CatalogMode::None),
+            valuer_is_fast: AtomicBool::new(false),
             plan: config.lease_plan(),
             wait_slice: config.wait_slice,
             release_timeout: config.release_timeout,

@@ -240,7 +240,7 @@ impl Supervisor {
                 Action::Watch { until } => {
                     let (socket, since) = work.held();
                     if since < TICK {
-                        return Next::sleep(TICK);
+                        return Next::sleep(TICK - since);
                     }
                     // Not longer than a release may take, since this thread looks after its deadline.
                     let round = Instant::now() + self.terms.release_timeout.max(ROUND);

@@ -2,6 +2,8 @@
 //! do it, one at a time.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use super::claim::{Claim, Why};
@@ -19,6 +21,8 @@ use crate::loss::LossReason;
 pub(super) struct Terms {
     pub(super) request: Request,
     pub(super) valuer: Option<LockValuer>,
+    /// Whether it was when it was last called.
+    pub(super) valuer_is_fast: AtomicBool,
     pub(super) plan: LeasePlan,
     pub(super) wait_slice: Duration,
     pub(super) release_timeout: Duration,
@@ -39,7 +43,12 @@ impl Terms {
 
     /// Whether a thread whose patience lasts `until` may try for the lock, and wait for it, itself.
     pub(super) fn may_wait(&self, until: Option<Instant>) -> bool {
-        until.is_none_or(|until| self.valuer.is_none() && self.after_slice() <= until)
+        until.is_none_or(|until| self.after_slice() <= until)
+    }
+
+    /// Whether the annotation, if there is one, takes no time to speak of, going by the last one.
+    fn annotates_fast(&self) -> bool {
+        self.valuer.is_none() || self.valuer_is_fast.load(Relaxed)
     }
 
     /// By when the server must have answered a statement that waits for a slice.
@@ -142,8 +151,8 @@ impl Work {
                 }
                 Some(Instant::now())
             }
-            // A valuer takes the time that it takes.
-            (Action::Try, Help::Acquire { until: Some(_), .. }) if self.terms.valuer.is_some() => None,
+            // A slow valuer must not outlast a caller's patience.
+            (Action::Try, Help::Acquire { until: Some(_), .. }) if !self.terms.annotates_fast() => None,
             (Action::Try, Help::Acquire { until, patient }) => {
                 self.is_patient = patient;
                 let by = self.after_try();
@@ -322,7 +331,9 @@ impl Work {
     /// The annotation of the term to come.
     fn annotate(&mut self) {
         if let (Some(valuer), Some(entry)) = (&self.terms.valuer, &mut self.request.entry) {
+            let begun = Instant::now();
             entry.annotation = annotate(self.claim.key(), valuer);
+            self.terms.valuer_is_fast.store(begun.elapsed() < Duration::from_millis(1), Relaxed);
         }
     }
 
