@@ -102,6 +102,11 @@ impl Context {
         self.deadline
     }
 
+    /// Whether there is, or was, anybody who can cancel it.
+    pub(crate) fn can_be_cancelled(&self) -> bool {
+        self.node.is_some()
+    }
+
     /// A channel that disconnects when this context is cancelled; for use in `select!`. It does not tell of the
     /// deadline. Keep the context for as long as you listen: the channel also disconnects when the context, its clones, its
     /// children and its cancellers are all gone.

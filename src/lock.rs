@@ -102,9 +102,10 @@ pub trait Lock: Send + Sync + fmt::Debug {
 
 /// Makes the bytes that annotate a lock where an operator can see them: in the view `dsync.locks`.
 ///
-/// It is called anew for each term, when the attempt to acquire the lock begins, on a thread of the library's (in memory,
-/// on the one that gives the lock away) and under no mutex. What it returns is taken literally, up to [`MAX_ANNOTATION`] bytes; if it returns more, or panics, the term
-/// goes without annotation and the log says so.
+/// It is called anew for each term, when the attempt to acquire the lock begins: on a thread of the library's, or on the one
+/// that waits for the lock if it does so without a limit; in memory, on the one that gives the lock away. It must not use the
+/// lock that it annotates. What it returns is taken literally, up to [`MAX_ANNOTATION`] bytes; if it returns more, or
+/// panics, the term goes without annotation and the log says so.
 pub type LockValuer = Arc<dyn Fn() -> Vec<u8> + Send + Sync>;
 
 /// The longest annotation, in bytes.

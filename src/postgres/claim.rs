@@ -1,7 +1,9 @@
-//! One claim: what application threads and the supervisor know of each other.
+//! One claim: what application threads, and whoever works on it, know of each other.
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, after, at, bounded, never, select};
@@ -15,31 +17,25 @@ use crate::lock::{Lost, lost_already};
 use crate::loss::{Loss, LossReason};
 use crate::term::{Deadline, Row, Term};
 
-/// What a supervisor can be told.
-#[derive(Debug)]
-pub(super) enum Command {
-    /// End the claim; what must be said to the server must be said by then.
-    Release { by: Instant },
-}
-
-/// A claim, from the first attempt until its supervisor has ended.
+/// A claim, from the first attempt until its end is over.
 #[derive(Debug)]
 pub(super) struct Claim {
     /// For messages.
     key: String,
     /// How long the server may keep a lock that it cannot be told of.
     doubt: Duration,
-    commands: Sender<Command>,
     status: Mutex<Status>,
-    /// How to reach the supervisor while it is busy with the server.
+    /// How to reach the thread that is busy with the server for this claim.
     reach: Mutex<Reach>,
+    /// How many threads wait that would rather do the work themselves.
+    volunteers: AtomicUsize,
 }
 
-/// How to reach a supervisor, beside its commands. (That it waits for commands is the case in which there is no need.)
+/// How to reach the thread that works on a claim.
 #[derive(Debug, Clone)]
 enum Reach {
-    /// It works on no session.
-    Commands,
+    /// It works on no session, so there is no need.
+    Idle,
     /// It is opening a session; nothing is held.
     Connecting(StreamControl),
     /// It has a session.
@@ -73,9 +69,9 @@ enum Phase {
         /// Dropped at the end of the term, which is the signal.
         _term: Sender<Infallible>,
     },
-    /// The application has ended the claim; the supervisor has not finished.
-    Ending(Why),
-    /// The supervisor has finished.
+    /// The application has ended the claim; what must be said to the server must be said by then.
+    Ending { why: Why, by: Instant },
+    /// All is done.
     Ended { why: Why, outcome: Result<()> },
 }
 
@@ -94,8 +90,7 @@ pub(super) enum Patience {
 }
 
 impl Claim {
-    pub(super) fn new(key: String, doubt: Duration) -> (Arc<Self>, Receiver<Command>) {
-        let (commands, receiver) = bounded(1);
+    pub(super) fn new(key: String, doubt: Duration) -> Arc<Self> {
         let status = Status {
             phase: Phase::Acquiring,
             problem: None,
@@ -105,14 +100,13 @@ impl Claim {
             in_doubt_until: None,
             changed: None,
         };
-        let claim = Arc::new(Self {
+        Arc::new(Self {
             key,
             doubt,
-            commands,
             status: Mutex::new(status),
-            reach: Mutex::new(Reach::Commands),
-        });
-        (claim, receiver)
+            reach: Mutex::new(Reach::Idle),
+            volunteers: AtomicUsize::new(0),
+        })
     }
 
     /// The lock's key, in text.
@@ -123,16 +117,25 @@ impl Claim {
     // What application threads do.
 
     /// Blocks until the lock is held, or it is known that it will not be, as [`Lock`](crate::Lock) says.
-    pub(super) fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
+    ///
+    /// `help` does what can be done on this thread, and says whether there was anything; `volunteers` is whether it might.
+    pub(super) fn acquire(
+        &self,
+        patience: Patience,
+        context: &Context,
+        volunteers: bool,
+        help: impl Fn() -> bool,
+    ) -> Result<()> {
         let begun = Instant::now();
-        let cancelled = context.cancelled();
-        let deadline = context.expires_at().map_or_else(never, at);
+        let _volunteer = volunteers.then(|| Volunteer::new(self));
+        // At first nobody else is likely to be at work.
+        let mut first = true;
         loop {
             let changed = {
                 let mut status = self.current();
                 match &status.phase {
                     Phase::Held { .. } => return Ok(()),
-                    Phase::Ending(why) | Phase::Ended { why, .. } => return Err(self.ended(*why)),
+                    Phase::Ending { why, .. } | Phase::Ended { why, .. } => return Err(self.ended(*why)),
                     Phase::Queueing if patience == Patience::TryLock => {
                         let message = format!("another session holds {:?}", self.key);
                         return Err(Error::new(ErrorKind::LockUnavailable, message));
@@ -145,18 +148,34 @@ impl Claim {
                 {
                     return Err(problem.clone());
                 }
-                status.subscribe()
+                // Before the offer, so that what changes after it was turned down is heard.
+                if first { None } else { Some(status.subscribe()) }
             };
+            first = false;
+            if help() {
+                continue;
+            }
+            let Some(changed) = changed else { continue };
             select! {
                 recv(changed) -> _ => {}
-                recv(cancelled) -> _ => return Err(self.gave_up(ErrorKind::Cancelled, begun)),
-                recv(deadline) -> _ => return Err(self.gave_up(ErrorKind::TimedOut, begun)),
+                recv(context.cancelled()) -> _ => return Err(self.gave_up(ErrorKind::Cancelled, begun)),
+                recv(context.expires_at().map_or_else(never, at)) -> _ => {
+                    return Err(self.gave_up(ErrorKind::TimedOut, begun));
+                }
             }
         }
     }
 
     pub(super) fn lost(&self) -> Lost {
         self.current().lost.clone()
+    }
+
+    /// The stream of the session that is at work, to look at its deadline.
+    pub(super) fn link(&self) -> Option<Arc<Link>> {
+        match &*self.reach.lock() {
+            Reach::Session(link) => Some(Arc::clone(link)),
+            Reach::Connecting(_) | Reach::Idle => None,
+        }
     }
 
     /// The current term, if there is one.
@@ -172,32 +191,48 @@ impl Claim {
 
     /// Whether the application has ended this claim.
     pub(super) fn is_ending(&self) -> bool {
-        matches!(self.status.lock().phase, Phase::Ending(_) | Phase::Ended { .. })
+        !self.status.lock().is_open()
     }
 
-    /// Ends the claim: closes the term, and tells the supervisor to give back what it has, by `by`. Only the first call
-    /// does something, and returns `true`: then [`interrupt`](Self::interrupt) must follow.
-    pub(super) fn end(&self, why: Why, by: Instant) -> bool {
-        {
-            let mut status = self.status.lock();
-            if matches!(status.phase, Phase::Ending(_) | Phase::Ended { .. }) {
-                return false;
-            }
-            status.phase = Phase::Ending(why);
-            status.notify();
+    /// Whether all is done for the claim.
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.status.lock().phase, Phase::Ended { .. })
+    }
+
+    /// Whether the claim has ended for this reason.
+    pub(super) fn ends_for(&self, reason: Why) -> bool {
+        matches!(self.status.lock().phase, Phase::Ending { why, .. } | Phase::Ended { why, .. } if why == reason)
+    }
+
+    /// By when the claim must have ended, if the application has ended it.
+    pub(super) fn ends_by(&self) -> Option<Instant> {
+        match self.status.lock().phase {
+            Phase::Ending { by, .. } => Some(by),
+            // Nobody waits any more; there is an end to be made all the same.
+            Phase::Ended { .. } => Some(Instant::now()),
+            _ => None,
         }
-        // There is room for one, and this is the only one there ever is.
-        let _ = self.commands.try_send(Command::Release { by });
+    }
+
+    /// Ends the claim: closes the term. Only the first call does something, and returns `true`: then somebody must give
+    /// back what there is, by `by`, or whoever is at work must be [interrupted](Self::interrupt).
+    pub(super) fn end(&self, why: Why, by: Instant) -> bool {
+        let mut status = self.status.lock();
+        if !status.is_open() {
+            return false;
+        }
+        status.phase = Phase::Ending { why, by };
+        status.notify();
         true
     }
 
-    /// Makes the supervisor hear that the claim has ended, whatever it does.
+    /// Makes the thread that works on the claim come to know that it has ended, whatever it does.
     ///
     /// Sends a cancel request if it waits for the lock, and so takes as long as that does, but no longer than half of the
     /// time until `by`.
     pub(super) fn interrupt(&self, by: Instant) {
         let link = match &*self.reach.lock() {
-            Reach::Commands => None,
+            Reach::Idle => None,
             // Under the mutex, so that it is the attempt of this claim still: a moment later the session may be another's.
             Reach::Connecting(control) => {
                 control.kill();
@@ -211,9 +246,10 @@ impl Claim {
         }
     }
 
-    /// Blocks until the supervisor has given back what it had, and says whether it could. After `by` it is left alone.
+    /// Blocks until what there was has been given back, and says whether it could be. After `by` whoever is at it is left
+    /// alone.
     pub(super) fn wait_ended(&self, by: Instant) -> Result<()> {
-        // What a supervisor gets that was cut off from its session in the midst of a call to finish by itself.
+        // What a thread gets that was cut off from its session in the midst of a call to finish by itself.
         let grace = by.saturating_duration_since(Instant::now()) / 10;
         if let Some(outcome) = self.ended_by(by - grace) {
             return outcome;
@@ -225,8 +261,8 @@ impl Claim {
                 Err(self.unconfirmed())
             }
             // It has no session, but may have had one; and ends when the attempt to connect does.
-            Reach::Connecting(_) | Reach::Commands if self.is_in_doubt() => Err(self.unconfirmed()),
-            Reach::Connecting(_) | Reach::Commands => Ok(()),
+            Reach::Connecting(_) | Reach::Idle if self.is_in_doubt() => Err(self.unconfirmed()),
+            Reach::Connecting(_) | Reach::Idle => Ok(()),
         };
         if let Some(outcome) = self.ended_by(by) {
             return outcome;
@@ -324,7 +360,7 @@ impl Claim {
         let obstacle = match (&status.phase, &status.problem) {
             (Phase::Queueing, _) => ", which another session holds".to_owned(),
             (_, Some(problem)) => format!("; {problem}"),
-            (Phase::Ending(_), _) => ", whose former claim is still being released".to_owned(),
+            (Phase::Ending { .. }, _) => ", whose former claim is still being released".to_owned(),
             (Phase::Acquiring, None) => "; the server has not answered yet: check host and port".to_owned(),
             _ => String::new(),
         };
@@ -336,7 +372,16 @@ impl Claim {
         }
     }
 
-    // What the supervisor does.
+    // What the thread does that works on the claim.
+
+    /// Whether a thread waits that would do the work itself; then it is told to.
+    pub(super) fn call_volunteer(&self) -> bool {
+        let there = self.volunteers.load(SeqCst) > 0;
+        if there {
+            self.status.lock().notify();
+        }
+        there
+    }
 
     /// Another session holds the lock.
     pub(super) fn announce_queueing(&self) {
@@ -369,7 +414,7 @@ impl Claim {
                 true
             }
             // The release will be heard in a moment.
-            Phase::Ending(_) => true,
+            Phase::Ending { .. } => true,
             _ => false,
         }
     }
@@ -399,19 +444,19 @@ impl Claim {
         }
     }
 
-    /// The supervisor is opening a session that obeys `control`; `false` if it should not.
+    /// A session is being opened that obeys `control`; `false` if it should not.
     pub(super) fn announce_connecting(&self, control: StreamControl) -> bool {
         self.set_reach(Reach::Connecting(control))
     }
 
-    /// The supervisor works on the session behind `link`; `false` if it should not.
+    /// The work is on the session behind `link`; `false` if it should not.
     pub(super) fn announce_session(&self, link: Arc<Link>) -> bool {
         self.set_reach(Reach::Session(link))
     }
 
-    /// The supervisor has no session.
+    /// There is no session.
     pub(super) fn announce_no_session(&self) {
-        self.set_reach(Reach::Commands);
+        self.set_reach(Reach::Idle);
     }
 
     /// The two mutexes are taken one after the other, here and in [`end`](Self::end), so that one of the two sees what
@@ -421,12 +466,12 @@ impl Claim {
         !self.is_ending()
     }
 
-    /// The supervisor has done what it could. Only the first call does something.
+    /// All has been done that could be. Only the first call does something.
     pub(super) fn finish(&self, outcome: Result<()>) {
         let mut status = self.status.lock();
         let why = match status.phase {
             Phase::Ended { .. } => return,
-            Phase::Ending(why) => why,
+            Phase::Ending { why, .. } => why,
             _ => Why::Released,
         };
         status.phase = Phase::Ended { why, outcome };
@@ -434,10 +479,26 @@ impl Claim {
     }
 }
 
+/// A thread that waits for the lock and would rather do the work itself.
+struct Volunteer<'a>(&'a Claim);
+
+impl<'a> Volunteer<'a> {
+    fn new(claim: &'a Claim) -> Self {
+        claim.volunteers.fetch_add(1, SeqCst);
+        Self(claim)
+    }
+}
+
+impl Drop for Volunteer<'_> {
+    fn drop(&mut self) {
+        self.0.volunteers.fetch_sub(1, SeqCst);
+    }
+}
+
 impl Status {
     /// Whether the application wants the lock still.
     fn is_open(&self) -> bool {
-        !matches!(self.phase, Phase::Ending(_) | Phase::Ended { .. })
+        !matches!(self.phase, Phase::Ending { .. } | Phase::Ended { .. })
     }
 
     fn lose(&mut self, reason: LossReason) {

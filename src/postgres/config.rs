@@ -4,12 +4,11 @@ use std::env;
 use std::fmt;
 use std::time::Duration;
 
-use postgres::Socket;
 use postgres::config::{ChannelBinding, SslMode, SslNegotiation, TargetSessionAttrs};
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 
 use super::catalog::CatalogMode;
-use super::stream::Tls;
+use super::stream::{Socket, Tls};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How to reach PostgreSQL, and how locks behave there.
@@ -152,7 +151,8 @@ impl Config {
         Ok(config)
     }
 
-    /// The TLS connector for the sessions, such as those of `postgres-native-tls` or `tokio-postgres-rustls`. Needed
+    /// The TLS connector for the sessions, such as those of `postgres-native-tls` or `tokio-postgres-rustls`, or another one
+    /// that works with any stream. Needed
     /// for `sslmode=require`. Defaults to none: then `sslmode=prefer`, the default, connects without TLS.
     #[must_use]
     pub fn tls<T>(mut self, connector: T) -> Self

@@ -1,4 +1,4 @@
-//! What other threads may do to the session of a claim: wake it, cancel its wait, kill it. And only while it is that
+//! What other threads may do to the session of a claim: watch it, cancel its wait, kill it. And only while it is that
 //! claim's.
 
 use std::sync::Arc;
@@ -24,7 +24,7 @@ pub(super) struct Link {
     changed: Condvar,
 }
 
-struct Token(CancelToken);
+struct Token(Arc<CancelToken>);
 
 #[derive(Debug)]
 struct LinkState {
@@ -48,7 +48,7 @@ enum Slice {
 }
 
 impl Link {
-    pub(super) fn new(control: StreamControl, dialer: Arc<Dialer>, token: CancelToken) -> Arc<Self> {
+    pub(super) fn new(control: StreamControl, dialer: Arc<Dialer>, token: Arc<CancelToken>) -> Arc<Self> {
         Arc::new(Self {
             control,
             dialer,
@@ -58,7 +58,7 @@ impl Link {
         })
     }
 
-    /// The supervisor is about to wait for the lock; `false` if it should not.
+    /// A thread is about to wait for the lock; `false` if it should not.
     pub(super) fn begin_slice(&self) -> bool {
         let mut state = self.state.lock();
         if state.interrupted {
@@ -68,7 +68,7 @@ impl Link {
         true
     }
 
-    /// The supervisor's wait is over; `false` if a cancel request may still be on its way.
+    /// The wait is over; `false` if a cancel request may still be on its way.
     ///
     /// Blocks while another thread is sending one, but not longer than until `by`, should that thread have come to grief.
     pub(super) fn end_slice(&self, by: Instant) -> bool {
@@ -84,7 +84,7 @@ impl Link {
         settled
     }
 
-    /// Makes the supervisor look at its commands, whatever it does on the session. Blocks until `by` at the latest.
+    /// Ends the wait for the lock, if there is one, and lets no other begin. Blocks until `by` at the latest.
     pub(super) fn interrupt(&self, by: Instant) {
         /// A request that finds the session idle has no effect, and the slice may not have reached the server yet.
         const AGAIN_AFTER: Duration = Duration::from_millis(20);
@@ -92,13 +92,13 @@ impl Link {
         state.interrupted = true;
         match state.slice {
             Slice::Running => {}
-            // Wakes a watch; if the session does something else, the next watch returns at once.
-            Slice::None => return self.control.wake(),
-            Slice::Cancelling | Slice::Cancelled { .. } | Slice::Closed => return,
+            // Whatever else it does ends soon.
+            Slice::None | Slice::Cancelling | Slice::Cancelled { .. } | Slice::Closed => return,
         }
         loop {
             state.slice = Slice::Cancelling;
-            let outcome = MutexGuard::unlocked(&mut state, || self.dialer.cancel(&self.token.0, by));
+            let outcome =
+                MutexGuard::unlocked(&mut state, || self.dialer.cancel(&self.control, &self.token.0, by));
             state.slice = Slice::Cancelled { known: outcome.is_ok() };
             self.changed.notify_all();
             if let Err(error) = outcome {
@@ -113,6 +113,11 @@ impl Link {
                 return;
             }
         }
+    }
+
+    /// The stream of the session, to look at.
+    pub(super) fn control(&self) -> &StreamControl {
+        &self.control
     }
 
     /// Ends the session, if it is the claim's still.

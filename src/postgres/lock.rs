@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::sync::{Arc, Weak};
-use std::thread;
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -13,6 +12,7 @@ use super::manager::Core;
 use super::session::{Entry, Request};
 use super::sql;
 use super::supervisor::Supervisor;
+use super::work::Terms;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
@@ -33,9 +33,18 @@ pub(super) struct PostgresLock {
 
 #[derive(Default)]
 struct LockState {
-    claim: Option<Arc<Claim>>,
+    claim: Option<Active>,
+    /// Of the last claim, for the next.
+    supervisor: Option<Arc<Supervisor>>,
     /// The last loss of the claims that have ended.
     last_loss: Option<Loss>,
+}
+
+/// A claim, and who works on it.
+#[derive(Clone, Debug)]
+pub(super) struct Active {
+    pub(super) claim: Arc<Claim>,
+    pub(super) supervisor: Arc<Supervisor>,
 }
 
 impl PostgresLock {
@@ -45,21 +54,22 @@ impl PostgresLock {
     }
 
     fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
-        self.claim(context)?.acquire(patience, context)
+        let Active { claim, supervisor } = self.claim(context)?;
+        supervisor.acquire(&claim, patience, context)
     }
 
     /// The claim that goes on, or a new one. Waits for one that is ending, no longer than that takes or `context` allows.
-    fn claim(&self, context: &Context) -> Result<Arc<Claim>> {
+    fn claim(&self, context: &Context) -> Result<Active> {
         loop {
             let ending = {
                 let mut state = self.state.lock();
                 match &state.claim {
-                    Some(claim) if claim.is_ending() => Arc::clone(claim),
-                    Some(claim) => return Ok(Arc::clone(claim)),
+                    Some(active) if active.claim.is_ending() => Arc::clone(&active.claim),
+                    Some(active) => return Ok(active.clone()),
                     None => {
-                        let claim = self.begin()?;
-                        state.claim = Some(Arc::clone(&claim));
-                        return Ok(claim);
+                        let active = self.begin(state.supervisor.take())?;
+                        state.claim = Some(active.clone());
+                        return Ok(active);
                     }
                 }
             };
@@ -68,34 +78,33 @@ impl PostgresLock {
         }
     }
 
-    /// Starts a claim and its supervisor.
-    fn begin(&self) -> Result<Arc<Claim>> {
+    /// Begins a claim, with the supervisor of the last one if it is there still.
+    fn begin(&self, former: Option<Arc<Supervisor>>) -> Result<Active> {
         let pool = self.core.pool()?;
         let config = self.core.config();
-        let (claim, commands) = Claim::new(self.text.clone(), config.lease + 2 * config.wait_slice);
-        let supervisor = Supervisor {
-            request: self.request(),
-            valuer: self.options.valuer.clone().filter(|_| config.catalog != CatalogMode::None),
-            plan: config.lease_plan(),
-            wait_slice: config.wait_slice,
-            release_timeout: config.release_timeout,
-            pool,
-            claim: Arc::clone(&claim),
-            commands,
-        };
+        let claim = Claim::new(self.text.clone(), config.lease + 2 * config.wait_slice);
         // A stop that comes in between would not see this claim.
         if let Some(this) = self.this.upgrade()
             && !self.core.keep(&self.key, this)
         {
             return Err(stopped());
         }
-        let name = format!("dsync:{}", self.text.replace('\0', ""));
-        match thread::Builder::new().name(name).spawn(move || supervisor.run()) {
-            Ok(_detached) => Ok(claim),
+        if let Some(supervisor) = former.filter(|former| former.assign(&claim)) {
+            return Ok(Active { claim, supervisor });
+        }
+        let terms = Terms {
+            request: self.request(),
+            valuer: self.options.valuer.clone().filter(|_| config.catalog != CatalogMode::None),
+            plan: config.lease_plan(),
+            wait_slice: config.wait_slice,
+            release_timeout: config.release_timeout,
+            pool,
+        };
+        match Supervisor::start(terms, &claim) {
+            Ok(supervisor) => Ok(Active { claim, supervisor }),
             Err(error) => {
                 drop(self.core.let_go(&self.key));
-                let message =
-                    "the thread for the lock could not be started; is the limit of threads reached?";
+                let message = "the thread for the lock could not be started; is the limit of threads, or of open files, reached?";
                 Err(Error::new(ErrorKind::SessionUnavailable, message).with_source(error))
             }
         }
@@ -129,20 +138,35 @@ impl PostgresLock {
 
     /// Begins the end of the claim, if there is one. `by` is when it must be over.
     ///
-    /// Gives `true` with it if this is the first call: then the caller must [interrupt](Claim::interrupt) it.
-    pub(super) fn end(&self, why: Why, by: Instant) -> Option<(bool, Arc<Claim>)> {
-        let claim = self.state.lock().claim.clone()?;
-        Some((claim.end(why, by), claim))
+    /// Gives `true` with it if this is the first call: then the caller must [give back](Self::give_back) what there is.
+    pub(super) fn end(&self, why: Why, by: Instant) -> Option<(bool, Active)> {
+        let active = self.state.lock().claim.clone()?;
+        Some((active.claim.end(why, by), active))
+    }
+
+    /// Gives back what an ended claim has, or makes the thread do so that is at work on it.
+    pub(super) fn give_back(active: &Active, by: Instant) {
+        if !active.supervisor.release(&active.claim) {
+            active.claim.interrupt(by);
+        }
+    }
+
+    /// Lets the thread of the last claim go, if there is no other.
+    pub(super) fn dismiss(&self) {
+        let supervisor = self.state.lock().supervisor.take();
+        if let Some(supervisor) = supervisor {
+            supervisor.dismiss();
+        }
     }
 
     /// Forgets a claim that has ended, unless another thread did so before.
     pub(super) fn forget(&self, ended: &Arc<Claim>) {
         let kept = {
             let mut state = self.state.lock();
-            if !state.claim.as_ref().is_some_and(|claim| Arc::ptr_eq(claim, ended)) {
+            let Some(active) = state.claim.take_if(|active| Arc::ptr_eq(&active.claim, ended)) else {
                 return;
-            }
-            state.claim = None;
+            };
+            state.supervisor = Some(active.supervisor);
             state.last_loss = ended.last_loss().or(state.last_loss.take());
             self.core.let_go(&self.key)
         };
@@ -165,9 +189,9 @@ impl Lock for PostgresLock {
     }
 
     fn wait(&self, context: &Context) -> Result<()> {
-        let claim = self.state.lock().claim.clone();
-        match claim {
-            Some(claim) => claim.acquire(Patience::Lock, context),
+        let active = self.state.lock().claim.clone();
+        match active {
+            Some(Active { claim, supervisor }) => supervisor.acquire(&claim, Patience::Lock, context),
             None if self.core.is_stopped() => Err(stopped()),
             None => Err(Error::new(ErrorKind::Released, format!("nobody claims {:?}", self.text))),
         }
@@ -175,36 +199,37 @@ impl Lock for PostgresLock {
 
     fn release(&self) -> Result<()> {
         let by = self.core.release_by();
-        let Some((first, claim)) = self.end(Why::Released, by) else { return Ok(()) };
+        let Some((first, active)) = self.end(Why::Released, by) else { return Ok(()) };
         if first {
-            claim.interrupt(by);
+            Self::give_back(&active, by);
         }
-        let outcome = claim.wait_ended(by);
-        self.forget(&claim);
+        let outcome = active.claim.wait_ended(by);
+        self.forget(&active.claim);
         outcome
     }
 
     fn lost(&self) -> Lost {
-        let claim = self.state.lock().claim.clone();
-        claim.map_or_else(lost_already, |claim| claim.lost())
+        let active = self.state.lock().claim.clone();
+        active.map_or_else(lost_already, |active| active.claim.lost())
     }
 
     fn term(&self) -> Option<Term> {
-        let claim = self.state.lock().claim.clone()?;
-        claim.term(self.row())
+        let active = self.state.lock().claim.clone()?;
+        active.claim.term(self.row())
     }
 
     fn last_loss(&self) -> Option<Loss> {
-        let (claim, before) = {
+        let (active, before) = {
             let state = self.state.lock();
             (state.claim.clone(), state.last_loss.clone())
         };
-        claim.and_then(|claim| claim.last_loss()).or(before)
+        active.and_then(|active| active.claim.last_loss()).or(before)
     }
 }
 
 impl Drop for PostgresLock {
     fn drop(&mut self) {
+        self.dismiss();
         self.core.forget(&self.key);
     }
 }

@@ -9,10 +9,10 @@ use std::time::Instant;
 use parking_lot::Mutex;
 
 use super::catalog::CatalogMode;
-use super::claim::{Claim, Why, stopped};
+use super::claim::{Why, stopped};
 use super::config::Config;
 use super::inspect::{self, Named};
-use super::lock::PostgresLock;
+use super::lock::{Active, PostgresLock};
 use super::pool::{Pool, Slot};
 use super::stream::StreamControl;
 use crate::error::{Error, ErrorKind, Result, chain};
@@ -244,7 +244,7 @@ struct Entry {
 /// A claim that ends since the manager stops.
 struct Stopping {
     lock: Arc<PostgresLock>,
-    claim: Arc<Claim>,
+    active: Active,
     /// Whether the stop was the first to end it.
     first: bool,
 }
@@ -321,43 +321,46 @@ impl Core {
 
     /// Ends all claims, and then the pool.
     fn stop(&self) -> Result<()> {
-        /// A claim that waits for its lock is ended by a cancel request, which is a connection of its own.
-        const AT_ONCE: usize = 8;
+        /// To give a lock back takes a round trip, and to end a wait a cancel request, which is a connection of its own.
+        const AT_ONCE: usize = 32;
         let by = self.release_by();
-        let (pool, claimed) = {
+        let (pool, claimed, known) = {
             let mut state = self.state.lock();
             state.stage = Stage::Stopped;
             let claimed: Vec<_> = state.locks.values().filter_map(|entry| entry.claimed.clone()).collect();
-            (state.pool.take(), claimed)
+            let known: Vec<_> = state.locks.values().filter_map(|entry| entry.handle.upgrade()).collect();
+            (state.pool.take(), claimed, known)
         };
         // First all are told, so that no holder hears of the end late because a waiter's cancel request takes its time.
         let claims: Vec<_> = claimed
             .into_iter()
             .filter_map(|lock| {
-                let (first, claim) = lock.end(Why::Stopped, by)?;
-                Some(Stopping { lock, claim, first })
+                let (first, active) = lock.end(Why::Stopped, by)?;
+                Some(Stopping { lock, active, first })
             })
             .collect();
         let share = claims.len().div_ceil(AT_ONCE).max(1);
-        let interrupt = |claims: &[Stopping]| {
-            claims.iter().filter(|stopping| stopping.first).for_each(|stopping| stopping.claim.interrupt(by));
+        let give_back = |claims: &[Stopping]| {
+            let ended_here = claims.iter().filter(|stopping| stopping.first);
+            ended_here.for_each(|stopping| PostgresLock::give_back(&stopping.active, by));
         };
         thread::scope(|scope| {
             let mut shares = claims.chunks(share);
             let own = shares.next().unwrap_or_default();
             for claims in shares {
                 // Without a thread to spare it is done here, one after the other.
-                if thread::Builder::new().spawn_scoped(scope, move || interrupt(claims)).is_err() {
-                    interrupt(claims);
+                if thread::Builder::new().spawn_scoped(scope, move || give_back(claims)).is_err() {
+                    give_back(claims);
                 }
             }
-            interrupt(own);
+            give_back(own);
         });
         let mut outcome = Ok(());
-        for Stopping { lock, claim, .. } in &claims {
-            outcome = outcome.and(claim.wait_ended(by));
-            lock.forget(claim);
+        for Stopping { lock, active, .. } in &claims {
+            outcome = outcome.and(active.claim.wait_ended(by));
+            lock.forget(&active.claim);
         }
+        known.iter().for_each(|lock| lock.dismiss());
         drop(pool);
         outcome
     }

@@ -1,5 +1,6 @@
 //! Locks on PostgreSQL. `ARCHITECTURE.md` draws how the parts work together.
 
+mod alarm;
 mod catalog;
 mod claim;
 mod config;
@@ -16,7 +17,9 @@ mod sql;
 mod state;
 mod stream;
 mod supervisor;
+mod work;
 
 pub use catalog::{CATALOG_SQL, CatalogMode};
 pub use config::Config;
 pub use manager::PostgresManager;
+pub use stream::Socket;

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use r2d2::{ManageConnection, NopErrorHandler, PooledConnection};
@@ -33,6 +33,9 @@ pub(super) struct Pool {
     catalog_ready: AtomicBool,
     /// Whether the server has been shown to keep sessions apart.
     probed: AtomicBool,
+    /// When somebody last found no slot, in milliseconds since `made`; 0 if that has not happened.
+    crowded_at: AtomicU64,
+    made: Instant,
 }
 
 /// A checked-out slot. Back in the pool when dropped; its session only if it is open and not [tainted](Slot::taint).
@@ -70,6 +73,11 @@ impl Slot {
     /// The session, if it is open.
     pub(super) fn session(&mut self) -> Option<&mut Session> {
         self.session.as_mut()
+    }
+
+    /// Whether there is a session, and it is not known to be useless.
+    pub(super) fn is_open(&self) -> bool {
+        self.session.as_ref().is_some_and(|session| !session.is_over())
     }
 
     /// Marks the session as one that must never be used again, and closes it.
@@ -112,7 +120,26 @@ impl Pool {
             catalog: config.catalog,
             catalog_ready: AtomicBool::new(false),
             probed: AtomicBool::new(false),
+            crowded_at: AtomicU64::new(0),
+            made: Instant::now(),
         })
+    }
+
+    /// A slot with an open session, if there is one at hand.
+    pub(super) fn take_open(&self) -> Option<PooledSlot> {
+        self.slots.try_get().filter(|slot| slot.is_open())
+    }
+
+    /// Whether a slot that is free in all but name is to be given back at once, since others want one.
+    pub(super) fn is_crowded(&self) -> bool {
+        const LASTS: u64 = 1_000;
+        let at = self.crowded_at.load(Ordering::Relaxed);
+        at > 0 && self.now() - at.min(self.now()) < LASTS
+    }
+
+    /// Milliseconds since the pool was made, and one.
+    fn now(&self) -> u64 {
+        u64::try_from(self.made.elapsed().as_millis()).unwrap_or(u64::MAX - 1) + 1
     }
 
     /// Takes a slot, waiting for one until the pool's patience ends.
@@ -121,6 +148,12 @@ impl Pool {
         const PATIENCE: Duration = Duration::from_millis(100);
         /// r2d2 makes slots on a thread of its own, which may have to wait for its turn on a busy machine.
         const TURNS: usize = 10;
+        if let Some(slot) = self.slots.try_get() {
+            return Ok(slot);
+        }
+        if self.slots.state().connections >= self.slots.max_size() {
+            self.crowded_at.store(self.now(), Ordering::Relaxed);
+        }
         for _ in 0..TURNS {
             if let Ok(slot) = self.slots.get_timeout(PATIENCE) {
                 return Ok(slot);
@@ -140,7 +173,7 @@ impl Pool {
 
     /// Opens the slot's session if it is not open. `control` can end the attempt.
     pub(super) fn open(&self, slot: &mut Slot, control: &StreamControl) -> std::result::Result<(), Refusal> {
-        if slot.session.as_ref().is_some_and(|session| !session.is_over()) {
+        if slot.is_open() {
             return Ok(());
         }
         slot.taint();

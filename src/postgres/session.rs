@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use postgres::error::{Severity, SqlState};
 use postgres::fallible_iterator::FallibleIterator;
 use postgres::types::ToSql;
-use postgres::{Client, Row, SimpleQueryMessage, SimpleQueryRow, Statement};
+use postgres::{CancelToken, Client, Row, SimpleQueryMessage, SimpleQueryRow, Statement};
 
 use super::link::Link;
 use super::pool::Refusal;
@@ -18,12 +18,23 @@ use crate::loss::LossReason;
 /// An open session. It is closed when dropped, which takes no longer than [`GOODBYE`] whatever the server does.
 pub(super) struct Session {
     client: Client,
-    control: StreamControl,
+    /// After the client, which says goodbye when it is dropped.
+    control: Socketed,
     dialer: Arc<Dialer>,
+    cancel: Arc<CancelToken>,
     backend_pid: i32,
     /// What this session, and no other, has written into its backend.
     mark: u64,
     prepared: Vec<((Verb, Shape), Statement)>,
+    /// What was asked for since the session was last without lease and name.
+    leased: Option<Leased>,
+}
+
+/// A session keeps lease and name from one claim to the next, where that is on the same key and follows soon.
+#[derive(Clone, Copy, Debug)]
+struct Leased {
+    /// The newest token, with a catalog.
+    token: Option<i64>,
 }
 
 /// How long a session that is closed may take to say so to the server.
@@ -39,7 +50,7 @@ pub(super) enum Failure {
 }
 
 /// What a claim asks for.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Request {
     pub(super) key: AdvisoryKey,
     /// How long the server is to keep the lock for a silent holder.
@@ -51,7 +62,7 @@ pub(super) struct Request {
 }
 
 /// What the catalog is told of a term.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Entry {
     pub(super) namespace: String,
     pub(super) key: String,
@@ -88,8 +99,16 @@ impl Session {
         by: Instant,
     ) -> Result<Self, Refusal> {
         let client = dialer.connect(&control, by).map_err(Refusal::from_dial)?;
-        let mut session =
-            Self { client, control, dialer, backend_pid: 0, mark: fastrand::u64(..), prepared: Vec::new() };
+        let mut session = Self {
+            cancel: Arc::new(client.cancel_token()),
+            client,
+            control: Socketed(control),
+            dialer,
+            backend_pid: 0,
+            mark: fastrand::u64(..),
+            prepared: Vec::new(),
+            leased: None,
+        };
         session.prepare(slice, by)?;
         for statement in sql::notice_dead_clients(lease, heartbeat) {
             match session.bounded(by, |client| client.batch_execute(&statement)) {
@@ -139,18 +158,62 @@ impl Session {
 
     /// What other threads may do to this session while a claim uses it.
     pub(super) fn link(&self) -> Arc<Link> {
-        Link::new(self.control.clone(), Arc::clone(&self.dialer), self.client.cancel_token())
+        Link::new(self.control().clone(), Arc::clone(&self.dialer), Arc::clone(&self.cancel))
     }
 
     /// Whether the session is known to be useless, without asking the server.
     pub(super) fn is_over(&self) -> bool {
-        self.control.is_dead() || self.client.is_closed()
+        self.control().is_dead() || self.client.is_closed()
+    }
+
+    fn control(&self) -> &StreamControl {
+        &self.control.0
+    }
+
+    /// Whether it kept lease and name from a claim before.
+    pub(super) fn is_leased(&self) -> bool {
+        self.leased.is_some()
+    }
+
+    /// Says whether another thread looks at the deadlines of what follows.
+    pub(super) fn guard(&self, guarded: bool) {
+        self.control().guard(guarded);
     }
 
     /// Asks for the lock. An error may come after the grant, and takes the lease back: then the session must be discarded.
     pub(super) fn try_lock(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
+        // Whatever comes of it; who is refused discards the session.
+        self.leased = Some(Leased { token: None });
         let statement = self.prepared(Verb::Try, request.shape(), by)?;
         self.acquire(&statement, request, by)
+    }
+
+    /// As [`try_lock`](Self::try_lock), for a session that has the lease from a claim before, and may wait for a fenced
+    /// transaction of a former holder. It does less, so it does not tell why there is no lock.
+    pub(super) fn lock_again(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
+        let former = match self.leased {
+            Some(Leased { token }) if token.is_some() || request.entry.is_none() => token,
+            _ => return self.try_lock(request, by),
+        };
+        let statement = self.prepared(Verb::Again, request.shape(), by)?;
+        let Some(Entry { namespace, key, annotation }) = &request.entry else {
+            let row = self.bounded(by, |client| client.query_one(&statement, &[&request.key.id()]))?;
+            let granted = row.try_get(0).map_err(Failure::of)?;
+            return Ok(if granted { Answer::Granted { token: None } } else { Answer::NotGranted });
+        };
+        let id = request.key.id();
+        let row = self.bounded(by, |client| client.query_opt(&statement, &[&id, namespace, key, annotation]));
+        let row = match row {
+            Err(Failure::Refused(error)) if is_end_of_wait(&error) => None,
+            row => row?,
+        };
+        let Some(row) = row else { return Ok(Answer::NotGranted) };
+        let token: i64 = row.try_get(0).map_err(Failure::of)?;
+        if former.is_some_and(|former| token <= former) {
+            return self.try_lock(request, by);
+        }
+        self.leased = Some(Leased { token: Some(token) });
+        Ok(Answer::Granted { token: Some(token) })
     }
 
     /// Queues for the lock until the slice is over or `link` is interrupted.
@@ -209,7 +272,10 @@ impl Session {
         Ok(Answered::With(match other {
             Some(other) => Answer::Collision { other },
             None if granted && token.is_none() && request.entry.is_some() => return Ok(Answered::Tokenless),
-            None if granted => Answer::Granted { token },
+            None if granted => {
+                self.leased = Some(Leased { token });
+                Answer::Granted { token }
+            }
             None => Answer::NotGranted,
         }))
     }
@@ -219,17 +285,22 @@ impl Session {
         self.bounded(by, |client| client.simple_query(sql::NEW_ERA)).map(drop)
     }
 
-    /// Gives the lock back; whether it was held.
-    pub(super) fn unlock(&mut self, key: AdvisoryKey, by: Instant) -> Result<bool, Failure> {
+    /// Gives the lock back; whether it was held. If it `stays` with the key, it keeps lease and name.
+    pub(super) fn unlock(&mut self, key: AdvisoryKey, stays: bool, by: Instant) -> Result<bool, Failure> {
         let shape = Shape { pair: key.is_pair(), catalog: false };
-        let statement = self.prepared(Verb::Unlock, shape, by)?;
+        let verb = if stays { Verb::UnlockOnly } else { Verb::Unlock };
+        let statement = self.prepared(verb, shape, by)?;
         let row = self.bounded(by, |client| client.query_one(&statement, &[&key.id()]))?;
+        if !stays {
+            self.leased = None;
+        }
         row.try_get(0).map_err(Failure::of)
     }
 
-    /// Leaves the session without any lock; whether the server has none of the `lost` backends any more.
+    /// Leaves the session without any lock, lease and name; whether the server has none of the `lost` backends any more.
     pub(super) fn settle(&mut self, lost: &[i32], by: Instant) -> Result<bool, Failure> {
         let row = self.simple_query(&sql::settle(lost), by)?;
+        self.leased = None;
         Ok(row.and_then(|row| row.try_get(3).ok().flatten().map(|clear| clear == "t")).unwrap_or(false))
     }
 
@@ -249,10 +320,11 @@ impl Session {
         Ok(())
     }
 
-    /// Blocks until the session is lost, another thread wakes it, or `until`.
-    pub(super) fn watch(&mut self, until: Instant) -> Result<(), Failure> {
-        let timeout = until.saturating_duration_since(Instant::now());
-        let heard = self.client.notifications().timeout_iter(timeout).next();
+    /// Takes in what the server has said by itself, which is above all that the session is over.
+    ///
+    /// To be called when there is something to read: it waits a millisecond for it.
+    pub(super) fn listen(&mut self) -> Result<(), Failure> {
+        let heard = self.client.notifications().timeout_iter(Duration::from_millis(1)).next();
         match heard {
             Ok(Some(_)) => Ok(()),
             // `None` stands for a timeout and for a connection that was closed without a word.
@@ -295,7 +367,7 @@ impl Session {
 
     /// Ends the session for whoever uses it. What was sent is left unanswered.
     pub(super) fn kill(&self) {
-        self.control.kill();
+        self.control().kill();
     }
 
     /// The statement, prepared when it is first used in this session.
@@ -314,9 +386,9 @@ impl Session {
         by: Instant,
         call: impl FnOnce(&mut Client) -> Result<T, postgres::Error>,
     ) -> Result<T, Failure> {
-        self.control.set_deadline(Some(by));
+        self.control().set_deadline(Some(by));
         let outcome = call(&mut self.client);
-        self.control.set_deadline(None);
+        self.control().set_deadline(None);
         outcome.map_err(Failure::of)
     }
 }
@@ -330,7 +402,17 @@ impl Request {
 impl Drop for Session {
     fn drop(&mut self) {
         // The driver's own drop, which follows, waits for the server.
-        self.control.set_deadline(Some(Instant::now() + GOODBYE));
+        self.guard(false);
+        self.control().set_deadline(Some(Instant::now() + GOODBYE));
+    }
+}
+
+/// The control of a session whose socket ends with it, though other threads may have hold of it still.
+struct Socketed(StreamControl);
+
+impl Drop for Socketed {
+    fn drop(&mut self) {
+        self.0.detach();
     }
 }
 

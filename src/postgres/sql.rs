@@ -87,6 +87,11 @@ pub(super) enum Verb {
     /// wait that ends in an error would take it back, and it can end so *after* the lock was granted. A session that
     /// waits is not idle, so the lease does it no harm.
     Try,
+    /// As `Try`, but for a session that has served the same key before and kept the lease since, and with less to do for the
+    /// server: see [`again_with_catalog`]. For who wants the lock anyway: it may wait for the row of the term.
+    ///
+    /// If it fails there after the grant, up to `lock_timeout` later, the lease stays: another statement has set it.
+    Again,
     /// Queues for the lock until `lock_timeout`. Gives the same.
     ///
     /// If the slice before ended in an error *after* the lock had been granted, this takes it a second time, at once.
@@ -96,10 +101,13 @@ pub(super) enum Verb {
     ///
     /// The session holds this one lock only, so letting go of all is letting go of it, however often it was taken.
     Unlock,
+    /// As `Unlock`, but leaves lease and name for the next claim on the same key.
+    UnlockOnly,
 }
 
 /// The text of a statement. Parameters: `$1` key; for `Try` and `Queue` also `$2` lease in milliseconds, as text, `$3`
-/// application name, and with the catalog `$4` namespace, `$5` name of the key, `$6` annotation.
+/// application name, and with the catalog `$4` namespace, `$5` name of the key, `$6` annotation; for `Again` with the
+/// catalog `$2` to `$4` are the last three.
 pub(super) fn statement(verb: Verb, shape: Shape) -> String {
     let key = if shape.pair { "($1::int8 >> 32)::int4, ($1::int8 << 32 >> 32)::int4" } else { "$1::int8" };
     let (granted, settings) = match verb {
@@ -114,11 +122,18 @@ pub(super) fn statement(verb: Verb, shape: Shape) -> String {
             format!("(pg_catalog.pg_advisory_lock({key}))::text = ''"),
             ", $2::text AS lease, $3::text AS application_name",
         ),
+        Verb::Again if shape.catalog => return again_with_catalog(key, shape.pair),
+        Verb::Again => return format!("SELECT pg_catalog.pg_try_advisory_lock({key})"),
         Verb::Unlock => {
             return format!(
                 "SELECT pg_catalog.pg_advisory_unlock({key}), pg_catalog.pg_advisory_unlock_all(), \
                         pg_catalog.set_config('idle_session_timeout', '0', false), \
                         pg_catalog.set_config('application_name', NULL, false)"
+            );
+        }
+        Verb::UnlockOnly => {
+            return format!(
+                "SELECT pg_catalog.pg_advisory_unlock({key}), pg_catalog.pg_advisory_unlock_all()"
             );
         }
     };
@@ -169,6 +184,30 @@ fn acquire_with_catalog(granted: &str, settings: &str, verb: Verb, pair: bool) -
              WHERE lock.namespace = excluded.namespace AND lock.key = excluded.key \
              RETURNING lock.token) \
          SELECT coalesce((SELECT granted FROM attempt), false), (SELECT token FROM term), (SELECT name FROM other)"
+    )
+}
+
+/// Lock, token and row for a session that has had a token before: gives the token, or no row at all.
+///
+/// Without a row the lock may be ours or not: another session holds it, or the row is another key's. `Queue` finds out.
+///
+/// The row of the era is not asked for. A session does not outlive a crash, so it is there as it was when the session drew
+/// its token before. Only who drops the catalog and makes it anew takes it away; the token is then below the former one, by
+/// which the session notices, and has it drawn again.
+///
+/// Measured on the server, as processor time above a bare `pg_try_advisory_lock`: 27 µs, and 86 µs for the statement that
+/// answers all questions at once.
+fn again_with_catalog(key: &str, pair: bool) -> String {
+    format!(
+        "INSERT INTO dsync.lock AS lock (id, pair, namespace, key, token, annotation, pid, since) \
+         SELECT $1::int8, {pair}, $2::text, $3::text, pg_catalog.nextval('dsync.token'), $4::bytea, \
+                pg_catalog.pg_backend_pid(), pg_catalog.clock_timestamp() \
+         FROM (SELECT pg_catalog.pg_try_advisory_lock({key}) AS granted OFFSET 0) AS attempt \
+         WHERE attempt.granted \
+         ON CONFLICT (id, pair) DO UPDATE \
+         SET token = excluded.token, annotation = excluded.annotation, pid = excluded.pid, since = excluded.since \
+         WHERE lock.namespace = excluded.namespace AND lock.key = excluded.key \
+         RETURNING lock.token"
     )
 }
 

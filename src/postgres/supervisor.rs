@@ -1,380 +1,385 @@
-//! The thread of a claim: turns the machine's actions into I/O, and what comes of it into events and signals.
+//! The thread of a lock: watches what is held, does what nobody else does, and looks after those who do it themselves.
 
+use std::io;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use parking_lot::Mutex;
 
-use super::claim::{Claim, Command};
-use super::config::LeasePlan;
-use super::link::Link;
-use super::pool::{Pool, PooledSlot, Refusal};
-use super::session::{Answer, Failure, Request, Session};
-use super::state::{Action, End, Event, Machine, Notice, Time, Timing};
-use super::stream::StreamControl;
-use crate::error::{Error, ErrorKind, chain};
-use crate::lock::{LockValuer, annotate};
-use crate::loss::LossReason;
+use super::alarm::{Alarm, Woken};
+use super::claim::{Claim, Patience};
+use super::pool::PooledSlot;
+use super::state::Action;
+use super::stream::Socket;
+use super::work::{Help, Terms, Work};
+use crate::context::Context;
 
-/// All that the thread of a claim works with.
+/// How long what a thread has done at its own pace is left alone; and so how old a term is when its watch begins.
+const TICK: Duration = Duration::from_millis(1);
+
+/// How long the supervisor goes on ticking after the last thing that happened. A claim that follows within this is quick:
+/// nobody needs to be woken for it, and the session is kept for the next.
+const QUICK: Duration = Duration::from_millis(20);
+
+/// How long a thread without a claim waits for the next.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// How long a thread that waits for the lock has to take over the work.
+const HANDING_OVER: Duration = Duration::from_millis(2);
+
+/// How often the supervisor looks at least where a statement of another thread's may hang.
+const ROUND: Duration = Duration::from_millis(500);
+
+/// The supervisor of one lock, claimed or lately claimed.
+///
+/// An application thread that wants the lock, or gives it back, does the work itself if it can: that spares two changes of
+/// threads, which take longer than the statement. The work is under a mutex, and whoever has it works. All that takes its
+/// time is the supervisor's: to connect, to pause, to watch, to renew; and to wait for the lock for a caller whose patience
+/// may end before.
 pub(super) struct Supervisor {
-    pub(super) request: Request,
-    pub(super) valuer: Option<LockValuer>,
-    pub(super) plan: LeasePlan,
-    pub(super) wait_slice: Duration,
-    pub(super) release_timeout: Duration,
-    pub(super) pool: Arc<Pool>,
-    pub(super) claim: Arc<Claim>,
-    pub(super) commands: Receiver<Command>,
+    terms: Arc<Terms>,
+    alarm: Alarm,
+    desk: Mutex<Desk>,
+    work: Mutex<Bench>,
 }
 
-/// The supervisor at work.
-struct Running {
-    supervisor: Supervisor,
-    epoch: Instant,
-    /// The whole claim's: when a session is lost the next one takes its place.
+/// What is to be done.
+enum Desk {
+    /// Nothing; the thread waits for a claim.
+    Free,
+    /// A claim that nobody has begun to work on.
+    New(Arc<Claim>),
+    /// A claim that is worked on.
+    Taken(Arc<Claim>),
+    /// The thread takes no more claims.
+    Closed,
+}
+
+/// The claim that is worked on, and what is kept between two.
+#[derive(Default)]
+struct Bench {
+    work: Option<Work>,
+    /// A session that has kept its lease.
     slot: Option<PooledSlot>,
-    link: Option<Arc<Link>>,
-    /// Who served the sessions of this claim that were lost and may be in doubt still, and when that was.
-    lost_backends: Vec<(Instant, i32)>,
-    in_doubt_until: Time,
-    /// Why the last attempt failed.
-    problem: Option<Error>,
-    /// What sort of problem was logged last, so that one that goes on is not logged again and again.
-    warned: Option<ErrorKind>,
-    /// The token of the current term, or of the last one.
-    token: Option<i64>,
-    /// When the release must be done.
-    release_by: Option<Instant>,
+    /// When the last claim ended.
+    ended_at: Option<Instant>,
+}
+
+/// What the supervisor does next.
+enum Next {
+    Sleep { until: Instant, watch: Option<Socket> },
+    Leave,
+}
+
+impl Next {
+    fn sleep(time: Duration) -> Self {
+        Self::Sleep { until: Instant::now() + time, watch: None }
+    }
 }
 
 impl Supervisor {
-    /// How long the server may hold something for a session that was lost without its knowing.
-    fn doubt(&self) -> Duration {
-        // A slice may wait twice: for the lock, and for the row of a predecessor's fenced transaction.
-        self.plan.lease + 2 * self.wait_slice
+    /// Starts the thread, with a claim to work on.
+    ///
+    /// # Errors
+    /// When the process has no descriptor or no thread left.
+    pub(super) fn start(terms: Terms, claim: &Arc<Claim>) -> io::Result<Arc<Self>> {
+        let supervisor = Arc::new(Self {
+            terms: Arc::new(terms),
+            alarm: Alarm::new()?,
+            desk: Mutex::new(Desk::New(Arc::clone(claim))),
+            work: Mutex::default(),
+        });
+        let name = format!("dsync:{}", claim.key().replace('\0', ""));
+        let body = Arc::clone(&supervisor);
+        thread::Builder::new().name(name).spawn(move || body.run())?;
+        Ok(supervisor)
     }
 
-    /// The body of the thread.
-    pub(super) fn run(self) {
-        let timing = Timing { term: self.plan.term(), doubt: self.doubt(), heartbeat: self.plan.heartbeat };
-        let mut machine = Machine::new(timing, fastrand::u64(..));
-        let mut running = Running {
-            supervisor: self,
-            epoch: Instant::now(),
-            slot: None,
-            link: None,
-            lost_backends: Vec::new(),
-            in_doubt_until: Time::ZERO,
-            problem: None,
-            warned: None,
-            token: None,
-            release_by: None,
-        };
-        loop {
-            let event = match running.command() {
-                Some(event) => event,
-                None => match machine.action() {
-                    Action::Finish(end) => return running.finish(end),
-                    action => running.perform(action),
-                },
+    /// Gives it another claim; `false` if it is not free for one.
+    pub(super) fn assign(&self, claim: &Arc<Claim>) -> bool {
+        let mut desk = self.desk.lock();
+        let free = matches!(*desk, Desk::Free);
+        if free {
+            *desk = Desk::New(Arc::clone(claim));
+        }
+        free
+    }
+
+    /// Lets the thread go if it has no claim.
+    pub(super) fn dismiss(&self) {
+        {
+            let mut desk = self.desk.lock();
+            if !matches!(*desk, Desk::Free) {
+                return;
+            }
+            *desk = Desk::Closed;
+        }
+        self.alarm.ring();
+    }
+
+    // What application threads do.
+
+    /// Blocks until the lock is held, or it is known that it will not be.
+    pub(super) fn acquire(&self, claim: &Claim, patience: Patience, context: &Context) -> crate::Result<()> {
+        let patient = patience == Patience::Lock;
+        if context.can_be_cancelled() {
+            // To be woken by a cancellation this thread must wait for one.
+            self.alarm.ring();
+            return claim.acquire(patience, context, false, || false);
+        }
+        let until = context.expires_at();
+        let volunteers = patient && self.terms.may_wait(until);
+        let help = Help::Acquire { until, patient };
+        claim.acquire(patience, context, volunteers, || self.help(claim, help))
+    }
+
+    /// Gives back what there is; `false` if another thread is at work, which must be interrupted.
+    pub(super) fn release(&self, claim: &Claim) -> bool {
+        let ended = self.help(claim, Help::Release);
+        if !ended {
+            self.alarm.ring();
+        }
+        ended
+    }
+
+    /// Does what this thread may do now; `false` if there was nothing.
+    fn help(&self, claim: &Claim, help: Help) -> bool {
+        let Some(mut bench) = self.work.try_lock() else { return false };
+        self.take_up(&mut bench);
+        let mut helped = false;
+        let wanted: Option<Instant> = loop {
+            // The claim may have ended long ago, and another one be worked on.
+            let Some(work) =
+                bench.work.as_mut().filter(|work| std::ptr::eq(&raw const **work.claim(), claim))
+            else {
+                break None;
             };
-            let mut notice = machine.handle(event, running.now());
-            running.announce_doubt(machine.in_doubt_until());
-            while let Some(announced) = notice {
-                notice = if running.announce(announced) {
-                    None
-                } else {
-                    // The term had run out, and an application thread was the first to see it.
-                    machine.handle(Event::SessionLost(LossReason::LeaseNotRenewed), running.now())
+            let action = work.next();
+            if let Action::Finish(_) = action {
+                self.finish(&mut bench);
+                self.alarm.stir();
+                helped = true;
+                break None;
+            }
+            let Some(by) = work.allows(help, action) else {
+                break match action {
+                    Action::Watch { .. } => Some(Instant::now() + 2 * TICK),
+                    _ => Some(Instant::now()),
                 };
+            };
+            self.alarm.stir();
+            let guarded = self.alarm.looks_by(by);
+            self.guarded(&mut bench, |work| work.perform(action, guarded));
+            helped = true;
+        };
+        drop(bench);
+        self.alarm.stir();
+        if let Some(by) = wanted
+            && !self.alarm.looks_by(by)
+        {
+            self.alarm.ring();
+        }
+        helped
+    }
+
+    // What the thread does.
+
+    fn run(&self) {
+        /// Whatever becomes of the thread, no further claim is to wait for it.
+        struct Closing<'a>(&'a Supervisor);
+        impl Drop for Closing<'_> {
+            fn drop(&mut self) {
+                let former = std::mem::replace(&mut *self.0.desk.lock(), Desk::Closed);
+                if let Desk::New(claim) = former {
+                    drop(Work::begin(&self.0.terms, claim, None, false));
+                }
+            }
+        }
+        let _closing = Closing(self);
+        let mut seen = self.alarm.news();
+        let mut quick_until = Instant::now() + QUICK;
+        let mut woken = Woken::Bell;
+        let mut handed_over = false;
+        loop {
+            let news = self.alarm.news();
+            let now = Instant::now();
+            let stirred = std::mem::replace(&mut seen, news) != news;
+            if stirred {
+                quick_until = now + QUICK;
+            }
+            let next = if stirred && woken == Woken::Time {
+                // Others are at it.
+                Next::sleep(TICK)
+            } else {
+                self.look(woken, now < quick_until, &mut handed_over)
+            };
+            match next {
+                Next::Sleep { until, watch } => woken = self.alarm.sleep(seen, watch.as_ref(), until),
+                Next::Leave => return,
             }
         }
     }
-}
 
-impl Running {
-    /// A command that has come in, as an event.
-    fn command(&mut self) -> Option<Event> {
-        self.supervisor.commands.try_recv().ok().map(|command| self.obey(command))
-    }
-
-    fn obey(&mut self, command: Command) -> Event {
-        let Command::Release { by } = command;
-        self.release_by = Some(by);
-        Event::Release
-    }
-
-    fn perform(&mut self, action: Action) -> Event {
-        match action {
-            Action::Connect => self.connect(),
-            Action::Pause { until } => match self.supervisor.commands.recv_deadline(self.at(until)) {
-                Ok(command) => self.obey(command),
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Event::Quiet,
-            },
-            Action::Try => {
-                self.annotate();
-                let by = self.soon();
-                self.acquire(Event::Busy, |session, _, request| session.try_lock(request, by))
-            }
-            Action::Queue => {
-                // As `Supervisor::doubt` says, a slice may wait twice.
-                let by = self.soon() + 2 * self.supervisor.wait_slice;
-                self.acquire(Event::SliceOver, |session, link, request| session.queue(request, link, by))
-            }
-            Action::Watch { until } => {
-                let until = self.at(until);
-                self.on_session(|session, _, _| session.watch(until))
-                    .map_or_else(|lost| lost, |()| Event::Quiet)
-            }
-            Action::Renew { by } => {
-                let (sent, by) = (self.now(), self.soon().min(self.at(by)));
-                self.on_session(|session, _, _| session.heartbeat(by))
-                    .map_or_else(|lost| lost, |()| Event::Renewed { sent })
-            }
-            Action::Unlock => {
-                let by = self.release_by();
-                self.on_session(|session, _, request| session.unlock(request.key, by))
-                    .map_or_else(|lost| lost, |held| Event::Unlocked { held })
-            }
-            Action::Settle => {
-                let by = self.release_by();
-                let lost: Vec<_> = self.lost_backends.iter().map(|(_, pid)| *pid).collect();
-                self.on_session(|session, _, _| session.settle(&lost, by))
-                    .map_or_else(|lost| lost, |clear| Event::Settled { clear })
-            }
-            Action::Discard => {
-                if let Some(link) = self.link.take() {
-                    link.close();
+    fn look(&self, woken: Woken, quick: bool, handed_over: &mut bool) -> Next {
+        let Some(mut bench) = self.work.try_lock() else { return self.look_after_other(quick) };
+        self.take_up(&mut bench);
+        let mut readable = woken == Woken::Socket;
+        loop {
+            let Some(work) = &mut bench.work else { return self.idle(&mut bench, quick) };
+            match work.next() {
+                Action::Finish(_) => self.finish(&mut bench),
+                Action::Pause { until } | Action::Watch { until } if work.is_due(until) => {
+                    self.guarded(&mut bench, Work::wait_is_over);
                 }
-                self.supervisor.claim.announce_no_session();
-                if let Some(slot) = &mut self.slot {
-                    if let Some(session) = slot.session() {
-                        let doubt = self.supervisor.doubt();
-                        self.lost_backends.retain(|(since, _)| since.elapsed() <= doubt);
-                        self.lost_backends.push((Instant::now(), session.backend_pid()));
+                Action::Pause { until } => return Next::Sleep { until: work.at(until), watch: None },
+                Action::Watch { .. } if readable || work.is_cut_off() => {
+                    readable = false;
+                    self.guarded(&mut bench, Work::listen);
+                }
+                Action::Watch { until } => {
+                    let (socket, since) = work.held();
+                    if since < TICK {
+                        return Next::sleep(TICK);
                     }
-                    slot.taint();
+                    // Not longer than a release may take, since this thread looks after its deadline.
+                    let round = Instant::now() + self.terms.release_timeout.max(ROUND);
+                    return Next::Sleep { until: work.at(until).min(round), watch: socket };
                 }
-                Event::Discarded
-            }
-            // The loop has seen to it.
-            Action::Finish(_) => Event::Release,
-        }
-    }
-
-    /// Takes a slot and sees to it that its session is open.
-    fn connect(&mut self) -> Event {
-        let control = StreamControl::new();
-        if !self.supervisor.claim.announce_connecting(control.clone()) {
-            return self.wait_for_release();
-        }
-        match self.take_session(&control) {
-            Ok(link) => {
-                self.link = Some(Arc::clone(&link));
-                if !self.supervisor.claim.announce_session(link) {
-                    return self.wait_for_release();
+                Action::Try | Action::Queue if !*handed_over && work.claim().call_volunteer() => {
+                    *handed_over = true;
+                    return Next::sleep(HANDING_OVER);
                 }
-                Event::Connected
-            }
-            Err(refusal) => {
-                self.supervisor.claim.announce_no_session();
-                let patient = refusal.is_patient();
-                self.note(refusal.into_error());
-                Event::ConnectFailed { patient }
-            }
-        }
-    }
-
-    fn take_session(&mut self, control: &StreamControl) -> Result<Arc<Link>, Refusal> {
-        let pool = &self.supervisor.pool;
-        let slot = match &mut self.slot {
-            Some(slot) => slot,
-            None => self.slot.insert(pool.take()?),
-        };
-        pool.open(slot, control)?;
-        slot.session().map(|session| session.link()).ok_or_else(Refusal::not_postgres)
-    }
-
-    /// The claim is ending: the command is on its way, a moment behind what the claim's status says.
-    fn wait_for_release(&mut self) -> Event {
-        match self.supervisor.commands.recv() {
-            Ok(command) => self.obey(command),
-            Err(_) => Event::Release,
-        }
-    }
-
-    /// The annotation of the term to come.
-    fn annotate(&mut self) {
-        if let (Some(valuer), Some(entry)) = (&self.supervisor.valuer, &mut self.supervisor.request.entry) {
-            entry.annotation = annotate(self.supervisor.claim.key(), valuer);
-        }
-    }
-
-    /// Asks for the lock, with or without waiting; without it, `otherwise` is what happened.
-    fn acquire(
-        &mut self,
-        otherwise: Event,
-        ask: impl FnOnce(&mut Session, &Link, &Request) -> Result<Answer, Failure>,
-    ) -> Event {
-        let sent = self.now();
-        match self.on_session(ask) {
-            Ok(Answer::Granted { token }) => {
-                self.token = token;
-                self.lost_backends.clear();
-                Event::Granted { sent }
-            }
-            Ok(Answer::NotGranted) => otherwise,
-            Ok(Answer::Collision { other }) => {
-                self.refused(Refusal::collision(self.supervisor.claim.key(), &other))
-            }
-            Err(failed) => failed,
-        }
-    }
-
-    /// Runs something on the session; what fails becomes an event.
-    fn on_session<T>(
-        &mut self,
-        run: impl FnOnce(&mut Session, &Link, &Request) -> Result<T, Failure>,
-    ) -> Result<T, Event> {
-        let session = self.slot.as_mut().and_then(|slot| slot.session());
-        let (Some(session), Some(link)) = (session, &self.link) else {
-            return Err(Event::SessionLost(LossReason::SupervisorFailed));
-        };
-        run(session, link, &self.supervisor.request).map_err(|failure| match failure {
-            Failure::Lost { reason, cause } => {
-                if reason == LossReason::SessionChanged {
-                    self.supervisor.pool.sessions_are_shared();
+                action => {
+                    *handed_over = false;
+                    self.guarded(&mut bench, |work| work.perform(action, false));
                 }
-                self.problem = cause.map(|cause| {
-                    let message =
-                        format!("the session for {:?} was lost: {reason}", self.supervisor.claim.key());
-                    Error::new(ErrorKind::SessionUnavailable, message).with_source(cause)
-                });
-                Event::SessionLost(reason)
             }
-            refused @ Failure::Refused(_) => self.refused(Refusal::from_failure(refused)),
-        })
-    }
-
-    /// A statement failed for a reason that is not the session's.
-    fn refused(&mut self, refusal: Refusal) -> Event {
-        if refusal.is_about_catalog() {
-            self.supervisor.pool.catalog_is_gone();
-        }
-        let patient = refusal.is_patient();
-        self.note(refusal.into_error());
-        Event::Refused { patient }
-    }
-
-    /// Keeps an error for those who ask, and logs it: the first of its kind in a series loud enough to be heard.
-    fn note(&mut self, error: Error) {
-        let known = self.warned.replace(error.kind()) == Some(error.kind());
-        let level = if known { log::Level::Debug } else { log::Level::Warn };
-        log::log!(level, "lock {:?}: {}", self.supervisor.claim.key(), chain(&error));
-        self.problem = Some(error);
-    }
-
-    /// Tells the claim until when the server may hold something that this thread cannot reach, if that has changed.
-    fn announce_doubt(&mut self, until: Time) {
-        if self.in_doubt_until != until {
-            self.in_doubt_until = until;
-            self.supervisor.claim.announce_doubt((until > Time::ZERO).then(|| self.at(until)));
         }
     }
 
-    /// Tells the application; `false` if it knows better.
-    fn announce(&mut self, notice: Notice) -> bool {
-        let claim = &self.supervisor.claim;
-        let key = claim.key();
-        match notice {
-            Notice::Acquired { until } => {
-                log::debug!("lock {key:?}: acquired");
-                claim.announce_acquired(self.at(until), self.token);
-                (self.problem, self.warned) = (None, None);
+    /// Another thread is at work: sees to it that it does not hang.
+    fn look_after_other(&self, quick: bool) -> Next {
+        let now = Instant::now();
+        let mut until = now + if quick { TICK } else { ROUND };
+        let claim = self.desk.lock().claim();
+        let deadline = claim.and_then(|claim| claim.link()).and_then(|link| {
+            let deadline = link.control().guarded_deadline()?;
+            if deadline <= now {
+                link.control().enforce();
             }
-            Notice::Renewed { until } => return claim.announce_renewed(self.at(until)),
-            Notice::Busy => {
-                claim.announce_queueing();
-                (self.problem, self.warned) = (None, None);
-            }
-            Notice::Lost(reason) => {
-                claim.announce_lost(reason);
-                let cause =
-                    self.problem.take().map(|error| format!(" ({})", chain(&error))).unwrap_or_default();
-                log::warn!("lock {key:?}: lost: {reason}{cause}");
-            }
-            Notice::Failed => claim.announce_problem(self.problem.clone()),
+            Some(deadline)
+        });
+        if let Some(deadline) = deadline.filter(|deadline| *deadline > now) {
+            until = if quick { until.min(deadline) } else { deadline };
         }
-        true
+        Next::Sleep { until, watch: None }
     }
 
-    /// Puts the session back and tells those who wait for the end.
-    fn finish(mut self, end: End) {
-        if let Some(link) = self.link.take() {
-            link.close();
+    fn idle(&self, bench: &mut Bench, quick: bool) -> Next {
+        let since = *bench.ended_at.get_or_insert_with(Instant::now);
+        if bench.slot.is_some() && (since.elapsed() >= QUICK || self.terms.pool.is_crowded()) {
+            give_back(bench, &self.terms);
         }
-        self.supervisor.claim.announce_no_session();
-        // Before the end is told: whoever claims the lock next finds the session in the pool.
-        drop(self.slot.take());
-        let key = self.supervisor.claim.key();
-        let outcome = match end {
-            End::Released => Ok(()),
-            End::NotHeld => Err(Error::new(
-                ErrorKind::UnlockFailed,
-                format!(
-                    "the server says that {key:?} was not held: something else unlocked it in our session"
-                ),
-            )),
-            End::Unconfirmed => {
-                let message = format!(
-                    "the session for {key:?} was lost before the server confirmed the release; \
-                     it frees the lock when it notices, after {:?} at the latest",
-                    self.supervisor.doubt()
-                );
-                let error = Error::new(ErrorKind::UnlockFailed, message);
-                Err(match self.problem.take() {
-                    Some(problem) => error.with_source(problem),
-                    None => error,
-                })
+        let mut desk = self.desk.lock();
+        match *desk {
+            Desk::Free if since.elapsed() >= LINGER => {
+                *desk = Desk::Closed;
+                Next::Leave
             }
+            Desk::Closed => {
+                drop(desk);
+                give_back(bench, &self.terms);
+                Next::Leave
+            }
+            _ if quick || bench.slot.is_some() => Next::sleep(TICK),
+            _ => Next::Sleep { until: since + LINGER, watch: None },
+        }
+    }
+
+    // What both do.
+
+    /// Begins the work on a claim that has come in.
+    fn take_up(&self, bench: &mut Bench) {
+        if bench.work.is_some() {
+            return;
+        }
+        let claim = {
+            let mut desk = self.desk.lock();
+            let Desk::New(claim) = &*desk else { return };
+            let claim = Arc::clone(claim);
+            *desk = Desk::Taken(Arc::clone(&claim));
+            claim
         };
-        self.supervisor.claim.finish(outcome);
+        let is_quick = bench.ended_at.is_some_and(|at| at.elapsed() < QUICK);
+        bench.work = Some(Work::begin(&self.terms, claim, bench.slot.take(), is_quick));
     }
 
-    fn now(&self) -> Time {
-        self.epoch.elapsed()
+    /// Runs what might panic, in which case the claim is over.
+    fn guarded(&self, bench: &mut Bench, run: impl FnOnce(&mut Work)) {
+        /// The work is dropped with this, which ends the claim, unless it goes back.
+        struct Away<'a> {
+            supervisor: &'a Supervisor,
+            work: Option<Work>,
+        }
+        impl Drop for Away<'_> {
+            fn drop(&mut self) {
+                if self.work.is_some() {
+                    self.supervisor.free();
+                }
+            }
+        }
+        let mut away = Away { supervisor: self, work: bench.work.take() };
+        if let Some(work) = &mut away.work {
+            run(work);
+        }
+        bench.work = away.work.take();
     }
 
-    fn at(&self, time: Time) -> Instant {
-        // `Time::MAX` stands for no limit; every use takes the earlier of it and another.
-        self.epoch.checked_add(time).unwrap_or_else(|| self.soon())
+    /// The claim has come to its end.
+    fn finish(&self, bench: &mut Bench) {
+        let Some(mut work) = bench.work.take() else { return };
+        if let Action::Finish(end) = work.next() {
+            bench.ended_at = Some(Instant::now());
+            work.finish(end, |slot| {
+                bench.slot = slot;
+                self.free();
+            });
+        }
     }
 
-    /// By when the server must have answered a short statement.
-    fn soon(&self) -> Instant {
-        Instant::now() + self.supervisor.plan.heartbeat_timeout
-    }
-
-    fn release_by(&self) -> Instant {
-        self.release_by.unwrap_or_else(|| Instant::now() + self.supervisor.release_timeout)
+    /// There is room for another claim.
+    fn free(&self) {
+        let mut desk = self.desk.lock();
+        if matches!(*desk, Desk::Taken(_)) {
+            *desk = Desk::Free;
+        }
     }
 }
 
-impl Drop for Running {
-    /// Only after a panic is there something left to do: a session in doubt must not go back to the pool.
-    fn drop(&mut self) {
-        self.supervisor.claim.announce_lost(LossReason::SupervisorFailed);
-        if let Some(slot) = &mut self.slot {
+impl Desk {
+    fn claim(&self) -> Option<Arc<Claim>> {
+        match self {
+            Desk::New(claim) | Desk::Taken(claim) => Some(Arc::clone(claim)),
+            Desk::Free | Desk::Closed => None,
+        }
+    }
+}
+
+/// Takes lease and name off a session that nobody has come back for, and gives it to the pool.
+fn give_back(bench: &mut Bench, terms: &Terms) {
+    let Some(mut slot) = bench.slot.take() else { return };
+    let by = Instant::now() + terms.plan.heartbeat_timeout;
+    if let Some(session) = slot.session() {
+        session.guard(false);
+        if session.settle(&[], by).is_err() {
             slot.taint();
         }
     }
 }
 
-impl Drop for Supervisor {
-    /// Nobody must wait for a thread that is gone, whatever the reason. After a proper end this changes nothing.
-    fn drop(&mut self) {
-        let message = format!("the supervisor of {:?} failed; its session was closed", self.claim.key());
-        self.claim.finish(Err(Error::new(ErrorKind::UnlockFailed, message)));
+impl std::fmt::Debug for Supervisor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Supervisor").field("alarm", &self.alarm).finish_non_exhaustive()
     }
 }

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,19 +12,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::Instant;
 
-use postgres::Socket;
+use postgres::Config;
 use postgres::config::{SslMode, SslNegotiation};
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 
 use super::control::{StreamControl, Watch};
 use super::session_stream::{Role, SessionStream, Transport};
+use super::socket::Socket;
 use super::tls::Tls;
 
 /// What all the connections of a dialer have in common.
 #[derive(Debug)]
 pub(super) struct Plan {
+    /// For the options of sockets.
+    pub(super) config: Config,
     pub(super) ssl_mode: SslMode,
     pub(super) ssl_negotiation: SslNegotiation,
     pub(super) tls: Option<Tls>,
@@ -34,7 +36,7 @@ pub(super) struct Plan {
 
 /// One host of the user's configuration.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Route {
+pub(crate) enum Route {
     /// `domain` is the name that the server's certificate must bear; `address` is where it is, if that was given.
     Tcp { domain: String, address: Option<IpAddr>, port: u16 },
     /// The socket itself, not its directory.
@@ -53,7 +55,7 @@ impl fmt::Display for Route {
 /// The host name that the driver is given for the route `index`, and gives to the hook.
 ///
 /// Never a real name: a cancel token keeps it, and so a cancel request finds the way of its session again without
-/// being told. The real name is in the [`Route`]. The address is always given apart, so nobody resolves it.
+/// being told. The real name is in the [`Route`]. The address that goes with it is the [`Bait`]'s.
 pub(super) fn key(index: usize) -> String {
     format!("route-{index}")
 }
@@ -64,21 +66,11 @@ impl Plan {
         self.routes.get(index)
     }
 
-    /// Makes a stream to the server; what the driver does itself in its `connect_tls`, and the Unix sockets.
-    async fn open(&self, route: &Route, mut socket: Socket) -> Result<Transport, HookError> {
-        let domain = match route {
-            Route::Tcp { domain, .. } => domain,
-            Route::Unix { path } => {
-                drop(socket);
-                self.bait.drain();
-                return match UnixStream::connect(path).await {
-                    Ok(stream) => Ok(Transport::Unix(stream)),
-                    Err(source) => Err(HookError::Unix { path: path.clone(), source }),
-                };
-            }
-        };
+    /// Makes a stream over `socket`; what the driver does itself in its `connect_tls`.
+    async fn secure(&self, route: &Route, mut socket: Socket) -> Result<Transport, HookError> {
+        let Route::Tcp { domain, .. } = route else { return Ok(Transport::Plain(socket)) };
         let required = match self.ssl_mode {
-            SslMode::Disable => return Ok(Transport::Tcp(socket)),
+            SslMode::Disable => return Ok(Transport::Plain(socket)),
             SslMode::Prefer => false,
             // The enum may grow; a mode that is not known must not lead to plain text.
             _ => true,
@@ -86,14 +78,14 @@ impl Plan {
         let tls = match &self.tls {
             Some(tls) => tls,
             None if required => return Err(HookError::NoTlsConnector),
-            None => return Ok(Transport::Tcp(socket)),
+            None => return Ok(Transport::Plain(socket)),
         };
         match self.ssl_negotiation {
             SslNegotiation::Direct if !required => return Err(HookError::WeakDirect),
             SslNegotiation::Direct => {}
             _ => {
                 if !ask_for_tls(&mut socket).await.map_err(HookError::Io)? {
-                    return if required { Err(HookError::Refused) } else { Ok(Transport::Tcp(socket)) };
+                    return if required { Err(HookError::Refused) } else { Ok(Transport::Plain(socket)) };
                 }
             }
         }
@@ -111,10 +103,11 @@ async fn ask_for_tls(socket: &mut Socket) -> io::Result<bool> {
     Ok(socket.read_u8().await? == b'S')
 }
 
-/// The loopback listener to which the driver is led for a session over a Unix socket.
+/// The loopback listener to which the driver is led for each session.
 ///
-/// It never speaks: the connector drops the connection that the driver made and opens the Unix socket in its place.
-/// Bound on first use and kept, since cancel tokens remember its port.
+/// The driver opens a socket, and gives it to the connector in a shape that cannot be watched by another thread, nor be
+/// connected under a watch. So it is led here; the connector drops what it is given and opens the real socket in its
+/// place. The listener never speaks. It is bound on first use and kept, since cancel tokens remember its port.
 #[derive(Debug, Default)]
 pub(super) struct Bait {
     listener: Mutex<Option<TcpListener>>,
@@ -128,7 +121,8 @@ impl Bait {
             throw_out(listener);
             return listener.local_addr();
         }
-        let fresh = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let fresh = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .or_else(|error| TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).map_err(|_| error))?;
         fresh.set_nonblocking(true)?;
         let address = fresh.local_addr()?;
         *listener = Some(fresh);
@@ -150,6 +144,8 @@ fn throw_out(listener: &TcpListener) {
 #[derive(Clone, Debug)]
 pub(crate) struct Connector {
     plan: Arc<Plan>,
+    /// Where the server is, unless a Unix socket leads to it.
+    address: Option<SocketAddr>,
     control: StreamControl,
     role: Role,
     setup: Instant,
@@ -158,17 +154,37 @@ pub(crate) struct Connector {
 
 impl Connector {
     /// A connector whose stream obeys `control` and must be a session by `setup`.
-    pub(super) fn new(plan: Arc<Plan>, control: StreamControl, role: Role, setup: Instant) -> Self {
-        Self { plan, control, role, setup, reached: Arc::new(AtomicBool::new(false)) }
+    pub(super) fn new(
+        plan: Arc<Plan>,
+        address: Option<SocketAddr>,
+        control: StreamControl,
+        role: Role,
+        setup: Instant,
+    ) -> Self {
+        Self { plan, address, control, role, setup, reached: Arc::new(AtomicBool::new(false)) }
     }
 
-    /// Whether the driver got as far as to hand over a socket; with a Unix socket, whether the bait was reached.
+    /// Opens the socket and makes the stream.
+    async fn open(&self, route: &Route) -> Result<Transport, HookError> {
+        let socket = match (route, self.address) {
+            (Route::Unix { path }, _) => Socket::unix(path).await,
+            (Route::Tcp { .. }, Some(address)) => Socket::tcp(address, &self.plan.config).await,
+            (Route::Tcp { .. }, None) => return Err(HookError::UnknownRoute),
+        };
+        let socket = socket.map_err(|source| HookError::Connect { route: route.clone(), source })?;
+        if self.role == Role::Session {
+            self.control.attach(socket.clone());
+        }
+        self.plan.secure(route, socket).await
+    }
+
+    /// Whether the driver got as far as to reach the bait.
     pub(super) fn reached(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.reached)
     }
 }
 
-impl MakeTlsConnect<Socket> for Connector {
+impl MakeTlsConnect<postgres::Socket> for Connector {
     type Stream = SessionStream;
     type TlsConnect = Hook;
     type Error = HookError;
@@ -188,18 +204,20 @@ pub(crate) struct Hook {
     connector: Connector,
 }
 
-impl TlsConnect<Socket> for Hook {
+impl TlsConnect<postgres::Socket> for Hook {
     type Stream = SessionStream;
     type Error = HookError;
     type Future = Pin<Box<dyn Future<Output = Result<SessionStream, HookError>> + Send>>;
 
-    fn connect(self, socket: Socket) -> Self::Future {
+    fn connect(self, decoy: postgres::Socket) -> Self::Future {
         let Hook { route, connector } = self;
         connector.reached.store(true, Ordering::SeqCst);
+        drop(decoy);
+        connector.plan.bait.drain();
         Box::pin(async move {
-            let mut watch = Watch::new(connector.control, connector.setup);
+            let mut watch = Watch::new(connector.control.clone(), connector.setup);
             let transport = {
-                let mut open = pin!(connector.plan.open(&route, socket));
+                let mut open = pin!(connector.open(&route));
                 poll_fn(|cx| {
                     watch.check(cx).map_err(HookError::Ended)?;
                     match open.as_mut().poll(cx) {
@@ -225,8 +243,8 @@ pub(crate) enum HookError {
     WeakDirect,
     /// The cancel token is of another dialer.
     UnknownRoute,
-    /// The server's Unix socket could not be opened.
-    Unix { path: PathBuf, source: io::Error },
+    /// The server's socket could not be opened.
+    Connect { route: Route, source: io::Error },
     /// The connection broke while TLS was asked for.
     Io(io::Error),
     /// The user's TLS connector failed.
@@ -246,7 +264,10 @@ impl fmt::Display for HookError {
                 "weak sslmode \"prefer\" may not be used with sslnegotiation=direct (use \"require\")",
             ),
             HookError::UnknownRoute => f.write_str("the session was opened with another configuration"),
-            HookError::Unix { path, .. } => write!(f, "could not open the Unix socket {}", path.display()),
+            HookError::Connect { route: Route::Unix { path }, .. } => {
+                write!(f, "could not open the Unix socket {}", path.display())
+            }
+            HookError::Connect { .. } => f.write_str("could not connect"),
             HookError::Io(_) => f.write_str("the connection broke while TLS was negotiated"),
             HookError::Tls(_) => f.write_str("TLS handshake failed"),
             HookError::Ended(_) => f.write_str("the connect was ended"),
@@ -257,7 +278,9 @@ impl fmt::Display for HookError {
 impl Error for HookError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
-            HookError::Unix { source, .. } | HookError::Io(source) | HookError::Ended(source) => Some(source),
+            HookError::Connect { source, .. } | HookError::Io(source) | HookError::Ended(source) => {
+                Some(source)
+            }
             HookError::Tls(source) => Some(&**source),
             _ => None,
         }

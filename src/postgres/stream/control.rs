@@ -4,6 +4,7 @@ use std::error::Error;
 use std::fmt;
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -12,23 +13,10 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
-#[cfg(test)]
-use postgres::Notification;
+use parking_lot::Mutex;
 use tokio::time::{Sleep, sleep_until};
 
-/// The channel of the notification that a wake delivers.
-#[cfg(test)]
-pub(super) const WAKE_CHANNEL: &str = "dsync_wake";
-
-/// The `NotificationResponse` that a wake delivers: process id 0, which no backend has, channel
-/// `dsync_wake`, empty payload.
-pub(super) const WAKE_MESSAGE: &[u8] = b"A\0\0\0\x14\0\0\0\0dsync_wake\0\0";
-
-/// Whether a notification came from [`StreamControl::wake`] and not from the server.
-#[cfg(test)]
-pub(super) fn is_wake(notification: &Notification) -> bool {
-    notification.process_id() == 0 && notification.channel() == WAKE_CHANNEL
-}
+use super::socket::Socket;
 
 /// Why a stream was ended from our side.
 ///
@@ -85,10 +73,9 @@ impl fmt::Display for Ended {
 
 impl Error for Ended {}
 
-/// The handle by which any thread wakes, kills or bounds the session of another; one for each session.
+/// The handle by which any thread kills, bounds or watches the session of another; one for each session.
 ///
-/// It may be made and used before the session exists. Ending a stream does not close its socket: the server hears
-/// of it when the `Client` is dropped, which takes no time from then on.
+/// It may be made and used before the session exists.
 #[derive(Clone)]
 pub(crate) struct StreamControl {
     shared: Arc<Shared>,
@@ -103,12 +90,14 @@ struct Shared {
     deadline: AtomicU64,
     /// When the task that waits will look again by itself, or `NEVER`. Spares `set_deadline` a system call.
     looks_again: AtomicU64,
-    /// A wake was asked for and not delivered yet.
-    wake: AtomicBool,
-    /// The session is ready. Before that the driver takes a notification for a protocol error, or drops it.
+    /// Another thread looks when the deadline passes, so that no timer is needed for it.
+    guarded: AtomicBool,
+    /// The session is ready, so the time for connecting is over.
     established: AtomicBool,
     /// The driver's task. One is enough, since one task does all the reading and writing.
     waker: AtomicWaker,
+    /// The socket, from when it is connected until the session is over.
+    socket: Mutex<Option<Socket>>,
 }
 
 const LIVE: u8 = 0;
@@ -126,30 +115,23 @@ impl StreamControl {
                 end: AtomicU8::new(LIVE),
                 deadline: AtomicU64::new(NEVER),
                 looks_again: AtomicU64::new(NEVER),
-                wake: AtomicBool::new(false),
+                guarded: AtomicBool::new(false),
                 established: AtomicBool::new(false),
                 waker: AtomicWaker::new(),
+                socket: Mutex::new(None),
             }),
-        }
-    }
-
-    /// Makes the current or the next wait for notifications return at once with one of our making.
-    ///
-    /// Wakes that come before the delivery are one. During a query it is put in the queue of notifications, and the
-    /// next wait returns at once; a wake before the session is ready keeps until then.
-    pub(crate) fn wake(&self) {
-        if !self.shared.wake.swap(true, SeqCst) {
-            self.shared.waker.wake();
         }
     }
 
     /// Ends the stream: whatever the driver does with it, now or later, fails at once with [`Ended::Killed`].
     ///
-    /// What has no stream yet is not ended by it: while the driver is connecting its TCP socket, the kill takes
-    /// effect when that is done or has timed out.
+    /// The server hears of it too, and a thread that watches the socket.
     pub(crate) fn kill(&self) {
         let _ = self.shared.end.compare_exchange(LIVE, KILLED, SeqCst, SeqCst);
         self.shared.waker.wake();
+        if let Some(socket) = self.socket() {
+            socket.shut_down();
+        }
     }
 
     /// Sets, moves or clears the time at which a call on the session fails with [`Ended::DeadlinePassed`].
@@ -168,6 +150,45 @@ impl StreamControl {
         }
     }
 
+    /// Says whether another thread calls [`enforce`](Self::enforce) when a deadline has passed. Without it, each call with
+    /// a deadline has a timer of its own, which is a good part of what a short statement costs.
+    pub(crate) fn guard(&self, guarded: bool) {
+        self.shared.guarded.store(guarded, SeqCst);
+    }
+
+    /// When a call that is under way must be over. Not for one that is not guarded, which sees to that itself.
+    pub(crate) fn guarded_deadline(&self) -> Option<Instant> {
+        let deadline = self.shared.deadline.load(SeqCst);
+        (self.shared.guarded.load(SeqCst) && deadline != NEVER).then(|| self.shared.instant(deadline))
+    }
+
+    /// Makes a call whose deadline has passed notice it.
+    pub(crate) fn enforce(&self) {
+        self.shared.waker.wake();
+    }
+
+    /// The socket of the session, while there is one.
+    pub(crate) fn socket(&self) -> Option<Socket> {
+        self.shared.socket.lock().clone()
+    }
+
+    /// The address at the other end of a TCP connection.
+    pub(super) fn peer(&self) -> Option<SocketAddr> {
+        self.socket().and_then(|socket| socket.peer())
+    }
+
+    /// The connector has a socket.
+    pub(super) fn attach(&self, socket: Socket) {
+        *self.shared.socket.lock() = Some(socket);
+    }
+
+    /// The session is over. Whoever still watches the socket finds it shut down.
+    pub(crate) fn detach(&self) {
+        if let Some(socket) = self.shared.socket.lock().take() {
+            socket.shut_down();
+        }
+    }
+
     /// Why the stream was ended from our side, if it was; nothing of a connection that was lost.
     pub(crate) fn ended(&self) -> Option<Ended> {
         match self.shared.end.load(SeqCst) {
@@ -182,19 +203,9 @@ impl StreamControl {
         self.ended().is_some()
     }
 
-    /// The driver has the session ready: wakes may be delivered, and the time for connecting is over.
+    /// The driver has the session ready: the time for connecting is over.
     pub(super) fn establish(&self) {
         self.shared.established.store(true, SeqCst);
-    }
-
-    /// Whether there is a wake to deliver, and the driver ready for it.
-    pub(super) fn wake_is_due(&self) -> bool {
-        self.shared.wake.load(SeqCst) && self.shared.established.load(SeqCst)
-    }
-
-    /// The wake is being delivered; the next one is another.
-    pub(super) fn wake_taken(&self) {
-        self.shared.wake.store(false, SeqCst);
     }
 }
 
@@ -203,7 +214,6 @@ impl fmt::Debug for StreamControl {
         f.debug_struct("StreamControl")
             .field("ended", &self.ended())
             .field("established", &self.shared.established.load(SeqCst))
-            .field("wake", &self.shared.wake.load(SeqCst))
             .finish_non_exhaustive()
     }
 }
@@ -239,10 +249,6 @@ impl Watch {
         Self { control, setup, timer: None }
     }
 
-    pub(super) fn control(&self) -> &StreamControl {
-        &self.control
-    }
-
     /// Fails if the stream has been ended, or its time is up.
     pub(super) fn check(&self, cx: &Context<'_>) -> io::Result<()> {
         let shared = &self.control.shared;
@@ -272,13 +278,22 @@ impl Watch {
     /// A timer that is due too early is left alone: each statement has a later deadline than the one before, and to
     /// be woken once for nothing in a while is cheaper than to move the timer each time.
     ///
-    /// Measured on a virtual machine: a statement of 46 µs takes 60 µs with a deadline, and the two atomics are
-    /// 0.04 µs of that. The rest seems to be the timeout that the runtime then gives to `epoll_wait`.
+    /// Measured on a virtual machine: a statement of 46 µs takes 60 µs with a timer, and the two atomics are 0.04 µs of
+    /// that. The rest seems to be the timeout that the runtime then gives to `epoll_wait`. So there is none where another
+    /// thread looks at the deadline: see [`StreamControl::guard`].
     pub(super) fn wait(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         loop {
             let (deadline, setup) = self.limits();
             let limit = deadline.min(setup);
-            let looks_again = if limit == NEVER { NEVER } else { self.arm(cx, limit) };
+            let looks_again = match limit {
+                NEVER => NEVER,
+                // The timer goes, too: as long as there is one, each wait of the runtime's has a timeout.
+                _ if setup == NEVER && self.control.shared.guarded.load(SeqCst) => {
+                    self.timer = None;
+                    limit
+                }
+                _ => self.arm(cx, limit),
+            };
             let shared = &self.control.shared;
             shared.looks_again.store(looks_again, SeqCst);
             // See `set_deadline`: an earlier one may have been set meanwhile without waking us.

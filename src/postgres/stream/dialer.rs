@@ -35,7 +35,6 @@ const RESOLVE_SLICE: Duration = Duration::from_millis(20);
 /// bounded time for the TCP connect alone and would spend all of it on the first host that hangs later.
 #[derive(Clone, Debug)]
 pub(crate) struct Dialer {
-    config: Config,
     plan: Arc<Plan>,
 }
 
@@ -46,13 +45,14 @@ impl Dialer {
     pub(crate) fn new(config: Config, tls: Option<Tls>) -> Result<Self, DialError> {
         let routes = routes(&config).map_err(|text| DialError::one("configuration", text))?;
         let plan = Plan {
+            config: config.clone(),
             ssl_mode: config.get_ssl_mode(),
             ssl_negotiation: config.get_ssl_negotiation(),
             tls,
             routes,
             bait: Bait::default(),
         };
-        Ok(Self { config, plan: Arc::new(plan) })
+        Ok(Self { plan: Arc::new(plan) })
     }
 
     /// Opens a session on the first host that gives one, and not later than `deadline`.
@@ -63,7 +63,7 @@ impl Dialer {
     /// # Errors
     /// The error of the last address tried, and in its text those of all. A killed control ends the search.
     pub(crate) fn connect(&self, control: &StreamControl, deadline: Instant) -> Result<Client, DialError> {
-        let shuffled = self.config.get_load_balance_hosts() == LoadBalanceHosts::Random;
+        let shuffled = self.plan.config.get_load_balance_hosts() == LoadBalanceHosts::Random;
         let mut order: Vec<usize> = (0..self.plan.routes.len()).collect();
         if shuffled {
             fastrand::shuffle(&mut order);
@@ -107,40 +107,43 @@ impl Dialer {
     fn attempt(
         &self,
         index: usize,
-        address: SocketAddr,
+        address: Option<SocketAddr>,
         control: &StreamControl,
         now: Instant,
         deadline: Instant,
     ) -> Result<Client, BoxedError> {
-        let wanted = self.config.get_connect_timeout().copied().unwrap_or(CONNECT_TIMEOUT);
+        let wanted = self.plan.config.get_connect_timeout().copied().unwrap_or(CONNECT_TIMEOUT);
         let time = wanted.min(deadline.saturating_duration_since(now));
-        let connector = Connector::new(Arc::clone(&self.plan), control.clone(), Role::Session, now + time);
+        let bait = self.bait()?;
+        let connector =
+            Connector::new(Arc::clone(&self.plan), address, control.clone(), Role::Session, now + time);
         let reached = connector.reached();
-        let manager = PostgresConnectionManager::new(self.single_host(index, address, time), connector);
+        let manager = PostgresConnectionManager::new(self.single_host(index, bait, time), connector);
         // The driver unwraps the making of its runtime, which fails when the process has no file descriptor left.
         match catch_unwind(AssertUnwindSafe(|| manager.connect())) {
             Ok(Ok(client)) => Ok(client),
             Ok(Err(error)) if reached.load(Ordering::SeqCst) => Err(error.into()),
-            Ok(Err(error)) => Err(match self.plan.routes[index] {
-                Route::Tcp { .. } => error.into(),
-                Route::Unix { .. } => LoopbackError(error.into()).into(),
-            }),
+            Ok(Err(error)) => Err(LoopbackError(error.into()).into()),
             Err(_) => Err(DRIVER_PANICKED.into()),
         }
     }
 
-    /// The user's configuration with the host `index` alone, at `address`, and our hook switched on.
-    fn single_host(&self, index: usize, address: SocketAddr, connect_timeout: Duration) -> Config {
-        let from = &self.config;
+    /// Where the driver is led to.
+    fn bait(&self) -> Result<SocketAddr, LoopbackError> {
+        self.plan.bait.address().map_err(|error| LoopbackError(error.into()))
+    }
+
+    /// The user's configuration with the host `index` alone, at the `bait`, and our hook switched on.
+    fn single_host(&self, index: usize, bait: SocketAddr, connect_timeout: Duration) -> Config {
+        let from = &self.plan.config;
         let mut to = Config::new();
         to.host(&key(index))
-            .hostaddr(address.ip())
-            .port(address.port())
+            .hostaddr(bait.ip())
+            .port(bait.port())
             .ssl_mode(SslMode::Require)
             .ssl_negotiation(SslNegotiation::Direct)
             .connect_timeout(connect_timeout)
-            .keepalives(from.get_keepalives())
-            .keepalives_idle(from.get_keepalives_idle())
+            .keepalives(false)
             .target_session_attrs(from.get_target_session_attrs())
             .channel_binding(from.get_channel_binding());
         if let Some(user) = from.get_user() {
@@ -158,36 +161,27 @@ impl Dialer {
         if let Some(application_name) = from.get_application_name() {
             to.application_name(application_name);
         }
-        if let Some(&timeout) = from.get_tcp_user_timeout() {
-            to.tcp_user_timeout(timeout);
-        }
-        if let Some(interval) = from.get_keepalives_interval() {
-            to.keepalives_interval(interval);
-        }
-        if let Some(retries) = from.get_keepalives_retries() {
-            to.keepalives_retries(retries);
-        }
         to
     }
 
-    /// Where the driver is to connect for a route.
+    /// Where the server of a route may be.
     fn addresses(
         &self,
         route: &Route,
         control: &StreamControl,
         deadline: Instant,
-    ) -> Result<Vec<SocketAddr>, BoxedError> {
+    ) -> Result<Vec<Option<SocketAddr>>, BoxedError> {
         match route {
-            Route::Tcp { address: Some(ip), port, .. } => Ok(vec![(*ip, *port).into()]),
-            Route::Tcp { domain, port, .. } => resolve(domain, *port, control, deadline),
-            Route::Unix { .. } => match self.plan.bait.address() {
-                Ok(address) => Ok(vec![address]),
-                Err(error) => Err(LoopbackError(error.into()).into()),
-            },
+            Route::Tcp { address: Some(ip), port, .. } => Ok(vec![Some((*ip, *port).into())]),
+            Route::Tcp { domain, port, .. } => {
+                Ok(resolve(domain, *port, control, deadline)?.into_iter().map(Some).collect())
+            }
+            Route::Unix { .. } => Ok(vec![None]),
         }
     }
 
-    /// Cancels the statement that a session of this dialer is running; done when the server has sent the signal.
+    /// Cancels the statement that the session with this control and token is running; done when the server has sent the
+    /// signal.
     ///
     /// So a statement that is sent after this has returned `Ok` is not hit by it. A pooler between us and the server
     /// may close the connection earlier, and then it may be.
@@ -195,17 +189,21 @@ impl Dialer {
     /// # Errors
     /// When the server could not be reached, or had not closed the connection by `deadline`; then the cancel may
     /// still take effect at any time, and the session should be discarded.
-    pub(crate) fn cancel(&self, token: &CancelToken, deadline: Instant) -> Result<(), DialError> {
+    pub(crate) fn cancel(
+        &self,
+        session: &StreamControl,
+        token: &CancelToken,
+        deadline: Instant,
+    ) -> Result<(), DialError> {
         const WHAT: &str = "cancel request";
         // The driver connects for as long as the session's configuration says, and unwraps the making of a runtime;
         // a thread of its own keeps us from both.
         let control = StreamControl::new();
         control.set_deadline(Some(deadline));
-        let connector = Connector::new(Arc::clone(&self.plan), control.clone(), Role::Cancel, deadline);
-        // Makes room in the queue of the bait, if there is one.
-        if self.plan.routes.iter().any(|route| matches!(route, Route::Unix { .. })) {
-            self.plan.bait.address().map_err(|error| DialError::one(WHAT, LoopbackError(error.into())))?;
-        }
+        let connector =
+            Connector::new(Arc::clone(&self.plan), session.peer(), control.clone(), Role::Cancel, deadline);
+        // Makes room in the queue of the bait.
+        self.bait().map_err(|error| DialError::one(WHAT, error))?;
         let (done, outcome) = mpsc::sync_channel(1);
         let token = token.clone();
         thread::Builder::new()
@@ -308,7 +306,7 @@ struct LoopbackError(BoxedError);
 
 impl fmt::Display for LoopbackError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a session over a Unix socket needs the loopback interface (127.0.0.1)")
+        f.write_str("sessions need the loopback interface (127.0.0.1), whatever host they go to")
     }
 }
 

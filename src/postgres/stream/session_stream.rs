@@ -5,13 +5,11 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use postgres::Socket;
 use postgres::tls::{ChannelBinding, TlsStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::UnixStream;
 
-use super::control::{WAKE_MESSAGE, Watch};
-use super::framing::Framing;
+use super::control::Watch;
+use super::socket::Socket;
 use super::tls::BoxedStream;
 
 /// A connection to the server that obeys a [`StreamControl`](super::StreamControl), over any transport.
@@ -20,9 +18,6 @@ pub(crate) struct SessionStream {
     watch: Watch,
     transport: Transport,
     role: Role,
-    framing: Framing,
-    /// What is still to be read of a wake that is being delivered.
-    injecting: &'static [u8],
 }
 
 /// What a connection is made for.
@@ -39,10 +34,8 @@ pub(super) enum Role {
 
 /// The ways to reach a server.
 pub(super) enum Transport {
-    /// TCP without TLS.
-    Tcp(Socket),
-    /// A Unix socket.
-    Unix(UnixStream),
+    /// TCP without TLS, or a Unix socket.
+    Plain(Socket),
     /// TLS over TCP.
     Tls(BoxedStream),
 }
@@ -50,8 +43,7 @@ pub(super) enum Transport {
 impl fmt::Debug for Transport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Transport::Tcp(_) => "Tcp",
-            Transport::Unix(_) => "Unix",
+            Transport::Plain(_) => "Plain",
             Transport::Tls(_) => "Tls",
         })
     }
@@ -64,8 +56,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Duplex for T {}
 impl Transport {
     fn pin(&mut self) -> Pin<&mut dyn Duplex> {
         match self {
-            Transport::Tcp(stream) => Pin::new(stream),
-            Transport::Unix(stream) => Pin::new(stream),
+            Transport::Plain(stream) => Pin::new(stream),
             Transport::Tls(stream) => Pin::new(stream),
         }
     }
@@ -73,7 +64,7 @@ impl Transport {
 
 impl SessionStream {
     pub(super) fn new(watch: Watch, transport: Transport, role: Role) -> Self {
-        Self { watch, transport, role, framing: Framing::new(), injecting: &[] }
+        Self { watch, transport, role }
     }
 
     /// One poll of the transport under the watch.
@@ -86,27 +77,6 @@ impl SessionStream {
         match poll(self.transport.pin(), cx) {
             Poll::Pending => self.watch.wait(cx).map(Err),
             ready => ready,
-        }
-    }
-
-    /// Reads, but not more than `most` bytes.
-    fn poll_read_at_most(
-        &mut self,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-        most: usize,
-    ) -> Poll<io::Result<()>> {
-        // Through a buffer of our own: to lend out a part of the other takes unsafe code.
-        let mut space = [0; 8192];
-        let most = most.min(space.len());
-        let mut part = ReadBuf::new(&mut space[..most]);
-        match self.transport.pin().poll_read(cx, &mut part) {
-            Poll::Pending => self.watch.wait(cx).map(Err),
-            ready => {
-                self.framing.feed(part.filled());
-                buf.put_slice(part.filled());
-                ready
-            }
         }
     }
 
@@ -128,33 +98,7 @@ impl SessionStream {
 
 impl AsyncRead for SessionStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        this.watch.check(cx)?;
-        let wake_is_due = this.injecting.is_empty() && this.watch.control().wake_is_due();
-        if wake_is_due && this.framing.at_boundary() {
-            this.watch.control().wake_taken();
-            this.injecting = WAKE_MESSAGE;
-        }
-        if !this.injecting.is_empty() {
-            let (now, later) = this.injecting.split_at(this.injecting.len().min(buf.remaining()));
-            buf.put_slice(now);
-            this.injecting = later;
-            return Poll::Ready(Ok(()));
-        }
-        // Under a flood of messages most reads end in the middle of one. A wake would wait for the flood to pass, so
-        // while there is one to deliver we read up to the next boundary and no further.
-        let most = this.framing.to_boundary();
-        if wake_is_due && (1..buf.remaining()).contains(&most) {
-            return this.poll_read_at_most(cx, buf, most);
-        }
-        let before = buf.filled().len();
-        match this.transport.pin().poll_read(cx, buf) {
-            Poll::Pending => this.watch.wait(cx).map(Err),
-            ready => {
-                this.framing.feed(&buf.filled()[before..]);
-                ready
-            }
-        }
+        self.get_mut().watched(cx, |stream, cx| stream.poll_read(cx, buf))
     }
 }
 
@@ -179,7 +123,7 @@ impl AsyncWrite for SessionStream {
 impl TlsStream for SessionStream {
     fn channel_binding(&self) -> ChannelBinding {
         match &self.transport {
-            Transport::Tcp(_) | Transport::Unix(_) => ChannelBinding::none(),
+            Transport::Plain(_) => ChannelBinding::none(),
             Transport::Tls(stream) => stream.channel_binding(),
         }
     }
@@ -191,7 +135,7 @@ mod tests {
     use std::task::Waker;
     use std::time::{Duration, Instant};
 
-    use super::super::control::{Ended, StreamControl, WAKE_CHANNEL};
+    use super::super::control::{Ended, StreamControl};
     use super::*;
 
     /// A server that sends its pieces one a read, and never takes a byte.
@@ -251,76 +195,7 @@ mod tests {
         }
     }
 
-    /// A message without a body, one with a long one, and one with a short one.
-    const FROM_SERVER: &[u8] = b"1\0\0\0\x04D\0\0\0\x0eaaaaaaaaaaZ\0\0\0\x05I";
-    const BOUNDARIES: [usize; 4] = [0, 5, 20, 26];
-
-    #[test]
-    fn the_message_of_a_wake_is_what_it_should_be() {
-        let mut expected = b"A".to_vec();
-        let channel = WAKE_CHANNEL.as_bytes();
-        expected.extend_from_slice(&(4 + 4 + channel.len() as i32 + 2).to_be_bytes());
-        expected.extend_from_slice(&0_i32.to_be_bytes());
-        expected.extend_from_slice(channel);
-        expected.extend_from_slice(b"\0\0");
-        assert_eq!(WAKE_MESSAGE, expected);
-    }
-
-    #[test]
-    fn a_wake_at_any_byte_is_delivered_once_at_the_next_boundary_whatever_the_reads() {
-        for split in 0..=FROM_SERVER.len() {
-            for capacity in [1, 2, 3, 5, 7, 64] {
-                for at in 0..=FROM_SERVER.len() {
-                    let (mut stream, control) = stream(&[&FROM_SERVER[..split], &FROM_SERVER[split..]]);
-                    let (mut got, mut woken_at) = (Vec::new(), None);
-                    loop {
-                        if got.len() >= at && woken_at.is_none() {
-                            woken_at = Some(got.len());
-                            // Several are one.
-                            control.wake();
-                            control.wake();
-                        }
-                        match read(&mut stream, capacity) {
-                            Some(piece) => got.extend(piece.unwrap()),
-                            None if woken_at.is_some() => break,
-                            None => unreachable!("all has been read"),
-                        }
-                    }
-                    let woken_at = woken_at.unwrap();
-                    let injected = BOUNDARIES.into_iter().find(|&boundary| boundary >= woken_at).unwrap();
-                    assert!(
-                        got[injected..].starts_with(WAKE_MESSAGE),
-                        "split {split}, capacity {capacity}, wake at {at}"
-                    );
-                    got.drain(injected..injected + WAKE_MESSAGE.len());
-                    assert_eq!(got, FROM_SERVER);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_wake_during_the_delivery_of_another_is_delivered_after_it() {
-        let (mut stream, control) = stream(&[]);
-        control.wake();
-        let mut got = read(&mut stream, 1).unwrap().unwrap();
-        control.wake();
-        while let Some(piece) = read(&mut stream, 1) {
-            got.extend(piece.unwrap());
-        }
-        assert_eq!(got, [WAKE_MESSAGE, WAKE_MESSAGE].concat());
-    }
-
-    #[test]
-    fn no_wake_is_delivered_before_the_session_is_ready() {
-        let control = StreamControl::new();
-        control.wake();
-        assert!(!control.wake_is_due());
-        control.establish();
-        assert!(control.wake_is_due());
-        control.wake_taken();
-        assert!(!control.wake_is_due());
-    }
+    const FROM_SERVER: &[u8] = b"1\0\0\0\x04Z\0\0\0\x05I";
 
     #[test]
     fn after_a_kill_every_poll_fails() {

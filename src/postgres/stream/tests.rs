@@ -4,8 +4,6 @@ use std::error::Error;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
@@ -15,8 +13,8 @@ use postgres::{Client, NoTls, Notification};
 use rustls::pki_types::CertificateDer;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use super::control::is_wake;
 use super::*;
+use crate::postgres::alarm::{Alarm, Woken};
 use server::Server;
 
 mod server;
@@ -88,84 +86,6 @@ fn median(mut times: Vec<Duration>) -> (Duration, Duration) {
 }
 
 #[test]
-fn a_wake_ends_a_wait_in_microseconds() {
-    let server = Server::start(true);
-    for over_ in ALL {
-        let (mut client, control) = open(&over(&server, over_));
-        let base = Instant::now();
-        let woken = Arc::new(AtomicU64::new(0));
-        let stop = Arc::new(AtomicBool::new(false));
-        let waker = thread::spawn({
-            let (woken, stop) = (Arc::clone(&woken), Arc::clone(&stop));
-            move || {
-                while !stop.load(SeqCst) {
-                    sleep(Duration::from_micros(700));
-                    woken.store(base.elapsed().as_nanos() as u64, SeqCst);
-                    control.wake();
-                }
-            }
-        });
-        let mut times = Vec::new();
-        for _ in 0..1000 {
-            let notification = next(&mut client, 10 * SECOND).unwrap().expect("a lost wake");
-            times.push(base.elapsed() - Duration::from_nanos(woken.load(SeqCst)));
-            assert!(is_wake(&notification));
-            assert_eq!(notification.payload(), "");
-        }
-        stop.store(true, SeqCst);
-        waker.join().unwrap();
-        let (middle, worst) = median(times);
-        println!("{over_:?}: wake to return {middle:?}, 99 % {worst:?}");
-        assert!(middle < Duration::from_millis(5));
-    }
-}
-
-#[test]
-fn a_wake_before_the_session_or_during_a_query_ends_the_next_wait() {
-    let server = Server::start(true);
-    for over_ in ALL {
-        let control = StreamControl::new();
-        control.wake();
-        let dialer = dialer(
-            &format!("{} target_session_attrs=read-write", over_url(&server, over_)),
-            tls_of(&server, over_),
-        );
-        let mut client = dialer.connect(&control, soon()).unwrap();
-        assert!(is_wake(&next(&mut client, SECOND).unwrap().unwrap()));
-        let waker = thread::spawn({
-            let control = control.clone();
-            move || {
-                sleep(Duration::from_millis(50));
-                control.wake();
-                control.wake();
-            }
-        });
-        client.batch_execute("SELECT pg_sleep(0.2)").unwrap();
-        waker.join().unwrap();
-        let (notification, time) = timed(|| next(&mut client, SECOND).unwrap());
-        assert!(is_wake(&notification.unwrap()) && time < SECOND / 10);
-        while let Some(notification) = client.notifications().iter().next().unwrap() {
-            assert!(is_wake(&notification));
-        }
-        let (notification, time) = timed(|| next(&mut client, SECOND / 10).unwrap());
-        assert!(notification.is_none() && time >= SECOND / 10);
-        assert!(!control.is_dead());
-    }
-}
-
-fn over_url(server: &Server, over: Over) -> String {
-    match over {
-        Over::Tcp => format!("{} sslmode=disable", server.url()),
-        Over::Tls => format!("{} sslmode=require", server.url()),
-        Over::Unix => server.unix_url(),
-    }
-}
-
-fn tls_of(server: &Server, over: Over) -> Option<Tls> {
-    (over == Over::Tls).then(|| rustls(server))
-}
-
-#[test]
 fn the_loss_of_the_session_ends_a_wait() {
     let server = Server::start(true);
     let mut other = Client::connect(&server.unix_url(), NoTls).unwrap();
@@ -193,95 +113,62 @@ fn the_loss_of_the_session_ends_a_wait() {
     }
 }
 
-/// Another thread wakes again as soon as it was answered, while the session waits, runs queries and hears real
-/// notifications.
+/// What a supervisor does: it sleeps on the socket of a session that another thread has.
 #[test]
-fn thousands_of_wakes_among_notifications_and_queries_are_all_answered() {
-    const WAKES: u64 = 4_000;
+fn the_end_of_a_session_wakes_a_thread_that_watches_its_socket() {
     let server = Server::start(true);
+    let mut other = Client::connect(&server.unix_url(), NoTls).unwrap();
     for over_ in ALL {
-        let (mut client, control) = open(&over(&server, over_));
-        client.batch_execute("LISTEN news").unwrap();
-        let asked = Arc::new(AtomicU64::new(0));
-        let answered = Arc::new(AtomicU64::new(0));
-        let done = Arc::new(AtomicBool::new(false));
-        let heard = Arc::new(AtomicU64::new(0));
-        let waker = thread::spawn({
-            let (asked, answered) = (Arc::clone(&asked), Arc::clone(&answered));
-            move || {
-                for _ in 0..WAKES {
-                    let number = asked.fetch_add(1, SeqCst) + 1;
-                    control.wake();
-                    let end = Instant::now() + 8 * SECOND;
-                    while answered.load(SeqCst) < number {
-                        assert!(Instant::now() < end, "wake {number} was lost");
-                        thread::yield_now();
+        for ends in ["by the server", "by a kill", "by a drop"] {
+            let (mut client, control) = open(&over(&server, over_));
+            let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+            let socket = control.socket().unwrap();
+            let alarm = Alarm::new().unwrap();
+            // Nothing is left to read of what the session has said so far.
+            assert_eq!(alarm.sleep(0, Some(&socket), Instant::now() + SECOND / 20), Woken::Time);
+            thread::scope(|scope| {
+                let watcher = scope.spawn(|| timed(|| alarm.sleep(0, Some(&socket), soon())));
+                sleep(SECOND / 50);
+                match ends {
+                    "by the server" => {
+                        other.execute("SELECT pg_terminate_backend($1)", &[&pid]).unwrap();
                     }
-                    if fastrand::u8(..) < 64 {
-                        sleep(Duration::from_micros(fastrand::u64(..300)));
+                    "by a kill" => control.kill(),
+                    _ => {
+                        drop(client);
+                        control.detach();
                     }
                 }
-            }
-        });
-        let notifier = thread::spawn({
-            let (url, done, heard) = (server.unix_url(), Arc::clone(&done), Arc::clone(&heard));
-            move || {
-                let mut client = Client::connect(&url, NoTls).unwrap();
-                let mut sent = 0_u64;
-                while !done.load(SeqCst) {
-                    // Not too far ahead: a wake has its place in the queue behind what came before it.
-                    while heard.load(SeqCst) + 100 < sent && !done.load(SeqCst) {
-                        thread::yield_now();
-                    }
-                    client.batch_execute(&format!("NOTIFY news, '{sent}'")).unwrap();
-                    sent += 1;
-                }
-                sent
-            }
-        });
-        let mut take = |notification: Notification| {
-            if is_wake(&notification) {
-                answered.store(asked.load(SeqCst), SeqCst);
-            } else {
-                assert_eq!(notification.payload(), heard.fetch_add(1, SeqCst).to_string());
-            }
-        };
-        while answered.load(SeqCst) < WAKES {
-            assert!(!waker.is_finished() || answered.load(SeqCst) == WAKES, "a wake was lost");
-            let notification = next(&mut client, 5 * SECOND).unwrap().expect("a lost wake");
-            take(notification);
-            match fastrand::u8(..4) {
-                0 => {
-                    let length = fastrand::i32(0..20_000);
-                    let row = client
-                        .query_one("SELECT repeat('x', n) FROM (VALUES ($1::int)) AS v (n)", &[&length])
-                        .unwrap();
-                    assert_eq!(row.get::<_, String>(0).len(), length as usize);
-                }
-                1 => {
-                    let rows = client.simple_query("SELECT generate_series(1, 30)").unwrap();
-                    assert!(rows.len() >= 31);
-                }
-                _ => {}
-            }
+                let (woken, time) = watcher.join().unwrap();
+                assert_eq!(woken, Woken::Socket, "{over_:?} {ends}");
+                assert!(time < SECOND, "{over_:?} {ends}: {time:?}");
+            });
         }
-        waker.join().unwrap();
-        done.store(true, SeqCst);
-        let sent = notifier.join().unwrap();
-        while heard_less(&mut take, &mut client) {}
-        let heard = heard.load(SeqCst);
-        println!("{over_:?}: {WAKES} wakes, {heard} of {sent} notifications");
-        assert_eq!(heard, sent);
     }
 }
 
-fn heard_less(take: &mut impl FnMut(Notification), client: &mut Client) -> bool {
-    match next(client, SECOND / 2).unwrap() {
-        Some(notification) => {
-            take(notification);
-            true
-        }
-        None => false,
+#[test]
+fn a_guarded_call_ends_when_the_guard_says_that_its_deadline_has_passed() {
+    let server = Server::start(true);
+    for over_ in ALL {
+        let (mut client, control) = open(&over(&server, over_));
+        let deadline = Instant::now() + SECOND / 5;
+        control.guard(true);
+        control.set_deadline(Some(deadline));
+        assert_eq!(control.guarded_deadline().map(|at| at.duration_since(deadline)), Some(Duration::ZERO));
+        let guard = thread::spawn({
+            let control = control.clone();
+            move || {
+                // Too early: that ends nothing.
+                control.enforce();
+                sleep(deadline.saturating_duration_since(Instant::now()) + SECOND / 5);
+                control.enforce();
+            }
+        });
+        let (outcome, time) = timed(|| client.batch_execute("SELECT pg_sleep(60)"));
+        assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::DeadlinePassed));
+        assert!((SECOND * 3 / 10..SECOND).contains(&time), "the guard's time, and no timer's: {time:?}");
+        guard.join().unwrap();
     }
 }
 
@@ -455,8 +342,7 @@ fn hosts_are_tried_in_order_and_all_failures_are_told() {
     let (client, time) = timed(|| dialer_.connect(&control, soon()));
     let mut client = client.unwrap_or_else(|error| panic!("{error}"));
     assert!(time >= SECOND, "the silent one has its time");
-    control.wake();
-    assert!(is_wake(&next(&mut client, SECOND).unwrap().unwrap()));
+    client.batch_execute("SELECT 1").unwrap();
 
     let refused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let url = format!("host=127.0.0.1,/nowhere port={refused},5433 user=postgres");
@@ -588,10 +474,9 @@ fn scram_is_bound_to_the_tls_channel() {
     admin.batch_execute("CREATE ROLE scram_user LOGIN PASSWORD 'secret'").unwrap();
     let url = server.url().replace("user=postgres", "user=scram_user password=secret dbname=postgres");
     let bound = format!("{url} sslmode=require channel_binding=require");
-    let (mut client, control) = open(&dialer(&bound, Some(rustls(&server))));
+    let (mut client, _) = open(&dialer(&bound, Some(rustls(&server))));
     assert!(encrypted(&mut client));
-    control.wake();
-    assert!(is_wake(&next(&mut client, SECOND).unwrap().unwrap()));
+    client.batch_execute("SELECT 1").unwrap();
     let plain = format!("{url} sslmode=disable channel_binding=require");
     let error = dialer(&plain, None).connect(&StreamControl::new(), soon()).err().unwrap();
     println!("{error}");
@@ -646,11 +531,11 @@ fn a_cancel_hits_the_statement_and_never_a_later_one() {
         let (mut hit, mut times) = (0, Vec::new());
         for round in 0..200_u64 {
             let canceller = thread::spawn({
-                let (dialer, token) = (dialer.clone(), token.clone());
+                let (dialer, control, token) = (dialer.clone(), control.clone(), token.clone());
                 move || {
                     // Now and then so late that it races with the end of the statement.
                     sleep(Duration::from_micros(if round % 2 == 0 { 3000 } else { 1000 + round * 20 }));
-                    timed(|| dialer.cancel(&token, soon()))
+                    timed(|| dialer.cancel(&control, &token, soon()))
                 }
             });
             let sleep_for = if round % 2 == 0 { "60" } else { "0.003" };
@@ -674,7 +559,7 @@ fn a_cancel_hits_the_statement_and_never_a_later_one() {
         assert!(hit >= 100 && !control.is_dead());
 
         let _frozen = server.freeze();
-        let (outcome, time) = timed(|| dialer.cancel(&token, Instant::now() + SECOND / 5));
+        let (outcome, time) = timed(|| dialer.cancel(&control, &token, Instant::now() + SECOND / 5));
         let error = outcome.unwrap_err();
         println!("{error}");
         assert_eq!(error.ended(), Some(Ended::DeadlinePassed), "{error}");

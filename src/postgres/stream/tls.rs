@@ -6,8 +6,9 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use postgres::Socket;
 use postgres::tls::{MakeTlsConnect, TlsConnect, TlsStream};
+
+use super::socket::Socket;
 
 /// A TLS stream of any make.
 pub(super) type BoxedStream = Box<dyn TlsStream + Send + Unpin>;

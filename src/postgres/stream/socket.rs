@@ -1,0 +1,164 @@
+//! The socket of a session: read and written by the driver, watched and shut down by other threads.
+
+use std::fmt;
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use postgres::Config;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+/// A connected socket, of TCP or of the Unix domain: what a TLS connector is handed.
+///
+/// The connectors for the `postgres` crate that work with any stream work with this one: those of `postgres-native-tls`,
+/// `postgres-openssl` and `tokio-postgres-rustls`.
+#[derive(Clone)]
+pub struct Socket {
+    inner: Arc<Inner>,
+}
+
+/// Shared, and not duplicated, so that a session takes one descriptor for its socket.
+enum Inner {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// Calls one and the same method of either stream.
+macro_rules! either {
+    ($socket:expr, $stream:ident => $call:expr) => {
+        match &*$socket.inner {
+            Inner::Tcp($stream) => $call,
+            Inner::Unix($stream) => $call,
+        }
+    };
+}
+
+impl Socket {
+    /// Connects over TCP, with the options of `config` that are the socket's.
+    pub(super) async fn tcp(address: SocketAddr, config: &Config) -> io::Result<Self> {
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        let socket = SockRef::from(&stream);
+        #[cfg(target_os = "linux")]
+        if let Some(&timeout) = config.get_tcp_user_timeout() {
+            socket.set_tcp_user_timeout(Some(timeout))?;
+        }
+        if config.get_keepalives() {
+            let mut keepalive = TcpKeepalive::new().with_time(config.get_keepalives_idle());
+            if let Some(interval) = config.get_keepalives_interval() {
+                keepalive = keepalive.with_interval(interval);
+            }
+            if let Some(retries) = config.get_keepalives_retries() {
+                keepalive = keepalive.with_retries(retries);
+            }
+            socket.set_tcp_keepalive(&keepalive)?;
+        }
+        Ok(Self { inner: Arc::new(Inner::Tcp(stream)) })
+    }
+
+    /// Connects to the Unix socket at `path`.
+    pub(super) async fn unix(path: &Path) -> io::Result<Self> {
+        let stream = UnixStream::connect(path).await?;
+        Ok(Self { inner: Arc::new(Inner::Unix(stream)) })
+    }
+
+    /// The address at the other end, if it is TCP and still connected.
+    pub(super) fn peer(&self) -> Option<SocketAddr> {
+        match &*self.inner {
+            Inner::Tcp(stream) => stream.peer_addr().ok(),
+            Inner::Unix(_) => None,
+        }
+    }
+
+    /// Ends the connection for whoever has the socket, and for the server. A thread that waits for something to read is
+    /// woken.
+    pub(crate) fn shut_down(&self) {
+        // It fails when the connection has ended before.
+        let _ = either!(self, stream => SockRef::from(stream).shutdown(std::net::Shutdown::Both));
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        either!(self, stream => stream.as_fd())
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            ready!(either!(self, stream => stream.poll_read_ready(cx)))?;
+            let room = buf.remaining();
+            match either!(self, stream => stream.try_read(buf.initialize_unfilled())) {
+                Ok(length) => {
+                    buf.advance(length);
+                    if 0 < length && length < room {
+                        self.drained();
+                    }
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+}
+
+impl Socket {
+    /// Takes the mark off that there is something to read: a read that did not fill its buffer has emptied the socket.
+    /// Without this every answer would cost one more read, which finds nothing.
+    fn drained(&self) {
+        let nothing = || io::Result::<()>::Err(io::ErrorKind::WouldBlock.into());
+        let _ = either!(self, stream => stream.try_io(Interest::READABLE, nothing));
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(either!(self, stream => stream.poll_write_ready(cx)))?;
+            match either!(self, stream => stream.try_write(buf)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                outcome => return Poll::Ready(outcome),
+            }
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(either!(self, stream => stream.poll_write_ready(cx)))?;
+            match either!(self, stream => stream.try_write_vectored(bufs)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                outcome => return Poll::Ready(outcome),
+            }
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(either!(self, stream => SockRef::from(stream).shutdown(std::net::Shutdown::Write)))
+    }
+}
+
+impl fmt::Debug for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        either!(self, stream => stream.fmt(f))
+    }
+}
