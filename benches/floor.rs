@@ -1,130 +1,180 @@
 //! What the library costs above the driver used by hand: lock and release, and the hand-over to a waiter.
 //!
-//! Each round measures every contender once, in turn, so that whatever else the machine does hits all of them alike; the
-//! figures to look at are the ratios.
+//! Each round measures every contender once, so that whatever else the machine does hits all of them alike; the figures
+//! to look at are the ratios.
 
-use std::hint::black_box;
+mod kit;
+
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
-use dsync::{CatalogMode, Config, Context, Lock, LockOptions, PostgresManager, SyncManager};
-use postgres::{Client, NoTls};
-use support::Server;
+use dsync::{CatalogMode, Context, Lock, LockOptions, PostgresManager, json_valuer};
+use kit::raw::{self, Raw, Watcher};
+use kit::{Bench, Contender, Plan, Row, Target, interleave, micros, time};
 
-const ROUNDS: usize = 1_000;
 const KEY: i64 = 4711;
 
+/// Long enough never to end a call here.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a pair is to reach without the catalog, and with it. The hand-over is to reach the first, catalog or not.
+const PLAIN: Target = Target::Ratio(1.10);
+const WITH_ROW: Target = Target::Ratio(1.5);
+
+/// How an application begins to hold the lock.
+#[derive(Clone, Copy)]
+enum Call {
+    Lock,
+    LockWithDeadline,
+    TryLock,
+}
+
+impl Call {
+    /// The context is made each time, as an application makes it.
+    fn make(self, lock: &Arc<dyn Lock>) {
+        match self {
+            Self::Lock => lock.lock(&Context::background()),
+            Self::LockWithDeadline => lock.lock(&Context::timeout(PATIENCE)),
+            Self::TryLock => lock.try_lock(&Context::timeout(PATIENCE)),
+        }
+        .expect("the lock");
+    }
+}
+
 fn main() {
-    let server = Server::shared();
+    let mut bench = Bench::start("floor");
+    let server = kit::server();
     let database = server.database().expect("a database");
-    let url = database.url();
-    println!("PostgreSQL {}, TCP on loopback, {ROUNDS} rounds", server.version());
-    println!("\nlock + release, nobody else there");
-    pairs(&url);
-    println!("\nhand-over: the holder's release is called -> the waiter's lock has returned");
-    hand_overs(&url);
+    pairs(&mut bench, &database.url());
+    hand_overs(&mut bench, &database.url());
+    bench.finish();
 }
 
-fn manager(url: &str, mode: CatalogMode) -> PostgresManager {
-    let config = Config::from_url(url).expect("a URL").catalog(mode);
-    let manager = PostgresManager::new(config).expect("a manager");
-    manager.start().expect("a server");
-    manager
+fn managers(url: &str) -> [PostgresManager; 2] {
+    [CatalogMode::None, CatalogMode::Automatic].map(|mode| kit::manager(url, mode, 2))
 }
 
-fn pairs(url: &str) {
-    let mut raw = Client::connect(url, NoTls).expect("a session");
-    let lock = raw.prepare("SELECT pg_advisory_lock($1)").expect("a statement");
-    let unlock = raw.prepare("SELECT pg_advisory_unlock($1)").expect("a statement");
-    let mut raw_pair = || {
-        raw.execute(&lock, &[&KEY]).expect("the lock");
-        black_box(raw.query_one(&unlock, &[&KEY]).expect("the unlock"));
-    };
-    let managers = [CatalogMode::None, CatalogMode::Automatic].map(|mode| manager(url, mode));
-    let locks = managers.each_ref().map(|manager| manager.lock("bench", LockOptions::new()).expect("a lock"));
-    let pair = |lock: &Arc<dyn Lock>| {
-        lock.lock(&Context::background()).expect("the lock");
-        lock.release().expect("the release");
-    };
-    let mut times: [Vec<Duration>; 3] = Default::default();
-    for _ in 0..ROUNDS {
-        times[0].push(time(&mut raw_pair));
-        for (lock, times) in locks.iter().zip(&mut times[1..]) {
-            times.push(time(|| pair(lock)));
-        }
-    }
-    print(&mut times);
+/// The lock of the bench. With a catalog it has an annotation: a row is to hold all that a row can.
+fn lock(manager: &PostgresManager) -> Arc<dyn Lock> {
+    let annotation = json_valuer(&serde_json::json!({ "host": "db-7", "pid": 4711 })).expect("a valuer");
+    manager.lock("bench", LockOptions::new().valuer(annotation)).expect("a lock")
 }
 
-fn hand_overs(url: &str) {
-    let mut times: [Vec<Duration>; 3] = Default::default();
-    let [first, second] = [(); 2].map(|()| Client::connect(url, NoTls).expect("a session"));
-    let mut raw = [first, second];
-    let statements = raw.each_mut().map(|client| {
-        ["SELECT pg_advisory_lock($1)", "SELECT pg_advisory_unlock($1)"]
-            .map(|sql| client.prepare(sql).expect("it"))
-    });
-    let pairs_of_managers =
-        [CatalogMode::None, CatalogMode::Automatic].map(|mode| [(); 2].map(|()| manager(url, mode)));
-    let mut watcher = Client::connect(url, NoTls).expect("a session");
-    let mut wait_for_waiter = || {
-        let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
-        while watcher.query_one(waits, &[]).expect("pg_locks").get::<_, i64>(0) == 0 {}
-    };
-    for _ in 0..ROUNDS / 5 {
-        let [holder, waiter] = &mut raw;
-        holder.execute(&statements[0][0], &[&KEY]).expect("the lock");
-        times[0].push(std::thread::scope(|scope| {
-            let (done, granted) = bounded(1);
-            let [lock, unlock] = &statements[1];
-            scope.spawn(move || {
-                waiter.execute(lock, &[&KEY]).expect("the lock");
-                done.send(Instant::now()).expect("the bench");
-                waiter.execute(unlock, &[&KEY]).expect("the unlock");
+fn pairs(bench: &mut Bench, url: &str) {
+    let plan = bench.choose(
+        Plan { repetitions: 7, rounds: 1_000, warm_up: 200 },
+        Plan { repetitions: 3, rounds: 50, warm_up: 20 },
+    );
+    let managers = managers(url);
+    let [plain, with_row] = managers.each_ref().map(lock);
+    let mut raw = Raw::connect(url);
+    let ours = |lock: &Arc<dyn Lock>, call: Call| {
+        let lock = Arc::clone(lock);
+        move || {
+            let taken = time(|| {
+                call.make(&lock);
+                lock.release().expect("the release");
             });
-            wait_for_waiter();
-            let released = Instant::now();
-            holder.execute(&statements[0][1], &[&KEY]).expect("the unlock");
-            granted.recv().expect("the waiter") - released
-        }));
-        for (managers, times) in pairs_of_managers.iter().zip(&mut times[1..]) {
-            let [holder, waiter] =
-                managers.each_ref().map(|manager| manager.lock("bench", LockOptions::new()).expect("a lock"));
-            holder.lock(&Context::background()).expect("the lock");
-            times.push(std::thread::scope(|scope| {
-                let (done, granted) = bounded(1);
-                scope.spawn(move || {
-                    waiter.lock(&Context::background()).expect("the lock");
-                    done.send(Instant::now()).expect("the bench");
-                    waiter.release().expect("the release");
-                });
-                wait_for_waiter();
-                let released = Instant::now();
-                holder.release().expect("the release");
-                granted.recv().expect("the waiter") - released
-            }));
+            [micros(taken)]
         }
+    };
+    let [[floor], [plain], [plain_deadline], [plain_try], [row], [row_deadline], [row_try]] = interleave(
+        plan,
+        [
+            Contender::new(raw::NAME, || {
+                let taken = time(|| {
+                    raw.lock(KEY);
+                    raw.unlock(KEY);
+                });
+                [micros(taken)]
+            }),
+            Contender::new("dsync", ours(&plain, Call::Lock)),
+            Contender::new("dsync", ours(&plain, Call::LockWithDeadline)),
+            Contender::new("dsync", ours(&plain, Call::TryLock)),
+            Contender::new("dsync", ours(&with_row, Call::Lock)),
+            Contender::new("dsync", ours(&with_row, Call::LockWithDeadline)),
+            Contender::new("dsync", ours(&with_row, Call::TryLock)),
+        ],
+    );
+    bench.heading("lock and release, nobody else there");
+    for (what, ours, target) in [
+        ("lock + release, no catalog", plain, PLAIN),
+        ("lock with a deadline + release, no catalog", plain_deadline, PLAIN),
+        ("try_lock + release, no catalog", plain_try, PLAIN),
+        ("lock + release, with token and row", row, WITH_ROW),
+        ("lock with a deadline + release, with token and row", row_deadline, WITH_ROW),
+        ("try_lock + release, with token and row", row_try, WITH_ROW),
+    ] {
+        bench.row(Row::compared(what, "µs", &floor, &ours, Some(target)));
     }
-    print(&mut times);
 }
 
-fn time(run: impl FnOnce()) -> Duration {
-    let begun = Instant::now();
-    run();
-    begun.elapsed()
+fn hand_overs(bench: &mut Bench, url: &str) {
+    let plan = bench.choose(
+        Plan { repetitions: 7, rounds: 150, warm_up: 20 },
+        Plan { repetitions: 3, rounds: 10, warm_up: 3 },
+    );
+    let [mut holder, mut waiter] = [(); 2].map(|()| Raw::connect(url));
+    // Holder and waiter are two processes in life, so they have a manager each.
+    let pairs_of_managers = [managers(url), managers(url)];
+    let [holders, waiters] = pairs_of_managers.each_ref().map(|managers| managers.each_ref().map(lock));
+    let ours = |mode: usize, call: Call| {
+        let (holder, waiter) = (Arc::clone(&holders[mode]), Arc::clone(&waiters[mode]));
+        let mut watcher = Watcher::connect(url);
+        move || {
+            call.make(&holder);
+            let wait = |granted: &dyn Fn()| {
+                call.make(&waiter);
+                granted();
+                waiter.release().expect("the release");
+            };
+            let taken = hand_over(&mut watcher, || holder.release().expect("the release"), wait);
+            [micros(taken)]
+        }
+    };
+    let mut watcher = Watcher::connect(url);
+    let [[floor], [plain], [plain_deadline], [row], [row_deadline]] = interleave(
+        plan,
+        [
+            Contender::new(raw::NAME, || {
+                holder.lock(KEY);
+                let waiter = &mut waiter;
+                let wait = move |granted: &dyn Fn()| {
+                    waiter.lock(KEY);
+                    granted();
+                    waiter.unlock(KEY);
+                };
+                let taken = hand_over(&mut watcher, || holder.unlock(KEY), wait);
+                [micros(taken)]
+            }),
+            Contender::new("dsync", ours(0, Call::Lock)),
+            Contender::new("dsync", ours(0, Call::LockWithDeadline)),
+            Contender::new("dsync", ours(1, Call::Lock)),
+            Contender::new("dsync", ours(1, Call::LockWithDeadline)),
+        ],
+    );
+    bench.heading("hand-over: the holder's release is called -> the waiter's lock has returned");
+    for (what, ours) in [
+        ("hand-over, no catalog", plain),
+        ("hand-over to a waiter with a deadline, no catalog", plain_deadline),
+        ("hand-over, with token and row", row),
+        ("hand-over to a waiter with a deadline, with token and row", row_deadline),
+    ] {
+        bench.row(Row::compared(what, "µs", &floor, &ours, Some(PLAIN)));
+    }
 }
 
-fn print(times: &mut [Vec<Duration>; 3]) {
-    times.iter_mut().for_each(|times| times.sort());
-    let at = |times: &[Duration], share: f64| times[((times.len() - 1) as f64 * share) as usize];
-    let base = at(&times[0], 0.5);
-    println!("{:24} {:>10} {:>10} {:>8}", "", "median", "p99", "ratio");
-    for (name, times) in
-        ["the driver by hand", "without catalog", "with token and row"].into_iter().zip(times)
-    {
-        let median = at(times, 0.5);
-        let ratio = median.as_secs_f64() / base.as_secs_f64();
-        println!("{name:24} {median:>10.1?} {:>10.1?} {ratio:>8.2}", at(times, 0.99));
-    }
+/// The time from the holder's release to the waiter's lock. The lock is held when this begins, and free at its end.
+/// `wait` is to take the lock, say so, and give it back.
+fn hand_over(watcher: &mut Watcher, release: impl FnOnce(), wait: impl FnOnce(&dyn Fn()) + Send) -> Duration {
+    thread::scope(|scope| {
+        let (done, granted) = bounded(1);
+        scope.spawn(move || wait(&|| done.send(Instant::now()).expect("the bench")));
+        watcher.wait_for_waiter();
+        let released = Instant::now();
+        release();
+        granted.recv().expect("the waiter") - released
+    })
 }

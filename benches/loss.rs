@@ -1,103 +1,132 @@
-//! How soon the loss of a lock is told, and what it costs to hold one: the time from `pg_terminate_backend` to a closed
-//! channel, over TCP and over a Unix socket, and the processor time of idle held locks.
+//! How soon the loss of a lock is told: the time from `pg_terminate_backend` to a closed channel, over TCP and over a
+//! Unix socket, and to the lock in hand again. The floor is a thread that does nothing but wait for its session's end.
+
+mod kit;
 
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{Config, Context, Lock, LockOptions, PostgresManager, SyncManager};
-use support::{Database, Server, process};
+use crossbeam_channel::bounded;
+use dsync::{CatalogMode, Context, Lock, LockOptions};
+use kit::raw;
+use kit::{Bench, Contender, Plan, Row, Target, interleave, millis};
+use postgres::fallible_iterator::FallibleIterator;
+use postgres::{Client, Statement};
+use support::{Database, Server};
 
-const ROUNDS: usize = 200;
-const HELD: u32 = 100;
-const IDLE: Duration = Duration::from_secs(10);
+/// The locks of the driver by hand and of the library never meet.
+const RAW_KEY: i64 = 1;
+const OUR_KEY: i64 = 2;
+
+/// Whoever is to hear of the loss has gone to sleep by then.
+const SETTLING: Duration = Duration::from_millis(3);
+
+/// For the closed channel.
+const TARGET: Target = Target::P99(5.0);
 
 fn main() {
-    let server = Server::shared();
+    let mut bench = Bench::start("loss");
+    let server: Server = kit::server();
     let database = server.database().expect("a database");
-    println!("PostgreSQL {}", server.version());
-    for (name, url) in [("TCP on loopback", database.url()), ("Unix socket", database.unix_url())] {
-        println!("\n{name}");
-        losses(&database, &url);
-        idling(&url);
+    for (way, url) in [("TCP", database.url()), ("Unix socket", database.unix_url())] {
+        losses(&mut bench, &database, way, &url);
     }
+    bench.finish();
 }
 
-fn manager(url: &str, sessions: u32) -> PostgresManager {
-    let manager =
-        PostgresManager::new(Config::from_url(url).expect("a URL").max_sessions(sessions)).expect("it");
-    manager.start().expect("a server");
-    manager
+fn losses(bench: &mut Bench, database: &Database<'_>, way: &str, url: &str) {
+    let plan = bench.choose(
+        Plan { repetitions: 5, rounds: 100, warm_up: 10 },
+        Plan { repetitions: 3, rounds: 5, warm_up: 2 },
+    );
+    let manager = kit::manager(url, CatalogMode::Automatic, 1);
+    let lock = manager.lock(OUR_KEY, LockOptions::new()).expect("a lock");
+    let [[raw_told, raw_back], [told, back]] = interleave(
+        plan,
+        [
+            Contender::new("the driver by hand, blocked in blocking_iter", {
+                let mut operator = Operator::connect(database);
+                move || by_hand(&mut operator, url)
+            }),
+            Contender::new("dsync", {
+                let mut operator = Operator::connect(database);
+                move || by_library(&mut operator, &lock)
+            }),
+        ],
+    );
+    bench.heading(&format!("from pg_terminate_backend, over {way}"));
+    let told_row =
+        Row::compared(format!("backend terminated → loss told, {way}"), "ms", &raw_told, &told, Some(TARGET));
+    bench.row(told_row);
+    let back_row =
+        Row::compared(format!("backend terminated → lock held again, {way}"), "ms", &raw_back, &back, None);
+    bench.row(back_row);
 }
 
-fn lock(manager: &PostgresManager, key: &str) -> Arc<dyn Lock> {
-    let lock = manager.lock(key, LockOptions::new()).expect("a lock");
+/// From the call that ends the session to the end of a read that waits, and to the lock in another session.
+fn by_hand(operator: &mut Operator, url: &str) -> [f64; 2] {
+    let mut client = raw::hold(url, RAW_KEY);
+    let (tell, told) = bounded(1);
+    let holder = thread::spawn(move || {
+        // The end of the connection is the end of the notifications, or an error.
+        while let Ok(Some(_)) = client.notifications().blocking_iter().next() {}
+        let lost = Instant::now();
+        assert!(client.is_closed(), "the session has ended");
+        tell.send(lost).expect("the bench");
+    });
+    let begun = operator.terminate_holder(RAW_KEY);
+    let lost: Instant = told.recv().expect("the holder");
+    let again = raw::hold(url, RAW_KEY);
+    let back = begun.elapsed();
+    holder.join().expect("the holder");
+    again.close().expect("the end");
+    [millis(lost - begun), millis(back)]
+}
+
+fn by_library(operator: &mut Operator, lock: &Arc<dyn Lock>) -> [f64; 2] {
     lock.lock(&Context::background()).expect("the lock");
-    lock
+    let lost = lock.lost();
+    let listener = thread::spawn(move || {
+        lost.recv().expect_err("the loss");
+        Instant::now()
+    });
+    let begun = operator.terminate_holder(OUR_KEY);
+    let told = listener.join().expect("the listener");
+    lock.lock(&Context::background()).expect("the lock again");
+    let back = begun.elapsed();
+    lock.release().expect("the release");
+    [millis(told - begun), millis(back)]
 }
 
-fn losses(database: &Database<'_>, url: &str) {
-    let manager = manager(url, 1);
-    let mut operator = database.client().expect("a session");
-    let holder = operator
-        .prepare(
-            "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted \
-             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
-        )
-        .expect("a statement");
-    let terminate = operator.prepare("SELECT pg_terminate_backend($1)").expect("a statement");
-    let (mut told, mut back) = (Vec::new(), Vec::new());
-    for round in 0..=ROUNDS {
-        let lock = lock(&manager, "bench");
-        let lost = lock.lost();
-        let listener = thread::spawn(move || {
-            let _ = lost.recv();
-            Instant::now()
-        });
-        let backend: i32 = operator.query_one(&holder, &[]).expect("a holder").get(0);
-        let begun = Instant::now();
-        operator.query_one(&terminate, &[&backend]).expect("its end");
-        let heard = listener.join().expect("the listener");
-        lock.lock(&Context::background()).expect("the lock again");
-        // The first one warms up.
-        if round > 0 {
-            told.push(heard - begun);
-            back.push(begun.elapsed());
-        }
-        lock.release().expect("the release");
+/// Somebody who ends sessions.
+struct Operator {
+    client: Client,
+    holder: Statement,
+    terminate: Statement,
+}
+
+impl Operator {
+    fn connect(database: &Database<'_>) -> Self {
+        let mut client = database.client().expect("a session");
+        let holder = client
+            .prepare(
+                "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 \
+                 AND (classid::bigint << 32 | objid::bigint) = $1 \
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+            )
+            .expect("a statement");
+        let terminate = client.prepare("SELECT pg_terminate_backend($1)").expect("a statement");
+        Self { client, holder, terminate }
     }
-    print("pg_terminate_backend -> lost channel closed", &mut told);
-    print("pg_terminate_backend -> held again", &mut back);
-}
 
-fn print(what: &str, times: &mut [Duration]) {
-    times.sort_unstable();
-    let at = |percent: usize| times[(times.len() * percent).div_ceil(100) - 1];
-    println!(
-        "{what:<44} p50 {:>9.3?}  p90 {:>9.3?}  p99 {:>9.3?}  max {:>9.3?}  ({} runs)",
-        at(50),
-        at(90),
-        at(99),
-        at(100),
-        times.len()
-    );
-}
-
-fn idling(url: &str) {
-    let manager = manager(url, HELD);
-    let locks: Vec<_> = (0..HELD).map(|number| lock(&manager, &format!("idle-{number}"))).collect();
-    let Some(before) = process::cpu_time(process::own()) else {
-        println!("the processor time is not known on this system");
-        return;
-    };
-    thread::sleep(IDLE);
-    let used = process::cpu_time(process::own()).unwrap_or_default().saturating_sub(before);
-    println!(
-        "{HELD} idle held locks: {used:?} of processor time in {IDLE:?} = {:.2} % of one core (to the nearest {:.2} %)",
-        100.0 * used.as_secs_f64() / IDLE.as_secs_f64(),
-        // The unit in which the system counts is commonly 10 ms.
-        100.0 * 0.01 / IDLE.as_secs_f64()
-    );
-    assert!(locks.iter().all(|lock| lock.term().is_some()), "all are held still");
-    manager.stop().expect("the end");
+    /// Ends the session that holds the lock, and says when it was told to end.
+    fn terminate_holder(&mut self, key: i64) -> Instant {
+        let backend: i32 = self.client.query_one(&self.holder, &[&key]).expect("a holder").get(0);
+        thread::sleep(SETTLING);
+        let begun = Instant::now();
+        let row = self.client.query_one(&self.terminate, &[&backend]).expect("its end");
+        assert!(row.get::<_, bool>(0), "there was a session to end");
+        begun
+    }
 }

@@ -91,6 +91,30 @@ pub fn resident_bytes(pid: i32) -> Option<u64> {
     Some(pages * u64::try_from(rustix::param::page_size()).ok()?)
 }
 
+/// How much memory a process takes up: pages that it shares with others count in part (PSS).
+#[must_use]
+pub fn proportional_bytes(pid: i32) -> Option<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    let kibibytes: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kibibytes * 1024)
+}
+
+/// Lets this process open as many files as it may: the limit that it starts with is often 1024.
+pub fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // Whoever opens too many files will hear of it then.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+}
+
+/// The processor time that this process has used, in user mode and in the kernel, to the nanosecond.
+#[must_use]
+pub fn own_cpu_time() -> Duration {
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::try_from(used).unwrap_or_default()
+}
+
 /// The processor time that a process has used, in user mode and in the kernel. Its unit is commonly 10 ms.
 #[must_use]
 pub fn cpu_time(pid: i32) -> Option<Duration> {

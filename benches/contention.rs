@@ -1,0 +1,186 @@
+//! Many processes, one key or a thousand: how many times a second a lock is taken and given back, by all together.
+//!
+//! Beside the library there are the driver by hand in as many processes, and `pgbench` with as many clients, which runs
+//! the same two statements from one small program in C.
+
+mod kit;
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use dsync::{CatalogMode, Context, LockOptions};
+use fastrand::Rng;
+use kit::raw::{self, Raw};
+use kit::worker::{Worker, orders, say, say_figures, wait_for_the_end, wait_for_word};
+use kit::{Bench, Contender, Plan, Row, Series, interleave};
+use support::{Database, Server};
+
+const PROCESSES: [usize; 4] = [1, 4, 16, 64];
+const KEYS: [i64; 2] = [1, 1_000];
+
+/// Which keys are picked is the same in each run.
+const SEED: u64 = 42;
+
+/// What a worker does.
+const BY_HAND: &str = "raw";
+const WITHOUT_CATALOG: &str = "none";
+const WITH_CATALOG: &str = "automatic";
+
+fn main() {
+    if let Some((url, arguments)) = orders() {
+        return work(&url, &arguments);
+    }
+    let mut bench = Bench::start("contention");
+    let plan = bench.choose(
+        Plan { repetitions: 3, rounds: 1, warm_up: 0 },
+        Plan { repetitions: 1, rounds: 1, warm_up: 0 },
+    );
+    let seconds = bench.choose(2, 1);
+    // A process that starts opens a second session for a moment, to see that it is one.
+    let server = kit::start(Server::builder().max_connections(200));
+    let database = server.database().expect("a database");
+    drop(kit::manager(&database.url(), CatalogMode::Automatic, 1));
+    for keys in KEYS {
+        let named = if keys == 1 { "one key".to_owned() } else { format!("{keys} keys") };
+        bench.heading(&format!("{named}, {seconds} s each"));
+        for processes in PROCESSES {
+            let crowd = |how: &'static str, name: &str| {
+                let database = &database;
+                Contender::new(name, move || crowd(database, how, processes, keys, seconds))
+            };
+            let [pgbench, [raw, raw_least], [plain, plain_least], [row, row_least]] = interleave(
+                plan,
+                [
+                    Contender::new("pgbench", || [pgbench(&database, processes, keys, seconds), f64::NAN]),
+                    crowd(BY_HAND, raw::NAME),
+                    crowd(WITHOUT_CATALOG, "dsync"),
+                    crowd(WITH_CATALOG, "dsync"),
+                ],
+            );
+            let what =
+                format!("{named}, {processes} {}", if processes == 1 { "process" } else { "processes" });
+            let mut compare = |what: String, unit: &str, floor: &Series, ours: &Series| {
+                bench.row(Row::compared(what, unit, floor, ours, None));
+            };
+            compare(format!("{what}, no catalog"), "pairs/s", &pgbench[0], &plain);
+            compare(format!("{what}, no catalog"), "pairs/s", &raw, &plain);
+            compare(format!("{what}, with token and row"), "pairs/s", &raw, &row);
+            // With many keys, who gets how much is a matter of luck.
+            if processes > 1 && keys == 1 {
+                let unit = "of an even share";
+                compare(format!("{what}, who got least, no catalog"), unit, &raw_least, &plain_least);
+                compare(format!("{what}, who got least, with token and row"), unit, &raw_least, &row_least);
+            }
+        }
+    }
+    bench.finish();
+}
+
+/// Pairs per second of all processes together, and the part of an even share that the least served of them got.
+fn crowd(database: &Database<'_>, how: &str, processes: usize, keys: i64, seconds: u32) -> [f64; 2] {
+    let mut workers: Vec<Worker> = (0..processes)
+        .map(|number| {
+            let arguments = [how.to_owned(), number.to_string(), keys.to_string(), seconds.to_string()];
+            Worker::start(&database.url(), &arguments)
+        })
+        .collect();
+    for worker in &mut workers {
+        assert_eq!(worker.hear(), "ready");
+    }
+    // All are ready and asleep, so that no start-up is part of the figure.
+    workers.iter_mut().for_each(|worker| worker.tell("go"));
+    let counts: Vec<f64> = workers.iter_mut().map(|worker| worker.figures::<1>()[0]).collect();
+    workers.into_iter().for_each(Worker::end);
+    let all: f64 = counts.iter().sum();
+    let least = counts.iter().copied().fold(f64::INFINITY, f64::min);
+    [all / f64::from(seconds), least / (all / counts.len() as f64)]
+}
+
+fn work(url: &str, arguments: &[String]) {
+    let [how, number, keys, seconds] = arguments else { panic!("{arguments:?}") };
+    let number: u64 = number.parse().expect("a number");
+    let keys: i64 = keys.parse().expect("a number");
+    let time = Duration::from_secs(seconds.parse().expect("a number"));
+    let mut lots = Rng::with_seed(SEED + number);
+    let key = || lots.i64(1..=keys);
+    // A key of our own, to warm up without standing in anybody's way.
+    let own = -1 - i64::try_from(number).expect("a small number");
+    let count = if how == BY_HAND {
+        let mut raw = Raw::connect(url);
+        count(time, own, key, |key| {
+            raw.lock(key);
+            raw.unlock(key);
+        })
+    } else {
+        let mode = if how == WITHOUT_CATALOG { CatalogMode::None } else { CatalogMode::Automatic };
+        let manager = kit::manager(url, mode, 1);
+        count(time, own, key, |key| {
+            let lock = manager.lock(key, LockOptions::new()).expect("a lock");
+            lock.lock(&Context::timeout(Duration::from_secs(60))).expect("the lock");
+            lock.release().expect("the release");
+        })
+    };
+    say_figures(&[count as f64]);
+    wait_for_the_end();
+}
+
+/// How many pairs were over before the time was.
+fn count(time: Duration, own: i64, mut key: impl FnMut() -> i64, mut pair: impl FnMut(i64)) -> usize {
+    for _ in 0..10 {
+        pair(own);
+    }
+    say("ready");
+    assert_eq!(wait_for_word(), "go");
+    let end = Instant::now() + time;
+    let mut count = 0;
+    loop {
+        pair(key());
+        if Instant::now() >= end {
+            return count;
+        }
+        count += 1;
+    }
+}
+
+/// Pairs per second, without the time that the connections took.
+fn pgbench(database: &Database<'_>, clients: usize, keys: i64, seconds: u32) -> f64 {
+    let script = format!(
+        "\\set key random(1, {keys})\nSELECT pg_advisory_lock(:key);\nSELECT pg_advisory_unlock(:key);\n"
+    );
+    let jobs = thread::available_parallelism().map_or(1, |cores| cores.get().min(clients));
+    let program = database.server().binaries().program("pgbench");
+    let mut command = Command::new(&program);
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("PG")) {
+        command.env_remove(name);
+    }
+    let mut process = command
+        .args(["--no-vacuum", "--protocol=prepared", "--file=-", "--host=127.0.0.1", "--username=postgres"])
+        .arg(format!("--port={}", database.server().port()))
+        .arg(format!("--client={clients}"))
+        .arg(format!("--jobs={jobs}"))
+        .arg(format!("--time={seconds}"))
+        .arg(format!("--random-seed={SEED}"))
+        .arg(database.name())
+        .env("LC_ALL", "C")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| {
+            panic!("{}: {error}; install pgbench (postgresql-contrib)", program.display())
+        });
+    let mut input = process.stdin.take().expect("its input");
+    input.write_all(script.as_bytes()).expect("its input");
+    drop(input);
+    let output = process.wait_with_output().expect("its output");
+    let said = String::from_utf8_lossy(&output.stdout);
+    // Before PostgreSQL 14 there was a second such line, which had the time of connecting in it.
+    said.lines()
+        .filter(|line| !line.contains("including"))
+        .find_map(|line| line.strip_prefix("tps = ")?.split(' ').next()?.parse().ok())
+        .unwrap_or_else(|| {
+            panic!("pgbench failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr))
+        })
+}
