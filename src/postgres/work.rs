@@ -232,7 +232,8 @@ impl Work {
             Action::Try => {
                 self.annotate();
                 let by = self.after_try();
-                if std::mem::take(&mut self.is_patient) {
+                // Without a catalog there is nothing to wait for.
+                if std::mem::take(&mut self.is_patient) || self.request.entry.is_none() {
                     self.acquire(Event::Busy, |session, _, request| session.lock_again(request, by))
                 } else {
                     self.acquire(Event::Busy, |session, _, request| session.try_lock(request, by))
