@@ -88,6 +88,13 @@ impl Slot {
     }
 }
 
+/// How long to wait for a slot at one time. Short, since a release cannot interrupt it; whoever wants to wait longer comes
+/// again.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// r2d2 makes slots on a thread of its own, which may have to wait for its turn on a busy machine.
+const TURNS: u32 = 10;
+
 impl Pool {
     pub(super) fn new(config: &Config) -> Result<Self> {
         let mut postgres = config.postgres.clone();
@@ -130,6 +137,11 @@ impl Pool {
         self.slots.try_get().filter(|slot| slot.is_open())
     }
 
+    /// How long it may take to have a slot and to open its session.
+    pub(super) fn takes_at_most(&self) -> Duration {
+        PATIENCE * TURNS + self.connect_timeout
+    }
+
     /// Whether a slot that is free in all but name is to be given back at once, since others want one.
     pub(super) fn is_crowded(&self) -> bool {
         const LASTS: u64 = 1_000;
@@ -144,10 +156,6 @@ impl Pool {
 
     /// Takes a slot, waiting for one until the pool's patience ends.
     pub(super) fn take(&self) -> std::result::Result<PooledSlot, Refusal> {
-        /// Short, since a release cannot interrupt it; whoever wants to wait longer comes again.
-        const PATIENCE: Duration = Duration::from_millis(100);
-        /// r2d2 makes slots on a thread of its own, which may have to wait for its turn on a busy machine.
-        const TURNS: usize = 10;
         if let Some(slot) = self.slots.try_get() {
             return Ok(slot);
         }

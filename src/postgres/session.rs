@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use postgres::error::{Severity, SqlState};
 use postgres::fallible_iterator::FallibleIterator;
-use postgres::types::ToSql;
+use postgres::types::{ToSql, Type};
 use postgres::{CancelToken, Client, Row, SimpleQueryMessage, SimpleQueryRow, Statement};
 
 use super::link::Link;
@@ -25,7 +25,7 @@ pub(super) struct Session {
     backend_pid: i32,
     /// What this session, and no other, has written into its backend.
     mark: u64,
-    prepared: Vec<((Verb, Shape), Statement)>,
+    prepared: Vec<((Verb, Shape), Option<Statement>)>,
     /// What was asked for since the session was last without lease and name.
     leased: Option<Leased>,
 }
@@ -110,7 +110,15 @@ impl Session {
             leased: None,
         };
         session.prepare(slice, by)?;
-        for statement in sql::notice_dead_clients(lease, heartbeat) {
+        let settings = sql::notice_dead_clients(lease, heartbeat);
+        let all = settings.join("; ");
+        match session.bounded(by, |client| client.batch_execute(&all)) {
+            Ok(()) => return Ok(session),
+            // One of them: the others have been taken back with it.
+            Err(Failure::Refused(_)) => {}
+            Err(failure) => return Err(Refusal::from_failure(failure)),
+        }
+        for statement in settings {
             match session.bounded(by, |client| client.batch_execute(&statement)) {
                 Ok(()) => {}
                 Err(Failure::Refused(error)) => {
@@ -184,8 +192,7 @@ impl Session {
     pub(super) fn try_lock(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
         // Whatever comes of it; who is refused discards the session.
         self.leased = Some(Leased { token: None });
-        let statement = self.prepared(Verb::Try, request.shape(), by)?;
-        self.acquire(&statement, request, by)
+        self.acquire(Verb::Try, request, by)
     }
 
     /// As [`try_lock`](Self::try_lock), for a session that has the lease from a claim before, and may wait for a fenced
@@ -195,18 +202,19 @@ impl Session {
             Some(Leased { token }) if token.is_some() || request.entry.is_none() => token,
             _ => return self.try_lock(request, by),
         };
-        let statement = self.prepared(Verb::Again, request.shape(), by)?;
+        let id = request.key.id();
         let Some(Entry { namespace, key, annotation }) = &request.entry else {
-            let row = self.bounded(by, |client| client.query_one(&statement, &[&request.key.id()]))?;
-            let granted = row.try_get(0).map_err(Failure::of)?;
+            let rows = self.run(Verb::Again, request.shape(), &[(&id, Type::INT8)], by)?;
+            let granted = only(&rows)?.try_get(0).map_err(Failure::of)?;
             return Ok(if granted { Answer::Granted { token: None } } else { Answer::NotGranted });
         };
-        let id = request.key.id();
-        let row = self.bounded(by, |client| client.query_opt(&statement, &[&id, namespace, key, annotation]));
-        let row = match row {
-            Err(Failure::Refused(error)) if is_end_of_wait(&error) => None,
-            row => row?,
+        let parameters: [(&(dyn ToSql + Sync), Type); 4] =
+            [(&id, Type::INT8), (namespace, Type::TEXT), (key, Type::TEXT), (annotation, Type::BYTEA)];
+        let rows = match self.run(Verb::Again, request.shape(), &parameters, by) {
+            Err(Failure::Refused(error)) if is_end_of_wait(&error) => Vec::new(),
+            rows => rows?,
         };
+        let row = rows.first();
         let Some(row) = row else { return Ok(Answer::NotGranted) };
         let token: i64 = row.try_get(0).map_err(Failure::of)?;
         if former.is_some_and(|former| token <= former) {
@@ -218,11 +226,10 @@ impl Session {
 
     /// Queues for the lock until the slice is over or `link` is interrupted.
     pub(super) fn queue(&mut self, request: &Request, link: &Link, by: Instant) -> Result<Answer, Failure> {
-        let statement = self.prepared(Verb::Queue, request.shape(), by)?;
         if !link.begin_slice() {
             return Ok(Answer::NotGranted);
         }
-        let outcome = self.acquire(&statement, request, by);
+        let outcome = self.acquire(Verb::Queue, request, by);
         let settled = link.end_slice(by);
         if !settled {
             // A cancel that nobody knows the fate of may hit whatever comes next.
@@ -234,12 +241,12 @@ impl Session {
         }
     }
 
-    fn acquire(&mut self, statement: &Statement, request: &Request, by: Instant) -> Result<Answer, Failure> {
-        let mut outcome = self.acquire_once(statement, request, by);
+    fn acquire(&mut self, verb: Verb, request: &Request, by: Instant) -> Result<Answer, Failure> {
+        let mut outcome = self.acquire_once(verb, request, by);
         // After a crash of the server there is no token before a new era. The lock, if it is ours already, is taken twice.
         if let Ok(Answered::Tokenless) = outcome {
             self.new_era(by)?;
-            outcome = self.acquire_once(statement, request, by);
+            outcome = self.acquire_once(verb, request, by);
         }
         match outcome {
             Ok(Answered::With(answer)) => Ok(answer),
@@ -249,23 +256,20 @@ impl Session {
         }
     }
 
-    fn acquire_once(
-        &mut self,
-        statement: &Statement,
-        request: &Request,
-        by: Instant,
-    ) -> Result<Answered, Failure> {
+    fn acquire_once(&mut self, verb: Verb, request: &Request, by: Instant) -> Result<Answered, Failure> {
         let id = request.key.id();
         let lease = request.lease.as_millis().to_string();
-        let row = match &request.entry {
-            None => self
-                .bounded(by, |client| client.query_one(statement, &[&id, &lease, &request.application_name])),
-            Some(Entry { namespace, key, annotation }) => self.bounded(by, |client| {
-                let parameters: [&(dyn ToSql + Sync); 6] =
-                    [&id, &lease, &request.application_name, namespace, key, annotation];
-                client.query_one(statement, &parameters)
-            }),
-        }?;
+        let mut parameters: Vec<(&(dyn ToSql + Sync), Type)> =
+            vec![(&id, Type::INT8), (&lease, Type::TEXT), (&request.application_name, Type::TEXT)];
+        if let Some(Entry { namespace, key, annotation }) = &request.entry {
+            parameters.extend::<[(&(dyn ToSql + Sync), Type); 3]>([
+                (namespace, Type::TEXT),
+                (key, Type::TEXT),
+                (annotation, Type::BYTEA),
+            ]);
+        }
+        let rows = self.run(verb, request.shape(), &parameters, by)?;
+        let row = only(&rows)?;
         let granted: bool = row.try_get(0).map_err(Failure::of)?;
         let token: Option<i64> = row.try_get(1).map_err(Failure::of)?;
         let other: Option<String> = row.try_get(2).map_err(Failure::of)?;
@@ -289,12 +293,11 @@ impl Session {
     pub(super) fn unlock(&mut self, key: AdvisoryKey, stays: bool, by: Instant) -> Result<bool, Failure> {
         let shape = Shape { pair: key.is_pair(), catalog: false };
         let verb = if stays { Verb::UnlockOnly } else { Verb::Unlock };
-        let statement = self.prepared(verb, shape, by)?;
-        let row = self.bounded(by, |client| client.query_one(&statement, &[&key.id()]))?;
+        let rows = self.run(verb, shape, &[(&key.id(), Type::INT8)], by)?;
         if !stays {
             self.leased = None;
         }
-        row.try_get(0).map_err(Failure::of)
+        only(&rows)?.try_get(0).map_err(Failure::of)
     }
 
     /// Leaves the session without any lock, lease and name; whether the server has none of the `lost` backends any more.
@@ -370,15 +373,31 @@ impl Session {
         self.control().kill();
     }
 
-    /// The statement, prepared when it is first used in this session.
-    fn prepared(&mut self, verb: Verb, shape: Shape, by: Instant) -> Result<Statement, Failure> {
-        if let Some((_, statement)) = self.prepared.iter().find(|(name, _)| *name == (verb, shape)) {
-            return Ok(statement.clone());
-        }
-        let text = sql::statement(verb, shape);
-        let statement = self.bounded(by, |client| client.prepare(&text))?;
-        self.prepared.push(((verb, shape), statement.clone()));
-        Ok(statement)
+    /// Runs a statement; it is prepared when it is used for the second time. Many a session serves one claim only, and for
+    /// that one the preparation would be a round trip more.
+    fn run(
+        &mut self,
+        verb: Verb,
+        shape: Shape,
+        parameters: &[(&(dyn ToSql + Sync), Type)],
+        by: Instant,
+    ) -> Result<Vec<Row>, Failure> {
+        let known = self.prepared.iter().position(|(name, _)| *name == (verb, shape));
+        let Some(index) = known else {
+            let text = sql::statement(verb, shape);
+            self.prepared.push(((verb, shape), None));
+            return self.bounded(by, |client| client.query_typed(&text, parameters));
+        };
+        let statement = match &self.prepared[index].1 {
+            Some(statement) => statement.clone(),
+            None => {
+                let text = sql::statement(verb, shape);
+                let statement = self.bounded(by, |client| client.prepare(&text))?;
+                self.prepared[index].1.insert(statement).clone()
+            }
+        };
+        let values: Vec<_> = parameters.iter().map(|(value, _)| *value).collect();
+        self.bounded(by, |client| client.query(&statement, &values))
     }
 
     fn bounded<T>(
@@ -391,6 +410,11 @@ impl Session {
         self.control().set_deadline(None);
         outcome.map_err(Failure::of)
     }
+}
+
+/// The row of a statement that gives one whatever happens. A server that does not is none that can keep locks.
+fn only(rows: &[Row]) -> Result<&Row, Failure> {
+    rows.first().ok_or(Failure::Lost { reason: LossReason::ServerError, cause: None })
 }
 
 impl Request {

@@ -22,12 +22,16 @@ const MARK: &str = "dsync.session";
 ///   crash takes back of the tokens is jumped over: see [`NEW_ERA`].
 ///
 /// A setting that the server's version does not know is left out. Answers with what the session must be checked for. A
-/// backend that holds a lock from the start is not ours alone, and is left as it is.
+/// backend that holds a lock from the start is not ours alone, and is left as it is. One without the mark of a session of
+/// ours has no lock of ours; so the locks of the whole server are looked through only where there is one.
 pub(super) fn prepare_session(slice: Duration, mark: u64) -> String {
     // With its schema even the operator: the role's own search path is in force still.
-    let holds = "EXISTS (SELECT FROM pg_catalog.pg_locks AS own \
-                 WHERE own.locktype OPERATOR(pg_catalog.=) 'advisory' \
-                 AND own.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid())";
+    let holds = format!(
+        "CASE WHEN pg_catalog.current_setting('{MARK}', true) IS NULL THEN false \
+         ELSE EXISTS (SELECT FROM pg_catalog.pg_locks AS own \
+                      WHERE own.locktype OPERATOR(pg_catalog.=) 'advisory' \
+                      AND own.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()) END"
+    );
     format!(
         "SELECT pg_catalog.set_config(wanted.name, wanted.setting, false) \
          FROM (VALUES ('statement_timeout', '0'), ('transaction_timeout', '0'), \

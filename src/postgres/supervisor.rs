@@ -169,8 +169,10 @@ impl Supervisor {
                 };
             };
             self.alarm.stir();
-            let guarded = self.alarm.looks_by(by);
-            self.guarded(&mut bench, |work| work.perform(action, guarded));
+            if !self.alarm.looks_by(by) {
+                self.alarm.ring();
+            }
+            self.guarded(&mut bench, |work| work.perform(action, true));
             helped = true;
         };
         drop(bench);
@@ -242,9 +244,7 @@ impl Supervisor {
                     if since < TICK {
                         return Next::sleep(TICK - since);
                     }
-                    // Not longer than a release may take, since this thread looks after its deadline.
-                    let round = Instant::now() + self.terms.release_timeout.max(ROUND);
-                    return Next::Sleep { until: work.at(until).min(round), watch: socket };
+                    return Next::Sleep { until: work.at(until), watch: socket };
                 }
                 Action::Try | Action::Queue if !*handed_over && work.claim().call_volunteer() => {
                     *handed_over = true;

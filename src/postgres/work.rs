@@ -145,11 +145,14 @@ impl Work {
     /// By when `action` is over, whatever the server does, if a thread that helps out may do it.
     pub(super) fn allows(&mut self, help: Help, action: Action) -> Option<Instant> {
         match (action, help) {
-            (Action::Connect, Help::Acquire { .. }) => {
-                if !self.slot.as_mut().is_some_and(|slot| slot.is_open()) {
+            (Action::Connect, Help::Acquire { until, .. }) => {
+                let by = Instant::now() + self.terms.pool.takes_at_most();
+                if until.is_some_and(|until| until < by)
+                    && !self.slot.as_mut().is_some_and(|slot| slot.is_open())
+                {
                     self.slot = Some(self.terms.pool.take_open()?);
                 }
-                Some(Instant::now())
+                Some(by)
             }
             // A slow valuer must not outlast a caller's patience.
             (Action::Try, Help::Acquire { until: Some(_), .. }) if !self.terms.annotates_fast() => None,
