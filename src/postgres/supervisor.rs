@@ -15,8 +15,9 @@ use super::stream::Socket;
 use super::work::{Help, Terms, Work};
 use crate::context::Context;
 
-/// How long what a thread has done at its own pace is left alone; and so how old a term is when its watch begins.
-const TICK: Duration = Duration::from_millis(1);
+/// How long what other threads do is left alone; and so how old a term of theirs may be when its watch begins. More often
+/// would tell sooner of a session that is lost just then, and disturb those who are at work on the same processors.
+const TICK: Duration = Duration::from_millis(4);
 
 /// How long the supervisor goes on ticking after the last thing that happened. A claim that follows within this is quick:
 /// nobody needs to be woken for it, and the session is kept for the next.
@@ -164,7 +165,7 @@ impl Supervisor {
             }
             let Some(by) = work.allows(help, action) else {
                 break match action {
-                    Action::Watch { .. } => Some(Instant::now() + 2 * TICK),
+                    Action::Watch { .. } => Some(Instant::now() + TICK),
                     _ => Some(Instant::now()),
                 };
             };
@@ -240,10 +241,7 @@ impl Supervisor {
                     self.guarded(&mut bench, Work::listen);
                 }
                 Action::Watch { until } => {
-                    let (socket, since) = work.held();
-                    if since < TICK {
-                        return Next::sleep(TICK - since);
-                    }
+                    let socket = work.socket();
                     return Next::Sleep { until: work.at(until), watch: socket };
                 }
                 Action::Try | Action::Queue if !*handed_over && work.claim().call_volunteer() => {

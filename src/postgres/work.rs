@@ -76,8 +76,6 @@ pub(super) struct Work {
     warned: Option<ErrorKind>,
     /// The token of the current term, or of the last one.
     token: Option<i64>,
-    /// When the current term was announced, or the last one.
-    held_since: Instant,
     /// When the release must be done, from when the machine has been told of it.
     release_by: Option<Instant>,
     /// The claim followed close on another one on the same key, so a third may follow on this one: the session stays.
@@ -120,7 +118,6 @@ impl Work {
             problem: None,
             warned: None,
             token: None,
-            held_since: epoch,
             release_by: None,
             is_quick,
             is_patient: false,
@@ -217,10 +214,9 @@ impl Work {
         self.session().is_none_or(|session| session.is_over())
     }
 
-    /// The socket of a session whose lock is held, and how long it has been.
-    pub(super) fn held(&mut self) -> (Option<Socket>, Duration) {
-        let since = self.held_since.elapsed();
-        (self.link.as_ref().and_then(|link| link.control().socket()), since)
+    /// The socket of the session.
+    pub(super) fn socket(&self) -> Option<Socket> {
+        self.link.as_ref().and_then(|link| link.control().socket())
     }
 
     fn session(&mut self) -> Option<&mut Session> {
@@ -418,7 +414,6 @@ impl Work {
             Notice::Acquired { until } => {
                 log::debug!("lock {key:?}: acquired");
                 claim.announce_acquired(self.at(until), self.token);
-                self.held_since = Instant::now();
                 (self.problem, self.warned) = (None, None);
             }
             Notice::Renewed { until } => return claim.announce_renewed(self.at(until)),
