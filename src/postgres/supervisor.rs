@@ -17,7 +17,7 @@ use crate::context::Context;
 
 /// How long what other threads do is left alone; and so how old a term of theirs may be when its watch begins. More often
 /// would tell sooner of a session that is lost just then, and disturb those who are at work on the same processors.
-const TICK: Duration = Duration::from_millis(4);
+const TICK: Duration = Duration::from_millis(1);
 
 /// How long the supervisor goes on ticking after the last thing that happened. A claim that follows within this is quick:
 /// nobody needs to be woken for it, and the session is kept for the next.
