@@ -146,7 +146,11 @@ impl Supervisor {
 
     /// Does what this thread may do now; `false` if there was nothing.
     fn help(&self, claim: &Claim, help: Help) -> bool {
-        let Some(mut bench) = self.work.try_lock() else { return false };
+        let Some(mut bench) = self.work.try_lock() else {
+            // It may be the supervisor that has it, about to sleep without a look at this claim.
+            self.alarm.ring();
+            return false;
+        };
         self.take_up(&mut bench);
         let mut helped = false;
         let wanted: Option<Instant> = loop {
@@ -290,6 +294,8 @@ impl Supervisor {
                 give_back(bench, &self.terms);
                 Next::Leave
             }
+            // It has just come in.
+            Desk::New(_) => Next::sleep(Duration::ZERO),
             _ if quick || bench.slot.is_some() => Next::sleep(TICK),
             _ => Next::Sleep { until: since + LINGER, watch: None },
         }
@@ -323,7 +329,9 @@ impl Supervisor {
         impl Drop for Away<'_> {
             fn drop(&mut self) {
                 if self.work.is_some() {
-                    self.supervisor.free();
+                    // No claim comes in between that nobody would watch.
+                    *self.supervisor.desk.lock() = Desk::Closed;
+                    self.supervisor.alarm.ring();
                 }
             }
         }
