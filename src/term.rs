@@ -111,8 +111,7 @@ impl Term {
     /// transaction sees the state of its first statement, and one that began to read before the term did is refused. The
     /// transaction may be on any connection to the database that the lock is in, at any isolation level, but not read-only;
     /// its role needs `USAGE` on the schema `dsync`, and `SELECT` and `UPDATE` on `dsync.lock`. Rolling back to a
-    /// savepoint from before the fence takes the fence away. It takes one round trip, and blocks while a later holder is
-    /// just beginning.
+    /// savepoint from before the fence takes the fence away. It takes one round trip.
     ///
     /// While the transaction is open the next holder waits. So that a frozen process cannot keep it waiting for ever, the
     /// server is told to end the transaction's session when it pauses for longer than the lease between two statements

@@ -241,9 +241,9 @@ fn the_next_term_begins_only_when_the_fenced_transactions_of_the_last_one_have_e
     assert!(begun.elapsed() < Duration::from_secs(4), "it does not wait for a slice to end");
     let waiting = wait_in_thread(&scene.rival);
     let mut operator = database.client().unwrap();
-    eventually("the successor to wait for the row", || {
+    eventually("the successor to wait at the gate", || {
         let query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dsync x'
-                     AND wait_event_type = 'Lock' AND wait_event = 'transactionid'
+                     AND wait_event_type = 'Lock' AND wait_event = 'advisory'
                      AND datname = current_database()";
         operator.query_one(query, &[]).unwrap().get::<_, i64>(0) == 1
     });
@@ -255,6 +255,44 @@ fn the_next_term_begins_only_when_the_fenced_transactions_of_the_last_one_have_e
     assert!(scene.rival.term().unwrap().token() > term.token());
 
     scene.rival.release().unwrap();
+}
+
+/// The holder's own next claim, which may follow so close that it keeps the session, waits as anybody's does.
+#[test]
+fn the_holder_s_own_next_term_waits_for_the_fenced_transactions_of_its_last_one() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    for round in 0..5 {
+        let term = scene.term();
+        let mut transaction = scene.writer.transaction().unwrap();
+        term.fence(&mut transaction).unwrap();
+        scene.holder.release().unwrap();
+        let begun = Instant::now();
+        assert_eq!(kind(scene.holder.try_lock(&soon())), ErrorKind::LockUnavailable, "round {round}");
+        assert!(begun.elapsed() < Duration::from_secs(2), "the gate tells, not a timeout");
+        let waiting = wait_in_thread(&scene.holder);
+        assert!(scene.holder.term().is_none());
+        transaction.commit().unwrap();
+        waiting.get().unwrap();
+        assert!(scene.term().token() > term.token());
+    }
+}
+
+/// It is told to roll back. That it takes its time is no concern of its successors.
+#[test]
+fn a_transaction_that_was_refused_holds_up_nobody() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    scene.supersede();
+    let term = scene.term();
+    let mut transaction = scene.writer.transaction().unwrap();
+    assert_eq!(kind(term.fence(&mut transaction)), ErrorKind::Lost);
+    scene.holder.release().unwrap();
+    for next in [&scene.rival, &scene.holder, &scene.holder, &scene.rival] {
+        next.try_lock(&soon()).unwrap();
+        next.release().unwrap();
+    }
+    drop(transaction);
 }
 
 /// The path on which the row is waited for must not lose the lease: a holder that freezes then must be replaced too.

@@ -410,9 +410,10 @@ fn cut_off(direction: Direction, lease: Duration, count: usize) {
     let server = Server::builder().max_connections(connections).start().unwrap();
     let operator = &mut server.client().unwrap();
     let proxy = Proxy::to(server.port());
+    // Nobody cuts the competitor off: on a busy machine it must not lose what it has got, which the holder would then take.
     let [holder, competitor] =
-        [("holder", server.url_at("127.0.0.1", proxy.port())), ("competitor", server.url())]
-            .map(|(name, url)| Party::with(name, count, config(name, &url, count).lease(lease)));
+        [("holder", server.url_at("127.0.0.1", proxy.port()), lease), ("competitor", server.url(), MINUTE)]
+            .map(|(name, url, lease)| Party::with(name, count, config(name, &url, count).lease(lease)));
     let terms = holder.lock_all();
     let had = competitor.wait_for_all();
     all_queue(operator, &competitor);

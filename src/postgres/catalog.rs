@@ -49,32 +49,43 @@ pub(super) fn ensure(session: &mut Session, mode: CatalogMode, by: Instant) -> R
     if mode == CatalogMode::None {
         return Ok(());
     }
-    if !is_there(session, by)? {
+    let mut state = look(session, by)?;
+    if state.is_none() {
         if mode == CatalogMode::MustExist {
             return Err(refused(
                 "the catalog is not there or too old, and the settings say that it must be there; let an administrator run \
                  dsync::CATALOG_SQL in this database, or set the catalog to automatic or none",
             ));
         }
-        create(session, by)?;
+        state = Some(create(session, by)?);
     }
+    let State { has_era, has_old_rows } = state.unwrap_or_default();
     // After a crash. It would be seen to with the first lock as well, which would take longer by that.
-    session.new_era(by).map_err(Refusal::from_failure)?;
+    if !has_era {
+        session.new_era(by).map_err(Refusal::from_failure)?;
+    }
     // Housekeeping; that it fails, for want of a right, say, is no reason to do without locks.
-    if let Err(Failure::Refused(error)) = session.simple_query(sql::CATALOG_CLEANING, by) {
+    if has_old_rows && let Err(Failure::Refused(error)) = session.simple_query(sql::CATALOG_CLEANING, by) {
         log::debug!("rows of old locks stay in the catalog: {}", chain(&error));
     }
     Ok(())
 }
 
-/// Whether the catalog is there; refuses one that cannot be used.
-fn is_there(session: &mut Session, by: Instant) -> Result<bool, Refusal> {
+/// What there is to be done for a catalog that can be used.
+#[derive(Clone, Copy, Debug, Default)]
+struct State {
+    has_era: bool,
+    has_old_rows: bool,
+}
+
+/// Looks at the catalog; `None` if it is not there. Refuses one that cannot be used.
+fn look(session: &mut Session, by: Instant) -> Result<Option<State>, Refusal> {
     let row = match session.simple_query(sql::CATALOG_STATE, by) {
         Ok(row) => row,
         Err(Failure::Refused(error)) => {
             return match error.code().map(|code| code.code()) {
                 // Schema, table, or one of its companions is missing.
-                Some("3F000" | "42P01") => Ok(false),
+                Some("3F000" | "42P01") => Ok(None),
                 Some("42501") => Err(no_rights(&chain(&error))),
                 _ => Err(Refusal::from_failure(Failure::Refused(error))),
             };
@@ -84,7 +95,7 @@ fn is_there(session: &mut Session, by: Instant) -> Result<bool, Refusal> {
     let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
     let version = column(0).and_then(|text| text.parse().ok()).unwrap_or(0);
     if version < VERSION {
-        return Ok(false);
+        return Ok(None);
     }
     if version > VERSION {
         return Err(refused(&format!(
@@ -98,11 +109,11 @@ fn is_there(session: &mut Session, by: Instant) -> Result<bool, Refusal> {
              USAGE and UPDATE on dsync.token are needed",
         ));
     }
-    Ok(true)
+    Ok(Some(State { has_era: column(2) == Some("t"), has_old_rows: column(3) == Some("t") }))
 }
 
 /// Makes the catalog, or brings it up to date, unless another process does so at this moment.
-fn create(session: &mut Session, by: Instant) -> Result<(), Refusal> {
+fn create(session: &mut Session, by: Instant) -> Result<State, Refusal> {
     session.simple_query(sql::BEGIN_CREATION, by).map_err(Refusal::from_failure)?;
     let outcome = create_in_transaction(session, by);
     // A transaction that failed must not be found open by a claim.
@@ -111,17 +122,16 @@ fn create(session: &mut Session, by: Instant) -> Result<(), Refusal> {
     if outcome? {
         log::info!("made the catalog of locks: schema dsync");
     }
-    if is_there(session, by)? {
-        return Ok(());
-    }
-    Err(refused(
-        "the catalog in schema dsync cannot be made complete; let an administrator drop the schema, or repair it",
-    ))
+    look(session, by)?.ok_or_else(|| {
+        refused(
+            "the catalog in schema dsync cannot be made complete; let an administrator drop the schema, or repair it",
+        )
+    })
 }
 
 fn create_in_transaction(session: &mut Session, by: Instant) -> Result<bool, Refusal> {
     session.simple_query("SAVEPOINT look", by).map_err(Refusal::from_failure)?;
-    if is_there(session, by)? {
+    if look(session, by)?.is_some() {
         return Ok(false);
     }
     session.simple_query("ROLLBACK TO look", by).map_err(Refusal::from_failure)?;

@@ -10,7 +10,7 @@ use crate::term::Row;
 /// Holds the row of the term for the length of the transaction; `false` if the term is over.
 pub(crate) fn hold(transaction: &mut Transaction<'_>, row: &Row, token: i64) -> Result<bool> {
     let pause = row.longest_pause.as_millis().to_string();
-    match transaction.query_opt(sql::FENCE, &[&row.id, &row.pair, &token, &pause]) {
+    match transaction.query_opt(&sql::fence(row.pair), &[&row.id, &row.pair, &token, &pause]) {
         Ok(found) => Ok(found.is_some()),
         // In a transaction that sees a snapshot from before the next holder's update.
         Err(error) if error.code() == Some(&SqlState::T_R_SERIALIZATION_FAILURE) => Ok(false),

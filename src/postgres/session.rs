@@ -75,7 +75,7 @@ pub(super) enum Answer {
     /// It is ours; the token, if there is a catalog.
     Granted { token: Option<i64> },
     /// Another session holds it. Or it was granted in the last moment of a slice without our knowing, or a transaction of
-    /// the former holder's has the row of the term.
+    /// the former holder's is open still.
     NotGranted,
     /// The catalog has another key under this number. The lock may be ours, and must not stay so.
     Collision { other: String },
@@ -109,38 +109,36 @@ impl Session {
             prepared: Vec::new(),
             leased: None,
         };
-        session.prepare(slice, by)?;
-        let settings = sql::notice_dead_clients(lease, heartbeat);
-        let all = settings.join("; ");
-        match session.bounded(by, |client| client.batch_execute(&all)) {
-            Ok(()) => return Ok(session),
-            // One of them: the others have been taken back with it.
-            Err(Failure::Refused(_)) => {}
-            Err(failure) => return Err(Refusal::from_failure(failure)),
-        }
-        for statement in settings {
-            match session.bounded(by, |client| client.batch_execute(&statement)) {
-                Ok(()) => {}
-                Err(Failure::Refused(error)) => {
-                    log::debug!("the server does not take {statement:?}: {}", crate::error::chain(&error));
-                }
-                Err(failure) => return Err(Refusal::from_failure(failure)),
-            }
-        }
+        session.prepare(slice, lease, heartbeat, by)?;
         Ok(session)
     }
 
-    fn prepare(&mut self, slice: Duration, by: Instant) -> Result<(), Refusal> {
+    fn prepare(
+        &mut self,
+        slice: Duration,
+        lease: Duration,
+        heartbeat: Duration,
+        by: Instant,
+    ) -> Result<(), Refusal> {
+        let niceties = sql::notice_dead_clients(lease, heartbeat);
         let mark = self.mark;
-        let rows = self
-            .bounded(by, |client| client.simple_query(&sql::prepare_session(slice, mark)))
-            .map_err(Refusal::from_failure)?;
-        // The second statement's row is the last one.
-        let row = rows.iter().rev().find_map(|message| match message {
-            SimpleQueryMessage::Row(row) => Some(row),
-            _ => None,
-        });
-        let column = |index| row.and_then(|row| row.try_get(index).ok().flatten());
+        let (mut all, mut by_locks) = (true, false);
+        let row = loop {
+            let more = if all { niceties.as_slice() } else { &[] };
+            match self.simple_query(&sql::prepare_session(slice, more, mark, by_locks), by) {
+                // One of them, probably: what went before has been taken back with it.
+                Err(Failure::Refused(_)) if all => all = false,
+                Err(failure) => return Err(Refusal::from_failure(failure)),
+                Ok(Some(row)) if row.try_get(3).is_ok_and(|mark| mark.is_none()) => {
+                    if by_locks {
+                        return Err(Refusal::pooler());
+                    }
+                    by_locks = true;
+                }
+                Ok(row) => break row,
+            }
+        };
+        let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
         let number = |index| column(index).and_then(|text| text.parse::<i32>().ok());
         let (Some(backend_pid), Some(in_recovery), Some(version)) = (number(0), column(1), number(2)) else {
             return Err(Refusal::not_postgres());
@@ -148,14 +146,19 @@ impl Session {
         if version < 140_000 {
             return Err(Refusal::too_old(version / 10_000));
         }
-        if column(3).is_none() {
-            // It holds a lock already, so it is not ours alone.
-            return Err(Refusal::pooler());
-        }
         if in_recovery == "t" {
             return Err(Refusal::standby());
         }
         self.backend_pid = backend_pid;
+        for (name, value) in niceties.iter().filter(|_| !all) {
+            match self.simple_query(&sql::set(name, value), by) {
+                Ok(_) => {}
+                Err(Failure::Refused(error)) => {
+                    log::debug!("the server does not take {name} = {value}: {}", crate::error::chain(&error));
+                }
+                Err(failure) => return Err(Refusal::from_failure(failure)),
+            }
+        }
         Ok(())
     }
 
@@ -195,33 +198,49 @@ impl Session {
         self.acquire(Verb::Try, request, by)
     }
 
-    /// As [`try_lock`](Self::try_lock), for a session that has the lease from a claim before, and may wait for a fenced
-    /// transaction of a former holder. It does less, so it does not tell why there is no lock.
-    pub(super) fn lock_again(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
+    /// As [`try_lock`](Self::try_lock), for a session that has the lease from a claim before. Whoever `waits` anyway
+    /// is not told why there is no lock, which would take another statement.
+    pub(super) fn lock_again(
+        &mut self,
+        request: &Request,
+        waits: bool,
+        by: Instant,
+    ) -> Result<Answer, Failure> {
         let former = match self.leased {
             Some(Leased { token }) if token.is_some() || request.entry.is_none() => token,
             _ => return self.try_lock(request, by),
         };
-        let id = request.key.id();
-        let Some(Entry { namespace, key, annotation }) = &request.entry else {
-            let rows = self.run(Verb::Again, request.shape(), &[(&id, Type::INT8)], by)?;
+        if request.entry.is_none() {
+            let rows = self.run(Verb::Again, request.shape(), &[(&request.key.id(), Type::INT8)], by)?;
             let granted = only(&rows)?.try_get(0).map_err(Failure::of)?;
             return Ok(if granted { Answer::Granted { token: None } } else { Answer::NotGranted });
-        };
-        let parameters: [(&(dyn ToSql + Sync), Type); 4] =
-            [(&id, Type::INT8), (namespace, Type::TEXT), (key, Type::TEXT), (annotation, Type::BYTEA)];
-        let rows = match self.run(Verb::Again, request.shape(), &parameters, by) {
-            Err(Failure::Refused(error)) if is_end_of_wait(&error) => Vec::new(),
-            rows => rows?,
-        };
-        let row = rows.first();
-        let Some(row) = row else { return Ok(Answer::NotGranted) };
-        let token: i64 = row.try_get(0).map_err(Failure::of)?;
-        if former.is_some_and(|former| token <= former) {
-            return self.try_lock(request, by);
         }
+        match self.take_known(Verb::Again, request, by) {
+            Ok(Some(token)) if former.is_none_or(|former| former < token) => {
+                Ok(Answer::Granted { token: Some(token) })
+            }
+            Ok(None) if waits => Ok(Answer::NotGranted),
+            Ok(_) => self.try_lock(request, by),
+            // Somebody else's transaction has the row.
+            Err(Failure::Refused(error)) if is_end_of_wait(&error) => Ok(Answer::NotGranted),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    /// Lock, token and row where the key has a row; the token.
+    fn take_known(&mut self, verb: Verb, request: &Request, by: Instant) -> Result<Option<i64>, Failure> {
+        let Some(Entry { namespace, key, annotation }) = &request.entry else { return Ok(None) };
+        let parameters: [(&(dyn ToSql + Sync), Type); 4] = [
+            (&request.key.id(), Type::INT8),
+            (namespace, Type::TEXT),
+            (key, Type::TEXT),
+            (annotation, Type::BYTEA),
+        ];
+        let rows = self.run(verb, request.shape(), &parameters, by)?;
+        let Some(row) = rows.first() else { return Ok(None) };
+        let token: i64 = row.try_get(0).map_err(Failure::of)?;
         self.leased = Some(Leased { token: Some(token) });
-        Ok(Answer::Granted { token: Some(token) })
+        Ok(Some(token))
     }
 
     /// Queues for the lock until the slice is over or `link` is interrupted.
@@ -229,7 +248,11 @@ impl Session {
         if !link.begin_slice() {
             return Ok(Answer::NotGranted);
         }
-        let outcome = self.acquire(Verb::Queue, request, by);
+        let outcome = match self.take_known(Verb::QueueAgain, request, by) {
+            Ok(Some(token)) => Ok(Answer::Granted { token: Some(token) }),
+            Ok(None) => self.acquire(Verb::Queue, request, by),
+            Err(failure) => Err(failure),
+        };
         let settled = link.end_slice(by);
         if !settled {
             // A cancel that nobody knows the fate of may hit whatever comes next.
@@ -272,9 +295,10 @@ impl Session {
         let row = only(&rows)?;
         let granted: bool = row.try_get(0).map_err(Failure::of)?;
         let token: Option<i64> = row.try_get(1).map_err(Failure::of)?;
-        let other: Option<String> = row.try_get(2).map_err(Failure::of)?;
-        Ok(Answered::With(match other {
-            Some(other) => Answer::Collision { other },
+        let namespace: Option<String> = row.try_get(2).map_err(Failure::of)?;
+        let key: Option<String> = row.try_get(3).map_err(Failure::of)?;
+        Ok(Answered::With(match namespace.zip(key) {
+            Some((namespace, key)) => Answer::Collision { other: format!("{namespace}:{key}") },
             None if granted && token.is_none() && request.entry.is_some() => return Ok(Answered::Tokenless),
             None if granted => {
                 self.leased = Some(Leased { token });

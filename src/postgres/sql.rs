@@ -17,43 +17,34 @@ const MARK: &str = "dsync.session";
 /// - `idle_session_timeout` would end a session that waits in the pool, and is the lease while a claim lasts;
 /// - `lock_timeout` is the slice of a wait;
 /// - read-only or repeatable-read transactions could not write the term's row after the wait;
-/// - `search_path` could put somebody else's functions and operators in the place of PostgreSQL's;
 /// - `synchronous_commit` would make one acquisition in 32 wait for the disk, and for a standby, which may be gone. What a
-///   crash takes back of the tokens is jumped over: see [`NEW_ERA`].
+///   crash takes back of the tokens is jumped over: see [`NEW_ERA`];
+/// - the plans of the statements do not depend on the key, so there is no need to make five before one is kept;
+/// - `search_path` could put somebody else's functions and operators in the place of PostgreSQL's.
 ///
-/// A setting that the server's version does not know is left out. Answers with what the session must be checked for. A
-/// backend that holds a lock from the start is not ours alone, and is left as it is. One without the mark of a session of
-/// ours has no lock of ours; so the locks of the whole server are looked through only where there is one.
-pub(super) fn prepare_session(slice: Duration, mark: u64) -> String {
-    // With its schema even the operator: the role's own search path is in force still.
-    let holds = format!(
-        "CASE WHEN pg_catalog.current_setting('{MARK}', true) IS NULL THEN false \
-         ELSE EXISTS (SELECT FROM pg_catalog.pg_locks AS own \
-                      WHERE own.locktype OPERATOR(pg_catalog.=) 'advisory' \
-                      AND own.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()) END"
-    );
-    format!(
-        "SELECT pg_catalog.set_config(wanted.name, wanted.setting, false) \
-         FROM (VALUES ('statement_timeout', '0'), ('transaction_timeout', '0'), \
-                      ('idle_in_transaction_session_timeout', '0'), ('idle_session_timeout', '0'), \
-                      ('lock_timeout', '{slice}'), ('default_transaction_read_only', 'off'), \
-                      ('default_transaction_isolation', 'read committed'), ('synchronous_commit', 'off'), \
-                      ('search_path', 'pg_catalog, pg_temp')) \
-              AS wanted (name, setting) \
-         WHERE pg_catalog.current_setting(wanted.name, true) IS NOT NULL AND NOT {holds}; \
-         SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(), \
-                pg_catalog.current_setting('server_version_num'), \
-                CASE WHEN NOT {holds} THEN pg_catalog.set_config('{MARK}', '{mark}', false) END",
-        slice = slice.as_millis()
-    )
+/// A setting that the server's version does not know is left out.
+fn settings(slice: Duration) -> Vec<(&'static str, String)> {
+    let fixed = [
+        ("statement_timeout", "0"),
+        ("transaction_timeout", "0"),
+        ("idle_in_transaction_session_timeout", "0"),
+        ("idle_session_timeout", "0"),
+        ("default_transaction_read_only", "off"),
+        ("default_transaction_isolation", "read committed"),
+        ("synchronous_commit", "off"),
+        ("plan_cache_mode", "force_generic_plan"),
+        ("search_path", "pg_catalog, pg_temp"),
+    ];
+    let slice = ("lock_timeout", slice.as_millis().to_string());
+    fixed.map(|(name, value)| (name, value.to_owned())).into_iter().chain([slice]).collect()
 }
 
 /// Settings by which the server notices a client that is gone. Each is refused somewhere (by managed servers, by systems
-/// that cannot do it), so each is a statement of its own, and a refusal is no error.
+/// that cannot do it), and a refusal is no error.
 ///
 /// `client_connection_check_interval` lets a *waiting* session notice that its client died, so that it leaves the
 /// queue: <https://www.postgresql.org/docs/current/runtime-config-connection.html>.
-pub(super) fn notice_dead_clients(lease: Duration, heartbeat: Duration) -> [String; 5] {
+pub(super) fn notice_dead_clients(lease: Duration, heartbeat: Duration) -> Vec<(&'static str, String)> {
     // A silent client is given up after two of these. That must not be before the lease is over, or the lock would be
     // free while its holder may still believe in it.
     let seconds = lease.as_secs() / 2 + 1;
@@ -61,13 +52,59 @@ pub(super) fn notice_dead_clients(lease: Duration, heartbeat: Duration) -> [Stri
     // acknowledged. With this it is replaced within the lease all the same. A term must be shorter by that: see
     // `LeasePlan::term`.
     let unacknowledged = lease.saturating_sub(heartbeat);
-    [
-        "SET client_connection_check_interval = '1s'".to_owned(),
-        format!("SET tcp_keepalives_idle = {seconds}"),
-        format!("SET tcp_keepalives_interval = {seconds}"),
-        "SET tcp_keepalives_count = 2".to_owned(),
-        format!("SET tcp_user_timeout = {}", unacknowledged.as_millis()),
+    vec![
+        ("client_connection_check_interval", "1s".to_owned()),
+        ("tcp_keepalives_idle", seconds.to_string()),
+        ("tcp_keepalives_interval", seconds.to_string()),
+        ("tcp_keepalives_count", "2".to_owned()),
+        ("tcp_user_timeout", unacknowledged.as_millis().to_string()),
     ]
+}
+
+/// Sets one setting, in a statement of its own.
+pub(super) fn set(name: &str, value: &str) -> String {
+    format!("SELECT pg_catalog.set_config('{name}', '{value}', false)")
+}
+
+/// Prepares a session in one round trip: says what the session must be checked for, sets it up, and puts the mark into it
+/// by which our sessions are told apart.
+///
+/// Gives: backend, whether it is a standby, version, mark. A backend that had a mark before is left as it is, and the last
+/// column is null: a pooler has lent us one that another session of ours uses, or used. Then it is to be done again,
+/// `by_locks`, which tells the two apart: one that holds a lock is not ours alone. Not at once, since merely to read the
+/// question for its locks takes a new backend a millisecond.
+pub(super) fn prepare_session(
+    slice: Duration,
+    more: &[(&'static str, String)],
+    mark: u64,
+    by_locks: bool,
+) -> String {
+    // With its schema even the operator: the role's own search path is in force still.
+    let ours = if by_locks {
+        "NOT EXISTS (SELECT FROM pg_catalog.pg_locks AS own \
+                     WHERE own.locktype OPERATOR(pg_catalog.=) 'advisory' \
+                     AND own.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid())"
+            .to_owned()
+    } else {
+        format!("pg_catalog.current_setting('{MARK}', true) IS NULL")
+    };
+    let set: String = settings(slice)
+        .iter()
+        .chain(more)
+        .map(|(name, value)| {
+            format!(
+                ", CASE WHEN backend.ours AND pg_catalog.current_setting('{name}', true) IS NOT NULL \
+                   THEN pg_catalog.set_config('{name}', '{value}', false) END"
+            )
+        })
+        .collect();
+    // With `OFFSET 0` the backend is looked at once, and first.
+    format!(
+        "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(), \
+                pg_catalog.current_setting('server_version_num'), \
+                CASE WHEN backend.ours THEN pg_catalog.set_config('{MARK}', '{mark}', false) END{set} \
+         FROM (SELECT {ours} AS ours OFFSET 0) AS backend"
+    )
 }
 
 /// What the statements of a claim depend on, beside their parameters.
@@ -82,25 +119,25 @@ pub(super) struct Shape {
 /// The statements of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verb {
-    /// Asks for the lock without waiting, and puts the lease on the session. Gives: granted, token, other key.
+    /// Asks for the lock without waiting, and puts the lease on the session. Gives: granted, token, namespace and name of another key.
     ///
-    /// It does not wait for the row of the term either, which a fenced transaction of the former holder may have: then there
-    /// is no token, and the session queues, which keeps the lock and waits for the row.
+    /// It does not wait for fenced transactions of a former holder either: then there is no token, and the session queues,
+    /// which keeps the lock and waits for them.
     ///
     /// The lease goes on in a statement that succeeds whether the lock is had or not, and so before the first wait: a
     /// wait that ends in an error would take it back, and it can end so *after* the lock was granted. A session that
     /// waits is not idle, so the lease does it no harm.
     Try,
     /// As `Try`, but for a session that has served the same key before and kept the lease since, and with less to do for the
-    /// server: see [`again_with_catalog`]. For who wants the lock anyway: it may wait for the row of the term.
-    ///
-    /// If it fails there after the grant, up to `lock_timeout` later, the lease stays: another statement has set it.
+    /// server: see [`take_known`]. Gives the token, or no row: it does not tell why there is no lock.
     Again,
-    /// Queues for the lock until `lock_timeout`. Gives the same.
+    /// Queues for the lock until `lock_timeout`. Gives the same as `Try`.
     ///
     /// If the slice before ended in an error *after* the lock had been granted, this takes it a second time, at once.
     /// [`Unlock`](Self::Unlock) lets go of it as often as it was taken.
     Queue,
+    /// As `Queue`, where the key has a row. Gives the token, or at once no row: then it is for `Queue` to find out why.
+    QueueAgain,
     /// Gives the lock back, says whether it was held, and takes lease and name off the session. Key as above.
     ///
     /// The session holds this one lock only, so letting go of all is letting go of it, however often it was taken.
@@ -110,10 +147,13 @@ pub(super) enum Verb {
 }
 
 /// The text of a statement. Parameters: `$1` key; for `Try` and `Queue` also `$2` lease in milliseconds, as text, `$3`
-/// application name, and with the catalog `$4` namespace, `$5` name of the key, `$6` annotation; for `Again` with the
-/// catalog `$2` to `$4` are the last three.
+/// application name, and with the catalog `$4` namespace, `$5` name of the key, `$6` annotation; for `Again` and
+/// `QueueAgain` with the catalog `$2` to `$4` are the last three.
 pub(super) fn statement(verb: Verb, shape: Shape) -> String {
-    let key = if shape.pair { "($1::int8 >> 32)::int4, ($1::int8 << 32 >> 32)::int4" } else { "$1::int8" };
+    if shape.catalog && matches!(verb, Verb::Again | Verb::QueueAgain) {
+        return take_known(verb, shape);
+    }
+    let key = shape.numbers("$1::pg_catalog.int8");
     let (granted, settings) = match verb {
         Verb::Try => (
             format!("pg_catalog.pg_try_advisory_lock({key})"),
@@ -122,11 +162,10 @@ pub(super) fn statement(verb: Verb, shape: Shape) -> String {
         ),
         // The type of its result is `void`, which is the empty text. The settings stand from the `Try` before, and are
         // named only for the parameters to be the same.
-        Verb::Queue => (
+        Verb::Queue | Verb::QueueAgain => (
             format!("(pg_catalog.pg_advisory_lock({key}))::text = ''"),
             ", $2::text AS lease, $3::text AS application_name",
         ),
-        Verb::Again if shape.catalog => return again_with_catalog(key, shape.pair),
         Verb::Again => return format!("SELECT pg_catalog.pg_try_advisory_lock({key})"),
         Verb::Unlock => {
             return format!(
@@ -142,14 +181,39 @@ pub(super) fn statement(verb: Verb, shape: Shape) -> String {
         }
     };
     if shape.catalog {
-        acquire_with_catalog(&granted, settings, verb, shape.pair)
+        take_unknown(&granted, settings, verb, shape)
     } else {
-        format!("SELECT {granted}, NULL::int8, NULL::text{settings}")
+        format!("SELECT {granted}, NULL::int8, NULL::text, NULL::text{settings}")
     }
 }
 
-/// Lock, token and row in one statement. The row is written after the lock was granted, since its source is the grant;
-/// and so are the tokens drawn, in the order of the grants.
+impl Shape {
+    /// The arguments of an advisory lock's functions for a key that is one number in SQL. With whatever search path.
+    fn numbers(self, number: &str) -> String {
+        if self.pair {
+            format!(
+                "(({number}) OPERATOR(pg_catalog.>>) 32)::pg_catalog.int4, \
+                 (({number}) OPERATOR(pg_catalog.<<) 32 OPERATOR(pg_catalog.>>) 32)::pg_catalog.int4"
+            )
+        } else {
+            number.to_owned()
+        }
+    }
+
+    /// The advisory lock that a fenced transaction shares, and that a term takes for itself for a moment at its beginning.
+    /// So a term knows at once, without a look at its row, whether it has to wait for fenced transactions.
+    ///
+    /// That a key of the application's has this number is as unlikely as that two names have one hash.
+    fn gate(self) -> String {
+        self.numbers(&format!("$1::pg_catalog.int8 OPERATOR(pg_catalog.#) {GATE}::pg_catalog.int8"))
+    }
+}
+
+/// "dsync ga" in ASCII, of no meaning.
+const GATE: i64 = 0x6473_796e_6320_6761;
+
+/// Lock, token and row in one statement, whatever there is in the catalog. The row is written after the lock was granted,
+/// since its source is the grant; and so are the tokens drawn, in the order of the grants.
 ///
 /// Where a row of *another* key has this id, the lock is not asked for, and the other key is given: two names with one
 /// hash. If they waited for each other in one process, they would do so for ever. A row that is so new that this statement
@@ -157,61 +221,71 @@ pub(super) fn statement(verb: Verb, shape: Shape) -> String {
 ///
 /// Without the row of the era no token is drawn: see [`NEW_ERA`].
 ///
-/// If a fenced transaction of the former holder is still open, the term's row has to wait for it: `Queue` does so, up to
-/// `lock_timeout`. `Try` would take back the lease if it failed there, so it takes the row only if nobody has it.
-fn acquire_with_catalog(granted: &str, settings: &str, verb: Verb, pair: bool) -> String {
+/// Many a session runs this once, and as its first statement. So it is written for a backend that has yet to look up what
+/// it needs: the operator `||`, and a comparison of rows, took a millisecond.
+///
+/// If fenced transactions of the former holder are still open, `Queue` waits for them, up to `lock_timeout`. `Try` would
+/// take back the lease if it failed there, so it does not wait for the gate.
+fn take_unknown(granted: &str, settings: &str, verb: Verb, shape: Shape) -> String {
+    let (pair, gate) = (shape.pair, shape.gate());
     let row = format!("dsync.lock AS lock WHERE lock.id = $1::int8 AND lock.pair = {pair}");
-    let (free, if_free) = match verb {
-        Verb::Try => (
-            format!(
-                "free AS MATERIALIZED (SELECT FROM attempt, {row} AND attempt.granted \
-                 FOR NO KEY UPDATE OF lock SKIP LOCKED),"
-            ),
-            format!("AND (EXISTS (SELECT FROM free) OR NOT EXISTS (SELECT FROM {row}))"),
-        ),
-        _ => (String::new(), String::new()),
+    let passed = match verb {
+        Verb::Try => format!("pg_catalog.pg_try_advisory_xact_lock({gate})"),
+        _ => format!("(pg_catalog.pg_advisory_xact_lock({gate}))::text = ''"),
     };
     format!(
         "WITH other AS MATERIALIZED ( \
-             SELECT lock.namespace || ':' || lock.key AS name FROM {row} \
-             AND (lock.namespace, lock.key) <> ($4::text, $5::text)), \
+             SELECT lock.namespace, lock.key FROM {row} \
+             AND (lock.namespace <> $4::text OR lock.key <> $5::text)), \
          attempt AS MATERIALIZED ( \
              SELECT {granted} AS granted{settings} WHERE NOT EXISTS (SELECT FROM other)), \
-         {free} \
          term AS ( \
              INSERT INTO dsync.lock AS lock (id, pair, namespace, key, token, annotation, pid, since) \
              SELECT $1::int8, {pair}, $4::text, $5::text, pg_catalog.nextval('dsync.token'), $6::bytea, \
                     pg_catalog.pg_backend_pid(), pg_catalog.clock_timestamp() \
-             FROM attempt WHERE attempt.granted AND EXISTS (SELECT FROM dsync.era) {if_free} \
+             FROM attempt WHERE CASE WHEN attempt.granted AND EXISTS (SELECT FROM dsync.era) THEN {passed} END \
              ON CONFLICT (id, pair) DO UPDATE \
              SET token = excluded.token, annotation = excluded.annotation, pid = excluded.pid, since = excluded.since \
              WHERE lock.namespace = excluded.namespace AND lock.key = excluded.key \
              RETURNING lock.token) \
-         SELECT coalesce((SELECT granted FROM attempt), false), (SELECT token FROM term), (SELECT name FROM other)"
+         SELECT coalesce((SELECT granted FROM attempt), false), (SELECT token FROM term), \
+                (SELECT namespace FROM other), (SELECT key FROM other)"
     )
 }
 
-/// Lock, token and row for a session that has had a token before: gives the token, or no row at all.
+/// Lock, token and row where the key has a row: gives the token, or no row at all.
 ///
-/// Without a row the lock may be ours or not: another session holds it, or the row is another key's. `Queue` finds out.
+/// The condition takes the lock, and the gate after it. `CASE` keeps the order, which `AND` alone would not:
+/// <https://www.postgresql.org/docs/current/sql-expressions.html#SYNTAX-EXPRESS-EVAL>. If the row has been written since
+/// the statement began to look, the condition is tried on the new version once more, and the lock is taken twice; `Unlock`
+/// lets go of it as often.
 ///
-/// The row of the era is not asked for. A session does not outlive a crash, so it is there as it was when the session drew
-/// its token before. Only who drops the catalog and makes it anew takes it away; the token is then below the former one, by
-/// which the session notices, and has it drawn again.
+/// Without a row the lock may be ours or not: another session holds it, a fenced transaction is open, or the row is gone or
+/// another key's. `Queue` finds out.
 ///
-/// Measured on the server, as processor time above a bare `pg_try_advisory_lock`: 27 µs, and 86 µs for the statement that
-/// answers all questions at once.
-fn again_with_catalog(key: &str, pair: bool) -> String {
+/// `Again` does not ask for the row of the era. A session does not outlive a crash, so it is there as it was when the
+/// session drew its token before. Only who drops the catalog and makes it anew takes it away; the token is then below the
+/// former one, by which the session notices, and has it drawn again. A session that queues need not have drawn one.
+fn take_known(verb: Verb, shape: Shape) -> String {
+    let (key, gate) = (shape.numbers("$1::pg_catalog.int8"), shape.gate());
+    let taken = match verb {
+        Verb::Again => format!(
+            "WHEN pg_catalog.pg_try_advisory_lock({key}) THEN pg_catalog.pg_try_advisory_xact_lock({gate})"
+        ),
+        _ => format!(
+            "WHEN NOT EXISTS (SELECT FROM dsync.era) THEN false \
+             WHEN (pg_catalog.pg_advisory_lock({key}))::text = '' \
+             THEN (pg_catalog.pg_advisory_xact_lock({gate}))::text = ''"
+        ),
+    };
     format!(
-        "INSERT INTO dsync.lock AS lock (id, pair, namespace, key, token, annotation, pid, since) \
-         SELECT $1::int8, {pair}, $2::text, $3::text, pg_catalog.nextval('dsync.token'), $4::bytea, \
-                pg_catalog.pg_backend_pid(), pg_catalog.clock_timestamp() \
-         FROM (SELECT pg_catalog.pg_try_advisory_lock({key}) AS granted OFFSET 0) AS attempt \
-         WHERE attempt.granted \
-         ON CONFLICT (id, pair) DO UPDATE \
-         SET token = excluded.token, annotation = excluded.annotation, pid = excluded.pid, since = excluded.since \
-         WHERE lock.namespace = excluded.namespace AND lock.key = excluded.key \
-         RETURNING lock.token"
+        "UPDATE dsync.lock AS lock \
+         SET token = pg_catalog.nextval('dsync.token'), annotation = $4::bytea, \
+             pid = pg_catalog.pg_backend_pid(), since = pg_catalog.clock_timestamp() \
+         WHERE lock.id = $1::int8 AND lock.pair = {pair} \
+         AND CASE WHEN lock.namespace <> $2::text OR lock.key <> $3::text THEN false {taken} ELSE false END \
+         RETURNING lock.token",
+        pair = shape.pair
     )
 }
 
@@ -254,7 +328,8 @@ pub(super) fn settle(lost: &[i32]) -> String {
 pub(super) const HEARTBEAT: &str = "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(), \
      pg_catalog.current_setting('dsync.session', true)";
 
-/// The version of the catalog, and whether the role has the rights on it.
+/// The version of the catalog, whether the role has the rights on it, whether the era has its row, and whether there are
+/// rows of old terms.
 pub(super) const CATALOG_STATE: &str = "SELECT version, \
      pg_catalog.has_table_privilege('dsync.lock', 'SELECT') AND \
      pg_catalog.has_table_privilege('dsync.lock', 'INSERT') AND \
@@ -262,7 +337,11 @@ pub(super) const CATALOG_STATE: &str = "SELECT version, \
      pg_catalog.has_table_privilege('dsync.era', 'SELECT') AND \
      pg_catalog.has_table_privilege('dsync.era', 'INSERT') AND \
      pg_catalog.has_sequence_privilege('dsync.token', 'USAGE') AND \
-     pg_catalog.has_sequence_privilege('dsync.token', 'UPDATE') FROM dsync.version";
+     pg_catalog.has_sequence_privilege('dsync.token', 'UPDATE'), \
+     CASE WHEN pg_catalog.has_table_privilege('dsync.era', 'SELECT') THEN EXISTS (SELECT FROM dsync.era) END, \
+     CASE WHEN pg_catalog.has_table_privilege('dsync.lock', 'SELECT') \
+          THEN EXISTS (SELECT FROM dsync.lock WHERE since < now() - interval '1 day') END \
+     FROM dsync.version";
 
 /// Forgets the rows of locks that nobody has held for a day, so that the table does not grow with every key ever used.
 ///
@@ -289,22 +368,32 @@ pub(super) const END_CREATION: &str = "SET search_path = pg_catalog, pg_temp; CO
 /// `$2` whether it is a pair, `$3` token, `$4` the longest pause between two statements, in milliseconds.
 ///
 /// `FOR SHARE` makes a successor's update wait; `FOR KEY SHARE` would not, since the update leaves the key alone. The
-/// bound on pauses is what keeps a frozen writer from holding up its successor; a tighter one of the caller's stays.
+/// gate, taken before that, tells a successor of it without a wait; one that has the gate has the lock too, so the term is
+/// over. The bound on pauses is what keeps a frozen writer from holding up its successor; a tighter one of the caller's
+/// stays. It is set before anything is taken, and nothing is taken for a token that is known to be an old one: a caller that
+/// is refused, and lets its transaction stand open, holds up nobody.
 ///
 /// Runs on a connection of the application's, whose `search_path` may be anything.
-pub(super) const FENCE: &str = "SELECT pg_catalog.set_config('idle_in_transaction_session_timeout', \
-         CASE WHEN pause.now OPERATOR(pg_catalog.>) '0'::pg_catalog.interval \
-                   AND pause.now OPERATOR(pg_catalog.<) pause.longest \
-              THEN pg_catalog.current_setting('idle_in_transaction_session_timeout') \
-              ELSE $4::pg_catalog.text END, true) \
-     FROM dsync.lock AS lock, \
-          (SELECT pg_catalog.current_setting('idle_in_transaction_session_timeout')::pg_catalog.interval AS now, \
-                  ($4::pg_catalog.text OPERATOR(pg_catalog.||) ' ms')::pg_catalog.interval AS longest) AS pause \
-     WHERE lock.id OPERATOR(pg_catalog.=) $1::pg_catalog.int8 AND lock.pair OPERATOR(pg_catalog.=) $2::pg_catalog.bool \
-       AND lock.token OPERATOR(pg_catalog.=) $3::pg_catalog.int8 FOR SHARE OF lock";
+pub(super) fn fence(pair: bool) -> String {
+    let gate = Shape { pair, catalog: true }.gate();
+    format!(
+        "SELECT true FROM dsync.lock AS lock, \
+              (SELECT pg_catalog.current_setting('idle_in_transaction_session_timeout')::pg_catalog.interval AS now, \
+                      ($4::pg_catalog.text OPERATOR(pg_catalog.||) ' ms')::pg_catalog.interval AS longest) AS pause \
+         WHERE lock.id OPERATOR(pg_catalog.=) $1::pg_catalog.int8 AND lock.pair OPERATOR(pg_catalog.=) $2::pg_catalog.bool \
+           AND CASE WHEN lock.token OPERATOR(pg_catalog.<>) $3::pg_catalog.int8 THEN false \
+                    WHEN pg_catalog.set_config('idle_in_transaction_session_timeout', \
+                             CASE WHEN pause.now OPERATOR(pg_catalog.>) '0'::pg_catalog.interval \
+                                       AND pause.now OPERATOR(pg_catalog.<) pause.longest \
+                                  THEN pg_catalog.current_setting('idle_in_transaction_session_timeout') \
+                                  ELSE $4::pg_catalog.text END, true) IS NULL THEN false \
+                    ELSE pg_catalog.pg_try_advisory_xact_lock_shared({gate}) END \
+         FOR SHARE OF lock"
+    )
+}
 
 /// Whether the term with this token is the newest: `$1` key, `$2` whether it is a pair, `$3` token. Runs where
-/// [`FENCE`] does.
+/// [`fence`] does.
 pub(super) const IS_CURRENT: &str = "SELECT EXISTS (SELECT FROM dsync.lock AS lock \
      WHERE lock.id OPERATOR(pg_catalog.=) $1::pg_catalog.int8 AND lock.pair OPERATOR(pg_catalog.=) $2::pg_catalog.bool \
        AND lock.token OPERATOR(pg_catalog.=) $3::pg_catalog.int8)";

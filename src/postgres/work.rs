@@ -32,7 +32,7 @@ pub(super) struct Terms {
 impl Terms {
     /// How long the server may hold something for a session that was lost without its knowing.
     pub(super) fn doubt(&self) -> Duration {
-        // A slice may wait twice: for the lock, and for the row of a predecessor's fenced transaction.
+        // A slice may wait twice: for the lock, and at the gate for a predecessor's fenced transactions.
         self.plan.lease + 2 * self.wait_slice
     }
 
@@ -231,12 +231,8 @@ impl Work {
             Action::Try => {
                 self.annotate();
                 let by = self.after_try();
-                // Without a catalog there is nothing to wait for.
-                if std::mem::take(&mut self.is_patient) || self.request.entry.is_none() {
-                    self.acquire(Event::Busy, |session, _, request| session.lock_again(request, by))
-                } else {
-                    self.acquire(Event::Busy, |session, _, request| session.try_lock(request, by))
-                }
+                let waits = std::mem::take(&mut self.is_patient);
+                self.acquire(Event::Busy, |session, _, request| session.lock_again(request, waits, by))
             }
             Action::Queue => {
                 let by = self.terms.after_slice();
@@ -277,8 +273,8 @@ impl Work {
         }
     }
 
-    /// By when the server must have answered the first statement, which may wait for a fenced transaction of the former
-    /// holder if the session has kept its lease.
+    /// By when the server must have answered the first statement, which may wait for a foreign lock on the row of the term
+    /// if the session has kept its lease.
     fn after_try(&mut self) -> Instant {
         let may_wait = self.is_patient && self.session().is_some_and(|session| session.is_leased());
         self.terms.soon() + if may_wait { self.terms.wait_slice } else { Duration::ZERO }
