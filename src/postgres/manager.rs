@@ -14,6 +14,7 @@ use super::config::Config;
 use super::inspect::{self, Named};
 use super::lock::{Active, PostgresLock};
 use super::pool::{Pool, Slot};
+use super::resting::Resting;
 use super::stream::StreamControl;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
@@ -54,7 +55,7 @@ impl PostgresManager {
         let pool = Pool::new(&config)?;
         let state =
             Mutex::new(State { stage: Stage::New, pool: Some(Arc::new(pool)), locks: HashMap::new() });
-        Ok(Self { core: Arc::new(Core { config, state }) })
+        Ok(Self { core: Arc::new(Core { config, state, resting: Arc::default() }) })
     }
 
     /// The lock with this key: a name, a number, or a pair of numbers. As
@@ -209,6 +210,7 @@ impl fmt::Debug for PostgresManager {
         f.debug_struct("PostgresManager")
             .field("stage", &state.stage)
             .field("locks", &state.locks.len())
+            .field("resting", &self.core.resting.len())
             .field("pool", &state.pool)
             .finish()
     }
@@ -218,6 +220,7 @@ impl fmt::Debug for PostgresManager {
 pub(super) struct Core {
     config: Config,
     state: Mutex<State>,
+    resting: Arc<Resting>,
 }
 
 struct State {
@@ -252,6 +255,11 @@ struct Stopping {
 impl Core {
     pub(super) fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The supervisors without a claim.
+    pub(super) fn resting(&self) -> &Arc<Resting> {
+        &self.resting
     }
 
     /// When a release that begins now must be over.
@@ -339,6 +347,7 @@ impl Core {
                 Some(Stopping { lock, active, first })
             })
             .collect();
+        self.resting.close();
         let share = claims.len().div_ceil(AT_ONCE).max(1);
         let give_back = |claims: &[Stopping]| {
             let ended_here = claims.iter().filter(|stopping| stopping.first);
@@ -360,7 +369,7 @@ impl Core {
             outcome = outcome.and(active.claim.wait_ended(by));
             lock.forget(&active.claim);
         }
-        known.iter().for_each(|lock| lock.dismiss());
+        known.iter().for_each(|lock| lock.leave_pool());
         drop(pool);
         outcome
     }
