@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Instant;
@@ -348,21 +350,29 @@ impl Core {
             })
             .collect();
         self.resting.close();
-        let share = claims.len().div_ceil(AT_ONCE).max(1);
-        let give_back = |claims: &[Stopping]| {
-            let ended_here = claims.iter().filter(|stopping| stopping.first);
-            ended_here.for_each(|stopping| PostgresLock::give_back(&stopping.active, by));
+        let close_idle = || {
+            if let Some(pool) = &pool {
+                pool.close_idle(by);
+            }
         };
-        thread::scope(|scope| {
-            let mut shares = claims.chunks(share);
-            let own = shares.next().unwrap_or_default();
-            for claims in shares {
-                // Without a thread to spare it is done here, one after the other.
-                if thread::Builder::new().spawn_scoped(scope, move || give_back(claims)).is_err() {
-                    give_back(claims);
+        let next = AtomicUsize::new(0);
+        let give_back = || {
+            while let Some(stopping) = claims.get(next.fetch_add(1, Relaxed)) {
+                if stopping.first {
+                    PostgresLock::give_back(&stopping.active, by);
                 }
             }
-            give_back(own);
+            close_idle();
+        };
+        let hands = claims.len().max(pool.as_ref().map_or(0, |pool| pool.idle())).min(AT_ONCE);
+        thread::scope(|scope| {
+            for _ in 1..hands {
+                // Without a thread to spare it is done by fewer.
+                if thread::Builder::new().spawn_scoped(scope, give_back).is_err() {
+                    break;
+                }
+            }
+            give_back();
         });
         let mut outcome = Ok(());
         for Stopping { lock, active, .. } in &claims {
@@ -370,6 +380,8 @@ impl Core {
             lock.forget(&active.claim);
         }
         known.iter().for_each(|lock| lock.leave_pool());
+        // What came back meanwhile, of claims that others had ended.
+        close_idle();
         drop(pool);
         outcome
     }

@@ -145,6 +145,19 @@ impl Pool {
         self.slots.try_get().filter(|slot| slot.is_open())
     }
 
+    /// How many slots nobody has taken.
+    pub(super) fn idle(&self) -> usize {
+        self.slots.state().idle_connections.try_into().unwrap_or(usize::MAX)
+    }
+
+    /// Closes the sessions that nobody uses. Several threads may do it at once, each a part of them.
+    pub(super) fn close_idle(&self, by: Instant) {
+        // A slot without a session does not go back, so there are fewer each time.
+        while let Some(mut slot) = self.slots.try_get() {
+            slot.close(by);
+        }
+    }
+
     /// How long it may take to have a slot and to open its session.
     pub(super) fn takes_at_most(&self) -> Duration {
         PATIENCE * TURNS + self.connect_timeout
