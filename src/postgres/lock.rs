@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use super::catalog::CatalogMode;
 use super::claim::{Claim, Patience, Why, stopped};
 use super::manager::Core;
+use super::pool::Pool;
 use super::session::{Entry, Request};
 use super::sql;
 use super::supervisor::Supervisor;
@@ -35,16 +36,17 @@ pub(super) struct PostgresLock {
 #[derive(Default)]
 struct LockState {
     claim: Option<Active>,
-    /// Of the last claim, for the next.
-    supervisor: Option<Arc<Supervisor>>,
+    /// Of the last claim, for the next; `None` again when the manager has stopped, since they keep the pool.
+    terms: Option<Arc<Terms>>,
     /// The last loss of the claims that have ended.
     last_loss: Option<Loss>,
 }
 
-/// A claim, and who works on it.
+/// A claim, what it is made on, and who works on it.
 #[derive(Clone, Debug)]
 pub(super) struct Active {
     pub(super) claim: Arc<Claim>,
+    terms: Arc<Terms>,
     pub(super) supervisor: Arc<Supervisor>,
 }
 
@@ -55,8 +57,7 @@ impl PostgresLock {
     }
 
     fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
-        let Active { claim, supervisor } = self.claim(context)?;
-        supervisor.acquire(&claim, patience, context)
+        self.claim(context)?.acquire(patience, context)
     }
 
     /// The claim that goes on, or a new one. Waits for one that is ending, no longer than that takes or `context` allows.
@@ -68,7 +69,7 @@ impl PostgresLock {
                     Some(active) if active.claim.is_ending() => Arc::clone(&active.claim),
                     Some(active) => return Ok(active.clone()),
                     None => {
-                        let active = self.begin(state.supervisor.take())?;
+                        let active = self.begin(&mut state.terms)?;
                         state.claim = Some(active.clone());
                         return Ok(active);
                     }
@@ -79,8 +80,8 @@ impl PostgresLock {
         }
     }
 
-    /// Begins a claim, with the supervisor of the last one if it is there still.
-    fn begin(&self, former: Option<Arc<Supervisor>>) -> Result<Active> {
+    /// Begins a claim, with a supervisor that rests if there is one.
+    fn begin(&self, terms: &mut Option<Arc<Terms>>) -> Result<Active> {
         let pool = self.core.pool()?;
         let config = self.core.config();
         let claim = Claim::new(self.text.clone(), config.lease + 2 * config.wait_slice);
@@ -90,10 +91,29 @@ impl PostgresLock {
         {
             return Err(stopped());
         }
-        if let Some(supervisor) = former.filter(|former| former.assign(&claim)) {
-            return Ok(Active { claim, supervisor });
+        // After that, so that a stop finds them and takes them away.
+        let terms = terms.get_or_insert_with(|| Arc::new(self.terms(pool)));
+        let active = |supervisor| Active { claim: Arc::clone(&claim), terms: Arc::clone(terms), supervisor };
+        let resting = self.core.resting();
+        while let Some(supervisor) = resting.take(terms.request.key) {
+            if supervisor.assign(&claim, terms) {
+                return Ok(active(supervisor));
+            }
         }
-        let terms = Terms {
+        match Supervisor::start(&claim, terms, resting) {
+            Ok(supervisor) => Ok(active(supervisor)),
+            Err(error) => {
+                drop(self.core.let_go(&self.key));
+                let message = "the thread for the lock could not be started; is the limit of threads, or of open files, reached?";
+                Err(Error::new(ErrorKind::SessionUnavailable, message).with_source(error))
+            }
+        }
+    }
+
+    /// What all the claims of this lock have in common.
+    fn terms(&self, pool: Arc<Pool>) -> Terms {
+        let config = self.core.config();
+        Terms {
             request: self.request(),
             valuer: self.options.valuer.clone().filter(|_| config.catalog != CatalogMode::None),
             valuer_is_fast: AtomicBool::new(false),
@@ -101,14 +121,6 @@ impl PostgresLock {
             wait_slice: config.wait_slice,
             release_timeout: config.release_timeout,
             pool,
-        };
-        match Supervisor::start(terms, &claim) {
-            Ok(supervisor) => Ok(Active { claim, supervisor }),
-            Err(error) => {
-                drop(self.core.let_go(&self.key));
-                let message = "the thread for the lock could not be started; is the limit of threads, or of open files, reached?";
-                Err(Error::new(ErrorKind::SessionUnavailable, message).with_source(error))
-            }
         }
     }
 
@@ -153,27 +165,33 @@ impl PostgresLock {
         }
     }
 
-    /// Lets the thread of the last claim go, if there is no other.
-    pub(super) fn dismiss(&self) {
-        let supervisor = self.state.lock().supervisor.take();
-        if let Some(supervisor) = supervisor {
-            supervisor.dismiss();
-        }
+    /// Lets go of the pool: the manager has stopped, and there will be no other claim.
+    pub(super) fn leave_pool(&self) {
+        let terms = self.state.lock().terms.take();
+        drop(terms);
     }
 
-    /// Forgets a claim that has ended, unless another thread did so before.
+    /// Forgets a claim that has ended, unless another thread did so before. Its supervisor is there for the next one.
     pub(super) fn forget(&self, ended: &Arc<Claim>) {
-        let kept = {
+        let dropped = {
             let mut state = self.state.lock();
             let Some(active) = state.claim.take_if(|active| Arc::ptr_eq(&active.claim, ended)) else {
                 return;
             };
-            state.supervisor = Some(active.supervisor);
             state.last_loss = ended.last_loss().or(state.last_loss.take());
-            self.core.let_go(&self.key)
+            // Under the mutex, so that the next claim of this very lock finds it.
+            self.core.resting().add(active.terms.request.key, &active.supervisor);
+            (active, self.core.let_go(&self.key))
         };
-        // It may be the last one that knows this lock, so it must not be dropped under a mutex.
-        drop(kept);
+        // The one may be the last that knows the pool, the other the last that knows this lock, so they must not be dropped
+        // under a mutex.
+        drop(dropped);
+    }
+}
+
+impl Active {
+    fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
+        self.supervisor.acquire(&self.claim, &self.terms, patience, context)
     }
 }
 
@@ -193,7 +211,7 @@ impl Lock for PostgresLock {
     fn wait(&self, context: &Context) -> Result<()> {
         let active = self.state.lock().claim.clone();
         match active {
-            Some(Active { claim, supervisor }) => supervisor.acquire(&claim, Patience::Lock, context),
+            Some(active) => active.acquire(Patience::Lock, context),
             None if self.core.is_stopped() => Err(stopped()),
             None => Err(Error::new(ErrorKind::Released, format!("nobody claims {:?}", self.text))),
         }
@@ -231,7 +249,6 @@ impl Lock for PostgresLock {
 
 impl Drop for PostgresLock {
     fn drop(&mut self) {
-        self.dismiss();
         self.core.forget(&self.key);
     }
 }

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Instant;
@@ -14,6 +16,7 @@ use super::config::Config;
 use super::inspect::{self, Named};
 use super::lock::{Active, PostgresLock};
 use super::pool::{Pool, Slot};
+use super::resting::Resting;
 use super::stream::StreamControl;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
@@ -54,7 +57,7 @@ impl PostgresManager {
         let pool = Pool::new(&config)?;
         let state =
             Mutex::new(State { stage: Stage::New, pool: Some(Arc::new(pool)), locks: HashMap::new() });
-        Ok(Self { core: Arc::new(Core { config, state }) })
+        Ok(Self { core: Arc::new(Core { config, state, resting: Arc::default() }) })
     }
 
     /// The lock with this key: a name, a number, or a pair of numbers. As
@@ -209,6 +212,7 @@ impl fmt::Debug for PostgresManager {
         f.debug_struct("PostgresManager")
             .field("stage", &state.stage)
             .field("locks", &state.locks.len())
+            .field("resting", &self.core.resting.len())
             .field("pool", &state.pool)
             .finish()
     }
@@ -218,6 +222,7 @@ impl fmt::Debug for PostgresManager {
 pub(super) struct Core {
     config: Config,
     state: Mutex<State>,
+    resting: Arc<Resting>,
 }
 
 struct State {
@@ -252,6 +257,11 @@ struct Stopping {
 impl Core {
     pub(super) fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The supervisors without a claim.
+    pub(super) fn resting(&self) -> &Arc<Resting> {
+        &self.resting
     }
 
     /// When a release that begins now must be over.
@@ -339,28 +349,39 @@ impl Core {
                 Some(Stopping { lock, active, first })
             })
             .collect();
-        let share = claims.len().div_ceil(AT_ONCE).max(1);
-        let give_back = |claims: &[Stopping]| {
-            let ended_here = claims.iter().filter(|stopping| stopping.first);
-            ended_here.for_each(|stopping| PostgresLock::give_back(&stopping.active, by));
+        self.resting.close();
+        let close_idle = || {
+            if let Some(pool) = &pool {
+                pool.close_idle(by);
+            }
         };
-        thread::scope(|scope| {
-            let mut shares = claims.chunks(share);
-            let own = shares.next().unwrap_or_default();
-            for claims in shares {
-                // Without a thread to spare it is done here, one after the other.
-                if thread::Builder::new().spawn_scoped(scope, move || give_back(claims)).is_err() {
-                    give_back(claims);
+        let next = AtomicUsize::new(0);
+        let give_back = || {
+            while let Some(stopping) = claims.get(next.fetch_add(1, Relaxed)) {
+                if stopping.first {
+                    PostgresLock::give_back(&stopping.active, by);
                 }
             }
-            give_back(own);
+            close_idle();
+        };
+        let hands = claims.len().max(pool.as_ref().map_or(0, |pool| pool.idle())).min(AT_ONCE);
+        thread::scope(|scope| {
+            for _ in 1..hands {
+                // Without a thread to spare it is done by fewer.
+                if thread::Builder::new().spawn_scoped(scope, give_back).is_err() {
+                    break;
+                }
+            }
+            give_back();
         });
         let mut outcome = Ok(());
         for Stopping { lock, active, .. } in &claims {
             outcome = outcome.and(active.claim.wait_ended(by));
             lock.forget(&active.claim);
         }
-        known.iter().for_each(|lock| lock.dismiss());
+        known.iter().for_each(|lock| lock.leave_pool());
+        // What came back meanwhile, of claims that others had ended.
+        close_idle();
         drop(pool);
         outcome
     }

@@ -12,6 +12,7 @@ mod manager;
 #[cfg(test)]
 mod model;
 mod pool;
+mod resting;
 mod session;
 mod sql;
 mod state;

@@ -80,6 +80,14 @@ impl Slot {
         self.session.as_ref().is_some_and(|session| !session.is_over())
     }
 
+    /// Closes the session and says so to the server, which takes no longer than a goodbye may; after `by`, without a word.
+    pub(super) fn close(&mut self, by: Instant) {
+        if Instant::now() >= by {
+            self.taint();
+        }
+        self.session = None;
+    }
+
     /// Marks the session as one that must never be used again, and closes it.
     pub(super) fn taint(&mut self) {
         if let Some(session) = self.session.take() {
@@ -135,6 +143,19 @@ impl Pool {
     /// A slot with an open session, if there is one at hand.
     pub(super) fn take_open(&self) -> Option<PooledSlot> {
         self.slots.try_get().filter(|slot| slot.is_open())
+    }
+
+    /// How many slots nobody has taken.
+    pub(super) fn idle(&self) -> usize {
+        self.slots.state().idle_connections.try_into().unwrap_or(usize::MAX)
+    }
+
+    /// Closes the sessions that nobody uses. Several threads may do it at once, each a part of them.
+    pub(super) fn close_idle(&self, by: Instant) {
+        // A slot without a session does not go back, so there are fewer each time.
+        while let Some(mut slot) = self.slots.try_get() {
+            slot.close(by);
+        }
     }
 
     /// How long it may take to have a slot and to open its session.

@@ -30,9 +30,11 @@ pub(super) struct Session {
     leased: Option<Leased>,
 }
 
-/// A session keeps lease and name from one claim to the next, where that is on the same key and follows soon.
+/// A session keeps lease and name from one claim to the next, where that follows soon.
 #[derive(Clone, Copy, Debug)]
 struct Leased {
+    /// The key that was asked for. For another one, lease and name are set anew.
+    key: AdvisoryKey,
     /// The newest token, with a catalog.
     token: Option<i64>,
 }
@@ -194,7 +196,7 @@ impl Session {
     /// Asks for the lock. An error may come after the grant, and takes the lease back: then the session must be discarded.
     pub(super) fn try_lock(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
         // Whatever comes of it; who is refused discards the session.
-        self.leased = Some(Leased { token: None });
+        self.leased = Some(Leased { key: request.key, token: None });
         self.acquire(Verb::Try, request, by)
     }
 
@@ -207,7 +209,11 @@ impl Session {
         by: Instant,
     ) -> Result<Answer, Failure> {
         let former = match self.leased {
-            Some(Leased { token }) if token.is_some() || request.entry.is_none() => token,
+            Some(Leased { key, token })
+                if key == request.key && (token.is_some() || request.entry.is_none()) =>
+            {
+                token
+            }
             _ => return self.try_lock(request, by),
         };
         if request.entry.is_none() {
@@ -239,7 +245,7 @@ impl Session {
         let rows = self.run(verb, request.shape(), &parameters, by)?;
         let Some(row) = rows.first() else { return Ok(None) };
         let token: i64 = row.try_get(0).map_err(Failure::of)?;
-        self.leased = Some(Leased { token: Some(token) });
+        self.leased = Some(Leased { key: request.key, token: Some(token) });
         Ok(Some(token))
     }
 
@@ -301,7 +307,7 @@ impl Session {
             Some((namespace, key)) => Answer::Collision { other: format!("{namespace}:{key}") },
             None if granted && token.is_none() && request.entry.is_some() => return Ok(Answered::Tokenless),
             None if granted => {
-                self.leased = Some(Leased { token });
+                self.leased = Some(Leased { key: request.key, token });
                 Answer::Granted { token }
             }
             None => Answer::NotGranted,

@@ -1,7 +1,7 @@
-//! The thread of a lock: watches what is held, does what nobody else does, and looks after those who do it themselves.
+//! The thread of a claim: watches what is held, does what nobody else does, and looks after those who do it themselves.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,8 @@ use parking_lot::Mutex;
 
 use super::alarm::{Alarm, Woken};
 use super::claim::{Claim, Patience};
-use super::pool::PooledSlot;
+use super::pool::{Pool, PooledSlot};
+use super::resting::Resting;
 use super::state::Action;
 use super::stream::Socket;
 use super::work::{Help, Terms, Work};
@@ -32,14 +33,19 @@ const HANDING_OVER: Duration = Duration::from_millis(2);
 /// How often the supervisor looks at least where a statement of another thread's may hang.
 const ROUND: Duration = Duration::from_millis(500);
 
-/// The supervisor of one lock, claimed or lately claimed.
+/// The supervisor of one claim, or of none, until the next comes or it has rested for long enough. The claims that it has
+/// one after the other are on whatever keys of one manager.
 ///
 /// An application thread that wants the lock, or gives it back, does the work itself if it can: that spares two changes of
 /// threads, which take longer than the statement. The work is under a mutex, and whoever has it works. All that takes its
 /// time is the supervisor's: to connect, to pause, to watch, to renew; and to wait for the lock for a caller whose patience
 /// may end before.
 pub(super) struct Supervisor {
-    terms: Arc<Terms>,
+    pool: Arc<Pool>,
+    /// How long the server may take to answer a short statement.
+    heartbeat_timeout: Duration,
+    /// Where it waits for the next claim, and is to be found no more when it leaves.
+    resting: Weak<Resting>,
     alarm: Alarm,
     desk: Mutex<Desk>,
     work: Mutex<Bench>,
@@ -50,7 +56,7 @@ enum Desk {
     /// Nothing; the thread waits for a claim.
     Free,
     /// A claim that nobody has begun to work on.
-    New(Arc<Claim>),
+    New { claim: Arc<Claim>, terms: Arc<Terms> },
     /// A claim that is worked on.
     Taken(Arc<Claim>),
     /// The thread takes no more claims.
@@ -65,6 +71,14 @@ struct Bench {
     slot: Option<PooledSlot>,
     /// When the last claim ended.
     ended_at: Option<Instant>,
+}
+
+/// What the thread remembers from one look to the next.
+struct Rounds {
+    /// The key of the claim that it looked after last, by which it is called.
+    served: String,
+    /// A thread that waits has been told to take over, and is not to be told again before something was done.
+    handed_over: bool,
 }
 
 /// What the supervisor does next.
@@ -84,30 +98,41 @@ impl Supervisor {
     ///
     /// # Errors
     /// When the process has no descriptor or no thread left.
-    pub(super) fn start(terms: Terms, claim: &Arc<Claim>) -> io::Result<Arc<Self>> {
+    pub(super) fn start(
+        claim: &Arc<Claim>,
+        terms: &Arc<Terms>,
+        resting: &Arc<Resting>,
+    ) -> io::Result<Arc<Self>> {
         let supervisor = Arc::new(Self {
-            terms: Arc::new(terms),
+            pool: Arc::clone(&terms.pool),
+            heartbeat_timeout: terms.plan.heartbeat_timeout,
+            resting: Arc::downgrade(resting),
             alarm: Alarm::new()?,
-            desk: Mutex::new(Desk::New(Arc::clone(claim))),
+            desk: Mutex::new(Desk::New { claim: Arc::clone(claim), terms: Arc::clone(terms) }),
             work: Mutex::default(),
         });
-        let name = format!("dsync:{}", claim.key().replace('\0', ""));
         let body = Arc::clone(&supervisor);
-        thread::Builder::new().name(name).spawn(move || body.run())?;
+        let served = claim.key().to_owned();
+        thread::Builder::new().name(thread_name(&served)).spawn(move || body.run(served))?;
         Ok(supervisor)
     }
 
     /// Gives it another claim; `false` if it is not free for one.
-    pub(super) fn assign(&self, claim: &Arc<Claim>) -> bool {
+    pub(super) fn assign(&self, claim: &Arc<Claim>, terms: &Arc<Terms>) -> bool {
         let mut desk = self.desk.lock();
         let free = matches!(*desk, Desk::Free);
         if free {
-            *desk = Desk::New(Arc::clone(claim));
+            *desk = Desk::New { claim: Arc::clone(claim), terms: Arc::clone(terms) };
         }
         free
     }
 
-    /// Lets the thread go if it has no claim.
+    /// Whether it takes another claim.
+    pub(super) fn is_free(&self) -> bool {
+        matches!(*self.desk.lock(), Desk::Free)
+    }
+
+    /// Lets the thread go if it has no claim: the manager has stopped.
     pub(super) fn dismiss(&self) {
         {
             let mut desk = self.desk.lock();
@@ -122,7 +147,13 @@ impl Supervisor {
     // What application threads do.
 
     /// Blocks until the lock is held, or it is known that it will not be.
-    pub(super) fn acquire(&self, claim: &Claim, patience: Patience, context: &Context) -> crate::Result<()> {
+    pub(super) fn acquire(
+        &self,
+        claim: &Claim,
+        terms: &Terms,
+        patience: Patience,
+        context: &Context,
+    ) -> crate::Result<()> {
         let patient = patience == Patience::Lock;
         if context.can_be_cancelled() {
             // To be woken by a cancellation this thread must wait for one.
@@ -130,7 +161,7 @@ impl Supervisor {
             return claim.acquire(patience, context, false, || false);
         }
         let until = context.expires_at();
-        let volunteers = patient && self.terms.may_wait(until);
+        let volunteers = patient && terms.may_wait(until);
         let help = Help::Acquire { until, patient };
         claim.acquire(patience, context, volunteers, || self.help(claim, help))
     }
@@ -192,14 +223,18 @@ impl Supervisor {
 
     // What the thread does.
 
-    fn run(&self) {
-        /// Whatever becomes of the thread, no further claim is to wait for it.
+    /// `served` is the key by which the thread is called.
+    fn run(&self, served: String) {
+        /// Whatever becomes of the thread, no further claim is to wait for it, and nobody is to find it.
         struct Closing<'a>(&'a Supervisor);
         impl Drop for Closing<'_> {
             fn drop(&mut self) {
                 let former = std::mem::replace(&mut *self.0.desk.lock(), Desk::Closed);
-                if let Desk::New(claim) = former {
-                    drop(Work::begin(&self.0.terms, claim, None, false));
+                if let Desk::New { claim, terms } = former {
+                    drop(Work::begin(&terms, claim, None, false));
+                }
+                if let Some(resting) = self.0.resting.upgrade() {
+                    resting.remove(self.0);
                 }
             }
         }
@@ -207,7 +242,7 @@ impl Supervisor {
         let mut seen = self.alarm.news();
         let mut quick_until = Instant::now() + QUICK;
         let mut woken = Woken::Bell;
-        let mut handed_over = false;
+        let mut rounds = Rounds { served, handed_over: false };
         loop {
             let news = self.alarm.news();
             let now = Instant::now();
@@ -219,7 +254,7 @@ impl Supervisor {
                 // Others are at it.
                 Next::sleep(TICK)
             } else {
-                self.look(woken, now < quick_until, &mut handed_over)
+                self.look(woken, now < quick_until, &mut rounds)
             };
             match next {
                 Next::Sleep { until, watch } => woken = self.alarm.sleep(seen, watch.as_ref(), until),
@@ -228,9 +263,12 @@ impl Supervisor {
         }
     }
 
-    fn look(&self, woken: Woken, quick: bool, handed_over: &mut bool) -> Next {
-        let Some(mut bench) = self.work.try_lock() else { return self.look_after_other(quick) };
+    fn look(&self, woken: Woken, quick: bool, rounds: &mut Rounds) -> Next {
+        let Some(mut bench) = self.work.try_lock() else { return self.look_after_other(quick, rounds) };
         self.take_up(&mut bench);
+        if let Some(work) = &bench.work {
+            rounds.serve(work.claim());
+        }
         let mut readable = woken == Woken::Socket;
         loop {
             let Some(work) = &mut bench.work else { return self.idle(&mut bench, quick) };
@@ -248,12 +286,12 @@ impl Supervisor {
                     let socket = work.socket();
                     return Next::Sleep { until: work.at(until), watch: socket };
                 }
-                Action::Try | Action::Queue if !*handed_over && work.claim().call_volunteer() => {
-                    *handed_over = true;
+                Action::Try | Action::Queue if !rounds.handed_over && work.claim().call_volunteer() => {
+                    rounds.handed_over = true;
                     return Next::sleep(HANDING_OVER);
                 }
                 action => {
-                    *handed_over = false;
+                    rounds.handed_over = false;
                     self.guarded(&mut bench, |work| work.perform(action, false));
                 }
             }
@@ -261,10 +299,13 @@ impl Supervisor {
     }
 
     /// Another thread is at work: sees to it that it does not hang.
-    fn look_after_other(&self, quick: bool) -> Next {
+    fn look_after_other(&self, quick: bool, rounds: &mut Rounds) -> Next {
         let now = Instant::now();
         let mut until = now + if quick { TICK } else { ROUND };
         let claim = self.desk.lock().claim();
+        if let Some(claim) = &claim {
+            rounds.serve(claim);
+        }
         let deadline = claim.and_then(|claim| claim.link()).and_then(|link| {
             let deadline = link.control().guarded_deadline()?;
             if deadline <= now {
@@ -280,8 +321,8 @@ impl Supervisor {
 
     fn idle(&self, bench: &mut Bench, quick: bool) -> Next {
         let since = *bench.ended_at.get_or_insert_with(Instant::now);
-        if bench.slot.is_some() && (since.elapsed() >= QUICK || self.terms.pool.is_crowded()) {
-            give_back(bench, &self.terms);
+        if bench.slot.is_some() && (since.elapsed() >= QUICK || self.pool.is_crowded()) {
+            self.give_back(bench);
         }
         let mut desk = self.desk.lock();
         match *desk {
@@ -291,13 +332,27 @@ impl Supervisor {
             }
             Desk::Closed => {
                 drop(desk);
-                give_back(bench, &self.terms);
+                if let Some(slot) = &mut bench.slot.take() {
+                    slot.close(Instant::now() + self.heartbeat_timeout);
+                }
                 Next::Leave
             }
             // It has just come in.
-            Desk::New(_) => Next::sleep(Duration::ZERO),
+            Desk::New { .. } => Next::sleep(Duration::ZERO),
             _ if quick || bench.slot.is_some() => Next::sleep(TICK),
             _ => Next::Sleep { until: since + LINGER, watch: None },
+        }
+    }
+
+    /// Takes lease and name off a session that nobody has come back for, and gives it to the pool.
+    fn give_back(&self, bench: &mut Bench) {
+        let Some(mut slot) = bench.slot.take() else { return };
+        let by = Instant::now() + self.heartbeat_timeout;
+        if let Some(session) = slot.session() {
+            session.guard(false);
+            if session.settle(&[], by).is_err() {
+                slot.taint();
+            }
         }
     }
 
@@ -308,15 +363,15 @@ impl Supervisor {
         if bench.work.is_some() {
             return;
         }
-        let claim = {
+        let (claim, terms) = {
             let mut desk = self.desk.lock();
-            let Desk::New(claim) = &*desk else { return };
-            let claim = Arc::clone(claim);
+            let Desk::New { claim, terms } = &*desk else { return };
+            let (claim, terms) = (Arc::clone(claim), Arc::clone(terms));
             *desk = Desk::Taken(Arc::clone(&claim));
-            claim
+            (claim, terms)
         };
         let is_quick = bench.ended_at.is_some_and(|at| at.elapsed() < QUICK);
-        bench.work = Some(Work::begin(&self.terms, claim, bench.slot.take(), is_quick));
+        bench.work = Some(Work::begin(&terms, claim, bench.slot.take(), is_quick));
     }
 
     /// Runs what might panic, in which case the claim is over.
@@ -366,23 +421,38 @@ impl Supervisor {
 impl Desk {
     fn claim(&self) -> Option<Arc<Claim>> {
         match self {
-            Desk::New(claim) | Desk::Taken(claim) => Some(Arc::clone(claim)),
+            Desk::New { claim, .. } | Desk::Taken(claim) => Some(Arc::clone(claim)),
             Desk::Free | Desk::Closed => None,
         }
     }
 }
 
-/// Takes lease and name off a session that nobody has come back for, and gives it to the pool.
-fn give_back(bench: &mut Bench, terms: &Terms) {
-    let Some(mut slot) = bench.slot.take() else { return };
-    let by = Instant::now() + terms.plan.heartbeat_timeout;
-    if let Some(session) = slot.session() {
-        session.guard(false);
-        if session.settle(&[], by).is_err() {
-            slot.taint();
+impl Rounds {
+    /// Calls the thread after the lock that it looks after now. Whoever looks at a process sees which lock it is that hangs.
+    fn serve(&mut self, claim: &Claim) {
+        if self.served != claim.key() {
+            claim.key().clone_into(&mut self.served);
+            rename_thread(&self.served);
         }
     }
 }
+
+fn thread_name(key: &str) -> String {
+    format!("dsync:{}", key.replace('\0', ""))
+}
+
+/// Renames this thread, for those who look from outside; what the standard library calls it stays.
+#[cfg(target_os = "linux")]
+fn rename_thread(key: &str) {
+    if let Ok(name) = std::ffi::CString::new(thread_name(key)) {
+        // A name is for people, and the former one does no harm.
+        let _ = rustix::thread::set_name(&name);
+    }
+}
+
+/// Elsewhere it keeps the name of the lock that it was started for.
+#[cfg(not(target_os = "linux"))]
+fn rename_thread(_: &str) {}
 
 impl std::fmt::Debug for Supervisor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -1,6 +1,7 @@
 //! The work on a claim: turns the machine's actions into I/O, and what comes of it into events and signals. Any thread may
 //! do it, one at a time.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
@@ -57,6 +58,12 @@ impl Terms {
     }
 }
 
+impl fmt::Debug for Terms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Terms").field("request", &self.request).finish_non_exhaustive()
+    }
+}
+
 /// One claim at work.
 pub(super) struct Work {
     terms: Arc<Terms>,
@@ -78,7 +85,7 @@ pub(super) struct Work {
     token: Option<i64>,
     /// When the release must be done, from when the machine has been told of it.
     release_by: Option<Instant>,
-    /// The claim followed close on another one on the same key, so a third may follow on this one: the session stays.
+    /// The claim followed close on another one of its supervisor, so a third may follow on this one: the session stays.
     is_quick: bool,
     /// The action that is under way waits for the lock only if somebody wants it whatever it takes.
     is_patient: bool,
@@ -280,7 +287,7 @@ impl Work {
         self.terms.soon() + if may_wait { self.terms.wait_slice } else { Duration::ZERO }
     }
 
-    /// Whether the session is kept for the next claim on the key.
+    /// Whether the session is kept for the next claim.
     fn stays(&self) -> bool {
         self.is_quick && !self.terms.pool.is_crowded() && !self.claim.ends_for(Why::Stopped)
     }
@@ -436,6 +443,12 @@ impl Work {
         self.claim.announce_no_session();
         // Before the end is told: whoever claims the lock next finds the session.
         let mut slot = self.slot.take();
+        if let Some(slot) = &mut slot
+            && self.claim.ends_for(Why::Stopped)
+        {
+            // Here, where many threads do it at once, and not when the pool is dropped.
+            slot.close(self.release_by());
+        }
         let stays =
             slot.as_mut().is_some_and(|slot| slot.session().is_some_and(|session| session.is_leased()));
         before_told(slot.filter(|_| stays));

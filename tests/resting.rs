@@ -1,0 +1,313 @@
+//! Supervisors rest between claims, whatever the keys: none is started where one is free, and none stays that nobody needs.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this is test code, in which a panic is the report of a failure"
+)]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{PATIENCE, becomes, begin, lock, soon, started};
+use dsync::{CatalogMode, Config, Context, ErrorKind, LockGuard, PostgresManager, SyncManager};
+use support::{Database, Server, process};
+
+/// The tests count what their process has, so they take turns.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    becomes("what other tests have left", &0, || supervisors().len());
+    turn
+}
+
+/// The supervisors of this process, by the number of the thread, and what they are called.
+fn supervisors() -> BTreeMap<String, String> {
+    let tasks = fs::read_dir("/proc/self/task").expect("this system tells of its processes");
+    tasks
+        .filter_map(|task| {
+            let task = task.ok()?;
+            // A thread may end between the two.
+            let name = fs::read_to_string(task.path().join("comm")).ok()?;
+            let thread = task.file_name().into_string().ok()?;
+            name.starts_with("dsync:").then(|| (thread, name.trim_end().to_owned()))
+        })
+        .collect()
+}
+
+fn claim_and_release(manager: &PostgresManager, key: &str) {
+    let lock = lock(manager, key);
+    lock.lock(&soon()).unwrap();
+    lock.release().unwrap();
+}
+
+#[test]
+fn one_supervisor_serves_a_hundred_keys_and_is_called_after_each_and_leaves() {
+    let _alone = alone();
+    let database = Database::fresh().unwrap();
+    let mut operator = database.client().unwrap();
+    let manager = started(Config::from_url(&database.url()).unwrap());
+    // What there is of a manager that is not at work.
+    claim_and_release(&manager, "key");
+    becomes("the supervisors", &0, || supervisors().len());
+    let descriptors = || process::descriptors(process::own());
+    let before = descriptors();
+
+    let mut one = None;
+    for number in 0..100 {
+        let lock = lock(&manager, &format!("key {number}"));
+        lock.lock(&soon()).unwrap();
+        // One that has just been started has yet to take its name.
+        becomes("the supervisors", &1, || supervisors().len());
+        let thread = supervisors().into_keys().collect::<Vec<_>>();
+        assert_eq!(&thread, one.get_or_insert_with(|| thread.clone()), "key {number}");
+        becomes("its name", &vec![format!("dsync:key {number}")], || {
+            supervisors().into_values().collect::<Vec<_>>()
+        });
+        // One session serves them all, with lease and name of the lock that it has.
+        let sessions = "SELECT application_name FROM pg_stat_activity WHERE datname = current_database()
+                        AND application_name LIKE 'dsync%' AND application_name <> 'dsync-test-support'";
+        let names: Vec<String> =
+            operator.query(sessions, &[]).unwrap().iter().map(|row| row.get(0)).collect();
+        assert_eq!(names, [format!("dsync key {number}")]);
+        lock.release().unwrap();
+    }
+    assert!(format!("{manager:?}").contains("resting: 1,"), "{manager:?}");
+
+    let begun = Instant::now();
+    becomes("the supervisors", &0, || supervisors().len());
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    becomes("the descriptors", &before, descriptors);
+    assert!(format!("{manager:?}").contains("resting: 0,"), "it is remembered: {manager:?}");
+    claim_and_release(&manager, "key");
+}
+
+#[test]
+fn claims_at_one_time_have_a_supervisor_each() {
+    let _alone = alone();
+    let database = Database::fresh().unwrap();
+    let manager = started(Config::from_url(&database.url()).unwrap());
+    let names = || supervisors().into_values().collect::<std::collections::BTreeSet<_>>();
+    let named = |keys: &[&str]| keys.iter().map(|key| format!("dsync:{key}")).collect();
+    let (red, green) = (lock(&manager, "red"), lock(&manager, "green"));
+    red.lock(&soon()).unwrap();
+    green.lock(&soon()).unwrap();
+    becomes("the names", &named(&["red", "green"]), names);
+    let both = supervisors();
+    assert_eq!(both.len(), 2);
+    red.release().unwrap();
+    green.release().unwrap();
+
+    // Both go on, each with the key that it has served, though another one has rested for a shorter time.
+    red.lock(&soon()).unwrap();
+    green.lock(&soon()).unwrap();
+    assert_eq!(supervisors(), both);
+    red.release().unwrap();
+    green.release().unwrap();
+    // And with others.
+    let (blue, white) = (lock(&manager, "blue"), lock(&manager, "white"));
+    blue.lock(&soon()).unwrap();
+    white.lock(&soon()).unwrap();
+    becomes("the names", &named(&["blue", "white"]), names);
+    assert!(supervisors().into_keys().eq(both.into_keys()));
+    assert!(format!("{manager:?}").contains("resting: 0,"), "{manager:?}");
+    blue.release().unwrap();
+    white.release().unwrap();
+}
+
+#[test]
+fn a_stop_lets_those_go_that_rest() {
+    let _alone = alone();
+    let database = Database::fresh().unwrap();
+    let mut operator = database.client().unwrap();
+    let mut sessions = || -> i64 {
+        let query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+                     AND application_name LIKE 'dsync%' AND application_name <> 'dsync-test-support'";
+        operator.query_one(query, &[]).unwrap().get(0)
+    };
+    let manager = started(Config::from_url(&database.url()).unwrap());
+    let locks = ["red", "green", "blue"].map(|key| lock(&manager, key));
+    // Twice, so that the sessions stay with the supervisors.
+    for _ in 0..2 {
+        locks.iter().for_each(|lock| lock.lock(&soon()).unwrap());
+        locks.iter().for_each(|lock| lock.release().unwrap());
+    }
+    let held = lock(&manager, "held");
+    held.lock(&soon()).unwrap();
+    becomes("the supervisors", &3, || supervisors().len());
+    let begun = Instant::now();
+    manager.stop().unwrap();
+    becomes("the supervisors", &0, || supervisors().len());
+    assert!(begun.elapsed() < Duration::from_millis(800), "they linger: {:?}", begun.elapsed());
+    becomes("the sessions", &0, &mut sessions);
+    assert!(begun.elapsed() < Duration::from_millis(800), "they linger: {:?}", begun.elapsed());
+    assert!(format!("{manager:?}").contains("resting: 0,"), "{manager:?}");
+    assert_eq!(held.lock(&soon()).unwrap_err().kind(), ErrorKind::SyncManagerStopped);
+    assert_eq!(supervisors().len(), 0);
+}
+
+/// About 20 ms after a claim that followed close on another one, the supervisor takes the lease off the session that it
+/// has kept, in case nobody comes. Whoever comes just then must not be left waiting until it looks again.
+#[test]
+fn a_claim_is_served_at_once_while_the_supervisor_puts_a_session_away() {
+    let _alone = alone();
+    let database = Database::fresh().unwrap();
+    for catalog in [CatalogMode::None, CatalogMode::Automatic] {
+        let manager = started(Config::from_url(&database.url()).unwrap().catalog(catalog));
+        let mut longest = Duration::ZERO;
+        for round in 0_u32..150 {
+            for key in ["red", "green"] {
+                claim_and_release(&manager, key);
+            }
+            // Not to wait for something, but to hit it: it is a fraction of a millisecond long.
+            let pause = Duration::from_micros(18_500 + u64::from(round * 37 % 4_000));
+            thread::sleep(pause.saturating_sub(Duration::from_millis(1)));
+            let begun = Instant::now();
+            claim_and_release(&manager, "blue");
+            longest = longest.max(begun.elapsed());
+        }
+        println!("{catalog:?}: {longest:?} at the most");
+        assert!(longest < Duration::from_millis(500), "{catalog:?}: {longest:?}");
+    }
+}
+
+const KEYS: [&str; 3] = ["red", "green", "blue"];
+
+/// What is known of the exclusion without the library: whether somebody is inside.
+#[derive(Default)]
+struct Rooms {
+    taken: [AtomicBool; KEYS.len()],
+    visits: AtomicUsize,
+}
+
+impl Rooms {
+    fn visit(&self, index: usize) {
+        assert!(!self.taken[index].swap(true, Ordering::SeqCst), "another one is inside {}", KEYS[index]);
+        thread::yield_now();
+        assert!(self.taken[index].swap(false, Ordering::SeqCst));
+        self.visits.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// A service, with the mutexes by which its threads take turns: one manager's threads share its claims.
+struct Service {
+    manager: PostgresManager,
+    seats: [Mutex<()>; KEYS.len()],
+}
+
+impl Service {
+    fn start(database: &Database<'_>) -> Arc<Self> {
+        let config = Config::from_url(&database.url()).unwrap().wait_slice(Duration::from_millis(20));
+        Arc::new(Self { manager: started(config.max_sessions(8)), seats: Default::default() })
+    }
+
+    /// One claim, with a handle of its own; `false` if the manager has stopped.
+    fn visit(&self, rooms: &Rooms, seed: &mut u64) -> bool {
+        *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let lot = usize::try_from(*seed >> 40).unwrap();
+        let index = lot % KEYS.len();
+        let _seat = self.seats[index].lock().unwrap();
+        // Some have no patience, and some can be called off, so that all kinds of threads do the work.
+        let context = match lot / KEYS.len() % 8 {
+            0 => Context::timeout(Duration::from_millis(2)),
+            1 => soon().with_cancel().0,
+            _ => soon(),
+        };
+        let options = dsync::LockOptions::new();
+        let outcome = self
+            .manager
+            .lock(KEYS[index], options)
+            .and_then(|lock| LockGuard::lock(lock, &context))
+            .and_then(|guard| {
+                let lost = guard.term().lost().clone();
+                // With a stop the term is over before the visit is, and another service may come in.
+                if common::is_open(&lost) {
+                    rooms.visit(index);
+                }
+                guard.release()
+            });
+        match outcome.map_err(|error| error.kind()) {
+            Ok(()) | Err(ErrorKind::TimedOut) => true,
+            Err(ErrorKind::SyncManagerStopped) => false,
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn many_threads_share_few_supervisors_and_few_locks() {
+    const THREADS: u64 = 6;
+    const CLAIMS: usize = 250;
+    let _alone = alone();
+    let server = Server::builder().max_connections(100).start().unwrap();
+    let database = server.database().unwrap();
+    let rooms = Arc::new(Rooms::default());
+    let services = [(); 2].map(|()| Service::start(&database));
+    let workers: Vec<_> = services
+        .iter()
+        .enumerate()
+        .flat_map(|(number, service)| {
+            (0..THREADS).map(move |thread| (number as u64 * THREADS + thread, service))
+        })
+        .map(|(mut seed, service)| {
+            let (service, rooms) = (Arc::clone(service), Arc::clone(&rooms));
+            begin(move || (0..CLAIMS).all(|_| service.visit(&rooms, &mut seed)))
+        })
+        .collect();
+    for worker in workers {
+        assert!(worker.get_within(PATIENCE * 2), "nobody has stopped it");
+    }
+    println!("{} visits", rooms.visits.load(Ordering::SeqCst));
+    services.iter().for_each(|service| service.manager.stop().unwrap());
+    drop(services);
+    becomes("the supervisors", &0, || supervisors().len());
+}
+
+#[test]
+fn a_stop_in_the_midst_ends_all_and_leaves_nothing() {
+    const THREADS: u64 = 6;
+    let _alone = alone();
+    let server = Server::builder().max_connections(100).start().unwrap();
+    let database = server.database().unwrap();
+    let mut operator = database.client().unwrap();
+    for round in 0..20 {
+        let service = Service::start(&database);
+        // Nobody has to be excluded: there is one service only, and its stop frees the locks before the visits are over.
+        let visits = Arc::new(AtomicUsize::new(0));
+        let workers: Vec<_> = (0..THREADS)
+            .map(|thread| {
+                let (service, visits) = (Arc::clone(&service), Arc::clone(&visits));
+                let mut seed = round * THREADS + thread;
+                begin(move || {
+                    let rooms = Rooms::default();
+                    while service.visit(&rooms, &mut seed) {
+                        visits.fetch_add(1, Ordering::SeqCst);
+                    }
+                })
+            })
+            .collect();
+        let enough = usize::try_from(round).unwrap() * 7;
+        support::wait_for("some claims", PATIENCE, || {
+            (visits.load(Ordering::SeqCst) >= enough).then_some(())
+        })
+        .unwrap();
+        service.manager.stop().unwrap();
+        for worker in workers {
+            worker.get();
+        }
+        let begun = Instant::now();
+        becomes("the supervisors", &0, || supervisors().len());
+        assert!(begun.elapsed() < Duration::from_millis(800), "they linger: {:?}", begun.elapsed());
+        assert!(format!("{:?}", service.manager).contains("resting: 0,"));
+        becomes("the sessions", &0, || -> i64 {
+            let query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+                         AND application_name LIKE 'dsync%' AND application_name <> 'dsync-test-support'";
+            operator.query_one(query, &[]).unwrap().get(0)
+        });
+    }
+}

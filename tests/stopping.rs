@@ -1,0 +1,59 @@
+//! When a stop is over, so are the sessions, which its threads have closed, and not whoever is the last to know the pool.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this is test code, in which a panic is the report of a failure"
+)]
+
+mod common;
+
+use std::fs;
+use std::sync::Arc;
+use std::time::Instant;
+
+use common::{becomes, lock, soon, started};
+use dsync::{CatalogMode, Config, Lock, PostgresManager, SyncManager};
+use support::Server;
+
+const LOCKS: usize = 64;
+
+/// How many connections to the server this machine has that nobody has ended, from the client's side. What the server
+/// says of its sessions would be late.
+fn connections(server: &Server) -> usize {
+    let port = format!(":{:04X}", server.port());
+    let table = fs::read_to_string("/proc/net/tcp").expect("this system tells of its connections");
+    let columns = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    columns.filter(|columns| columns[2].ends_with(&port) && columns[3] == "01").count()
+}
+
+fn hold(manager: &PostgresManager) -> Vec<Arc<dyn Lock>> {
+    let locks: Vec<_> = (0..LOCKS).map(|number| lock(manager, &format!("key {number}"))).collect();
+    locks.iter().for_each(|lock| lock.lock(&soon()).unwrap());
+    locks
+}
+
+#[test]
+fn sessions_are_closed_when_the_stop_is_over() {
+    let server = Server::builder().max_connections(100).start().unwrap();
+    let config = Config::from_url(&server.url()).unwrap().max_sessions(100).catalog(CatalogMode::None);
+    for round in 0..6 {
+        let manager = started(config.clone());
+        let locks = hold(&manager);
+        assert_eq!(connections(&server), LOCKS);
+        // Half of them are held still, or all, or none.
+        let released = LOCKS / 2 * (round % 3);
+        locks[..released].iter().for_each(|lock| lock.release().unwrap());
+        assert_eq!(connections(&server), LOCKS);
+        let begun = Instant::now();
+        manager.stop().unwrap();
+        assert_eq!(connections(&server), 0, "round {round}");
+        println!("{released} of {LOCKS} released: {:?}", begun.elapsed());
+        // The server is done with one round before the next.
+        let mut operator = server.client().unwrap();
+        becomes("the sessions", &0, || -> i64 {
+            let query = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'dsync%'
+                         AND application_name <> 'dsync-test-support'";
+            operator.query_one(query, &[]).unwrap().get(0)
+        });
+    }
+}
