@@ -252,7 +252,8 @@ impl Work {
             }
             Action::Unlock => {
                 let by = self.release_by();
-                let stays = self.stays();
+                // Nobody comes after a stop, and the session is closed: no need to take lease and name off it.
+                let stays = self.stays() || self.claim.ends_for(Why::Stopped);
                 self.on_session(|session, _, request| session.unlock(request.key, stays, by))
                     .map_or_else(|lost| lost, |held| Event::Unlocked { held })
             }
