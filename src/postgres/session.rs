@@ -254,10 +254,15 @@ impl Session {
         if !link.begin_slice() {
             return Ok(Answer::NotGranted);
         }
-        let outcome = match self.take_known(Verb::QueueAgain, request, by) {
-            Ok(Some(token)) => Ok(Answer::Granted { token: Some(token) }),
-            Ok(None) => self.acquire(Verb::Queue, request, by),
-            Err(failure) => Err(failure),
+        let outcome = if request.entry.is_none() {
+            let granted = self.run(Verb::QueueAgain, request.shape(), &[(&request.key.id(), Type::INT8)], by);
+            granted.map(|_| Answer::Granted { token: None })
+        } else {
+            match self.take_known(Verb::QueueAgain, request, by) {
+                Ok(Some(token)) => Ok(Answer::Granted { token: Some(token) }),
+                Ok(None) => self.acquire(Verb::Queue, request, by),
+                Err(failure) => Err(failure),
+            }
         };
         let settled = link.end_slice(by);
         if !settled {

@@ -136,7 +136,8 @@ pub(super) enum Verb {
     /// If the slice before ended in an error *after* the lock had been granted, this takes it a second time, at once.
     /// [`Unlock`](Self::Unlock) lets go of it as often as it was taken.
     Queue,
-    /// As `Queue`, where the key has a row. Gives the token, or at once no row: then it is for `Queue` to find out why.
+    /// As `Queue`, where the key has a row, or where there is no catalog. Gives the token, or at once no row: then it is for
+    /// `Queue` to find out why. Without a catalog, a row when the lock is had.
     QueueAgain,
     /// Gives the lock back, says whether it was held, and takes lease and name off the session. Key as above.
     ///
@@ -160,9 +161,10 @@ pub(super) fn statement(verb: Verb, shape: Shape) -> String {
             ", pg_catalog.set_config('idle_session_timeout', $2::text, false), \
                pg_catalog.set_config('application_name', $3::text, false)",
         ),
+        Verb::QueueAgain => return format!("SELECT pg_catalog.pg_advisory_lock({key})"),
         // The type of its result is `void`, which is the empty text. The settings stand from the `Try` before, and are
         // named only for the parameters to be the same.
-        Verb::Queue | Verb::QueueAgain => (
+        Verb::Queue => (
             format!("(pg_catalog.pg_advisory_lock({key}))::text = ''"),
             ", $2::text AS lease, $3::text AS application_name",
         ),
