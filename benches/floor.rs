@@ -14,7 +14,9 @@ use dsync::{CatalogMode, Context, Lock, LockOptions, PostgresManager, json_value
 use kit::raw::{self, Raw, Watcher};
 use kit::{Bench, Contender, Plan, Row, Target, interleave, micros, time};
 
+/// Keys of the driver by hand.
 const KEY: i64 = 4711;
+const KEY_WITH_ROW: i64 = 4712;
 
 /// Long enough never to end a call here.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -69,7 +71,15 @@ fn pairs(bench: &mut Bench, url: &str) {
     );
     let managers = managers(url);
     let [plain, with_row] = managers.each_ref().map(lock);
-    let mut raw = Raw::connect(url);
+    let by_hand = |mut raw: Raw, key: i64| {
+        move || {
+            let taken = time(|| {
+                raw.lock(key);
+                raw.unlock(key);
+            });
+            [micros(taken)]
+        }
+    };
     let ours = |lock: &Arc<dyn Lock>, call: Call| {
         let lock = Arc::clone(lock);
         move || {
@@ -80,35 +90,34 @@ fn pairs(bench: &mut Bench, url: &str) {
             [micros(taken)]
         }
     };
-    let [[floor], [plain], [plain_deadline], [plain_try], [row], [row_deadline], [row_try]] = interleave(
-        plan,
-        [
-            Contender::new(raw::NAME, || {
-                let taken = time(|| {
-                    raw.lock(KEY);
-                    raw.unlock(KEY);
-                });
-                [micros(taken)]
-            }),
-            Contender::new("dsync", ours(&plain, Call::Lock)),
-            Contender::new("dsync", ours(&plain, Call::LockWithDeadline)),
-            Contender::new("dsync", ours(&plain, Call::TryLock)),
-            Contender::new("dsync", ours(&with_row, Call::Lock)),
-            Contender::new("dsync", ours(&with_row, Call::LockWithDeadline)),
-            Contender::new("dsync", ours(&with_row, Call::TryLock)),
-        ],
-    );
+    let [[floor], [row_floor], [plain], [plain_deadline], [plain_try], [row], [row_deadline], [row_try]] =
+        interleave(
+            plan,
+            [
+                Contender::new(raw::NAME, by_hand(Raw::connect(url), KEY)),
+                Contender::new(raw::NAME_WITH_ROW, by_hand(Raw::with_row(url, KEY_WITH_ROW), KEY_WITH_ROW)),
+                Contender::new("dsync", ours(&plain, Call::Lock)),
+                Contender::new("dsync", ours(&plain, Call::LockWithDeadline)),
+                Contender::new("dsync", ours(&plain, Call::TryLock)),
+                Contender::new("dsync", ours(&with_row, Call::Lock)),
+                Contender::new("dsync", ours(&with_row, Call::LockWithDeadline)),
+                Contender::new("dsync", ours(&with_row, Call::TryLock)),
+            ],
+        );
     bench.heading("lock and release, nobody else there");
     for (what, ours, target) in [
-        ("lock + release, no catalog", plain, PLAIN),
-        ("lock with a deadline + release, no catalog", plain_deadline, PLAIN),
-        ("try_lock + release, no catalog", plain_try, PLAIN),
-        ("lock + release, with token and row", row, WITH_ROW),
-        ("lock with a deadline + release, with token and row", row_deadline, WITH_ROW),
-        ("try_lock + release, with token and row", row_try, WITH_ROW),
+        ("lock + release, no catalog", &plain, PLAIN),
+        ("lock with a deadline + release, no catalog", &plain_deadline, PLAIN),
+        ("try_lock + release, no catalog", &plain_try, PLAIN),
+        ("lock + release, with token and row", &row, WITH_ROW),
+        ("lock with a deadline + release, with token and row", &row_deadline, WITH_ROW),
+        ("try_lock + release, with token and row", &row_try, WITH_ROW),
     ] {
-        bench.row(Row::compared(what, "µs", &floor, &ours, Some(target)));
+        bench.row(Row::compared(what, "µs", &floor, ours, Some(target)));
     }
+    // What of it is the row, and what is ours.
+    let what = "lock + release, with token and row, beside the least that writes them";
+    bench.row(Row::compared(what, "µs", &row_floor, &row, None));
 }
 
 fn hand_overs(bench: &mut Bench, url: &str) {
@@ -116,7 +125,6 @@ fn hand_overs(bench: &mut Bench, url: &str) {
         Plan { repetitions: 7, rounds: 150, warm_up: 20 },
         Plan { repetitions: 3, rounds: 10, warm_up: 3 },
     );
-    let [mut holder, mut waiter] = [(); 2].map(|()| Raw::connect(url));
     // Holder and waiter are two processes in life, so they have a manager each.
     let pairs_of_managers = [managers(url), managers(url)];
     let [holders, waiters] = pairs_of_managers.each_ref().map(|managers| managers.each_ref().map(lock));
@@ -134,21 +142,28 @@ fn hand_overs(bench: &mut Bench, url: &str) {
             [micros(taken)]
         }
     };
-    let mut watcher = Watcher::connect(url);
-    let [[floor], [plain], [plain_deadline], [row], [row_deadline]] = interleave(
+    let by_hand = |[mut holder, mut waiter]: [Raw; 2], key: i64| {
+        let mut watcher = Watcher::connect(url);
+        move || {
+            holder.lock(key);
+            let waiter = &mut waiter;
+            let wait = move |granted: &dyn Fn()| {
+                waiter.lock(key);
+                granted();
+                waiter.unlock(key);
+            };
+            let taken = hand_over(&mut watcher, || holder.unlock(key), wait);
+            [micros(taken)]
+        }
+    };
+    let [[floor], [row_floor], [plain], [plain_deadline], [row], [row_deadline]] = interleave(
         plan,
         [
-            Contender::new(raw::NAME, || {
-                holder.lock(KEY);
-                let waiter = &mut waiter;
-                let wait = move |granted: &dyn Fn()| {
-                    waiter.lock(KEY);
-                    granted();
-                    waiter.unlock(KEY);
-                };
-                let taken = hand_over(&mut watcher, || holder.unlock(KEY), wait);
-                [micros(taken)]
-            }),
+            Contender::new(raw::NAME, by_hand([(); 2].map(|()| Raw::connect(url)), KEY)),
+            Contender::new(
+                raw::NAME_WITH_ROW,
+                by_hand([(); 2].map(|()| Raw::with_row(url, KEY_WITH_ROW)), KEY_WITH_ROW),
+            ),
             Contender::new("dsync", ours(0, Call::Lock)),
             Contender::new("dsync", ours(0, Call::LockWithDeadline)),
             Contender::new("dsync", ours(1, Call::Lock)),
@@ -157,13 +172,15 @@ fn hand_overs(bench: &mut Bench, url: &str) {
     );
     bench.heading("hand-over: the holder's release is called -> the waiter's lock has returned");
     for (what, ours) in [
-        ("hand-over, no catalog", plain),
-        ("hand-over to a waiter with a deadline, no catalog", plain_deadline),
-        ("hand-over, with token and row", row),
-        ("hand-over to a waiter with a deadline, with token and row", row_deadline),
+        ("hand-over, no catalog", &plain),
+        ("hand-over to a waiter with a deadline, no catalog", &plain_deadline),
+        ("hand-over, with token and row", &row),
+        ("hand-over to a waiter with a deadline, with token and row", &row_deadline),
     ] {
-        bench.row(Row::compared(what, "µs", &floor, &ours, Some(PLAIN)));
+        bench.row(Row::compared(what, "µs", &floor, ours, Some(PLAIN)));
     }
+    let what = "hand-over, with token and row, beside the least that writes them";
+    bench.row(Row::compared(what, "µs", &row_floor, &row, None));
 }
 
 /// The time from the holder's release to the waiter's lock. The lock is held when this begins, and free at its end.

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
-use kit::results::Results;
+use kit::results::{Results, Row};
 use kit::text;
 
 /// In the order of the document.
@@ -28,21 +28,29 @@ fn main() -> ExitCode {
 fn write(path: &Path) -> Result<(), String> {
     let before = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
     let mut document = before.clone();
+    let mut judged = Vec::new();
+    let mut complete = true;
     for bench in BENCHES {
         let results = match Results::read(bench) {
             Ok(results) => results,
             Err(reason) => {
                 println!("{bench}: what is there stays; nothing new to read ({reason})");
+                complete = false;
                 continue;
             }
         };
         if results.environment.quick {
             println!("{bench}: what is there stays; the last run was a quick one, whose figures mean little");
+            complete = false;
             continue;
         }
-        document = replaced(&document, bench, &section(&results))
-            .ok_or_else(|| format!("{} has no marks for {bench:?}", path.display()))?;
+        document = replaced(&document, bench, &section(&results), path)?;
         println!("{bench}: {}", text::verdict(&results.rows));
+        judged.extend(results.rows.into_iter().filter(|row| row.reached.is_some()));
+    }
+    // All or nothing: with a bench left out, it would look as if that one had no targets.
+    if complete {
+        document = replaced(&document, "targets", &summary(&judged), path)?;
     }
     if document != before {
         fs::write(path, document).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -55,10 +63,18 @@ fn section(results: &Results) -> String {
     format!("{}\n\n{table}\n*{}.*\n", text::verdict(&results.rows), results.environment)
 }
 
-/// The document with other text between the marks of a bench.
-fn replaced(document: &str, bench: &str, text: &str) -> Option<String> {
-    let (begin, end) = (format!("<!-- {bench}: begin -->\n"), format!("<!-- {bench}: end -->"));
-    let (before, rest) = document.split_once(&begin)?;
-    let (_, after) = rest.split_once(&end)?;
-    Some(format!("{before}{begin}\n{text}\n{end}{after}"))
+/// All rows that have a target.
+fn summary(judged: &[Row]) -> String {
+    format!("{}\n\n{}", text::verdict(judged), text::table(judged))
+}
+
+/// The document with other text between the marks of that name.
+fn replaced(document: &str, name: &str, text: &str, path: &Path) -> Result<String, String> {
+    let (begin, end) = (format!("<!-- {name}: begin -->\n"), format!("<!-- {name}: end -->"));
+    let parts = document.split_once(&begin).and_then(|(before, rest)| {
+        let (_, after) = rest.split_once(&end)?;
+        Some((before, after))
+    });
+    let (before, after) = parts.ok_or_else(|| format!("{} has no marks for {name:?}", path.display()))?;
+    Ok(format!("{before}{begin}\n{text}\n{end}{after}"))
 }
