@@ -252,6 +252,9 @@ impl Config {
     }
 
     /// How often a holder renews its lease. Defaults to a quarter of the lease.
+    ///
+    /// All locks of a manager do so at the same times, of which there are sixteen in each interval: the first heartbeat of a
+    /// term comes up to a sixteenth early.
     #[must_use]
     pub fn heartbeat(mut self, interval: Duration) -> Self {
         self.heartbeat = Some(interval);

@@ -15,7 +15,7 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::time::{Duration, Instant};
 
-use super::state::{Action, End, Event, Machine, Notice, Time, Timing};
+use super::state::{Action, End, Event, Machine, Notice, Rhythm, Time, Timing};
 use crate::loss::LossReason;
 
 /// Ticks from the last word of a client until the server ends its session.
@@ -205,6 +205,8 @@ impl Model {
             // A session that is lost while it waits may be granted the lock until the slice is over.
             doubt: tick(LEASE + SLICE),
             heartbeat: tick(1),
+            // Each tick is one of its times.
+            rhythm: Rhythm::of(tick(1), Duration::ZERO),
         };
         Self { timing, flaw: None, horizon: LEASE, faults: 1, claims: 1 }
     }

@@ -11,6 +11,7 @@ use r2d2::{ManageConnection, NopErrorHandler, PooledConnection};
 use super::catalog::{self, CatalogMode};
 use super::config::Config;
 use super::session::{Failure, Session};
+use super::state::Rhythm;
 use super::stream::{DialError, Dialer, StreamControl};
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::loss::LossReason;
@@ -156,6 +157,11 @@ impl Pool {
         while let Some(mut slot) = self.slots.try_get() {
             slot.close(by);
         }
+    }
+
+    /// The rhythm of heartbeats, for a claim whose time begins at `epoch`.
+    pub(super) fn rhythm(&self, epoch: Instant) -> Rhythm {
+        Rhythm::of(self.heartbeat, epoch.saturating_duration_since(self.made))
     }
 
     /// How long it may take to have a slot and to open its session.

@@ -47,8 +47,43 @@ pub(super) struct Timing {
     /// How long the server may hold something for a session that was lost without its knowing: a wait, at the end of
     /// which it may be granted the lock, and a lease from then on.
     pub(super) doubt: Duration,
-    /// A heartbeat is sent this long after the one before.
+    /// A heartbeat is sent this long after the one before, or somewhat earlier,
     pub(super) heartbeat: Duration,
+    /// to keep time with others.
+    pub(super) rhythm: Rhythm,
+}
+
+/// The times at which heartbeats are sent: at `offset`, and from then on once each `period`.
+///
+/// All claims of a manager have one rhythm. So a process that holds many locks is woken a few times, and then for several
+/// of them. Measured with a hundred locks, that halves the processor time: what follows on something alike finds all it
+/// needs in the processor's caches, and what is done alone does not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Rhythm {
+    offset: Time,
+    /// Not zero.
+    period: Duration,
+}
+
+impl Rhythm {
+    /// How many times there are between two heartbeats of one claim: few enough for company, and so many that a thousand
+    /// locks do not all come at once.
+    const TIMES: u32 = 16;
+
+    /// The rhythm of all that send a heartbeat that often, for a claim that begins `late`.
+    pub(super) fn of(heartbeat: Duration, late: Duration) -> Self {
+        let period = (heartbeat / Self::TIMES).max(Duration::from_nanos(1));
+        Self { offset: period - remainder(late, period), period }
+    }
+
+    /// The last of its times until `by`; if there is none, `by`.
+    fn last_until(self, by: Time) -> Time {
+        by.checked_sub(self.offset).map_or(by, |since| by - remainder(since, self.period))
+    }
+}
+
+fn remainder(time: Duration, divisor: Duration) -> Duration {
+    Duration::from_nanos_u128(time.as_nanos() % divisor.as_nanos())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -192,7 +227,7 @@ impl Machine {
             State::Waiting => Action::Queue,
             // There is no term to lose yet, so the answer has the heartbeat's whole time, whenever the sending is.
             State::Confirming => Action::Renew { by: Time::MAX },
-            State::Held { renewed } => Action::Watch { until: renewed + self.timing.heartbeat },
+            State::Held { renewed } => Action::Watch { until: self.heartbeat_after(renewed) },
             State::Renewing { renewed } => Action::Renew { by: self.term_end(renewed) },
             State::Unlocking => Action::Unlock,
             State::Settling => Action::Settle,
@@ -248,7 +283,7 @@ impl Machine {
                 Some(Notice::Failed)
             }
 
-            (State::Held { renewed }, Event::Quiet) if now >= renewed + self.timing.heartbeat => {
+            (State::Held { renewed }, Event::Quiet) if now >= self.heartbeat_after(renewed) => {
                 self.become_(State::Renewing { renewed })
             }
             (State::Renewing { .. }, Event::Renewed { sent }) => {
@@ -289,6 +324,11 @@ impl Machine {
     /// Until when the server may hold something for a session that was lost.
     pub(super) fn in_doubt_until(&self) -> Time {
         self.in_doubt_until
+    }
+
+    /// When a heartbeat is due after one that was sent at `renewed`.
+    fn heartbeat_after(&self, renewed: Time) -> Time {
+        self.timing.rhythm.last_until(renewed + self.timing.heartbeat)
     }
 
     /// When a term ends that was renewed by a heartbeat sent at `renewed`.

@@ -109,9 +109,13 @@ impl Work {
         slot: Option<PooledSlot>,
         is_quick: bool,
     ) -> Self {
-        let timing =
-            Timing { term: terms.plan.term(), doubt: terms.doubt(), heartbeat: terms.plan.heartbeat };
         let epoch = Instant::now();
+        let timing = Timing {
+            term: terms.plan.term(),
+            doubt: terms.doubt(),
+            heartbeat: terms.plan.heartbeat,
+            rhythm: terms.pool.rhythm(epoch),
+        };
         Self {
             terms: Arc::clone(terms),
             request: terms.request.clone(),

@@ -2,10 +2,14 @@ use std::collections::HashSet;
 
 use super::*;
 
+const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// Heartbeats are sent at whole seconds.
 const TIMING: Timing = Timing {
     term: Duration::from_secs(14),
     doubt: Duration::from_secs(15),
-    heartbeat: Duration::from_secs(5),
+    heartbeat: HEARTBEAT,
+    rhythm: Rhythm { offset: Duration::ZERO, period: Duration::from_secs(1) },
 };
 
 const REFUSED: Event = Event::Refused { patient: false };
@@ -89,6 +93,48 @@ fn a_lock_that_is_free_is_had_renewed_and_given_back() {
     assert_eq!(machine.action(), Action::Unlock);
     assert_eq!(machine.handle(Event::Unlocked { held: true }, s(10)), None);
     assert_eq!(machine.action(), Action::Finish(End::Released));
+}
+
+/// When heartbeats are sent of a claim that began `late` after its manager, each `delay` after it is due. All times are the
+/// manager's.
+fn heartbeats(late: Duration, delay: Duration) -> Vec<Time> {
+    let timing = Timing { rhythm: Rhythm::of(HEARTBEAT, late), ..TIMING };
+    let mut machine = Machine::new(timing, 1);
+    let mut now = delay;
+    machine.handle(Event::Connected, now);
+    machine.handle(Event::Granted { sent: now }, now);
+    let mut sent = vec![late + now];
+    for _ in 0..10 {
+        let Action::Watch { until } = machine.action() else { panic!("{:?}", machine.action()) };
+        machine.handle(Event::Quiet, until - Duration::from_nanos(1));
+        assert_eq!(machine.action(), Action::Watch { until }, "not before its time");
+        now = until + delay;
+        machine.handle(Event::Quiet, now);
+        assert!(matches!(machine.action(), Action::Renew { .. }));
+        machine.handle(Event::Renewed { sent: now }, now);
+        sent.push(late + now);
+    }
+    sent
+}
+
+#[test]
+fn the_heartbeats_of_claims_that_began_at_other_times_are_sent_at_the_same_times() {
+    let delay = Duration::from_micros(70);
+    let times: HashSet<_> = (0..1_000_u64)
+        .flat_map(|nth| {
+            let sent = heartbeats(Duration::from_micros(nth * 7_919), delay);
+            for pair in sent.windows(2) {
+                assert!(pair[1] - pair[0] <= HEARTBEAT + delay, "late: {pair:?}");
+                assert!(pair[1] - pair[0] > HEARTBEAT - HEARTBEAT / Rhythm::TIMES, "too early: {pair:?}");
+            }
+            // From the first one on they keep the pace.
+            assert!(sent[1..].windows(2).all(|pair| pair[1] - pair[0] == HEARTBEAT), "{sent:?}");
+            sent.into_iter()
+                .skip(1)
+                .map(|time| Duration::from_nanos_u128(time.as_nanos() % HEARTBEAT.as_nanos()))
+        })
+        .collect();
+    assert_eq!(times.len(), Rhythm::TIMES as usize);
 }
 
 #[test]
