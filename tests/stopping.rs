@@ -15,7 +15,7 @@ use common::{becomes, lock, soon, started};
 use dsync::{CatalogMode, Config, Lock, PostgresManager, SyncManager};
 use support::Server;
 
-const LOCKS: usize = 64;
+const LOCKS: usize = 96;
 
 /// How many connections to the server this machine has that nobody has ended, from the client's side. What the server
 /// says of its sessions would be late.
@@ -34,8 +34,8 @@ fn hold(manager: &PostgresManager) -> Vec<Arc<dyn Lock>> {
 
 #[test]
 fn sessions_are_closed_when_the_stop_is_over() {
-    let server = Server::builder().max_connections(100).start().unwrap();
-    let config = Config::from_url(&server.url()).unwrap().max_sessions(100).catalog(CatalogMode::None);
+    let server = Server::builder().max_connections(120).start().unwrap();
+    let config = Config::from_url(&server.url()).unwrap().max_sessions(120).catalog(CatalogMode::None);
     for round in 0..6 {
         let manager = started(config.clone());
         let locks = hold(&manager);
@@ -56,4 +56,29 @@ fn sessions_are_closed_when_the_stop_is_over() {
             operator.query_one(query, &[]).unwrap().get(0)
         });
     }
+}
+
+/// Of many sessions, that they are closed takes the server longer than that their locks are given back.
+#[test]
+fn all_locks_are_given_back_before_sessions_are_closed() {
+    /// A stop has that many hands, so there may be as many answers that it has not taken in yet.
+    const HANDS: usize = 32;
+    let server = Server::builder()
+        .max_connections(120)
+        .setting("log_statement", "all")
+        .setting("log_disconnections", "on")
+        .start()
+        .unwrap();
+    let config = Config::from_url(&server.url()).unwrap().max_sessions(120).catalog(CatalogMode::None);
+    let manager = started(config);
+    let _locks = hold(&manager);
+    let before = server.log().len();
+    manager.stop().unwrap();
+    let log = || server.log().split_off(before);
+    becomes("the ends of the sessions", &LOCKS, || log().matches("disconnection: ").count());
+    let log = log();
+    let given_back = |log: &str| log.matches("pg_advisory_unlock(").count();
+    let first = log.find("disconnection: ").unwrap();
+    assert_eq!(given_back(&log), LOCKS);
+    assert!(given_back(&log[..first]) >= LOCKS - HANDS, "{}", given_back(&log[..first]));
 }

@@ -361,6 +361,10 @@ impl Core {
                 if stopping.first {
                     PostgresLock::give_back(&stopping.active, by);
                 }
+                if stopping.active.claim.is_over() {
+                    // Lets the supervisor go before it waits for a next claim.
+                    stopping.lock.forget(&stopping.active.claim);
+                }
             }
             close_idle();
         };

@@ -448,14 +448,9 @@ impl Work {
         self.claim.announce_no_session();
         // Before the end is told: whoever claims the lock next finds the session.
         let mut slot = self.slot.take();
-        if let Some(slot) = &mut slot
-            && self.claim.ends_for(Why::Stopped)
-        {
-            // Here, where many threads do it at once, and not when the pool is dropped.
-            slot.close(self.release_by());
-        }
-        let stays =
-            slot.as_mut().is_some_and(|slot| slot.session().is_some_and(|session| session.is_leased()));
+        // A stop closes the sessions when they are all in the pool.
+        let stays = !self.claim.ends_for(Why::Stopped)
+            && slot.as_mut().is_some_and(|slot| slot.session().is_some_and(|session| session.is_leased()));
         before_told(slot.filter(|_| stays));
         let key = self.claim.key();
         let outcome = match end {
