@@ -176,6 +176,43 @@ fn a_claim_is_served_at_once_while_the_supervisor_puts_a_session_away() {
     }
 }
 
+/// The supervisor looks after a release that takes its time, and may do so for long; but the session that the release leaves
+/// behind keeps lease and name for a moment only.
+#[test]
+fn a_session_is_put_away_soon_after_a_slow_release() {
+    let _alone = alone();
+    let database = Database::fresh().unwrap();
+    let mut operator = database.client().unwrap();
+    let url = format!("{}?application_name=keeper", database.url());
+    let config = Config::from_url(&url).unwrap().release_timeout(Duration::from_secs(30));
+    let manager = started(config.clone().catalog(CatalogMode::None));
+    let mut kept = 0;
+    // Where the machine is slow, not each claim follows close on the one before.
+    for _ in 0..500 {
+        if kept == 10 {
+            break;
+        }
+        claim_and_release(&manager, "red");
+        let lock = lock(&manager, "red");
+        lock.lock(&soon()).unwrap();
+        let query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'keeper red'";
+        let backend: i32 = operator.query_one(query, &[]).unwrap().get(0);
+        process::signal(backend, process::Signal::Stop).unwrap();
+        let releasing = thread::spawn(move || lock.release());
+        // Not to wait for something: it is what the release takes.
+        thread::sleep(Duration::from_millis(10));
+        process::signal(backend, process::Signal::Continue).unwrap();
+        releasing.join().unwrap().unwrap();
+        let name = "SELECT application_name FROM pg_stat_activity WHERE pid = $1";
+        let mut name = || operator.query_opt(name, &[&backend]).unwrap().map(|row| row.get::<_, String>(0));
+        kept += usize::from(name().as_deref() == Some("keeper red"));
+        let begun = Instant::now();
+        becomes("the session at rest", &Some("keeper".to_owned()), name);
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    }
+    assert_eq!(kept, 10, "the claims were never quick enough for their sessions to be kept");
+}
+
 const KEYS: [&str; 3] = ["red", "green", "blue"];
 
 /// What is known of the exclusion without the library: whether somebody is inside.

@@ -101,11 +101,14 @@ fn load() -> Option<String> {
     Some(fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().next()?.to_owned())
 }
 
-/// With a mark if there is more in the files than in the commit. BENCHMARKS.md does not count: the report writes it.
+/// With a mark if there is more in the files than in the commit. What benches write does not count.
 fn commit() -> Option<String> {
     let root = env!("CARGO_MANIFEST_DIR");
     let commit = said("git", &["-C", root, "rev-parse", "--short=12", "HEAD"])?;
-    let status = ["-C", root, "status", "--porcelain", "--", ".", ":!BENCHMARKS.md"];
+    let peers =
+        ["results.json", "RESULTS.md", "comparison.svg"].map(|name| format!(":!benches/peers/{name}"));
+    let mut status = vec!["-C", root, "status", "--porcelain", "--", ".", ":!BENCHMARKS.md"];
+    status.extend(peers.iter().map(String::as_str));
     let changed = !said("git", &status)?.is_empty();
     Some(if changed { format!("{commit} and changes") } else { commit })
 }

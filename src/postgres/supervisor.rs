@@ -196,7 +196,8 @@ impl Supervisor {
                 self.finish(&mut bench);
                 self.alarm.stir();
                 helped = true;
-                break None;
+                // A session that was kept is not kept for longer.
+                break bench.slot.is_some().then(|| Instant::now() + QUICK);
             }
             let Some(by) = work.allows(help, action) else {
                 break match action {
@@ -263,7 +264,10 @@ impl Supervisor {
     }
 
     fn look(&self, woken: Woken, quick: bool, rounds: &mut Rounds) -> Next {
-        let Some(mut bench) = self.work.try_lock() else { return self.look_after_other(quick, rounds) };
+        let Some(mut bench) = self.work.try_lock() else {
+            // A statement that takes more than a tick waits for something; and who is at it rings when a term begins.
+            return self.look_after_other(quick && woken != Woken::Time, rounds);
+        };
         self.take_up(&mut bench);
         if let Some(work) = &bench.work {
             rounds.serve(work.claim());
