@@ -331,8 +331,6 @@ impl Core {
 
     /// Ends all claims, and then the pool.
     fn stop(&self) -> Result<()> {
-        /// To give a lock back takes a round trip, and to end a wait a cancel request, which is a connection of its own.
-        const AT_ONCE: usize = 32;
         let by = self.release_by();
         let (pool, claimed, known) = {
             let mut state = self.state.lock();
@@ -350,13 +348,8 @@ impl Core {
             })
             .collect();
         self.resting.close();
-        let close_idle = || {
-            if let Some(pool) = &pool {
-                pool.close_idle(by);
-            }
-        };
         let next = AtomicUsize::new(0);
-        let give_back = || {
+        by_many_hands(claims.len(), || {
             while let Some(stopping) = claims.get(next.fetch_add(1, Relaxed)) {
                 if stopping.first {
                     PostgresLock::give_back(&stopping.active, by);
@@ -366,18 +359,14 @@ impl Core {
                     stopping.lock.forget(&stopping.active.claim);
                 }
             }
-            close_idle();
-        };
-        let hands = claims.len().max(pool.as_ref().map_or(0, |pool| pool.idle())).min(AT_ONCE);
-        thread::scope(|scope| {
-            for _ in 1..hands {
-                // Without a thread to spare it is done by fewer.
-                if thread::Builder::new().spawn_scoped(scope, give_back).is_err() {
-                    break;
-                }
-            }
-            give_back();
         });
+        // Not before: the server is busy with each session that ends, and the last locks would wait for it.
+        let close_idle = || {
+            if let Some(pool) = &pool {
+                pool.close_idle(by);
+            }
+        };
+        by_many_hands(pool.as_ref().map_or(0, |pool| pool.idle()), close_idle);
         let mut outcome = Ok(());
         for Stopping { lock, active, .. } in &claims {
             outcome = outcome.and(active.claim.wait_ended(by));
@@ -389,6 +378,21 @@ impl Core {
         drop(pool);
         outcome
     }
+}
+
+/// Runs `work` on as many threads as there are `pieces`, up to a limit: to give a lock back takes a round trip, and to end a
+/// wait a cancel request, which is a connection of its own.
+fn by_many_hands(pieces: usize, work: impl Fn() + Sync) {
+    const AT_ONCE: usize = 32;
+    thread::scope(|scope| {
+        for _ in 1..pieces.min(AT_ONCE) {
+            // Without a thread to spare it is done by fewer.
+            if thread::Builder::new().spawn_scoped(scope, &work).is_err() {
+                break;
+            }
+        }
+        work();
+    });
 }
 
 impl fmt::Debug for Core {
