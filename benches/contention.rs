@@ -5,13 +5,11 @@
 
 mod kit;
 
-use std::io::Write;
-use std::process::{Command, Stdio};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use dsync::{CatalogMode, Context, LockOptions};
 use fastrand::Rng;
+use kit::pgbench;
 use kit::raw::{self, Raw};
 use kit::worker::{Worker, orders, say, say_figures, wait_for_the_end, wait_for_word};
 use kit::{Bench, Contender, Plan, Row, Series, interleave};
@@ -53,7 +51,7 @@ fn main() {
             let [pgbench, [raw, raw_least], [plain, plain_least], [row, row_least]] = interleave(
                 plan,
                 [
-                    Contender::new("pgbench", || [pgbench(&database, processes, keys, seconds), f64::NAN]),
+                    Contender::new("pgbench", || [by_pgbench(&database, processes, keys, seconds), f64::NAN]),
                     crowd(BY_HAND, raw::NAME),
                     crowd(WITHOUT_CATALOG, "dsync"),
                     crowd(WITH_CATALOG, "dsync"),
@@ -144,43 +142,10 @@ fn count(time: Duration, own: i64, mut key: impl FnMut() -> i64, mut pair: impl 
     }
 }
 
-/// Pairs per second, without the time that the connections took.
-fn pgbench(database: &Database<'_>, clients: usize, keys: i64, seconds: u32) -> f64 {
+/// Pairs per second of all clients together.
+fn by_pgbench(database: &Database<'_>, clients: usize, keys: i64, seconds: u32) -> f64 {
     let script = format!(
         "\\set key random(1, {keys})\nSELECT pg_advisory_lock(:key);\nSELECT pg_advisory_unlock(:key);\n"
     );
-    let jobs = thread::available_parallelism().map_or(1, |cores| cores.get().min(clients));
-    let program = database.server().binaries().program("pgbench");
-    let mut command = Command::new(&program);
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("PG")) {
-        command.env_remove(name);
-    }
-    let mut process = command
-        .args(["--no-vacuum", "--protocol=prepared", "--file=-", "--host=127.0.0.1", "--username=postgres"])
-        .arg(format!("--port={}", database.server().port()))
-        .arg(format!("--client={clients}"))
-        .arg(format!("--jobs={jobs}"))
-        .arg(format!("--time={seconds}"))
-        .arg(format!("--random-seed={SEED}"))
-        .arg(database.name())
-        .env("LC_ALL", "C")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap_or_else(|error| {
-            panic!("{}: {error}; install pgbench (postgresql-contrib)", program.display())
-        });
-    let mut input = process.stdin.take().expect("its input");
-    input.write_all(script.as_bytes()).expect("its input");
-    drop(input);
-    let output = process.wait_with_output().expect("its output");
-    let said = String::from_utf8_lossy(&output.stdout);
-    // Before PostgreSQL 14 there was a second such line, which had the time of connecting in it.
-    said.lines()
-        .filter(|line| !line.contains("including"))
-        .find_map(|line| line.strip_prefix("tps = ")?.split(' ').next()?.parse().ok())
-        .unwrap_or_else(|| {
-            panic!("pgbench failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr))
-        })
+    pgbench::Run { script: &script, clients, length: format!("--time={seconds}"), settings: "" }.on(database)
 }

@@ -8,6 +8,7 @@
 
 pub(crate) mod environment;
 pub(crate) mod measure;
+pub(crate) mod pgbench;
 pub(crate) mod raw;
 pub(crate) mod results;
 pub(crate) mod statistics;

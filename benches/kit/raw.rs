@@ -14,7 +14,7 @@ pub(crate) const NAME_WITH_ROW: &str = "the driver by hand, with a row";
 const LOCK: &str = "SELECT pg_advisory_lock($1)";
 /// The least that writes what a term of the library leaves, in one round trip, where the key has its row. It does not wait
 /// for fenced transactions, would not notice another key with this number, and knows neither a lease nor a crash.
-const LOCK_WITH_ROW: &str = "UPDATE dsync.lock SET token = nextval('dsync.token'), \
+pub(crate) const LOCK_WITH_ROW: &str = "UPDATE dsync.lock SET token = nextval('dsync.token'), \
      annotation = '{\"host\":\"db-7\",\"pid\":4711}', pid = pg_backend_pid(), since = clock_timestamp() \
      WHERE id = $1 AND NOT pair AND (pg_advisory_lock($1))::text = '' RETURNING token";
 const UNLOCK: &str = "SELECT pg_advisory_unlock($1)";
