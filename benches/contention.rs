@@ -12,14 +12,11 @@ use fastrand::Rng;
 use kit::pgbench;
 use kit::raw::{self, Raw};
 use kit::worker::{Worker, orders, say, say_figures, wait_for_the_end, wait_for_word};
-use kit::{Bench, Contender, Plan, Row, Series, interleave};
+use kit::{Bench, Contender, Plan, Row, SEED, Series, interleave};
 use support::{Database, Server};
 
 const PROCESSES: [usize; 4] = [1, 4, 16, 64];
 const KEYS: [i64; 2] = [1, 1_000];
-
-/// Which keys are picked is the same in each run.
-const SEED: u64 = 42;
 
 /// What a worker does.
 const BY_HAND: &str = "raw";

@@ -69,3 +69,23 @@ fn a_lock_heeds_its_context_while_another_thread_releases_the_former_claim() {
     lock.lock(&soon()).unwrap();
     lock.release().unwrap();
 }
+
+/// The supervisor sleeps until the next heartbeat, which is long after the release must be over.
+#[test]
+fn a_release_ends_in_time_though_nobody_else_looks_at_its_deadline() {
+    let server = Server::start().unwrap();
+    let config = Config::from_url(&server.url())
+        .unwrap()
+        .lease(Duration::from_secs(120))
+        .release_timeout(Duration::from_millis(500));
+    let manager = started(config);
+    let lock = lock(&manager, "x");
+    lock.lock(&soon()).unwrap();
+    // Until it has gone to sleep, it looks every millisecond for a while. Nothing tells of the one or the other.
+    std::thread::sleep(Duration::from_millis(300));
+    let frozen = server.freeze().unwrap();
+    let begun = Instant::now();
+    assert_eq!(kind(lock.release()), ErrorKind::UnlockFailed);
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    frozen.thaw();
+}

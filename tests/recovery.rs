@@ -12,6 +12,7 @@ mod common;
 
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use common::{
     Outcome, becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
@@ -141,6 +142,35 @@ const FAULTS: [Fault; 4] = [
 // ---------------------------------------------------------------------------------------------------------------------
 // The server ends and comes back
 // ---------------------------------------------------------------------------------------------------------------------
+
+/// While a thread waits by itself, nobody else need look; when it has the lock, somebody watches. The heartbeat, which would
+/// tell as well, is half a minute away.
+#[test]
+fn a_loss_is_told_soon_to_one_who_has_waited_for_the_lock() {
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let [first, mut second] = Rival::pair(&server);
+    let url = format!("{}?application_name=second", server.url());
+    second.manager = started(Config::from_url(&url).unwrap().lease(Duration::from_secs(120)));
+    second.lock = lock(&second.manager, "x");
+    for _ in 0..5 {
+        first.lock();
+        let waiting = wait_in_thread(&second.lock);
+        becomes("the queue", &vec!["second".to_owned()], || waiters(operator));
+        // For some 20 ms its supervisor may still look every millisecond. Nothing tells when it is asleep.
+        thread::sleep(Duration::from_millis(100));
+        first.lock.release().unwrap();
+        waiting.get().unwrap();
+        let term = second.lock.lost();
+        let begun = Instant::now();
+        let backend =
+            operator.query_one("SELECT pid FROM pg_locks WHERE locktype = 'advisory'", &[]).unwrap();
+        assert!(server.terminate(backend.get(0)).unwrap());
+        second.loses(&term, &[LossReason::Terminated]);
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        second.lock.release().unwrap();
+    }
+}
 
 #[test]
 fn a_held_lock_comes_back_however_the_server_ended() {

@@ -185,7 +185,7 @@ fn a_session_is_put_away_soon_after_a_slow_release() {
     let mut operator = database.client().unwrap();
     let url = format!("{}?application_name=keeper", database.url());
     let config = Config::from_url(&url).unwrap().release_timeout(Duration::from_secs(30));
-    let manager = started(config.clone().catalog(CatalogMode::None));
+    let manager = started(config.catalog(CatalogMode::None));
     let mut kept = 0;
     // Where the machine is slow, not each claim follows close on the one before.
     for _ in 0..500 {

@@ -2,6 +2,7 @@
 
 use fastrand::Rng;
 
+use super::SEED;
 use super::statistics::Series;
 
 /// How often to measure.
@@ -38,7 +39,7 @@ pub(crate) fn interleave<const K: usize, const N: usize>(
     let mut series: [[Series; K]; N] = std::array::from_fn(|contender| {
         std::array::from_fn(|_| Series::new(contenders[contender].name.clone()))
     });
-    let mut lots = Rng::with_seed(42);
+    let mut lots = Rng::with_seed(SEED);
     let mut order: [usize; N] = std::array::from_fn(|place| place);
     for _ in 0..plan.warm_up {
         lots.shuffle(&mut order);

@@ -27,6 +27,9 @@ pub(crate) use statistics::Series;
 use environment::Environment;
 use results::Results;
 
+/// Whatever is drawn by lot is drawn alike in each run.
+pub(crate) const SEED: u64 = 42;
+
 /// A run of a bench.
 pub(crate) struct Bench {
     results: Results,

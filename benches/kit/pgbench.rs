@@ -6,6 +6,8 @@ use std::thread;
 
 use support::Database;
 
+use super::SEED;
+
 /// A run of it.
 pub(crate) struct Run<'a> {
     /// The statements, each of which is prepared once.
@@ -38,8 +40,7 @@ impl Run<'_> {
             .arg(format!("--client={}", self.clients))
             .arg(format!("--jobs={jobs}"))
             .arg(&self.length)
-            // Which keys are picked is the same in each run.
-            .arg("--random-seed=42")
+            .arg(format!("--random-seed={SEED}"))
             .arg(database.name())
             .env("LC_ALL", "C")
             .env("PGOPTIONS", self.settings)

@@ -363,17 +363,17 @@ impl Core {
         // Not before: the server is busy with each session that ends, and the last locks would wait for it.
         let close_idle = || {
             if let Some(pool) = &pool {
-                pool.close_idle(by);
+                by_many_hands(pool.idle(), || pool.close_idle(by));
             }
         };
-        by_many_hands(pool.as_ref().map_or(0, |pool| pool.idle()), close_idle);
+        close_idle();
         let mut outcome = Ok(());
         for Stopping { lock, active, .. } in &claims {
             outcome = outcome.and(active.claim.wait_ended(by));
             lock.forget(&active.claim);
         }
         known.iter().for_each(|lock| lock.leave_pool());
-        // What came back meanwhile, of claims that others had ended.
+        // What came back meanwhile: of claims that waited, or that others had ended.
         close_idle();
         drop(pool);
         outcome
@@ -384,6 +384,9 @@ impl Core {
 /// wait a cancel request, which is a connection of its own.
 fn by_many_hands(pieces: usize, work: impl Fn() + Sync) {
     const AT_ONCE: usize = 32;
+    if pieces == 0 {
+        return;
+    }
     thread::scope(|scope| {
         for _ in 1..pieces.min(AT_ONCE) {
             // Without a thread to spare it is done by fewer.

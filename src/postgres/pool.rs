@@ -426,3 +426,17 @@ fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
     }
     (SessionRefused, "check password, sslmode and channel_binding")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn claims_have_the_rhythm_of_their_manager_whenever_they_begin() {
+        let config = Config::from_url("postgres://nobody@localhost").unwrap().lease(Duration::from_secs(8));
+        let pool = Pool::new(&config).unwrap();
+        for late in [0, 1, 130, 999, 5_000].map(Duration::from_millis) {
+            assert_eq!(pool.rhythm(pool.made + late), Rhythm::of(Duration::from_secs(2), late), "{late:?}");
+        }
+    }
+}

@@ -47,9 +47,9 @@ pub(super) struct Timing {
     /// How long the server may hold something for a session that was lost without its knowing: a wait, at the end of
     /// which it may be granted the lock, and a lease from then on.
     pub(super) doubt: Duration,
-    /// A heartbeat is sent this long after the one before, or somewhat earlier,
+    /// A heartbeat is sent this long after the one before, at the latest.
     pub(super) heartbeat: Duration,
-    /// to keep time with others.
+    /// At which times.
     pub(super) rhythm: Rhythm,
 }
 

@@ -108,6 +108,14 @@ pub fn raise_descriptor_limit() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
+/// Lets this process have no file open with a number from `limit` on, until it is told otherwise.
+pub fn limit_descriptors(limit: usize) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // More than the system allows is no limit.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(limit as u64), maximum });
+}
+
 /// The processor time that this process has used, in user mode and in the kernel, to the nanosecond.
 #[must_use]
 pub fn own_cpu_time() -> Duration {

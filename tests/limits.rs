@@ -1,0 +1,45 @@
+//! What a process is told that has no file descriptor left, and that it keeps what it has.
+//!
+//! One test only, since the limit is the whole process's.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{is_held, lock, soon, started};
+use dsync::{Config, Context, ErrorKind};
+use support::{Database, process};
+
+#[test]
+fn at_the_limit_of_open_files_an_error_says_so_and_what_is_held_stays_held() {
+    let database = Database::fresh().unwrap();
+    let manager = started(Config::from_url(&database.url()).unwrap());
+    let mut held = vec![lock(&manager, "first")];
+    held[0].lock(&soon()).unwrap();
+    let mut told = Vec::new();
+    // A lock needs five at the end, and some more on the way: each of them is the one that cannot be had.
+    for spare in 0..9 {
+        // What is held keeps its session and its supervisor, so each lock needs new ones.
+        let another = lock(&manager, &format!("{spare} to spare"));
+        let open = process::descriptors(process::own()).expect("this system tells of open files");
+        process::limit_descriptors(open + spare);
+        let outcome = another.lock(&Context::timeout(Duration::from_millis(300)));
+        process::raise_descriptor_limit();
+        if let Err(error) = outcome {
+            let kind = error.kind();
+            assert!(matches!(kind, ErrorKind::SessionUnavailable | ErrorKind::TimedOut), "{error}");
+            told.push((spare, error.to_string()));
+        }
+        // When there is room again, nothing stands in the way.
+        another.lock(&soon()).unwrap();
+        held.push(another);
+        assert!(held.iter().all(is_held), "{spare} to spare");
+    }
+    println!("{told:#?}");
+    for (spare, error) in &told {
+        assert!(error.contains("open files") || error.contains("descriptor"), "{spare} to spare: {error}");
+    }
+    assert!(told.len() >= 4, "{told:#?}");
+}
