@@ -144,5 +144,7 @@ fn by_pgbench(database: &Database<'_>, clients: usize, keys: i64, seconds: u32) 
     let script = format!(
         "\\set key random(1, {keys})\nSELECT pg_advisory_lock(:key);\nSELECT pg_advisory_unlock(:key);\n"
     );
-    pgbench::Run { script: &script, clients, length: format!("--time={seconds}"), settings: "" }.on(database)
+    let length = format!("--time={seconds}");
+    pgbench::Run { script: &script, session: pgbench::Session::Warm, clients, length, settings: "" }
+        .on(database)
 }

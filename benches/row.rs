@@ -1,4 +1,5 @@
-//! What a token and a row cost the server itself: `pgbench` runs lock and unlock by hand, and then with one thing more each.
+//! What a token and a row cost the server itself: `pgbench` runs lock and unlock by hand, and then with one thing more each;
+//! and the same for the first statement of a session.
 //!
 //! It is a small program in C that does the same again and again, so all that differs is the work of the server.
 
@@ -7,102 +8,184 @@ mod kit;
 use std::time::Duration;
 
 use dsync::{CatalogMode, Context, LockOptions, json_valuer};
+use kit::pgbench::Session;
 use kit::{Bench, Contender, Plan, Row, interleave, pgbench, raw};
 use postgres::Client;
-use support::Database;
+use support::{Database, Server};
 
 const KEY: i64 = 4711;
 
 /// As on the sessions of the library: nobody waits for a disk.
 const SETTINGS: &str = "-c synchronous_commit=off -c plan_cache_mode=force_generic_plan";
 
+const LOCK: &str = "SELECT pg_advisory_lock($1)";
 const UNLOCK: &str = "SELECT pg_advisory_unlock($1)";
 
-/// Statements that take the lock, and what each does beside that.
-const LOCKS: [(&str, &str); 5] = [
-    ("nothing", "SELECT pg_advisory_lock($1)"),
-    ("a transaction with a number", "SELECT pg_advisory_lock($1), pg_current_xact_id()"),
-    ("a token", "SELECT pg_advisory_lock($1), nextval('dsync.token')"),
-    (
-        "a row",
-        "UPDATE dsync.lock SET annotation = '{\"host\":\"db-7\"}', pid = pg_backend_pid(), since = clock_timestamp() \
-         WHERE id = $1 AND NOT pair AND (pg_advisory_lock($1))::text = ''",
-    ),
-    ("token and row", raw::LOCK_WITH_ROW),
-];
+const NUMBER: &str = "SELECT pg_advisory_lock($1), pg_current_xact_id()";
+const TOKEN: &str = "SELECT pg_advisory_lock($1), nextval('dsync.token')";
+const ROW: &str = "UPDATE dsync.lock SET annotation = '{\"host\":\"db-7\"}', pid = pg_backend_pid(), \
+     since = clock_timestamp() WHERE id = $1 AND NOT pair AND (pg_advisory_lock($1))::text = ''";
+
+/// The least that leaves a row, whether there is one or not.
+const INSERT: &str = "INSERT INTO dsync.lock AS lock (id, pair, namespace, key, token, annotation, pid, since) \
+     SELECT $1::int8, false, $4, $5, nextval('dsync.token'), $6::bytea, pg_backend_pid(), clock_timestamp() \
+     WHERE pg_try_advisory_lock($1) \
+     ON CONFLICT (id, pair) DO UPDATE SET token = excluded.token, annotation = excluded.annotation, \
+     pid = excluded.pid, since = excluded.since RETURNING token";
+
+/// It with all that the library's statement sees to, but for saying why there is no lock.
+const CAREFUL_INSERT: &str = "INSERT INTO dsync.lock AS lock \
+     (id, pair, namespace, key, token, annotation, pid, since) \
+     SELECT $1::int8, false, $4, $5, nextval('dsync.token'), $6::bytea, pg_backend_pid(), clock_timestamp() \
+     FROM (SELECT set_config('idle_session_timeout', $2, false), \
+                  set_config('application_name', $3, false) OFFSET 0) AS lease \
+     WHERE CASE WHEN NOT EXISTS (SELECT FROM dsync.era) THEN false \
+     WHEN pg_try_advisory_lock($1) THEN pg_try_advisory_xact_lock($1 + 1) END \
+     ON CONFLICT (id, pair) DO UPDATE SET token = excluded.token, annotation = excluded.annotation, \
+     pid = excluded.pid, since = excluded.since \
+     WHERE lock.namespace = excluded.namespace AND lock.key = excluded.key RETURNING token";
 
 fn main() {
     let mut bench = Bench::start("row");
-    let plan = bench.choose(
+    // The statements of the library are longer than what the server shows of one by default.
+    let server =
+        kit::start(Server::builder().max_connections(100).setting("track_activity_query_size", "16384"));
+    let database = server.database().expect("a database");
+    let library = Statements::of_the_library(&database);
+    warm(&mut bench, &database, &library);
+    fresh(&mut bench, &database, &library);
+    bench.finish();
+}
+
+fn plan(bench: &Bench) -> Plan {
+    bench.choose(
         Plan { repetitions: 9, rounds: 1, warm_up: 1 },
         Plan { repetitions: 1, rounds: 1, warm_up: 0 },
-    );
-    let transactions: u32 = bench.choose(4_000, 200);
-    let server = kit::server();
-    let database = server.database().expect("a database");
-    let [lock, unlock] = of_the_library(&database);
-    let pair = |[lock, unlock]: [&str; 2]| {
-        let script =
-            format!("\\set key {KEY}\n{};\n{};\n", lock.replace("$1", ":key"), unlock.replace("$1", ":key"));
-        let database = &database;
-        move || {
-            let run = pgbench::Run {
-                script: &script,
-                clients: 1,
-                length: format!("--transactions={transactions}"),
-                settings: SETTINGS,
-            };
-            [1e6 / run.on(database)]
-        }
+    )
+}
+
+/// Lock and unlock, on a session that has done so before.
+fn warm(bench: &mut Bench, database: &Database<'_>, library: &Statements) {
+    let transactions = bench.choose(4_000, 200);
+    let pair = |name: &str, lock: &str, unlock: &str| {
+        contender(database, library, name, &[lock, unlock], Session::Warm, transactions)
     };
-    let by_hand = LOCKS.map(|(what, lock)| Contender::new(what, pair([lock, UNLOCK])));
-    let [plain, number, token, row, both] = by_hand;
-    let library = Contender::new("as the library has it", pair([&lock, &unlock]));
-    let [[plain], [number], [token], [row], [both], [library]] =
-        interleave(plan, [plain, number, token, row, both, library]);
+    let [[plain], [number], [token], [row], [both], [ours]] = interleave(
+        plan(bench),
+        [
+            pair("the pair alone", LOCK, UNLOCK),
+            pair("a transaction with a number", NUMBER, UNLOCK),
+            pair("a token", TOKEN, UNLOCK),
+            pair("a row", ROW, UNLOCK),
+            pair("token and row", raw::LOCK_WITH_ROW, UNLOCK),
+            pair("as the library has it", &library.again, &library.unlock),
+        ],
+    );
     bench.heading("lock and unlock by pgbench");
     for (what, ours) in [
         ("lock + unlock in a transaction with a number", &number),
         ("lock + unlock, with a token", &token),
         ("lock + unlock, with a row", &row),
         ("lock + unlock, with token and row", &both),
-        ("lock + unlock, with token and row, as the library has it", &library),
+        ("lock + unlock, with token and row, as the library has it", &ours),
     ] {
         bench.row(Row::compared(what, "µs", &plain, ours, None));
     }
-    bench.finish();
 }
 
-/// The statements by which the library takes and gives back a lock that it has had just before, from the server's own view.
-/// `$1` is the key; for the other parameters there are values.
-fn of_the_library(database: &Database<'_>) -> [String; 2] {
-    let manager = kit::manager(&database.url(), CatalogMode::Automatic, 1);
-    let valuer = json_valuer(&serde_json::json!({ "host": "db-7" })).expect("a valuer");
-    let lock = manager.lock(KEY, LockOptions::new().valuer(valuer)).expect("a lock");
-    let mut operator = database.client().expect("a session");
-    // A claim that comes too late for the session to be kept has another one.
-    let [lock, unlock] =
-        support::wait_for("claims that follow close on each other", Duration::from_secs(30), || {
-            let mut texts = [String::new(), String::new()];
-            for _ in 0..3 {
-                lock.lock(&Context::background()).expect("the lock");
-                texts[0] = last_statement(&mut operator);
-                lock.release().expect("the release");
-                texts[1] = last_statement(&mut operator);
-            }
-            (texts[0].starts_with("UPDATE") && !texts[1].contains("set_config")).then_some(texts)
-        })
-        .expect("them");
-    let row =
-        operator.query_one("SELECT namespace, key FROM dsync.lock WHERE id = $1", &[&KEY]).expect("its row");
-    let quoted = |index: usize| format!("'{}'", row.get::<_, String>(index).replace('\'', "''"));
-    assert!(
-        lock.ends_with("RETURNING lock.token") && unlock.contains("pg_advisory_unlock"),
-        "{lock}; {unlock}"
+/// A connection, and one statement that takes the lock.
+fn fresh(bench: &mut Bench, database: &Database<'_>, library: &Statements) {
+    let transactions = bench.choose(200, 20);
+    let first =
+        |name: &str, lock: &str| contender(database, library, name, &[lock], Session::Fresh, transactions);
+    let [[plain], [insert], [careful], [ours]] = interleave(
+        plan(bench),
+        [
+            first("the lock alone", LOCK),
+            first("the least insert", INSERT),
+            first("an insert with conditions", CAREFUL_INSERT),
+            first("as the library has it", &library.first),
+        ],
     );
-    let lock =
-        lock.replace("$2", &quoted(0)).replace("$3", &quoted(1)).replace("$4", "'{\"host\":\"db-7\"}'");
-    [lock, unlock]
+    bench.heading("a connection and its first statement, by pgbench");
+    for (what, ours) in [
+        ("connection + lock, with token and row", &insert),
+        ("connection + lock, with token and row, and the library's conditions", &careful),
+        ("connection + lock, with token and row, as the library has it", &ours),
+    ] {
+        bench.row(Row::compared(what, "µs", &plain, ours, None));
+    }
+}
+
+/// Microseconds of the statements together.
+fn contender<'a>(
+    database: &'a Database<'a>,
+    library: &Statements,
+    name: &str,
+    statements: &[&str],
+    session: Session,
+    transactions: u32,
+) -> Contender<'a, 1> {
+    let statements: String = statements.iter().map(|text| library.filled_in(text) + ";\n").collect();
+    let script = format!("\\set key {KEY}\n{statements}");
+    Contender::new(name, move || {
+        let length = format!("--transactions={transactions}");
+        let run = pgbench::Run { script: &script, session, clients: 1, length, settings: SETTINGS };
+        [1e6 / run.on(database)]
+    })
+}
+
+/// The statements by which the library takes and gives back a lock, from the server's own view.
+struct Statements {
+    /// On a session that has not served the key before.
+    first: String,
+    /// On one that has, just before.
+    again: String,
+    unlock: String,
+    namespace: String,
+    key: String,
+}
+
+impl Statements {
+    fn of_the_library(database: &Database<'_>) -> Self {
+        let manager = kit::manager(&database.url(), CatalogMode::Automatic, 1);
+        let valuer = json_valuer(&serde_json::json!({ "host": "db-7" })).expect("a valuer");
+        let lock = manager.lock(KEY, LockOptions::new().valuer(valuer)).expect("a lock");
+        let mut operator = database.client().expect("a session");
+        let mut claim = || {
+            lock.lock(&Context::background()).expect("the lock");
+            let taking = last_statement(&mut operator);
+            lock.release().expect("the release");
+            [taking, last_statement(&mut operator)]
+        };
+        let [first, _] = claim();
+        // A claim that comes too late does not find the session as the one before has left it.
+        let [again, unlock] =
+            support::wait_for("claims that follow close on each other", Duration::from_secs(30), || {
+                let [again, unlock] = claim();
+                (again.starts_with("UPDATE") && !unlock.contains("set_config")).then_some([again, unlock])
+            })
+            .expect("them");
+        assert!(first.starts_with("WITH other") && first.ends_with("FROM other)"), "{first}");
+        assert!(again.ends_with("RETURNING lock.token"), "{again}");
+        assert!(unlock.contains("pg_advisory_unlock"), "{unlock}");
+        let row = "SELECT namespace, key FROM dsync.lock WHERE id = $1";
+        let row = operator.query_one(row, &[&KEY]).expect("its row");
+        // The parameters numbered as those of the first one.
+        let again = again.replace("$4", "$6").replace("$3", "$5").replace("$2", "$4");
+        Self { first, again, unlock, namespace: row.get(0), key: row.get(1) }
+    }
+
+    /// A statement with values for its parameters, as `pgbench` takes it.
+    fn filled_in(&self, text: &str) -> String {
+        let quoted = |value: &str| format!("'{}'", value.replace('\'', "''"));
+        text.replace("$1", ":key")
+            .replace("$2", "'15000'")
+            .replace("$3", "'bench'")
+            .replace("$4", &quoted(&self.namespace))
+            .replace("$5", &quoted(&self.key))
+            .replace("$6", "'{\"host\":\"db-7\"}'")
+    }
 }
 
 fn last_statement(operator: &mut Client) -> String {

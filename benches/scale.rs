@@ -52,15 +52,17 @@ fn main() {
     bench.heading("100 held locks");
     costs(&mut bench, 100, &floor, &ours, true);
 
-    let [floor, ours, floor_together, ours_together] = interleave(
+    let [floor, ours, plain, floor_together, ours_together] = interleave(
         many,
-        [("raw", 1), ("ours", 1), ("raw", TOGETHER), ("ours", TOGETHER)]
+        [("raw", 1), ("ours", 1), ("plain", 1), ("raw", TOGETHER), ("ours", TOGETHER)]
             .map(|(who, threads)| contender(&database, who, most, threads)),
     );
     bench.heading(&format!("{most} held locks"));
     let target = Some(Target::Ratio(1.5));
     let what = format!("{most} locks acquired, one after the other");
     bench.row(Row::compared(what, "s", &floor[0], &ours[0], target));
+    let what = format!("{most} locks acquired, one after the other, no catalog");
+    bench.row(Row::compared(what, "s", &floor[0], &plain[0], None));
     let what = format!("{most} locks acquired, by {TOGETHER} threads");
     bench.row(Row::compared(what, "s", &floor_together[0], &ours_together[0], target));
     let what = format!("{most} locks stopped");
@@ -116,7 +118,11 @@ fn work(url: &str, arguments: &[String]) {
     let [who, locks, threads] = arguments else { panic!("{arguments:?}") };
     let (locks, threads) = (locks.parse().expect("a number"), threads.parse().expect("a number"));
     process::raise_descriptor_limit();
-    let figures = if who == "raw" { by_hand(url, locks, threads) } else { by_library(url, locks, threads) };
+    let figures = match who.as_str() {
+        "raw" => by_hand(url, locks, threads),
+        "plain" => by_library(url, CatalogMode::None, locks, threads),
+        _ => by_library(url, CatalogMode::Automatic, locks, threads),
+    };
     say_figures(&figures);
     wait_for_the_end();
 }
@@ -178,8 +184,8 @@ fn acquire_all<T: Send>(locks: u32, threads: usize, acquire: impl Fn(u32) -> T +
     (held, begun.elapsed().as_secs_f64())
 }
 
-fn by_library(url: &str, locks: u32, threads: usize) -> [f64; FIGURES] {
-    let manager = kit::manager(url, CatalogMode::Automatic, locks + 1);
+fn by_library(url: &str, mode: CatalogMode, locks: u32, threads: usize) -> [f64; FIGURES] {
+    let manager = kit::manager(url, mode, locks + 1);
     let take = |number: u32| -> Arc<dyn Lock> {
         let lock = manager.lock(i64::from(number), LockOptions::new()).expect("a lock");
         lock.lock(&Context::timeout(Duration::from_secs(60))).expect("the lock");

@@ -8,10 +8,19 @@ use support::Database;
 
 use super::SEED;
 
+/// How long a session lives.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Session {
+    /// As long as the run; each statement is prepared once.
+    Warm,
+    /// For one run of the script, on a server process that knows nothing yet.
+    Fresh,
+}
+
 /// A run of it.
 pub(crate) struct Run<'a> {
-    /// The statements, each of which is prepared once.
     pub(crate) script: &'a str,
+    pub(crate) session: Session,
     pub(crate) clients: usize,
     /// `--time=2`, or `--transactions=1000` for each client.
     pub(crate) length: String,
@@ -20,7 +29,7 @@ pub(crate) struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// How often a second all clients together run the script, without the time that the connections took.
+    /// How often a second all clients together run the script; the time for connections counts with fresh sessions only.
     pub(crate) fn on(&self, database: &Database<'_>) -> f64 {
         let jobs = thread::available_parallelism().map_or(1, |cores| cores.get().min(self.clients));
         let program = database.server().binaries().program("pgbench");
@@ -29,13 +38,11 @@ impl Run<'_> {
             command.env_remove(name);
         }
         let mut process = command
-            .args([
-                "--no-vacuum",
-                "--protocol=prepared",
-                "--file=-",
-                "--host=127.0.0.1",
-                "--username=postgres",
-            ])
+            .args(match self.session {
+                Session::Warm => &["--protocol=prepared"] as &[_],
+                Session::Fresh => &["--protocol=extended", "--connect"],
+            })
+            .args(["--no-vacuum", "--file=-", "--host=127.0.0.1", "--username=postgres"])
             .arg(format!("--port={}", database.server().port()))
             .arg(format!("--client={}", self.clients))
             .arg(format!("--jobs={jobs}"))
@@ -56,9 +63,7 @@ impl Run<'_> {
         drop(input);
         let output = process.wait_with_output().expect("its output");
         let said = String::from_utf8_lossy(&output.stdout);
-        // Before PostgreSQL 14 there was a second such line, which had the time of connecting in it.
         said.lines()
-            .filter(|line| !line.contains("including"))
             .find_map(|line| line.strip_prefix("tps = ")?.split(' ').next()?.parse().ok())
             .unwrap_or_else(|| {
                 panic!("pgbench failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr))
