@@ -67,6 +67,9 @@ pub enum ErrorKind {
     InvalidKey,
     /// A setting cannot work.
     InvalidConfig,
+    /// The lock or manager was made in another process, before a `fork`. See
+    /// [`PostgresManager`](crate::PostgresManager#forks).
+    OtherProcess,
 }
 
 impl ErrorKind {
@@ -86,6 +89,7 @@ impl ErrorKind {
             Self::UnlockFailed => "failed to release lock",
             Self::InvalidKey => "invalid key",
             Self::InvalidConfig => "invalid configuration",
+            Self::OtherProcess => "made in another process",
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod context;
 mod error;
+mod expiry;
 mod instance;
 mod key;
 mod leadership;
@@ -10,6 +11,8 @@ mod loss;
 mod manager;
 mod memory;
 mod postgres;
+mod process;
+mod sync;
 mod term;
 mod view;
 

@@ -251,6 +251,7 @@ impl Drop for LockGuard {
     fn drop(&mut self) {
         if let Some(lock) = self.lock.take()
             && let Err(error) = lock.release()
+            && error.kind() != ErrorKind::OtherProcess
         {
             log::warn!("lock {:?}: {}", lock.key(), crate::error::chain(&error));
         }

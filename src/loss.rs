@@ -48,6 +48,9 @@ pub enum LossReason {
     ConnectionClosed,
     /// The session turned out to be another one than the lock was acquired in: a pooler stands between.
     SessionChanged,
+    /// The session lives and does not hold the lock any more: something else that speaks on its connection, a pooler or a
+    /// forked process, has unlocked it.
+    Unlocked,
     /// The server became a standby.
     ServerIsStandby,
     /// The server answered with an error that has no name of its own here; the log has its text.
@@ -59,16 +62,9 @@ pub enum LossReason {
 }
 
 impl LossReason {
-    /// Whether the server itself said that the session is over, so that it surely holds no lock any more.
-    pub(crate) fn is_final_word(self) -> bool {
-        matches!(
-            self,
-            Self::Terminated
-                | Self::ServerCrashed
-                | Self::DatabaseDropped
-                | Self::LeaseExpired
-                | Self::Revoked
-        )
+    /// Whether the server itself said that it ends the session. It says so *before* it lets go of the session's locks.
+    pub(crate) fn is_announced(self) -> bool {
+        matches!(self, Self::Terminated | Self::ServerCrashed | Self::DatabaseDropped | Self::LeaseExpired)
     }
 }
 
@@ -83,6 +79,7 @@ impl fmt::Display for LossReason {
             Self::HeartbeatTimedOut => "a heartbeat was not answered in time",
             Self::ConnectionClosed => "the connection was closed",
             Self::SessionChanged => "the session was exchanged for another one by a pooler",
+            Self::Unlocked => "something else unlocked it in our session",
             Self::ServerIsStandby => "the server became a standby",
             Self::ServerError => "the server answered with an error",
             Self::Revoked => "the lock was revoked",

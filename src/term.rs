@@ -1,14 +1,15 @@
 //! One unbroken stretch of holding a lock, and the fence that its writes stand behind.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::Mutex;
 use postgres::{GenericClient, Transaction};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::expiry::Expiry;
 use crate::lock::Lost;
 use crate::postgres::fence;
+use crate::process::Origin;
 
 /// A term: from the moment that the lock was acquired to the moment that it is released or lost.
 ///
@@ -46,9 +47,11 @@ pub struct Term {
     lost: Lost,
     token: Option<i64>,
     /// When the term ends unless it is renewed; `None` where nothing has to be renewed.
-    deadline: Option<Arc<Deadline>>,
+    deadline: Option<Arc<Expiry>>,
     /// Where the token is kept; `None` where no database keeps it.
     row: Option<Row>,
+    /// The process that holds the lock.
+    origin: Origin,
 }
 
 /// Where the catalog keeps the newest token of a key, and for how long a fenced transaction may pause.
@@ -59,30 +62,12 @@ pub(crate) struct Row {
     pub(crate) longest_pause: Duration,
 }
 
-/// Until when a term lasts, moved on by each heartbeat that is answered; shared by those who look at the clock.
-#[derive(Debug)]
-pub(crate) struct Deadline(Mutex<Instant>);
-
-impl Deadline {
-    pub(crate) fn new(at: Instant) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(at)))
-    }
-
-    pub(crate) fn move_to(&self, at: Instant) {
-        *self.0.lock() = at;
-    }
-
-    pub(crate) fn has_passed(&self) -> bool {
-        Instant::now() >= *self.0.lock()
-    }
-}
-
 impl Term {
     pub(crate) fn new(lost: Lost, token: Option<i64>) -> Self {
-        Self { lost, token, deadline: None, row: None }
+        Self { lost, token, deadline: None, row: None, origin: Origin::here() }
     }
 
-    pub(crate) fn with_lease(self, deadline: Arc<Deadline>, row: Option<Row>) -> Self {
+    pub(crate) fn with_lease(self, deadline: Arc<Expiry>, row: Option<Row>) -> Self {
         Self { deadline: Some(deadline), row, ..self }
     }
 
@@ -99,7 +84,11 @@ impl Term {
     }
 
     /// Whether this process still regards the term as going on. It may have ended all the same: see [`fence`](Self::fence).
+    /// Once it was `false` it stays so. In a child process of the holder's, after a `fork`, it is `false`.
     pub fn is_held(&self) -> bool {
+        if !self.origin.is_here() {
+            return false;
+        }
         // After a freeze of the process this thread may run before the one that closes the channel.
         let in_time = self.deadline.as_ref().is_none_or(|deadline| !deadline.has_passed());
         in_time && self.lost.try_recv().is_err_and(|error| error.is_empty())
@@ -120,12 +109,14 @@ impl Term {
     ///
     /// # Errors
     /// - [`Lost`](ErrorKind::Lost): the term is over. Roll the transaction back.
+    /// - [`OtherProcess`](ErrorKind::OtherProcess): the term was begun before a `fork`, by the parent process.
     /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the manager keeps no catalog, so there is nothing to check.
     /// - [`SessionRefused`](ErrorKind::SessionRefused): the role lacks rights, the transaction is read-only, or its
     ///   connection is to another database. The text says which.
     /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): the statement failed; the source says why. The transaction
     ///   cannot go on.
     pub fn fence(&self, transaction: &mut Transaction<'_>) -> Result<()> {
+        self.origin.check(format_args!("the term"))?;
         if !self.is_held() {
             return Err(over());
         }
@@ -140,6 +131,7 @@ impl Term {
     /// # Errors
     /// As [`fence`](Self::fence), but for `Lost`.
     pub fn is_current(&self, client: &mut impl GenericClient) -> Result<bool> {
+        self.origin.check(format_args!("the term"))?;
         match (&self.row, self.token) {
             (Some(row), Some(token)) => Ok(self.is_held() && fence::is_current(client, row, token)?),
             _ if !self.is_held() => Ok(false),

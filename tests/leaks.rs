@@ -189,7 +189,7 @@ fn fill_pool(manager: &PostgresManager) {
         lock.release().unwrap();
     }
     // The end of a claim is told a moment before its thread ends.
-    becomes("the supervisors", &0, || own_threads().iter().filter(|name| name.starts_with("dsync")).count());
+    becomes("the supervisors", &0, || own_threads().iter().filter(|name| name.starts_with("dsync:")).count());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ use std::time::Instant;
 use postgres::error::SqlState;
 
 use super::pool::Refusal;
-use super::session::{Failure, Session};
+use super::session::Session;
 use super::sql;
+use super::wire::Failure;
 use crate::error::{ErrorKind, chain};
 
 /// The version of the catalog that this library works with.

@@ -13,9 +13,10 @@ use super::link::Link;
 use super::stream::StreamControl;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
+use crate::expiry::Expiry;
 use crate::lock::{Lost, lost_already};
 use crate::loss::{Loss, LossReason};
-use crate::term::{Deadline, Row, Term};
+use crate::term::{Row, Term};
 
 /// A claim, from the first attempt until its end is over.
 #[derive(Debug)]
@@ -65,7 +66,7 @@ enum Phase {
     /// Another session holds the lock.
     Queueing,
     Held {
-        until: Arc<Deadline>,
+        until: Arc<Expiry>,
         /// Dropped at the end of the term, which is the signal.
         _term: Sender<Infallible>,
     },
@@ -170,12 +171,17 @@ impl Claim {
         self.current().lost.clone()
     }
 
-    /// The stream of the session that is at work, to look at its deadline.
-    pub(super) fn link(&self) -> Option<Arc<Link>> {
-        match &*self.reach.lock() {
-            Reach::Session(link) => Some(Arc::clone(link)),
-            Reach::Connecting(_) | Reach::Idle => None,
+    /// When the term ends by its lease, if there is one.
+    pub(super) fn term_ends_at(&self) -> Option<Instant> {
+        match &self.status.lock().phase {
+            Phase::Held { until, .. } => until.at(),
+            _ => None,
         }
+    }
+
+    /// Closes the lost channel of a term that is over by its time. Blocks for nothing, and calls nobody.
+    pub(super) fn expire(&self) {
+        drop(self.current());
     }
 
     /// The current term, if there is one.
@@ -398,7 +404,7 @@ impl Claim {
         let mut status = self.status.lock();
         if status.is_open() {
             let (term, lost) = bounded(0);
-            status.phase = Phase::Held { until: Deadline::new(until), _term: term };
+            status.phase = Phase::Held { until: Arc::new(Expiry::new(until)), _term: term };
             status.problem = None;
             status.lost = lost;
             status.token = token;
@@ -408,10 +414,12 @@ impl Claim {
 
     /// The term goes on until `until` at least; `false` if it has ended here meanwhile.
     pub(super) fn announce_renewed(&self, until: Instant) -> bool {
-        match &self.current().phase {
-            Phase::Held { until: deadline, .. } => {
-                deadline.move_to(until);
-                true
+        let mut status = self.status.lock();
+        match &status.phase {
+            Phase::Held { until: expiry, .. } if !expiry.has_passed() && expiry.move_to(until) => true,
+            Phase::Held { .. } => {
+                status.lose(LossReason::LeaseNotRenewed);
+                false
             }
             // The release will be heard in a moment.
             Phase::Ending { .. } => true,

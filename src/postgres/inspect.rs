@@ -7,9 +7,10 @@ use postgres::Row;
 use postgres::types::ToSql;
 
 use super::pool::{Pool, Refusal};
-use super::session::Failure;
+
 use super::sql::{self, Scope};
 use super::stream::StreamControl;
+use super::wire::Failure;
 use crate::error::Result;
 use crate::key::AdvisoryKey;
 use crate::view::{Holder, LockView, Waiter};

@@ -57,7 +57,21 @@ impl PostgresLock {
     }
 
     fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
+        self.check_process()?;
         self.claim(context)?.acquire(patience, context)
+    }
+
+    /// Before any mutex: after a fork it may be locked by a thread that is not there.
+    fn check_process(&self) -> Result<()> {
+        self.core.origin().check(format_args!("the lock {:?}", self.text))
+    }
+
+    /// The claim that goes on, unless this is another process.
+    fn current(&self) -> Option<Active> {
+        if !self.core.origin().is_here() {
+            return None;
+        }
+        self.state.lock().claim.clone()
     }
 
     /// The claim that goes on, or a new one. Waits for one that is ending, no longer than that takes or `context` allows.
@@ -209,8 +223,8 @@ impl Lock for PostgresLock {
     }
 
     fn wait(&self, context: &Context) -> Result<()> {
-        let active = self.state.lock().claim.clone();
-        match active {
+        self.check_process()?;
+        match self.current() {
             Some(active) => active.acquire(Patience::Lock, context),
             None if self.core.is_stopped() => Err(stopped()),
             None => Err(Error::new(ErrorKind::Released, format!("nobody claims {:?}", self.text))),
@@ -218,6 +232,7 @@ impl Lock for PostgresLock {
     }
 
     fn release(&self) -> Result<()> {
+        self.check_process()?;
         let by = self.core.release_by();
         let Some((first, active)) = self.end(Why::Released, by) else { return Ok(()) };
         if first {
@@ -229,16 +244,17 @@ impl Lock for PostgresLock {
     }
 
     fn lost(&self) -> Lost {
-        let active = self.state.lock().claim.clone();
-        active.map_or_else(lost_already, |active| active.claim.lost())
+        self.current().map_or_else(lost_already, |active| active.claim.lost())
     }
 
     fn term(&self) -> Option<Term> {
-        let active = self.state.lock().claim.clone()?;
-        active.claim.term(self.row())
+        self.current()?.claim.term(self.row())
     }
 
     fn last_loss(&self) -> Option<Loss> {
+        if !self.core.origin().is_here() {
+            return None;
+        }
         let (active, before) = {
             let state = self.state.lock();
             (state.claim.clone(), state.last_loss.clone())
@@ -249,16 +265,20 @@ impl Lock for PostgresLock {
 
 impl Drop for PostgresLock {
     fn drop(&mut self) {
-        self.core.forget(&self.key);
+        if self.core.origin().is_here() {
+            self.core.forget(&self.key);
+            return;
+        }
+        let LockState { claim, terms, .. } = std::mem::take(self.state.get_mut());
+        std::mem::forget((claim, terms, Arc::clone(&self.core)));
     }
 }
 
 impl fmt::Debug for PostgresLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = self.state.lock();
         f.debug_struct("PostgresLock")
             .field("key", &self.key)
-            .field("claim", &state.claim)
+            .field("claim", &self.current())
             .finish_non_exhaustive()
     }
 }

@@ -15,13 +15,14 @@ use super::claim::{Why, stopped};
 use super::config::Config;
 use super::inspect::{self, Named};
 use super::lock::{Active, PostgresLock};
-use super::pool::{Pool, Slot};
+use super::pool::{Pool, Refusal, Slot};
 use super::resting::Resting;
 use super::stream::StreamControl;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
+use crate::process::{Origin, drive, no_thread};
 use crate::view::LockView;
 
 /// Distributed locks on PostgreSQL advisory locks.
@@ -29,6 +30,24 @@ use crate::view::LockView;
 /// Each claim has a session of its own, from a pool of the manager's that is apart from the application's, and a thread
 /// that acquires, watches and re-acquires. Dropping the manager [stops](SyncManager::stop) it; handles that live on
 /// then fail with [`SyncManagerStopped`](ErrorKind::SyncManagerStopped).
+///
+/// # Threads and async code
+///
+/// All calls and drops work on any thread. On one that drives a tokio runtime (in `async` code, and in `spawn_blocking`),
+/// or whose thread-local variables are being destroyed, threads of the library's talk to the server, which takes two
+/// changes of threads longer. The calls block all the same: in `async` code use them within `spawn_blocking`, so that they
+/// hold up no other task.
+///
+/// # Forks
+///
+/// A process that is forked (a daemon, a server that forks workers) inherits the manager's memory and sockets, but not its
+/// threads. There every call on the manager, its locks, guards and terms fails at once with
+/// [`OtherProcess`](ErrorKind::OtherProcess), [`Term::is_held`](crate::Term::is_held) is `false`, and a drop touches
+/// nothing; the parent's locks are not disturbed. Make the manager *after* the fork: a daemon before its first lock, a worker
+/// in its own process. Two things cannot be helped. A [`Lost`](crate::Lost) channel that was cloned before the fork stays
+/// open in the child for ever, since the thread that closes it is the parent's. And the child keeps the parent's sockets open
+/// until it ends or executes another program: so while a child lives on, a parent that was *killed* is not noticed by the
+/// end of its connection but by the end of its lease.
 ///
 /// ```no_run
 /// use dsync::{Config, Context, Lock, LockOptions, PostgresManager, SyncManager};
@@ -57,7 +76,8 @@ impl PostgresManager {
         let pool = Pool::new(&config)?;
         let state =
             Mutex::new(State { stage: Stage::New, pool: Some(Arc::new(pool)), locks: HashMap::new() });
-        Ok(Self { core: Arc::new(Core { config, state, resting: Arc::default() }) })
+        let origin = Origin::here();
+        Ok(Self { core: Arc::new(Core { config, origin, state, resting: Arc::default() }) })
     }
 
     /// The lock with this key: a name, a number, or a pair of numbers. As
@@ -91,6 +111,7 @@ impl PostgresManager {
     /// - [`PoolExhausted`](ErrorKind::PoolExhausted): claims have all the sessions.
     /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable), [`SessionRefused`](ErrorKind::SessionRefused).
     pub fn inspect(&self, key: impl Into<Key>) -> Result<LockView> {
+        self.core.origin.check(format_args!("the manager"))?;
         let key = key.into();
         key.validate()?;
         let (pool, config) = (self.core.pool()?, &self.core.config);
@@ -99,12 +120,9 @@ impl PostgresManager {
             namespace: key.namespace(&config.namespace),
             name: &key.to_string(),
         };
-        inspect::one(
-            &pool,
-            &named,
-            config.catalog != CatalogMode::None,
-            config.lease_plan().heartbeat_timeout,
-        )
+        let catalog = config.catalog != CatalogMode::None;
+        let patience = config.lease_plan().heartbeat_timeout;
+        drive(|| inspect::one(&pool, &named, catalog, patience)).map_err(no_thread)?
     }
 
     /// All locks of the database, of all namespaces, that are held or waited for. A key that has never been held is not
@@ -125,13 +143,14 @@ impl PostgresManager {
     /// # Errors
     /// As `inspect`, and [`InvalidConfig`](ErrorKind::InvalidConfig) if this manager does without the catalog.
     pub fn inspect_all(&self) -> Result<Vec<LockView>> {
+        self.core.origin.check(format_args!("the manager"))?;
         let (pool, config) = (self.core.pool()?, &self.core.config);
         if config.catalog == CatalogMode::None {
             let message = "the names of all locks are in the catalog, and the manager was told to do without; \
                            set the catalog to automatic, or ask for one key";
             return Err(Error::new(ErrorKind::InvalidConfig, message));
         }
-        inspect::all(&pool, config.lease_plan().heartbeat_timeout)
+        drive(|| inspect::all(&pool, config.lease_plan().heartbeat_timeout)).map_err(no_thread)?
     }
 }
 
@@ -146,6 +165,7 @@ impl SyncManager for PostgresManager {
     ///   transaction pooler, a hot standby, a version before 14. The source says which.
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped).
     fn start(&self) -> Result<()> {
+        self.core.origin.check(format_args!("the manager"))?;
         let pool = {
             let mut state = self.core.state.lock();
             match (state.stage, &state.pool) {
@@ -158,9 +178,13 @@ impl SyncManager for PostgresManager {
                 }
             }
         };
-        let outcome = match pool.take() {
-            Ok(mut slot) => pool.open(&mut slot as &mut Slot, &StreamControl::new()),
-            Err(refusal) => Err(refusal),
+        let outcome = drive(|| {
+            let mut slot = pool.take()?;
+            pool.open(&mut slot as &mut Slot, &StreamControl::new())
+        });
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
+            Err(error) => Err(Refusal::system(no_thread(error))),
         };
         match outcome {
             Ok(()) => Ok(()),
@@ -188,10 +212,13 @@ impl SyncManager for PostgresManager {
     }
 
     fn stop(&self) -> Result<()> {
-        self.core.stop()
+        self.core.origin.check(format_args!("the manager"))?;
+        // Without a thread it is done on this one, step by step, by the threads of the claims.
+        drive(|| self.core.stop()).unwrap_or_else(|_| self.core.stop())
     }
 
     fn lock_with_key(&self, key: Key, options: LockOptions) -> Result<Arc<dyn Lock>> {
+        self.core.origin.check(format_args!("the manager"))?;
         key.validate()?;
         let lock = self.core.lock(key, options)?;
         Ok(lock)
@@ -200,7 +227,10 @@ impl SyncManager for PostgresManager {
 
 impl Drop for PostgresManager {
     fn drop(&mut self) {
-        if let Err(error) = self.core.stop() {
+        if !self.core.origin.is_here() {
+            // Its threads are the parent's, its mutexes may be locked for ever: it is left as it is.
+            std::mem::forget(Arc::clone(&self.core));
+        } else if let Err(error) = self.stop() {
             log::warn!("stopping the lock manager: {}", chain(&error));
         }
     }
@@ -208,6 +238,9 @@ impl Drop for PostgresManager {
 
 impl fmt::Debug for PostgresManager {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.core.origin.is_here() {
+            return write!(f, "PostgresManager(of process {})", self.core.origin);
+        }
         let state = self.core.state.lock();
         f.debug_struct("PostgresManager")
             .field("stage", &state.stage)
@@ -221,6 +254,7 @@ impl fmt::Debug for PostgresManager {
 /// What a manager's handles share; it outlives the manager where they do.
 pub(super) struct Core {
     config: Config,
+    origin: Origin,
     state: Mutex<State>,
     resting: Arc<Resting>,
 }
@@ -257,6 +291,11 @@ struct Stopping {
 impl Core {
     pub(super) fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The process that made the manager.
+    pub(super) fn origin(&self) -> Origin {
+        self.origin
     }
 
     /// The supervisors without a claim.
@@ -375,7 +414,9 @@ impl Core {
         known.iter().for_each(|lock| lock.leave_pool());
         // What came back meanwhile: of claims that waited, or that others had ended.
         close_idle();
-        drop(pool);
+        if let Some(pool) = pool {
+            pool.watchdog().close();
+        }
         outcome
     }
 }

@@ -18,6 +18,8 @@ mod sql;
 mod state;
 mod stream;
 mod supervisor;
+mod watchdog;
+mod wire;
 mod work;
 
 pub use catalog::{CATALOG_SQL, CatalogMode};

@@ -58,6 +58,8 @@ enum Flaw {
     DiscardSkipped,
     /// It does not hear the release.
     Deaf,
+    /// It takes the server's word that it ends a session for the end.
+    WordTrusted,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -82,6 +84,8 @@ struct Session {
     /// How often it has taken the lock.
     held: u8,
     leased: bool,
+    /// The server has said that it ends the session, and has not let go of the lock yet.
+    ending: bool,
     /// When its last statement ended.
     idle_since: u8,
 }
@@ -159,6 +163,8 @@ enum Step {
     Process(usize),
     /// The release's cancel request arrives.
     Cancel(usize),
+    /// A session that was terminated is gone.
+    Exit(usize),
     Fault(Fault, usize),
 }
 
@@ -272,7 +278,7 @@ impl Model {
             let holds = world.server.session(connection.session).is_some_and(|session| session.held > 0);
             connection.request.is_none() && !holds && !world.server.waits(connection.session)
         });
-        idle && process.term.is_none() && !self.may_wait(world, who)
+        idle && process.term.is_none() && !world.server.is_ending(who) && !self.may_wait(world, who)
     }
 
     /// What can happen next to a process.
@@ -312,9 +318,12 @@ impl Model {
         if process.connection.as_ref().is_some_and(|connection| {
             connection.request.is_some()
                 && !connection.cut
-                && world.server.session(connection.session).is_some()
+                && world.server.session(connection.session).is_some_and(|session| !session.ending)
         }) {
             steps.push(Step::Process(who));
+        }
+        if world.server.is_ending(who) {
+            steps.push(Step::Exit(who));
         }
         if interrupted && world.waits(who) {
             steps.push(Step::Cancel(who));
@@ -325,7 +334,16 @@ impl Model {
             Doing::Nothing if interrupted && self.flaw != Some(Flaw::Deaf) => steps.push(Step::Hear(who)),
             Doing::Nothing => steps.push(Step::Begin(who)),
             Doing::Performing { action, by, .. } => {
-                let events = process.outcomes(action, by, world.now, interrupted);
+                let mut events = process.outcomes(action, by, world.now, interrupted);
+                let announced =
+                    |connection: &&Connection| connection.word.is_some_and(LossReason::is_announced);
+                if action == Action::Discard
+                    && let Some(connection) = process.connection.as_ref().filter(announced)
+                    && (world.server.session(connection.session).is_none()
+                        || self.flaw == Some(Flaw::WordTrusted))
+                {
+                    events.push(Event::Discarded { gone: true });
+                }
                 steps.extend(events.into_iter().map(|event| Step::Conclude(who, event)));
             }
         }
@@ -336,7 +354,8 @@ impl Model {
     /// has not noticed yet that its network was cut.
     fn may_wait(&self, world: &World, who: usize) -> bool {
         let unnoticed = Step::Conclude(who, Event::SessionLost(LossReason::ConnectionClosed));
-        world.processes[who].frozen || self.own_steps(world, who).into_iter().all(|step| step == unnoticed)
+        let may_come_later = |step| step == unnoticed || step == Step::Exit(who);
+        world.processes[who].frozen || self.own_steps(world, who).into_iter().all(may_come_later)
     }
 
     /// Changes the world by one step.
@@ -357,6 +376,7 @@ impl Model {
             Step::Announce(who) => self.announce(world, who)?,
             Step::Process(who) => world.process(who),
             Step::Cancel(who) => world.cancel(who),
+            Step::Exit(who) => world.exit(who),
             Step::Fault(fault, who) => {
                 world.faults_left -= 1;
                 match fault {
@@ -414,7 +434,7 @@ impl Model {
         }
         match event {
             Event::Connected => world.connect(who),
-            Event::Discarded if self.flaw != Some(Flaw::DiscardSkipped) => world.disconnect(who),
+            Event::Discarded { .. } if self.flaw != Some(Flaw::DiscardSkipped) => world.disconnect(who),
             Event::Granted { sent } | Event::Renewed { sent } if self.flaw == Some(Flaw::TermFromAnswer) => {
                 let sent = tick(world.now).max(sent);
                 event = match event {
@@ -565,6 +585,7 @@ impl Step {
             | Self::Announce(who)
             | Self::Process(who)
             | Self::Cancel(who)
+            | Self::Exit(who)
             | Self::Fault(_, who) => Some(who),
         }
     }
@@ -586,7 +607,7 @@ impl World {
         let taken =
             |id| self.server.session(id).is_some() || known.iter().any(|connection| connection.session == id);
         let id = (0..).find(|id| !taken(*id)).unwrap_or_default();
-        let session = Session { id, owner, held: 0, leased: false, idle_since: self.now };
+        let session = Session { id, owner, held: 0, leased: false, ending: false, idle_since: self.now };
         self.server.sessions.push(session);
         self.processes[who].connection = Some(Connection { session: id, ..Connection::default() });
     }
@@ -594,6 +615,7 @@ impl World {
     fn disconnect(&mut self, who: usize) {
         if let Some(connection) = self.processes[who].connection.take()
             && !connection.cut
+            && self.server.session(connection.session).is_some_and(|session| !session.ending)
         {
             self.end_session(connection.session, LossReason::ConnectionClosed);
         }
@@ -654,7 +676,7 @@ impl World {
             return faults;
         };
         faults.push(Fault::NetworkCut);
-        if self.server.session(connection.session).is_none() {
+        if self.server.session(connection.session).is_none_or(|session| session.ending) {
             return faults;
         }
         faults.push(Fault::SessionTerminated);
@@ -715,7 +737,7 @@ impl Process {
                 events.extend(lost);
                 events.extend((over || interrupted).then_some(Event::Quiet));
             }
-            Action::Discard => events.push(Event::Discarded),
+            Action::Discard => events.push(Event::Discarded { gone: false }),
             Action::Try | Action::Queue | Action::Renew { .. } | Action::Unlock | Action::Settle => {
                 events.extend(answer.or(lost));
                 events.extend(over.then_some(Event::SessionLost(LossReason::HeartbeatTimedOut)));
@@ -799,12 +821,23 @@ impl World {
         }
     }
 
+    /// The server says so first, and lets go of the lock afterwards.
     fn terminate(&mut self, who: usize) {
         if let Some(connection) = &mut self.processes[who].connection {
             connection.terminated = true;
+            connection.word = Some(LossReason::Terminated);
             let id = connection.session;
-            self.end_session(id, LossReason::Terminated);
+            self.server.queue.retain(|waiter| waiter.id != id);
+            if let Some(session) = self.server.session_mut(id) {
+                session.ending = true;
+            }
         }
+    }
+
+    /// The sessions of a process that were terminated are gone.
+    fn exit(&mut self, who: usize) {
+        self.server.sessions.retain(|session| !(session.ending && session.owner.0 == who));
+        self.grant();
     }
 
     fn end_statement(&mut self, id: u8, answer: Event) {
@@ -851,6 +884,11 @@ impl Server {
 
     fn session_mut(&mut self, id: u8) -> Option<&mut Session> {
         self.sessions.iter_mut().find(|session| session.id == id)
+    }
+
+    /// Whether a session of the process was terminated, and is not gone.
+    fn is_ending(&self, who: usize) -> bool {
+        self.sessions.iter().any(|session| session.ending && session.owner.0 == who)
     }
 
     fn waits(&self, id: u8) -> bool {
@@ -1003,6 +1041,11 @@ fn a_session_that_is_not_discarded_is_found() {
 #[test]
 fn a_release_that_is_not_heard_is_found() {
     assert!(broken(Model::with(Flaw::Deaf)).contains("does not come to an end"));
+}
+
+#[test]
+fn a_word_of_the_server_that_is_taken_for_the_end_of_the_session_is_found() {
+    assert!(broken(Model::with(Flaw::WordTrusted)).contains("released, while the server holds something"));
 }
 
 #[test]

@@ -2,17 +2,24 @@
 
 use std::convert::Infallible;
 use std::fmt;
+use std::panic::catch_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::bounded;
+use parking_lot::Mutex;
 use r2d2::{ManageConnection, NopErrorHandler, PooledConnection};
+use scheduled_thread_pool::{OnPoolDropBehavior, ScheduledThreadPool};
 
 use super::catalog::{self, CatalogMode};
 use super::config::Config;
-use super::session::{Failure, Session};
+use super::session::Session;
 use super::state::Rhythm;
 use super::stream::{DialError, Dialer, StreamControl};
+use super::watchdog::Watchdog;
+use super::wire::Failure;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::loss::LossReason;
 
@@ -25,6 +32,7 @@ use crate::loss::LossReason;
 pub(super) struct Pool {
     slots: r2d2::Pool<Slots>,
     dialer: Arc<Dialer>,
+    watchdog: Arc<Watchdog>,
     wait_slice: Duration,
     lease: Duration,
     heartbeat: Duration,
@@ -101,6 +109,45 @@ impl Slot {
 /// again.
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// How often the watchdog looks at all deadlines, at the least. Often enough that hardly a deadline is nearer, which would
+/// wake it; and so seldom that it costs nothing.
+const LOOKS_EVERY: Duration = Duration::from_millis(500);
+
+/// The thread on which r2d2 makes slots and closes idle sessions. It ends with the pool; r2d2's own are three, and stay for
+/// 30 s.
+fn thread_pool() -> Result<ScheduledThreadPool> {
+    /// The system counts a thread that has ended for a moment longer, so one more than is needed.
+    const SPARE: usize = 2;
+    /// What one thread has found to be spare another one must not use up meanwhile.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let failed = || {
+        let message = "the thread of the session pool could not be started; is the limit of threads reached?";
+        Error::new(ErrorKind::FailedInitialization, message)
+    };
+    let _turn = ONE_AT_A_TIME.lock();
+    // The pool's maker panics where there is no thread to be had, so that is tried before.
+    let (hold, held) = bounded::<Infallible>(0);
+    let spare = [(); SPARE].map(|()| {
+        let held = held.clone();
+        thread::Builder::new().name("dsync-spare".to_owned()).spawn(move || {
+            let _ = held.recv();
+        })
+    });
+    drop(hold);
+    for thread in spare {
+        // It does nothing that could panic.
+        let _ = thread.map_err(|error| failed().with_source(error))?.join();
+    }
+    catch_unwind(|| {
+        ScheduledThreadPool::builder()
+            .num_threads(1)
+            .thread_name_pattern("dsync-pool")
+            .on_drop_behavior(OnPoolDropBehavior::DiscardPendingScheduled)
+            .build()
+    })
+    .map_err(|_| failed())
+}
+
 /// r2d2 makes slots on a thread of its own, which may have to wait for its turn on a busy machine.
 const TURNS: u32 = 10;
 
@@ -125,10 +172,12 @@ impl Pool {
             .idle_timeout(Some(config.idle_timeout))
             .test_on_check_out(false)
             .error_handler(Box::new(NopErrorHandler))
+            .thread_pool(Arc::new(thread_pool()?))
             .build_unchecked(Slots);
         Ok(Self {
             slots,
             dialer: Arc::new(dialer),
+            watchdog: Watchdog::new((config.lease_plan().heartbeat_timeout / 8).min(LOOKS_EVERY)),
             wait_slice: config.wait_slice,
             lease: config.lease,
             heartbeat: config.lease_plan().heartbeat,
@@ -139,6 +188,11 @@ impl Pool {
             crowded_at: AtomicU64::new(0),
             made: Instant::now(),
         })
+    }
+
+    /// Enforces the deadlines of the sessions and terms.
+    pub(super) fn watchdog(&self) -> &Arc<Watchdog> {
+        &self.watchdog
     }
 
     /// A slot with an open session, if there is one at hand.
@@ -214,6 +268,9 @@ impl Pool {
         slot.taint();
         let by = Instant::now() + self.connect_timeout;
         let mut session = self.open_session(control.clone(), by)?;
+        if let Err(error) = session.watch_by(&self.watchdog) {
+            log::debug!("no thread for the watchdog, so each call has a timer of its own: {error}");
+        }
         self.probe(&mut session, by)?;
         if !self.catalog_ready.load(Ordering::Relaxed) {
             catalog::ensure(&mut session, self.catalog, by)?;
@@ -272,6 +329,12 @@ impl Pool {
     }
 }
 
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.watchdog.close();
+    }
+}
+
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pool").field("state", &self.slots.state()).field("dialer", &self.dialer).finish()
@@ -327,6 +390,12 @@ impl Refusal {
              rename one of them, or put it into another namespace"
         );
         Self::new(ErrorKind::InvalidKey, message)
+    }
+
+    /// This process is short of something.
+    pub(super) fn system(error: Error) -> Self {
+        let message = "no session can be opened here".to_owned();
+        Self { kind: ErrorKind::SessionUnavailable, message, cause: Some(error.into()) }
     }
 
     pub(super) fn from_dial(error: DialError) -> Self {

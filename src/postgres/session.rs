@@ -1,28 +1,30 @@
 //! One session on the server, and what a claim asks of it. Every call ends at a deadline.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use postgres::error::{Severity, SqlState};
-use postgres::fallible_iterator::FallibleIterator;
+use postgres::error::SqlState;
 use postgres::types::{ToSql, Type};
-use postgres::{CancelToken, Client, Row, SimpleQueryMessage, SimpleQueryRow, Statement};
+use postgres::{CancelToken, Row, SimpleQueryMessage, SimpleQueryRow, Statement};
 
 use super::link::Link;
 use super::pool::Refusal;
 use super::sql::{self, Shape, Verb};
-use super::stream::{Dialer, Ended, StreamControl};
+use super::stream::{Dialer, StreamControl};
+use super::watchdog::Watchdog;
+use super::wire::{Failure, Wire};
 use crate::key::AdvisoryKey;
 use crate::loss::LossReason;
 
-/// An open session. It is closed when dropped, which takes no longer than [`GOODBYE`] whatever the server does.
+/// An open session. It is closed when dropped.
 pub(super) struct Session {
-    client: Client,
-    /// After the client, which says goodbye when it is dropped.
-    control: Socketed,
+    wire: Wire,
     dialer: Arc<Dialer>,
     cancel: Arc<CancelToken>,
     backend_pid: i32,
+    /// The server is at the other end of the socket, and no pooler: its client has our port.
+    is_direct: bool,
     /// What this session, and no other, has written into its backend.
     mark: u64,
     prepared: Vec<((Verb, Shape), Option<Statement>)>,
@@ -37,18 +39,6 @@ struct Leased {
     key: AdvisoryKey,
     /// The newest token, with a catalog.
     token: Option<i64>,
-}
-
-/// How long a session that is closed may take to say so to the server.
-const GOODBYE: Duration = Duration::from_millis(100);
-
-/// Why a call on a session failed.
-#[derive(Debug)]
-pub(super) enum Failure {
-    /// The session is of no use any more.
-    Lost { reason: LossReason, cause: Option<postgres::Error> },
-    /// The server refused the statement; the session lives.
-    Refused(postgres::Error),
 }
 
 /// What a claim asks for.
@@ -101,12 +91,13 @@ impl Session {
         by: Instant,
     ) -> Result<Self, Refusal> {
         let client = dialer.connect(&control, by).map_err(Refusal::from_dial)?;
+        let wire = Wire::new(client, control);
         let mut session = Self {
-            cancel: Arc::new(client.cancel_token()),
-            client,
-            control: Socketed(control),
+            cancel: wire.cancel_token().ok_or_else(Refusal::not_postgres)?,
+            wire,
             dialer,
             backend_pid: 0,
+            is_direct: false,
             mark: fastrand::u64(..),
             prepared: Vec::new(),
             leased: None,
@@ -152,6 +143,8 @@ impl Session {
             return Err(Refusal::standby());
         }
         self.backend_pid = backend_pid;
+        let port = column(4).and_then(|port| port.parse().ok());
+        self.is_direct = self.control().socket().is_some_and(|socket| socket.local_port() == port);
         for (name, value) in niceties.iter().filter(|_| !all) {
             match self.simple_query(&sql::set(name, value), by) {
                 Ok(_) => {}
@@ -176,21 +169,24 @@ impl Session {
 
     /// Whether the session is known to be useless, without asking the server.
     pub(super) fn is_over(&self) -> bool {
-        self.control().is_dead() || self.client.is_closed()
+        self.wire.is_over()
     }
 
     fn control(&self) -> &StreamControl {
-        &self.control.0
+        self.wire.control()
+    }
+
+    /// Lets `watchdog` enforce the deadlines of what follows.
+    ///
+    /// # Errors
+    /// If its thread could not be started.
+    pub(super) fn watch_by(&self, watchdog: &Arc<Watchdog>) -> io::Result<()> {
+        self.control().watch_by(watchdog)
     }
 
     /// Whether it kept lease and name from a claim before.
     pub(super) fn is_leased(&self) -> bool {
         self.leased.is_some()
-    }
-
-    /// Says whether another thread looks at the deadlines of what follows.
-    pub(super) fn guard(&self, guarded: bool) {
-        self.control().guard(guarded);
     }
 
     /// Asks for the lock. An error may come after the grant, and takes the lease back: then the session must be discarded.
@@ -321,7 +317,7 @@ impl Session {
 
     /// Lets tokens go on after a crash. Does nothing where that has been done.
     pub(super) fn new_era(&mut self, by: Instant) -> Result<(), Failure> {
-        self.bounded(by, |client| client.simple_query(sql::NEW_ERA)).map(drop)
+        self.wire.call(by, |client| client.simple_query(sql::NEW_ERA)).map(drop)
     }
 
     /// Gives the lock back; whether it was held. If it `stays` with the key, it keeps lease and name.
@@ -342,9 +338,9 @@ impl Session {
         Ok(row.and_then(|row| row.try_get(3).ok().flatten().map(|clear| clear == "t")).unwrap_or(false))
     }
 
-    /// Renews the lease.
+    /// Renews the lease, and proves that the session is what it was, and holds what it took.
     pub(super) fn heartbeat(&mut self, by: Instant) -> Result<(), Failure> {
-        let row = self.simple_query(sql::HEARTBEAT, by)?;
+        let row = self.simple_query(&sql::heartbeat(self.leased.map(|leased| leased.key)), by)?;
         let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
         let lost = |reason| Err(Failure::Lost { reason, cause: None });
         let (pid, mark) =
@@ -355,29 +351,27 @@ impl Session {
         if column(1) != Some("f") {
             return lost(LossReason::ServerIsStandby);
         }
+        if column(3) != Some("t") {
+            return lost(LossReason::Unlocked);
+        }
         Ok(())
     }
 
     /// Takes in what the server has said by itself, which is above all that the session is over.
     ///
-    /// To be called when there is something to read: it waits a millisecond for it.
-    pub(super) fn listen(&mut self) -> Result<(), Failure> {
-        let heard = self.client.notifications().timeout_iter(Duration::from_millis(1)).next();
-        match heard {
-            Ok(Some(_)) => Ok(()),
-            // `None` stands for a timeout and for a connection that was closed without a word.
-            Ok(None) if self.client.is_closed() => {
-                Err(Failure::Lost { reason: LossReason::ConnectionClosed, cause: None })
-            }
-            Ok(None) => Ok(()),
-            // Whatever the server says here, it says of the session, since there is no statement.
-            Err(cause) => Err(match Failure::of(cause) {
-                Failure::Refused(cause) => {
-                    Failure::Lost { reason: LossReason::ServerError, cause: Some(cause) }
-                }
-                lost => lost,
-            }),
-        }
+    /// To be called when there is something to read: it waits a millisecond for it. After `by` it ends in any case.
+    pub(super) fn listen(&mut self, by: Instant) -> Result<(), Failure> {
+        // Whatever the server says here, it says of the session, since there is no statement.
+        self.wire.listen(by).map_err(|failure| match failure {
+            Failure::Refused(cause) => Failure::Lost { reason: LossReason::ServerError, cause: Some(cause) },
+            lost => lost,
+        })
+    }
+
+    /// Whether the server has ended its side of the connection `by` then, and with it the process that served the session:
+    /// so it holds nothing any more. PostgreSQL says that it ends a session before it lets go of the locks.
+    pub(super) fn wait_gone(&self, by: Instant) -> bool {
+        self.is_direct && self.control().wait_closed(by)
     }
 
     /// Asks the server something that is not of a claim.
@@ -387,7 +381,9 @@ impl Session {
         parameters: &[&(dyn ToSql + Sync)],
         by: Instant,
     ) -> Result<Vec<Row>, Failure> {
-        self.bounded(by, |client| client.query(text, parameters))
+        /// A thousand locks with annotations of the greatest length.
+        const LONGEST_ANSWER: u64 = 64 << 20;
+        self.wire.call_for(LONGEST_ANSWER, by, |client| client.query(text, parameters))
     }
 
     /// Runs one of the catalog's statements in text; the first row, if there is one.
@@ -396,7 +392,7 @@ impl Session {
         text: &str,
         by: Instant,
     ) -> Result<Option<SimpleQueryRow>, Failure> {
-        let messages = self.bounded(by, |client| client.simple_query(text))?;
+        let messages = self.wire.call(by, |client| client.simple_query(text))?;
         Ok(messages.into_iter().find_map(|message| match message {
             SimpleQueryMessage::Row(row) => Some(row),
             _ => None,
@@ -421,29 +417,18 @@ impl Session {
         let Some(index) = known else {
             let text = sql::statement(verb, shape);
             self.prepared.push(((verb, shape), None));
-            return self.bounded(by, |client| client.query_typed(&text, parameters));
+            return self.wire.call(by, |client| client.query_typed(&text, parameters));
         };
         let statement = match &self.prepared[index].1 {
             Some(statement) => statement.clone(),
             None => {
                 let text = sql::statement(verb, shape);
-                let statement = self.bounded(by, |client| client.prepare(&text))?;
+                let statement = self.wire.call(by, |client| client.prepare(&text))?;
                 self.prepared[index].1.insert(statement).clone()
             }
         };
         let values: Vec<_> = parameters.iter().map(|(value, _)| *value).collect();
-        self.bounded(by, |client| client.query(&statement, &values))
-    }
-
-    fn bounded<T>(
-        &mut self,
-        by: Instant,
-        call: impl FnOnce(&mut Client) -> Result<T, postgres::Error>,
-    ) -> Result<T, Failure> {
-        self.control().set_deadline(Some(by));
-        let outcome = call(&mut self.client);
-        self.control().set_deadline(None);
-        outcome.map_err(Failure::of)
+        self.wire.call(by, |client| client.query(&statement, &values))
     }
 }
 
@@ -455,54 +440,6 @@ fn only(rows: &[Row]) -> Result<&Row, Failure> {
 impl Request {
     fn shape(&self) -> Shape {
         Shape { pair: self.key.is_pair(), catalog: self.entry.is_some() }
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        // The driver's own drop, which follows, waits for the server.
-        self.guard(false);
-        self.control().set_deadline(Some(Instant::now() + GOODBYE));
-    }
-}
-
-/// The control of a session whose socket ends with it, though other threads may have hold of it still.
-struct Socketed(StreamControl);
-
-impl Drop for Socketed {
-    fn drop(&mut self) {
-        self.0.detach();
-    }
-}
-
-impl Failure {
-    pub(super) fn of(cause: postgres::Error) -> Self {
-        if let Some(error) = cause.as_db_error() {
-            let ends_session = matches!(error.parsed_severity(), Some(Severity::Fatal | Severity::Panic))
-                || cause.is_closed();
-            return match reason_of(error.code()) {
-                Some(reason) => Self::Lost { reason, cause: Some(cause) },
-                None if ends_session => Self::Lost { reason: LossReason::ServerError, cause: Some(cause) },
-                None => Self::Refused(cause),
-            };
-        }
-        let reason = match Ended::find(&cause) {
-            Some(Ended::DeadlinePassed) => LossReason::HeartbeatTimedOut,
-            Some(Ended::Killed | Ended::ConnectTimedOut) | None => LossReason::ConnectionClosed,
-        };
-        Self::Lost { reason, cause: Some(cause) }
-    }
-}
-
-/// The codes by which the server says that it ends the session:
-/// <https://www.postgresql.org/docs/current/errcodes-appendix.html>, class 57.
-fn reason_of(code: &SqlState) -> Option<LossReason> {
-    match code.code() {
-        "57P01" => Some(LossReason::Terminated),
-        "57P02" => Some(LossReason::ServerCrashed),
-        "57P04" => Some(LossReason::DatabaseDropped),
-        "57P05" => Some(LossReason::LeaseExpired),
-        _ => None,
     }
 }
 

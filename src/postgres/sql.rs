@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use crate::key::AdvisoryKey;
+
 /// The catalog's tables, sequence and views.
 pub(super) const CATALOG: &str = include_str!("catalog.sql");
 
@@ -69,8 +71,9 @@ pub(super) fn set(name: &str, value: &str) -> String {
 /// Prepares a session in one round trip: says what the session must be checked for, sets it up, and puts the mark into it
 /// by which our sessions are told apart.
 ///
-/// Gives: backend, whether it is a standby, version, mark. A backend that had a mark before is left as it is, and the last
-/// column is null: a pooler has lent us one that another session of ours uses, or used. Then it is to be done again,
+/// Gives: backend, whether it is a standby, version, mark, and the port of the server's client (null for a Unix socket). A
+/// backend that had a mark before is left as it is, and the
+/// mark is null: a pooler has lent us one that another session of ours uses, or used. Then it is to be done again,
 /// `by_locks`, which tells the two apart: one that holds a lock is not ours alone. Not at once, since merely to read the
 /// question for its locks takes a new backend a millisecond.
 pub(super) fn prepare_session(
@@ -102,7 +105,8 @@ pub(super) fn prepare_session(
     format!(
         "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(), \
                 pg_catalog.current_setting('server_version_num'), \
-                CASE WHEN backend.ours THEN pg_catalog.set_config('{MARK}', '{mark}', false) END{set} \
+                CASE WHEN backend.ours THEN pg_catalog.set_config('{MARK}', '{mark}', false) END, \
+                pg_catalog.inet_client_port(){set} \
          FROM (SELECT {ours} AS ours OFFSET 0) AS backend"
     )
 }
@@ -324,11 +328,29 @@ pub(super) fn settle(lost: &[i32]) -> String {
     )
 }
 
-/// Renews the lease, as any message does, and shows that the session is the one that took the lock, on a primary.
+/// Renews the lease, as any message does, and shows that the session is the one that took the lock, on a primary, and holds
+/// it still. Gives: backend, whether it is a standby, mark, whether `held` is held.
 ///
-/// The mark tells a backend that a pooler has lent to another of our sessions in between.
-pub(super) const HEARTBEAT: &str = "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(), \
-     pg_catalog.current_setting('dsync.session', true)";
+/// The mark tells a backend that a pooler has lent to another of our sessions in between. The lock itself can be gone while
+/// backend and session are the same: something else that speaks on our connection, a pooler or a child process, has said
+/// `pg_advisory_unlock_all`.
+pub(super) fn heartbeat(held: Option<AdvisoryKey>) -> String {
+    let holds = held.map_or_else(
+        || "true".to_owned(),
+        |key| {
+            let (id, kind) = (key.id(), if key.is_pair() { 2 } else { 1 });
+            format!(
+                "EXISTS (SELECT FROM pg_catalog.pg_locks AS own WHERE own.locktype = 'advisory' \
+                 AND own.pid = pg_catalog.pg_backend_pid() AND own.granted AND own.objsubid = {kind} \
+                 AND (own.classid::int8 << 32 | own.objid::int8) = {id})"
+            )
+        },
+    );
+    format!(
+        "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(), \
+                pg_catalog.current_setting('dsync.session', true), {holds}"
+    )
+}
 
 /// The version of the catalog, whether the role has the rights on it, whether the era has its row, and whether there are
 /// rows of old terms.

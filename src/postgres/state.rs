@@ -22,6 +22,8 @@ pub(super) type Time = Duration;
 ///     Confirming ◄─ too late ─► Held ⇄ Renewing ─── session lost, lease over ──► Discarding
 ///                                    │
 ///  release: with a lock ──► Unlocking ──► Ended;  after waiting ──► Settling ──► Ended;  else ──► Ended
+///
+///  a statement that is refused while the session lives: Trying, Waiting, Confirming ──► Settling ──► Discarding
 /// ```
 ///
 /// Inputs: [`handle`](Self::handle), which takes what happened and gives what is to be announced. Output:
@@ -105,10 +107,11 @@ enum State {
     Renewing { renewed: Time },
     /// The lock was held and is being given back.
     Unlocking,
-    /// The session queued for the lock and must be left without it.
-    Settling,
-    /// The session is of no use any more and must be closed.
-    Discarding { then: After },
+    /// The session may have the lock and must be left without it.
+    Settling { then: After },
+    /// The session is of no use any more and must be closed. `doubt_before` is until when the server may hold something for
+    /// sessions that were lost before this one.
+    Discarding { then: After, doubt_before: Time },
     /// The claim is over.
     Ended(End),
 }
@@ -117,8 +120,11 @@ enum State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum After {
     Connect,
-    BackOff { patient: bool },
-    End(End),
+    BackOff {
+        patient: bool,
+    },
+    /// The end of the claim, [`Released`](End::Released) or `Unconfirmed` as the doubt then is.
+    End,
 }
 
 /// How a claim ended.
@@ -151,7 +157,7 @@ pub(super) enum Action {
     Unlock,
     /// Leave the session without any lock: `Settled`.
     Settle,
-    /// Close the session without ceremony: `Discarded`.
+    /// Close the session without ceremony; if the server has said that it ends it, see whether it has: `Discarded`.
     Discard,
     /// Put the session back into the pool and end.
     Finish(End),
@@ -192,7 +198,10 @@ pub(super) enum Event {
     Settled {
         clear: bool,
     },
-    Discarded,
+    /// The session was closed; `gone` is whether the server has let go of all that it held, as far as is known.
+    Discarded {
+        gone: bool,
+    },
     /// The application ended the claim.
     Release,
 }
@@ -230,7 +239,7 @@ impl Machine {
             State::Held { renewed } => Action::Watch { until: self.heartbeat_after(renewed) },
             State::Renewing { renewed } => Action::Renew { by: self.term_end(renewed) },
             State::Unlocking => Action::Unlock,
-            State::Settling => Action::Settle,
+            State::Settling { .. } => Action::Settle,
             State::Discarding { .. } => Action::Discard,
             State::Ended(end) => Action::Finish(end),
         }
@@ -241,18 +250,16 @@ impl Machine {
         // Whatever the event says: a term does not outlive its time. An answer that comes later does not prolong it.
         let term_over = matches!(self.state, State::Held { renewed } | State::Renewing { renewed }
             if now >= self.term_end(renewed) && event != Event::Release);
-        let in_doubt = match event {
-            Event::SessionLost(reason) => self.may_hold() && !reason.is_final_word(),
-            // The session will be closed, which the server need not notice at once. A first statement that can never
-            // succeed is refused before it takes the lock.
-            Event::Refused { patient } => self.may_hold() && !(patient && self.state == State::Trying),
-            _ => term_over,
-        };
-        if in_doubt {
+        let doubt_before = self.in_doubt_until;
+        // Whatever the server has said of the session's end: it lets go of the locks afterwards.
+        let may_be_held = matches!(event, Event::SessionLost(reason) if reason != LossReason::Unlocked);
+        if term_over || (may_be_held && self.may_hold()) {
             self.in_doubt_until = now + self.timing.doubt;
         }
+        let discard = |then| State::Discarding { then, doubt_before };
         if term_over {
-            return self.lose(LossReason::LeaseNotRenewed);
+            self.state = discard(After::Connect);
+            return Some(Notice::Lost(LossReason::LeaseNotRenewed));
         }
         match (self.state, event) {
             (_, Event::Release) => self.release(now),
@@ -271,15 +278,16 @@ impl Machine {
             }
             (State::Trying | State::Waiting, Event::Granted { sent }) => self.grant(sent, now),
             (State::Confirming, Event::Renewed { sent }) => self.grant(sent, now),
+            // It may have been granted before it was refused; or in a slice before, without our knowing.
             (State::Trying | State::Waiting | State::Confirming, Event::Refused { patient }) => {
-                self.become_(State::Discarding { then: After::BackOff { patient } });
+                self.become_(State::Settling { then: After::BackOff { patient } });
                 Some(Notice::Failed)
             }
             (State::Trying, Event::SessionLost(_)) => {
-                self.become_(State::Discarding { then: After::BackOff { patient: false } })
+                self.become_(discard(After::BackOff { patient: false }))
             }
             (State::Waiting | State::Confirming, Event::SessionLost(_)) => {
-                self.become_(State::Discarding { then: After::Connect });
+                self.become_(discard(After::Connect));
                 Some(Notice::Failed)
             }
 
@@ -290,29 +298,43 @@ impl Machine {
                 self.state = State::Held { renewed: sent };
                 Some(Notice::Renewed { until: self.term_end(sent) })
             }
-            (State::Held { .. } | State::Renewing { .. }, Event::SessionLost(reason)) => self.lose(reason),
+            (State::Held { .. } | State::Renewing { .. }, Event::SessionLost(reason)) => {
+                self.state = discard(After::Connect);
+                Some(Notice::Lost(reason))
+            }
             (State::Held { .. } | State::Renewing { .. }, Event::Refused { .. }) => {
-                self.lose(LossReason::ServerError)
+                self.in_doubt_until = now + self.timing.doubt;
+                self.state = discard(After::Connect);
+                Some(Notice::Lost(LossReason::ServerError))
             }
 
-            (State::Unlocking | State::Settling, Event::SessionLost(_) | Event::Refused { .. }) => {
-                self.become_(State::Discarding { then: After::End(self.end(now)) })
-            }
             (State::Unlocking, Event::Unlocked { held }) => {
                 self.become_(State::Ended(if held { End::Released } else { End::NotHeld }))
             }
+            (State::Unlocking, Event::SessionLost(_)) => self.become_(discard(After::End)),
+            (State::Settling { then }, Event::SessionLost(_)) => self.become_(discard(then)),
+            (State::Unlocking | State::Settling { .. }, Event::Refused { .. }) => {
+                self.in_doubt_until = now + self.timing.doubt;
+                let then = if let State::Settling { then } = self.state { then } else { After::End };
+                self.become_(discard(then))
+            }
             // Whether the lock had been granted in passing is of no interest: this session does not hold it now. But the
             // one that does may be a lost one of ours.
-            (State::Settling, Event::Settled { clear }) => {
+            (State::Settling { then: After::End }, Event::Settled { clear }) => {
                 let end = if clear { End::Released } else { self.end(now) };
                 self.become_(State::Ended(end))
             }
+            // A session that was refused something is not used again: the next one is looked at, and looks at the catalog.
+            (State::Settling { then }, Event::Settled { .. }) => self.become_(discard(then)),
 
-            (State::Discarding { then }, Event::Discarded) => {
+            (State::Discarding { then, doubt_before }, Event::Discarded { gone }) => {
+                if gone {
+                    self.in_doubt_until = doubt_before;
+                }
                 match then {
                     After::Connect => self.state = State::Connecting,
                     After::BackOff { patient } => self.back_off(patient, now),
-                    After::End(end) => self.state = State::Ended(end),
+                    After::End => self.state = State::Ended(self.end(now)),
                 }
                 None
             }
@@ -355,11 +377,6 @@ impl Machine {
         Some(Notice::Acquired { until })
     }
 
-    fn lose(&mut self, reason: LossReason) -> Option<Notice> {
-        self.state = State::Discarding { then: After::Connect };
-        Some(Notice::Lost(reason))
-    }
-
     /// Whether the server may hold the lock for the session of this state.
     fn may_hold(&self) -> bool {
         matches!(
@@ -370,18 +387,16 @@ impl Machine {
                 | State::Held { .. }
                 | State::Renewing { .. }
                 | State::Unlocking
-                | State::Settling
+                | State::Settling { .. }
         )
     }
 
     fn release(&mut self, now: Time) -> Option<Notice> {
         self.state = match self.state {
             State::Connecting | State::BackingOff { .. } | State::Trying => State::Ended(self.end(now)),
-            State::Waiting => State::Settling,
+            State::Waiting | State::Settling { .. } => State::Settling { then: After::End },
             State::Confirming | State::Held { .. } | State::Renewing { .. } => State::Unlocking,
-            State::Discarding { then: After::Connect | After::BackOff { .. } } => {
-                State::Discarding { then: After::End(self.end(now)) }
-            }
+            State::Discarding { doubt_before, .. } => State::Discarding { then: After::End, doubt_before },
             ending => ending,
         };
         None

@@ -13,8 +13,10 @@ use super::pool::{Pool, PooledSlot};
 use super::resting::Resting;
 use super::state::Action;
 use super::stream::Socket;
+use super::watchdog::Watched;
 use super::work::{Help, Terms, Work};
 use crate::context::Context;
+use crate::process::may_drive;
 
 /// How long what other threads do is left alone; and so how old a term of theirs may be when its watch begins. More often
 /// would tell sooner of a session that is lost just then, and disturb those who are at work on the same processors.
@@ -30,7 +32,7 @@ const LINGER: Duration = Duration::from_secs(1);
 /// How long a thread that waits for the lock has to take over the work.
 const HANDING_OVER: Duration = Duration::from_millis(2);
 
-/// How often the supervisor looks at least where a statement of another thread's may hang.
+/// How often the supervisor looks at least while another thread is at work, which rings when there is something to do.
 const ROUND: Duration = Duration::from_millis(500);
 
 /// The supervisor of one claim, or of none, until the next comes or it has rested for long enough. The claims that it has
@@ -47,12 +49,14 @@ pub(super) struct Supervisor {
     /// Where it waits for the next claim, and is to be found no more when it leaves.
     resting: Weak<Resting>,
     alarm: Alarm,
-    desk: Mutex<Desk>,
+    desk: Arc<Desk>,
     work: Mutex<Bench>,
 }
 
-/// What is to be done.
-enum Desk {
+/// What a supervisor has to do, for those who give it a claim, and for the watchdog.
+struct Desk(Mutex<Assignment>);
+
+enum Assignment {
     /// Nothing; the thread waits for a claim.
     Free,
     /// A claim that nobody has begun to work on.
@@ -108,9 +112,14 @@ impl Supervisor {
             heartbeat_timeout: terms.plan.heartbeat_timeout,
             resting: Arc::downgrade(resting),
             alarm: Alarm::new()?,
-            desk: Mutex::new(Desk::New { claim: Arc::clone(claim), terms: Arc::clone(terms) }),
+            desk: Arc::new(Desk(Mutex::new(Assignment::New {
+                claim: Arc::clone(claim),
+                terms: Arc::clone(terms),
+            }))),
             work: Mutex::default(),
         });
+        let desk = Arc::downgrade(&supervisor.desk);
+        terms.pool.watchdog().watch(desk as Weak<dyn Watched>)?;
         let body = Arc::clone(&supervisor);
         let served = claim.key().to_owned();
         thread::Builder::new().name(thread_name(&served)).spawn(move || body.run(served))?;
@@ -119,27 +128,27 @@ impl Supervisor {
 
     /// Gives it another claim; `false` if it is not free for one.
     pub(super) fn assign(&self, claim: &Arc<Claim>, terms: &Arc<Terms>) -> bool {
-        let mut desk = self.desk.lock();
-        let free = matches!(*desk, Desk::Free);
+        let mut desk = self.desk.0.lock();
+        let free = matches!(*desk, Assignment::Free);
         if free {
-            *desk = Desk::New { claim: Arc::clone(claim), terms: Arc::clone(terms) };
+            *desk = Assignment::New { claim: Arc::clone(claim), terms: Arc::clone(terms) };
         }
         free
     }
 
     /// Whether it takes another claim.
     pub(super) fn is_free(&self) -> bool {
-        matches!(*self.desk.lock(), Desk::Free)
+        matches!(*self.desk.0.lock(), Assignment::Free)
     }
 
     /// Lets the thread go if it has no claim: the manager has stopped.
     pub(super) fn dismiss(&self) {
         {
-            let mut desk = self.desk.lock();
-            if !matches!(*desk, Desk::Free) {
+            let mut desk = self.desk.0.lock();
+            if !matches!(*desk, Assignment::Free) {
                 return;
             }
-            *desk = Desk::Closed;
+            *desk = Assignment::Closed;
         }
         self.alarm.ring();
     }
@@ -155,7 +164,7 @@ impl Supervisor {
         context: &Context,
     ) -> crate::Result<()> {
         let patient = patience == Patience::Lock;
-        if context.can_be_cancelled() {
+        if context.can_be_cancelled() || !may_drive() {
             // To be woken by a cancellation this thread must wait for one.
             self.alarm.ring();
             return claim.acquire(patience, context, false, || false);
@@ -168,7 +177,7 @@ impl Supervisor {
 
     /// Gives back what there is; `false` if another thread is at work, which must be interrupted.
     pub(super) fn release(&self, claim: &Claim) -> bool {
-        let ended = self.help(claim, Help::Release);
+        let ended = may_drive() && self.help(claim, Help::Release);
         if !ended {
             self.alarm.ring();
         }
@@ -199,16 +208,14 @@ impl Supervisor {
                 // A session that was kept is not kept for longer.
                 break bench.slot.is_some().then(|| Instant::now() + QUICK);
             }
-            let Some(by) = work.allows(help, action) else {
+            if work.allows(help, action).is_none() {
                 break match action {
                     Action::Watch { .. } => Some(Instant::now() + TICK),
                     _ => Some(Instant::now()),
                 };
-            };
+            }
             self.alarm.stir();
-            // A timer of the statement's own is cheaper than to wake the supervisor.
-            let looked_after = self.alarm.looks_by(by);
-            self.guarded(&mut bench, |work| work.perform(action, looked_after));
+            self.guarded(&mut bench, |work| work.perform(action));
             helped = true;
         };
         drop(bench);
@@ -229,8 +236,8 @@ impl Supervisor {
         struct Closing<'a>(&'a Supervisor);
         impl Drop for Closing<'_> {
             fn drop(&mut self) {
-                let former = std::mem::replace(&mut *self.0.desk.lock(), Desk::Closed);
-                if let Desk::New { claim, terms } = former {
+                let former = std::mem::replace(&mut *self.0.desk.0.lock(), Assignment::Closed);
+                if let Assignment::New { claim, terms } = former {
                     drop(Work::begin(&terms, claim, None, false));
                 }
                 if let Some(resting) = self.0.resting.upgrade() {
@@ -266,7 +273,7 @@ impl Supervisor {
     fn look(&self, woken: Woken, quick: bool, rounds: &mut Rounds) -> Next {
         let Some(mut bench) = self.work.try_lock() else {
             // A statement that takes more than a tick waits for something; and who is at it rings when a term begins.
-            return self.look_after_other(quick && woken != Woken::Time, rounds);
+            return self.leave_to_other(quick && woken != Woken::Time, rounds);
         };
         self.take_up(&mut bench);
         if let Some(work) = &bench.work {
@@ -295,31 +302,18 @@ impl Supervisor {
                 }
                 action => {
                     rounds.handed_over = false;
-                    self.guarded(&mut bench, |work| work.perform(action, false));
+                    self.guarded(&mut bench, |work| work.perform(action));
                 }
             }
         }
     }
 
-    /// Another thread is at work: sees to it that it does not hang.
-    fn look_after_other(&self, quick: bool, rounds: &mut Rounds) -> Next {
-        let now = Instant::now();
-        let mut until = now + if quick { TICK } else { ROUND };
-        let claim = self.desk.lock().claim();
-        if let Some(claim) = &claim {
-            rounds.serve(claim);
+    /// Another thread is at work.
+    fn leave_to_other(&self, quick: bool, rounds: &mut Rounds) -> Next {
+        if let Some(claim) = self.desk.claim() {
+            rounds.serve(&claim);
         }
-        let deadline = claim.and_then(|claim| claim.link()).and_then(|link| {
-            let deadline = link.control().guarded_deadline()?;
-            if deadline <= now {
-                link.control().enforce();
-            }
-            Some(deadline)
-        });
-        if let Some(deadline) = deadline.filter(|deadline| *deadline > now) {
-            until = if quick { until.min(deadline) } else { deadline };
-        }
-        Next::Sleep { until, watch: None }
+        Next::sleep(if quick { TICK } else { ROUND })
     }
 
     fn idle(&self, bench: &mut Bench, quick: bool) -> Next {
@@ -327,13 +321,13 @@ impl Supervisor {
         if bench.slot.is_some() && (since.elapsed() >= QUICK || self.pool.is_crowded()) {
             self.give_back(bench);
         }
-        let mut desk = self.desk.lock();
+        let mut desk = self.desk.0.lock();
         match *desk {
-            Desk::Free if since.elapsed() >= LINGER => {
-                *desk = Desk::Closed;
+            Assignment::Free if since.elapsed() >= LINGER => {
+                *desk = Assignment::Closed;
                 Next::Leave
             }
-            Desk::Closed => {
+            Assignment::Closed => {
                 drop(desk);
                 if let Some(slot) = &mut bench.slot.take() {
                     slot.close(Instant::now() + self.heartbeat_timeout);
@@ -341,7 +335,7 @@ impl Supervisor {
                 Next::Leave
             }
             // It has just come in.
-            Desk::New { .. } => Next::sleep(Duration::ZERO),
+            Assignment::New { .. } => Next::sleep(Duration::ZERO),
             _ if quick || bench.slot.is_some() => Next::sleep(TICK),
             _ => Next::Sleep { until: since + LINGER, watch: None },
         }
@@ -351,11 +345,10 @@ impl Supervisor {
     fn give_back(&self, bench: &mut Bench) {
         let Some(mut slot) = bench.slot.take() else { return };
         let by = Instant::now() + self.heartbeat_timeout;
-        if let Some(session) = slot.session() {
-            session.guard(false);
-            if session.settle(&[], by).is_err() {
-                slot.taint();
-            }
+        if let Some(session) = slot.session()
+            && session.settle(&[], by).is_err()
+        {
+            slot.taint();
         }
     }
 
@@ -367,10 +360,10 @@ impl Supervisor {
             return;
         }
         let (claim, terms) = {
-            let mut desk = self.desk.lock();
-            let Desk::New { claim, terms } = &*desk else { return };
+            let mut desk = self.desk.0.lock();
+            let Assignment::New { claim, terms } = &*desk else { return };
             let (claim, terms) = (Arc::clone(claim), Arc::clone(terms));
-            *desk = Desk::Taken(Arc::clone(&claim));
+            *desk = Assignment::Taken(Arc::clone(&claim));
             (claim, terms)
         };
         let is_quick = bench.ended_at.is_some_and(|at| at.elapsed() < QUICK);
@@ -388,7 +381,7 @@ impl Supervisor {
             fn drop(&mut self) {
                 if self.work.is_some() {
                     // No claim comes in between that nobody would watch.
-                    *self.supervisor.desk.lock() = Desk::Closed;
+                    *self.supervisor.desk.0.lock() = Assignment::Closed;
                     self.supervisor.alarm.ring();
                 }
             }
@@ -414,18 +407,30 @@ impl Supervisor {
 
     /// There is room for another claim.
     fn free(&self) {
-        let mut desk = self.desk.lock();
-        if matches!(*desk, Desk::Taken(_)) {
-            *desk = Desk::Free;
+        let mut desk = self.desk.0.lock();
+        if matches!(*desk, Assignment::Taken(_)) {
+            *desk = Assignment::Free;
         }
     }
 }
 
 impl Desk {
     fn claim(&self) -> Option<Arc<Claim>> {
-        match self {
-            Desk::New { claim, .. } | Desk::Taken(claim) => Some(Arc::clone(claim)),
-            Desk::Free | Desk::Closed => None,
+        match &*self.0.lock() {
+            Assignment::New { claim, .. } | Assignment::Taken(claim) => Some(Arc::clone(claim)),
+            Assignment::Free | Assignment::Closed => None,
+        }
+    }
+}
+
+impl Watched for Desk {
+    fn deadline(&self) -> Option<Instant> {
+        self.claim()?.term_ends_at()
+    }
+
+    fn enforce(&self) {
+        if let Some(claim) = self.claim() {
+            claim.expire();
         }
     }
 }

@@ -11,9 +11,10 @@ use super::claim::{Claim, Why};
 use super::config::LeasePlan;
 use super::link::Link;
 use super::pool::{Pool, PooledSlot, Refusal};
-use super::session::{Answer, Failure, Request, Session};
+use super::session::{Answer, Request, Session};
 use super::state::{Action, End, Event, Machine, Notice, Time, Timing};
 use super::stream::{Socket, StreamControl};
+use super::wire::Failure;
 use crate::error::{Error, ErrorKind, chain};
 use crate::lock::{LockValuer, annotate};
 use crate::loss::LossReason;
@@ -77,6 +78,8 @@ pub(super) struct Work {
     /// Who served the sessions of this claim that were lost and may be in doubt still, and when that was.
     lost_backends: Vec<(Instant, i32)>,
     in_doubt_until: Time,
+    /// The server has said that it ends the session at hand.
+    end_announced: bool,
     /// Why the last attempt failed.
     problem: Option<Error>,
     /// What sort of problem was logged last, so that one that goes on is not logged again and again.
@@ -126,6 +129,7 @@ impl Work {
             link: None,
             lost_backends: Vec::new(),
             in_doubt_until: Time::ZERO,
+            end_announced: false,
             problem: None,
             warned: None,
             token: None,
@@ -178,11 +182,8 @@ impl Work {
         }
     }
 
-    /// Does what `action` says. `guarded` is whether another thread looks at the deadline.
-    pub(super) fn perform(&mut self, action: Action, guarded: bool) {
-        if let Some(session) = self.session() {
-            session.guard(guarded);
-        }
+    /// Does what `action` says.
+    pub(super) fn perform(&mut self, action: Action) {
         let event = self.act(action);
         self.take_in(event);
     }
@@ -212,10 +213,8 @@ impl Work {
 
     /// Takes in what the server has said by itself. To be called when there is something to read.
     pub(super) fn listen(&mut self) {
-        if let Some(session) = self.session() {
-            session.guard(false);
-        }
-        if let Err(lost) = self.on_session(|session, _, _| session.listen()) {
+        let by = self.terms.soon();
+        if let Err(lost) = self.on_session(|session, _, _| session.listen(by)) {
             self.take_in(lost);
         }
     }
@@ -267,22 +266,32 @@ impl Work {
                 self.on_session(|session, _, _| session.settle(&lost, by))
                     .map_or_else(|lost| lost, |clear| Event::Settled { clear })
             }
-            Action::Discard => {
-                if let Some(link) = self.link.take() {
-                    link.close();
-                }
-                self.claim.announce_no_session();
-                if let Some(slot) = &mut self.slot {
-                    if let Some(session) = slot.session() {
-                        let doubt = self.terms.doubt();
-                        self.lost_backends.retain(|(since, _)| since.elapsed() <= doubt);
-                        self.lost_backends.push((Instant::now(), session.backend_pid()));
-                    }
-                    slot.taint();
-                }
-                Event::Discarded
-            }
+            Action::Discard => self.discard(),
         }
+    }
+
+    /// Closes the session. If the server has said that it ends it, whether it has.
+    fn discard(&mut self) -> Event {
+        /// The server is seldom busy with that for longer, and the next attempt would only wait for the same.
+        const AT_MOST: Duration = Duration::from_secs(1);
+        let by = (Instant::now() + AT_MOST).min(self.release_by());
+        let announced = std::mem::take(&mut self.end_announced);
+        let gone = announced && self.session().is_some_and(|session| session.wait_gone(by));
+        if let Some(link) = self.link.take() {
+            link.close();
+        }
+        self.claim.announce_no_session();
+        if let Some(slot) = &mut self.slot {
+            if let Some(session) = slot.session()
+                && !gone
+            {
+                let doubt = self.terms.doubt();
+                self.lost_backends.retain(|(since, _)| since.elapsed() <= doubt);
+                self.lost_backends.push((Instant::now(), session.backend_pid()));
+            }
+            slot.taint();
+        }
+        Event::Discarded { gone }
     }
 
     /// By when the server must have answered the first statement, which may wait for a foreign lock on the row of the term
@@ -375,6 +384,7 @@ impl Work {
         };
         run(session, link, &self.request).map_err(|failure| match failure {
             Failure::Lost { reason, cause } => {
+                self.end_announced = reason.is_announced();
                 if reason == LossReason::SessionChanged {
                     self.terms.pool.sessions_are_shared();
                 }
@@ -421,7 +431,9 @@ impl Work {
         match notice {
             Notice::Acquired { until } => {
                 log::debug!("lock {key:?}: acquired");
-                claim.announce_acquired(self.at(until), self.token);
+                let until = self.at(until);
+                claim.announce_acquired(until, self.token);
+                self.terms.pool.watchdog().look_by(until);
                 (self.problem, self.warned) = (None, None);
             }
             Notice::Renewed { until } => return claim.announce_renewed(self.at(until)),

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each file uses a part of it")]
 
+pub(crate) mod flood;
+
 use std::fmt::Debug;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};

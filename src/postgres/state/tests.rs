@@ -14,6 +14,8 @@ const TIMING: Timing = Timing {
 
 const REFUSED: Event = Event::Refused { patient: false };
 const CUT: Event = Event::SessionLost(LossReason::ConnectionClosed);
+const DISCARDED: Event = Event::Discarded { gone: false };
+const GONE: Event = Event::Discarded { gone: true };
 const TERMINATED: Event = Event::SessionLost(LossReason::Terminated);
 
 fn s(seconds: u64) -> Time {
@@ -54,7 +56,8 @@ fn at(name: &str) -> Machine {
         "queue" => &[Event::Connected, Event::Busy],
         "watch" => &[Event::Connected, granted(0)],
         "unlock" => &[Event::Connected, granted(0), Event::Release],
-        "settle" => &[Event::Connected, Event::Busy, Event::Release],
+        "settle" => &[Event::Connected, Event::Busy, REFUSED],
+        "settle at the end" => &[Event::Connected, Event::Busy, Event::Release],
         "discard" => &[Event::Connected, TERMINATED],
         "discard at the end" => &[Event::Connected, TERMINATED, Event::Release],
         "finish" => &[Event::Release],
@@ -153,7 +156,7 @@ fn a_term_that_is_lost_is_followed_by_another() {
     let mut machine = at("watch");
     assert_eq!(machine.handle(TERMINATED, s(1)), lost(LossReason::Terminated));
     assert_eq!(machine.action(), Action::Discard);
-    assert_eq!(machine.handle(Event::Discarded, s(1)), None);
+    assert_eq!(machine.handle(DISCARDED, s(1)), None);
     // At once: the first failure of a session says nothing about the next.
     assert_eq!(machine.action(), Action::Connect);
     assert_eq!(machine.handle(Event::Connected, s(1)), None);
@@ -215,18 +218,18 @@ fn each_event_that_fits_its_state_leads_on() {
         ("try", granted(0), 0, watch, acquired(14)),
         ("try", granted(0), 14, confirm, None),
         ("try", Event::Busy, 0, Queue, Some(Notice::Busy)),
-        ("try", REFUSED, 0, Discard, failed),
+        ("try", REFUSED, 0, Settle, failed),
         // A session from the pool may have died there: nothing to tell.
         ("try", CUT, 0, Discard, None),
         ("try", Event::Release, 0, Finish(End::Released), None),
         ("queue", granted(0), 0, watch, acquired(14)),
         ("queue", granted(0), 14, confirm, None),
         ("queue", Event::SliceOver, 0, Queue, None),
-        ("queue", REFUSED, 0, Discard, failed),
+        ("queue", REFUSED, 0, Settle, failed),
         ("queue", CUT, 0, Discard, failed),
         ("queue", Event::Release, 0, Settle, None),
         ("confirm", renewed(14), 14, Watch { until: s(19) }, acquired(28)),
-        ("confirm", REFUSED, 14, Discard, failed),
+        ("confirm", REFUSED, 14, Settle, failed),
         ("confirm", CUT, 14, Discard, failed),
         ("confirm", Event::Release, 14, Unlock, None),
         ("watch", Event::Quiet, 5, Renew { by: s(14) }, None),
@@ -241,18 +244,24 @@ fn each_event_that_fits_its_state_leads_on() {
         ("unlock", not_held, 0, Finish(End::NotHeld), None),
         ("unlock", REFUSED, 0, Discard, None),
         ("unlock", CUT, 0, Discard, None),
-        ("settle", Event::Settled { clear: true }, 0, Finish(End::Released), None),
-        ("settle", Event::Settled { clear: false }, 0, Finish(End::Released), None),
+        ("settle", Event::Settled { clear: true }, 0, Discard, None),
+        ("settle", Event::Settled { clear: false }, 0, Discard, None),
         ("settle", REFUSED, 0, Discard, None),
         ("settle", CUT, 0, Discard, None),
+        ("settle", Event::Release, 0, Settle, None),
+        ("settle at the end", Event::Settled { clear: true }, 0, Finish(End::Released), None),
+        ("settle at the end", Event::Settled { clear: false }, 0, Finish(End::Released), None),
+        ("settle at the end", REFUSED, 0, Discard, None),
+        ("settle at the end", CUT, 0, Discard, None),
         ("discard", Event::Release, 0, Discard, None),
-        ("discard at the end", Event::Discarded, 0, Finish(End::Released), None),
+        ("discard at the end", DISCARDED, 0, Finish(End::Unconfirmed), None),
+        ("discard at the end", GONE, 0, Finish(End::Released), None),
     ];
     for (state, event, now, action, notice) in heard {
         assert_eq!(step(state, event, now), (action, notice), "{state}: {event:?}");
     }
     // These lead to a pause, the length of which is another matter.
-    for (state, event, notice) in [("connect", connect_failed, failed), ("discard", Event::Discarded, None)] {
+    for (state, event, notice) in [("connect", connect_failed, failed), ("discard", DISCARDED, None)] {
         let (action, announced) = step(state, event, 0);
         assert!(matches!(action, Action::Pause { .. }), "{state}: {event:?}");
         assert_eq!(announced, notice, "{state}: {event:?}");
@@ -269,6 +278,7 @@ fn each_event_that_fits_its_state_leads_on() {
         "renew",
         "unlock",
         "settle",
+        "settle at the end",
         "discard",
         "discard at the end",
         "finish",
@@ -284,13 +294,13 @@ fn each_event_that_fits_its_state_leads_on() {
         Event::Quiet,
         CUT,
         held,
-        Event::Discarded,
+        DISCARDED,
         Event::Release,
     ];
     let kind = std::mem::discriminant::<Event>;
     let mut fitting: HashSet<_> = heard.iter().map(|(state, event, ..)| (*state, kind(event))).collect();
     fitting.insert(("connect", kind(&connect_failed)));
-    fitting.insert(("discard", kind(&Event::Discarded)));
+    fitting.insert(("discard", kind(&DISCARDED)));
     for state in states {
         for event in events.iter().filter(|event| !fitting.contains(&(state, kind(event)))) {
             let mut machine = at(state);
@@ -312,26 +322,15 @@ fn a_pause_is_not_cut_short() {
 }
 
 #[test]
-fn what_was_lost_without_the_servers_final_word_is_in_doubt_for_the_lease() {
-    use LossReason::*;
-    let final_words = [Terminated, ServerCrashed, DatabaseDropped, LeaseExpired, Revoked];
-    let no_words = [
-        LeaseNotRenewed,
-        HeartbeatTimedOut,
-        ConnectionClosed,
-        SessionChanged,
-        ServerIsStandby,
-        ServerError,
-        SupervisorFailed,
-    ];
-    for state in ["try", "queue", "watch"] {
-        for (reasons, end) in [(&final_words[..], End::Released), (&no_words[..], End::Unconfirmed)] {
-            for reason in reasons {
+fn what_was_lost_is_in_doubt_until_the_server_has_let_go_or_for_the_lease() {
+    for state in ["try", "queue", "watch", "unlock", "settle at the end"] {
+        for reason in [LossReason::Terminated, LossReason::LeaseExpired, LossReason::ConnectionClosed] {
+            for (discarded, end) in [(DISCARDED, End::Unconfirmed), (GONE, End::Released)] {
                 let mut machine = at(state);
-                machine.handle(Event::SessionLost(*reason), s(1));
+                machine.handle(Event::SessionLost(reason), s(1));
                 machine.handle(Event::Release, s(2));
                 assert_eq!(machine.action(), Action::Discard);
-                machine.handle(Event::Discarded, s(2));
+                machine.handle(discarded, s(2));
                 assert_eq!(machine.action(), Action::Finish(end), "{state}: {reason:?}");
             }
         }
@@ -339,8 +338,27 @@ fn what_was_lost_without_the_servers_final_word_is_in_doubt_for_the_lease() {
 }
 
 #[test]
+fn a_lock_that_something_else_unlocked_is_in_no_doubt() {
+    let mut machine = at("renew");
+    let unlocked = LossReason::Unlocked;
+    assert_eq!(machine.handle(Event::SessionLost(unlocked), s(6)), lost(unlocked));
+    machine.handle(DISCARDED, s(6));
+    machine.handle(Event::Release, s(6));
+    assert_eq!(machine.action(), Action::Finish(End::Released));
+}
+
+#[test]
+fn a_session_that_is_gone_says_nothing_of_one_that_was_lost_before() {
+    let mut machine = after(&[(0, Event::Connected), (0, granted(0)), (2, CUT), (2, DISCARDED)]);
+    for event in [Event::Connected, Event::Busy, TERMINATED, GONE, Event::Release] {
+        machine.handle(event, s(3));
+    }
+    assert_eq!(machine.action(), Action::Finish(End::Unconfirmed));
+}
+
+#[test]
 fn a_doubt_ends_with_the_lease_or_the_next_grant() {
-    let lost = after(&[(0, Event::Connected), (0, granted(0)), (2, CUT), (2, Event::Discarded)]);
+    let lost = after(&[(0, Event::Connected), (0, granted(0)), (2, CUT), (2, DISCARDED)]);
     let released = |events: &[(u64, Event)], now| {
         let mut machine = lost.clone();
         for (at, event) in events {
@@ -371,47 +389,44 @@ fn a_doubt_ends_with_the_lease_or_the_next_grant() {
 }
 
 #[test]
-fn a_term_that_ran_out_is_in_doubt_unless_the_server_ended_it() {
-    for (event, end) in
-        [(Event::Quiet, End::Unconfirmed), (CUT, End::Unconfirmed), (TERMINATED, End::Released)]
-    {
-        let mut machine = at("watch");
-        machine.handle(event, s(20));
-        machine.handle(Event::Release, s(20));
-        machine.handle(Event::Discarded, s(20));
-        assert_eq!(machine.action(), Action::Finish(end), "{event:?}");
-    }
-}
-
-#[test]
-fn a_refusal_is_in_doubt_where_the_lock_may_have_been_taken() {
-    let end = |state, patient| {
-        let mut machine = at(state);
-        machine.handle(Event::Refused { patient }, s(6));
-        machine.handle(Event::Release, s(6));
-        machine.handle(Event::Discarded, s(6));
-        machine.action()
-    };
-    for state in ["queue", "watch", "renew", "unlock", "settle"] {
-        assert_eq!(end(state, true), Action::Finish(End::Unconfirmed), "{state}");
-        assert_eq!(end(state, false), Action::Finish(End::Unconfirmed), "{state}");
-    }
-    assert_eq!(end("try", false), Action::Finish(End::Unconfirmed));
-    // For want of rights, say: before anything was done.
-    assert_eq!(end("try", true), Action::Finish(End::Released));
-}
-
-#[test]
-fn a_session_lost_in_the_release_confirms_it_by_the_servers_word_only() {
-    for state in ["unlock", "settle"] {
-        for (event, end) in
-            [(TERMINATED, End::Released), (CUT, End::Unconfirmed), (REFUSED, End::Unconfirmed)]
-        {
-            let mut machine = at(state);
-            machine.handle(event, s(1));
-            machine.handle(Event::Discarded, s(1));
-            assert_eq!(machine.action(), Action::Finish(end), "{state}: {event:?}");
+fn a_term_that_ran_out_is_in_doubt_unless_the_session_is_gone() {
+    for event in [Event::Quiet, CUT, TERMINATED] {
+        for (discarded, end) in [(DISCARDED, End::Unconfirmed), (GONE, End::Released)] {
+            let mut machine = at("watch");
+            machine.handle(event, s(20));
+            machine.handle(Event::Release, s(20));
+            machine.handle(discarded, s(20));
+            assert_eq!(machine.action(), Action::Finish(end), "{event:?}");
         }
+    }
+}
+
+#[test]
+fn a_claim_that_was_refused_leaves_its_session_without_the_lock_and_is_in_no_doubt() {
+    for state in ["try", "queue", "confirm"] {
+        let mut machine = at(state);
+        machine.handle(REFUSED, s(15));
+        assert_eq!(machine.action(), Action::Settle);
+        // Its release may come before or after that.
+        let mut early = machine.clone();
+        early.handle(Event::Release, s(15));
+        early.handle(Event::Settled { clear: true }, s(15));
+        assert_eq!(early.action(), Action::Finish(End::Released), "{state}");
+        for event in [Event::Settled { clear: true }, DISCARDED, Event::Release] {
+            machine.handle(event, s(15));
+        }
+        assert_eq!(machine.action(), Action::Finish(End::Released), "{state}");
+    }
+}
+
+#[test]
+fn a_refusal_where_the_lock_is_held_is_in_doubt() {
+    for state in ["watch", "renew", "unlock", "settle", "settle at the end"] {
+        let mut machine = at(state);
+        for event in [REFUSED, Event::Release, DISCARDED] {
+            machine.handle(event, s(6));
+        }
+        assert_eq!(machine.action(), Action::Finish(End::Unconfirmed), "{state}");
     }
 }
 
@@ -472,9 +487,9 @@ fn success_makes_the_next_back_off_short_again() {
     let failed = Event::ConnectFailed { patient: false };
     assert!(after_outage(&[failed]) >= s(1));
     // A connection is not a success yet.
-    assert!(after_outage(&[Event::Connected, REFUSED, Event::Discarded]) >= s(1));
+    assert!(after_outage(&[Event::Connected, REFUSED, Event::Settled { clear: true }, DISCARDED]) >= s(1));
     for success in [Event::Busy, granted(100)] {
-        let pause = after_outage(&[Event::Connected, success, TERMINATED, Event::Discarded, failed]);
+        let pause = after_outage(&[Event::Connected, success, TERMINATED, DISCARDED, failed]);
         assert!(pause <= Duration::from_millis(5), "{success:?}: {pause:?}");
     }
 }

@@ -30,7 +30,7 @@ mod tls;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use control::{Ended, StreamControl};
+pub(crate) use control::{Ended, SHORT_ANSWER, StreamControl};
 pub(crate) use dialer::{DialError, Dialer};
 pub use socket::Socket;
 pub(crate) use tls::Tls;

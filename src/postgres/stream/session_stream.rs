@@ -18,6 +18,50 @@ pub(crate) struct SessionStream {
     watch: Watch,
     transport: Transport,
     role: Role,
+    frames: Frames,
+}
+
+/// Where the messages of the server begin, to know how long one will be before the driver makes room for it: it believes
+/// whatever length is announced, up to 2 GiB.
+///
+/// A message is a byte for its kind, four bytes for its length without that byte, and the rest:
+/// <https://www.postgresql.org/docs/current/protocol-overview.html#PROTOCOL-MESSAGE-CONCEPTS>.
+#[derive(Debug, Default)]
+struct Frames {
+    /// The beginning of a message, as far as it has come.
+    head: [u8; Self::HEAD],
+    known: usize,
+    /// How many bytes of the present message are to come.
+    left: u64,
+}
+
+impl Frames {
+    const HEAD: usize = 5;
+
+    /// Takes in what the server has sent; the longest message that it announces.
+    fn longest(&mut self, mut bytes: &[u8]) -> u64 {
+        let mut longest = 0;
+        while !bytes.is_empty() {
+            let passed = usize::try_from(self.left).unwrap_or(usize::MAX).min(bytes.len());
+            self.left -= passed as u64;
+            bytes = &bytes[passed..];
+            while self.left == 0 && self.known < Self::HEAD {
+                let Some((first, rest)) = bytes.split_first() else { return longest };
+                self.head[self.known] = *first;
+                self.known += 1;
+                bytes = rest;
+            }
+            if self.known == Self::HEAD {
+                let [_, length @ ..] = self.head;
+                let length = u64::from(u32::from_be_bytes(length));
+                longest = longest.max(length);
+                // A length that does not count itself is an error, which the driver finds.
+                self.left = length.saturating_sub(4);
+                self.known = 0;
+            }
+        }
+        longest
+    }
 }
 
 /// What a connection is made for.
@@ -64,7 +108,7 @@ impl Transport {
 
 impl SessionStream {
     pub(super) fn new(watch: Watch, transport: Transport, role: Role) -> Self {
-        Self { watch, transport, role }
+        Self { watch, transport, role, frames: Frames::default() }
     }
 
     /// One poll of the transport under the watch.
@@ -98,7 +142,15 @@ impl SessionStream {
 
 impl AsyncRead for SessionStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.get_mut().watched(cx, |stream, cx| stream.poll_read(cx, buf))
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        ready!(this.watched(cx, |stream, cx| stream.poll_read(cx, buf)))?;
+        let new = &buf.filled()[before..];
+        this.watch.count(new.len())?;
+        if this.frames.longest(new) > this.watch.allowance().saturating_add(new.len() as u64) {
+            return Poll::Ready(Err(this.watch.too_much()));
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -192,6 +244,35 @@ mod tests {
         match Pin::new(stream).poll_read(&mut cx, &mut buf) {
             Poll::Pending => None,
             Poll::Ready(outcome) => Some(outcome.map(|()| buf.filled().to_vec())),
+        }
+    }
+
+    #[test]
+    fn the_length_of_a_message_is_known_however_it_comes_in_pieces() {
+        let mut wire = Vec::new();
+        for length in [4_u32, 5, 300, 70_000, 4] {
+            wire.push(b'D');
+            wire.extend(length.to_be_bytes());
+            wire.extend(vec![0xff; length as usize - 4]);
+        }
+        for piece in [1, 2, 3, 5, 7, 64, 4096, wire.len()] {
+            let mut frames = Frames::default();
+            let longest = wire.chunks(piece).map(|bytes| frames.longest(bytes)).max();
+            assert_eq!(longest, Some(70_000), "in pieces of {piece}");
+            assert_eq!((frames.left, frames.known), (0, 0), "in pieces of {piece}");
+        }
+    }
+
+    #[test]
+    fn a_server_that_sends_or_announces_too_much_is_cut_off() {
+        let huge = [b"D".as_slice(), &0x7fff_fff0_u32.to_be_bytes()].concat();
+        for (pieces, what) in [(vec![FROM_SERVER; 3], "sent"), (vec![huge.as_slice()], "announced")] {
+            let (mut stream, control) = stream(&pieces);
+            control.allow(2 * FROM_SERVER.len() as u64);
+            let last = (0..pieces.len()).map(|_| read(&mut stream, 64).unwrap()).last().unwrap();
+            assert_eq!(Ended::find(&last.unwrap_err()), Some(Ended::TooMuch), "{what}");
+            control.allow(1000);
+            assert!(read(&mut stream, 64).unwrap().is_err(), "{what}: it stays ended");
         }
     }
 

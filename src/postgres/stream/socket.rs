@@ -1,15 +1,17 @@
 //! The socket of a session: read and written by the driver, watched and shut down by other threads.
 
 use std::fmt;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, Read};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use postgres::Config;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
@@ -73,6 +75,40 @@ impl Socket {
         match &*self.inner {
             Inner::Tcp(stream) => stream.peer_addr().ok(),
             Inner::Unix(_) => None,
+        }
+    }
+
+    /// The port at this end, if it is TCP.
+    pub(crate) fn local_port(&self) -> Option<u16> {
+        match &*self.inner {
+            Inner::Tcp(stream) => stream.local_addr().ok().map(|address| address.port()),
+            Inner::Unix(_) => None,
+        }
+    }
+
+    /// Waits until the other end has closed the connection; `false` if it has not `by` then. What it has sent is thrown
+    /// away, so nobody must use the connection any more.
+    pub(super) fn wait_closed(&self, by: Instant) -> bool {
+        let mut space = [0; 1024];
+        loop {
+            let read = either!(self, stream => (&*SockRef::from(stream)).read(&mut space));
+            match read {
+                Ok(0) => return true,
+                Ok(_) if Instant::now() >= by => return false,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let left = by.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return false;
+                    }
+                    let left = Timespec::try_from(left).ok();
+                    // A signal may end it early, and then it is waited for again.
+                    let _ = poll(&mut [PollFd::new(self, PollFlags::IN)], left.as_ref());
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // A reset, by an end that was closed before it had read all.
+                Err(error) => return error.kind() == io::ErrorKind::ConnectionReset,
+            }
         }
     }
 

@@ -15,6 +15,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::*;
 use crate::postgres::alarm::{Alarm, Woken};
+use crate::postgres::watchdog::Watchdog;
 use server::Server;
 
 mod server;
@@ -148,27 +149,24 @@ fn the_end_of_a_session_wakes_a_thread_that_watches_its_socket() {
 }
 
 #[test]
-fn a_guarded_call_ends_when_the_guard_says_that_its_deadline_has_passed() {
+fn a_call_ends_by_its_deadline_whether_the_watchdog_enforces_it_or_its_own_timer() {
     let server = Server::start(true);
     for over_ in ALL {
-        let (mut client, control) = open(&over(&server, over_));
-        let deadline = Instant::now() + SECOND / 5;
-        control.guard(true);
-        control.set_deadline(Some(deadline));
-        assert_eq!(control.guarded_deadline().map(|at| at.duration_since(deadline)), Some(Duration::ZERO));
-        let guard = thread::spawn({
-            let control = control.clone();
-            move || {
-                // Too early: that ends nothing.
-                control.enforce();
-                sleep(deadline.saturating_duration_since(Instant::now()) + SECOND / 5);
-                control.enforce();
+        for (watched, closed) in [(false, false), (true, false), (true, true)] {
+            let (mut client, control) = open(&over(&server, over_));
+            let watchdog = Watchdog::new(10 * SECOND);
+            if watched {
+                control.watch_by(&watchdog).unwrap();
             }
-        });
-        let (outcome, time) = timed(|| client.batch_execute("SELECT pg_sleep(60)"));
-        assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::DeadlinePassed));
-        assert!((SECOND * 3 / 10..SECOND).contains(&time), "the guard's time, and no timer's: {time:?}");
-        guard.join().unwrap();
+            if closed {
+                watchdog.close();
+            }
+            control.set_deadline(Some(Instant::now() + SECOND / 5));
+            let (outcome, time) = timed(|| client.batch_execute("SELECT pg_sleep(60)"));
+            assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::DeadlinePassed));
+            assert!((SECOND / 5..SECOND).contains(&time), "{over_:?}, watched {watched}: {time:?}");
+            watchdog.close();
+        }
     }
 }
 

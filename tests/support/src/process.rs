@@ -116,6 +116,27 @@ pub fn limit_descriptors(limit: usize) {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(limit as u64), maximum });
 }
 
+/// Lets this process have so many bytes of addresses more than it has now, and no more: so threads with a stack larger than
+/// that (`RUST_MIN_STACK`) cannot be started. `false` if the system does not tell how many it has.
+pub fn limit_address_space(more: u64) -> bool {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let used = || {
+        let statm = fs::read_to_string("/proc/self/statm").ok()?;
+        let pages: u64 = statm.split_whitespace().next()?.parse().ok()?;
+        Some(pages * u64::try_from(rustix::param::page_size()).ok()?)
+    };
+    let Some(used) = used() else { return false };
+    let Rlimit { maximum, .. } = getrlimit(Resource::As);
+    setrlimit(Resource::As, Rlimit { current: Some(used + more), maximum }).is_ok()
+}
+
+/// Takes that limit off.
+pub fn raise_address_space_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::As);
+    let _ = setrlimit(Resource::As, Rlimit { current: maximum, maximum });
+}
+
 /// The processor time that this process has used, in user mode and in the kernel, to the nanosecond.
 #[must_use]
 pub fn own_cpu_time() -> Duration {

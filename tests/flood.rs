@@ -1,0 +1,141 @@
+//! A thread that watches a lock is kept busy: by a server that floods it with messages, or by a logger that blocks. The
+//! holder hears of its loss in time all the same, and no peer decides how much memory this process uses.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this is test code, in which a panic is the report of a failure"
+)]
+
+mod common;
+
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use common::flood::{Flood, Proxy};
+use common::{Process, hear, is_open, lock, soon, started};
+use dsync::{CatalogMode, Config, Context, PostgresManager, SyncManager};
+use support::{Database, process};
+
+const LEASE: Duration = Duration::from_secs(2);
+
+/// More than a session may take, and far less than a peer can send in the time.
+const ROOM: u64 = 48 << 20;
+
+fn memory() -> u64 {
+    process::resident_bytes(process::own()).unwrap_or(0)
+}
+
+#[test]
+fn a_holder_that_is_flooded_hears_of_its_loss_before_another_has_the_lock() {
+    let database = Database::fresh().unwrap();
+    let rival = started(Config::from_url(&database.url()).unwrap().lease(LEASE));
+    for flood in Flood::ALL {
+        let proxy = Proxy::start(database.server().port());
+        let url = database.url_at("127.0.0.1", proxy.port());
+        let manager = started(Config::from_url(&url).unwrap().lease(LEASE));
+        let (held, wanted) = (lock(&manager, "k"), lock(&rival, "k"));
+        held.lock(&soon()).unwrap();
+        let (term, lost) = (held.term().unwrap(), held.lost());
+        // Queues.
+        assert!(wanted.try_lock(&soon()).is_err());
+        let before = memory();
+        proxy.flood(Some(flood));
+        wanted.lock(&soon()).unwrap();
+        assert!(!is_open(&lost), "{flood:?}: two believe that they have the lock");
+        assert!(!term.is_held());
+        let grown = memory().saturating_sub(before);
+        assert!(grown < ROOM, "{flood:?}: {grown} bytes more");
+        // A connect is flooded, too.
+        let begun = Instant::now();
+        let _ = held.release();
+        let other = PostgresManager::new(Config::from_url(&url).unwrap()).unwrap();
+        let _ = other.start();
+        let _ = other.inspect("k");
+        other.stop().unwrap();
+        let bound = Duration::from_secs(2 + 5 + 5 + 4 + 1);
+        assert!(begun.elapsed() < bound, "{flood:?}: {:?}", begun.elapsed());
+        let grown = memory().saturating_sub(before);
+        assert!(grown < ROOM, "{flood:?} at the connect: {grown} bytes more");
+        proxy.flood(None);
+        wanted.release().unwrap();
+        held.lock(&soon()).unwrap();
+        manager.stop().unwrap();
+    }
+}
+
+static BLOCKED: AtomicBool = AtomicBool::new(false);
+
+/// Blocks the threads of locks, as a pipe does that nobody reads.
+struct Blocking;
+
+impl log::Log for Blocking {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        let of_a_lock = std::thread::current().name().is_some_and(|name| name.starts_with("dsync:"));
+        let text = record.args().to_string();
+        while of_a_lock && BLOCKED.load(SeqCst) && !text.is_empty() {
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Not a test: a process whose logger blocks.
+#[test]
+fn scene() {
+    if common::role().is_none() {
+        return;
+    }
+    log::set_logger(&Blocking).unwrap();
+    log::set_max_level(log::LevelFilter::Trace);
+    let config = Config::from_env().unwrap().lease(LEASE).catalog(CatalogMode::None);
+    let (manager, rival) = (started(config.clone()), started(config));
+    let (held, wanted) = (
+        manager.lock(7, dsync::LockOptions::new()).unwrap(),
+        rival.lock(7, dsync::LockOptions::new()).unwrap(),
+    );
+    held.lock(&soon()).unwrap();
+    let lost = held.lost();
+    // On a connection of its own, since the threads of locks stand still.
+    let mut client =
+        postgres::Client::connect(&std::env::var("DATABASE_URL").unwrap(), postgres::NoTls).unwrap();
+    BLOCKED.store(true, SeqCst);
+    client.execute("SELECT pg_advisory_lock(7)", &[]).unwrap();
+    assert!(!is_open(&lost), "two believe that they have the lock");
+    let begun = Instant::now();
+    let _ = held.release();
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    BLOCKED.store(false, SeqCst);
+    client.execute("SELECT pg_advisory_unlock(7)", &[]).unwrap();
+    wanted.lock(&Context::timeout(Duration::from_secs(30))).unwrap();
+}
+
+#[test]
+fn a_holder_whose_logger_blocks_hears_of_its_loss_before_another_has_the_lock() {
+    let database = Database::fresh().unwrap();
+    let mut command = common::process("scene", "a logger that blocks");
+    command.env("DATABASE_URL", database.url());
+    Process::start(&mut command).succeeds();
+}
+
+/// The watch of one lock does not depend on another's.
+#[test]
+fn a_flood_on_one_lock_leaves_the_others_alone() {
+    let database = Database::fresh().unwrap();
+    let proxy = Proxy::start(database.server().port());
+    let url = database.url_at("127.0.0.1", proxy.port());
+    let flooded = started(Config::from_url(&url).unwrap().lease(LEASE));
+    let calm = started(Config::from_url(&database.url()).unwrap().lease(LEASE));
+    let (one, other) = (lock(&flooded, "flooded"), lock(&calm, "calm"));
+    one.lock(&soon()).unwrap();
+    other.lock(&soon()).unwrap();
+    let (lost, kept) = (one.lost(), other.lost());
+    proxy.flood(Some(Flood::Notices));
+    hear(&lost);
+    assert!(is_open(&kept));
+    proxy.flood(None);
+}

@@ -1,0 +1,169 @@
+//! A process that forks while it holds locks: the child is told, and disturbs nothing.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this is test code, in which a panic is the report of a failure"
+)]
+
+mod common;
+
+use std::io::Write;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{Process, hear, is_open, kind, lock, soon, started};
+use dsync::{Config, Context, Error, ErrorKind, LockGuard, LockOptions, PostgresManager, SyncManager, Term};
+use fork::Fork;
+use support::Database;
+
+/// What the parent has when it forks.
+struct Inherited {
+    manager: PostgresManager,
+    held: Arc<dyn dsync::Lock>,
+    waiting: Arc<dyn dsync::Lock>,
+    guard: LockGuard,
+    term: Term,
+    url: String,
+}
+
+/// Not a test: the body of the processes that the others start.
+#[test]
+fn scene() {
+    let Some(role) = common::role() else { return };
+    let url = std::env::var("DATABASE_URL").unwrap();
+    let manager = started(Config::from_url(&url).unwrap());
+    let [held, waiting] = ["held", "busy"].map(|key| lock(&manager, key));
+    held.lock(&soon()).unwrap();
+    assert_eq!(kind(waiting.try_lock(&soon())), ErrorKind::LockUnavailable);
+    let guard = LockGuard::lock(lock(&manager, "guarded"), &soon()).unwrap();
+    let losts = [held.lost(), guard.lost().clone()];
+    let term = held.term().unwrap();
+    let inherited = Inherited { manager, held, waiting, guard, term, url };
+    match fork::fork().unwrap() {
+        Fork::Child => {
+            child(&role, inherited);
+            // No destructor of the harness runs, whose other threads are not here.
+            std::process::exit(0);
+        }
+        Fork::Parent(_) => {
+            println!("forked");
+            // Until the other process has looked at everything.
+            let mut line = String::new();
+            std::io::stdin().read_line(&mut line).unwrap();
+            assert!(losts.iter().all(is_open), "the child ended a term of the parent");
+            assert!(inherited.term.is_held());
+            inherited.guard.release().unwrap();
+            inherited.held.release().unwrap();
+            inherited.waiting.release().unwrap();
+            inherited.manager.stop().unwrap();
+        }
+    }
+}
+
+/// What the child does with what it inherited; it says "child: done" at the end.
+fn child(role: &str, inherited: Inherited) {
+    let begun = Instant::now();
+    let Inherited { manager, held, waiting, guard, term, url } = inherited;
+    let told = |what: &str, outcome: Result<(), Error>| {
+        let error = outcome.expect_err(what);
+        assert_eq!(error.kind(), ErrorKind::OtherProcess, "{what}: {error}");
+        assert!(error.to_string().contains("after the fork"), "{what}: {error}");
+    };
+    match role {
+        "calls" => {
+            for lock in [&held, &waiting] {
+                told("lock", lock.lock(&Context::background()));
+                told("try_lock", lock.try_lock(&Context::background()));
+                told("wait", lock.wait(&Context::background()));
+                told("release", lock.release());
+                assert!(lock.term().is_none() && lock.last_loss().is_none() && !is_open(&lock.lost()));
+                let _ = format!("{lock:?}");
+            }
+            told("lock_with_key", manager.lock("held", LockOptions::new()).map(drop));
+            told("lock_with_key", manager.lock("new", LockOptions::new()).map(drop));
+            told("start", manager.start());
+            told("stop", manager.stop());
+            told("inspect", manager.inspect("held").map(drop));
+            told("inspect_all", manager.inspect_all().map(drop));
+            let _ = format!("{manager:?}");
+            assert!(!term.is_held() && !guard.term().is_held());
+            let mut client = postgres::Client::connect(&url, postgres::NoTls).unwrap();
+            told("is_current", term.is_current(&mut client).map(drop));
+            told("fence", term.fence(&mut client.transaction().unwrap()));
+            told("release of a guard", guard.release());
+            std::mem::forget(manager);
+        }
+        "drops" => drop((guard, held, waiting, term, manager)),
+        "its own manager" => {
+            let own = started(Config::from_url(&url).unwrap());
+            assert_eq!(kind(lock(&own, "held").try_lock(&soon())), ErrorKind::LockUnavailable);
+            let another = lock(&own, "another");
+            another.lock(&soon()).unwrap();
+            another.release().unwrap();
+            own.stop().unwrap();
+            drop((guard, held, waiting, term, manager));
+        }
+        other => panic!("there is no role {other:?}"),
+    }
+    assert!(begun.elapsed() < Duration::from_secs(5), "at once: {:?}", begun.elapsed());
+    println!("child: done");
+    std::io::stdout().flush().unwrap();
+}
+
+fn play(role: &str) {
+    let database = Database::fresh().unwrap();
+    let rival = started(Config::from_url(&database.url()).unwrap());
+    let busy = lock(&rival, "busy");
+    busy.lock(&soon()).unwrap();
+    let mut command = common::process("scene", role);
+    command.env("DATABASE_URL", database.url()).stdin(Stdio::piped());
+    let mut process = Process::start(&mut command);
+    process.says("child: done");
+    for key in ["held", "guarded"] {
+        let lock = lock(&rival, key);
+        assert_eq!(kind(lock.try_lock(&soon())), ErrorKind::LockUnavailable, "{key} is the parent's still");
+        lock.release().unwrap();
+    }
+    process.go_on();
+    process.succeeds();
+    for key in ["held", "guarded"] {
+        lock(&rival, key).lock(&soon()).unwrap();
+    }
+}
+
+#[test]
+fn every_call_in_a_forked_child_is_refused_and_the_parent_keeps_its_locks() {
+    play("calls");
+}
+
+#[test]
+fn every_drop_in_a_forked_child_leaves_the_parents_sessions_alone() {
+    play("drops");
+}
+
+#[test]
+fn a_forked_child_may_have_a_manager_of_its_own() {
+    play("its own manager");
+}
+
+/// What a pooler does that resets a session, or a child that speaks on the parent's socket.
+#[test]
+fn a_lock_that_something_else_unlocked_in_its_session_is_lost_with_the_next_heartbeat() {
+    let database = Database::fresh().unwrap();
+    for catalog in [dsync::CatalogMode::Automatic, dsync::CatalogMode::None] {
+        let proxy = common::flood::Proxy::start(database.server().port());
+        let url = database.url_at("127.0.0.1", proxy.port());
+        let config = Config::from_url(&url).unwrap().lease(Duration::from_secs(2)).catalog(catalog);
+        let manager = started(config);
+        for key in [dsync::Key::from("name"), dsync::Key::from(-7), dsync::Key::from((-1, 2))] {
+            let lock = manager.lock(key.clone(), LockOptions::new()).unwrap();
+            lock.lock(&soon()).unwrap();
+            let lost = lock.lost();
+            proxy.inject("SELECT pg_advisory_unlock_all()");
+            hear(&lost);
+            assert_eq!(lock.last_loss().unwrap().reason, dsync::LossReason::Unlocked, "{key}");
+            lock.release().unwrap();
+        }
+    }
+}
