@@ -1,5 +1,6 @@
 //! One unbroken stretch of holding a lock, and the fence that its writes stand behind.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -41,7 +42,7 @@ use crate::postgres::fence;
 /// For a store outside of this database, send the [`token`](Self::token) along with each write, keep the greatest token
 /// seen with the data, and refuse a write with a smaller one, in one atomic step (`UPDATE … WHERE token <= $1`, a
 /// conditional put). The check belongs where the data is; one that the writer does itself beforehand proves nothing.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Term {
     lost: Lost,
     token: Option<i64>,
@@ -74,6 +75,10 @@ impl Deadline {
 
     pub(crate) fn has_passed(&self) -> bool {
         Instant::now() >= *self.0.lock()
+    }
+
+    fn left(&self) -> Duration {
+        self.0.lock().saturating_duration_since(Instant::now())
     }
 }
 
@@ -157,6 +162,19 @@ impl Term {
                 "fencing needs the catalog, and the manager was told to do without; set the catalog to automatic",
             )),
         }
+    }
+}
+
+impl fmt::Debug for Term {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let held = self.is_held();
+        let mut debug = f.debug_struct("Term");
+        debug.field("held", &held).field("token", &self.token);
+        // How long the term lasts yet if no heartbeat is answered any more.
+        if let Some(deadline) = self.deadline.as_ref().filter(|_| held) {
+            debug.field("left", &deadline.left());
+        }
+        debug.finish()
     }
 }
 
