@@ -8,7 +8,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 
 use super::catalog::CatalogMode;
-use super::claim::{Claim, Patience, Why, stopped};
+use super::claim::{Claim, Patience, Why};
 use super::manager::Core;
 use super::pool::Pool;
 use super::session::{Entry, Request};
@@ -56,8 +56,18 @@ impl PostgresLock {
         Arc::new_cyclic(|this| Self { this: this.clone(), key, text, options, core, state: Mutex::default() })
     }
 
+    /// Begins the claim where there is none, and waits as long as `patience` and `context` say. If `context` has ended,
+    /// that is known before the claim begins, since the lock may be had in no time.
     fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
-        self.claim(context)?.acquire(patience, context)
+        match (patience, context.ended()) {
+            (_, None) => self.claim(context)?.acquire(patience, context),
+            (_, Some(_)) if self.term().is_some() => Ok(()),
+            (Patience::TryLock, Some(ErrorKind::TimedOut)) => {
+                let context = context.with_deadline_instead(self.core.attempt_by());
+                self.claim(&context)?.acquire(Patience::TryOnce, &context)
+            }
+            (_, Some(kind)) => Err(self.claim(context)?.left(kind)),
+        }
     }
 
     /// The claim that goes on, or a new one. Waits for one that is ending, no longer than that takes or `context` allows.
@@ -71,6 +81,7 @@ impl PostgresLock {
                     None => {
                         let active = self.begin(&mut state.terms)?;
                         state.claim = Some(active.clone());
+                        self.options.claim_begun();
                         return Ok(active);
                     }
                 }
@@ -89,7 +100,7 @@ impl PostgresLock {
         if let Some(this) = self.this.upgrade()
             && !self.core.keep(&self.key, this)
         {
-            return Err(stopped());
+            return Err(Error::stopped());
         }
         // After that, so that a stop finds them and takes them away.
         let terms = terms.get_or_insert_with(|| Arc::new(self.terms(pool)));
@@ -193,6 +204,12 @@ impl Active {
     fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
         self.supervisor.acquire(&self.claim, &self.terms, patience, context)
     }
+
+    /// Leaves the claim to its supervisor: the caller's context had ended when the call began.
+    fn left(&self, kind: ErrorKind) -> Error {
+        self.supervisor.wake();
+        self.claim.gave_up(kind, Instant::now())
+    }
 }
 
 impl Lock for PostgresLock {
@@ -210,10 +227,11 @@ impl Lock for PostgresLock {
 
     fn wait(&self, context: &Context) -> Result<()> {
         let active = self.state.lock().claim.clone();
-        match active {
-            Some(active) => active.acquire(Patience::Lock, context),
-            None if self.core.is_stopped() => Err(stopped()),
-            None => Err(Error::new(ErrorKind::Released, format!("nobody claims {:?}", self.text))),
+        match (active, context.ended()) {
+            (Some(active), Some(kind)) if active.claim.term(None).is_none() => Err(active.left(kind)),
+            (Some(active), _) => active.acquire(Patience::Lock, context),
+            (None, _) if self.core.is_stopped() => Err(Error::stopped()),
+            (None, _) => Err(Error::not_claimed(&self.text)),
         }
     }
 
@@ -255,10 +273,6 @@ impl Drop for PostgresLock {
 
 impl fmt::Debug for PostgresLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = self.state.lock();
-        f.debug_struct("PostgresLock")
-            .field("key", &self.key)
-            .field("claim", &state.claim)
-            .finish_non_exhaustive()
+        f.debug_struct("PostgresLock").field("key", &self.text).field("term", &self.term()).finish()
     }
 }
