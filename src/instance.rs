@@ -191,6 +191,7 @@ pub fn init_with(manager: Arc<dyn SyncManager>, service: Option<&str>, build: Op
             drop(campaign);
             Err(error)
         }
+        Err(cause) if cause.kind() == ErrorKind::SyncManagerStopped => Err(error),
         Err(cause) => Err(error.with_source(cause)),
     }
 }

@@ -49,6 +49,7 @@ contract! {
     a_cancelled_context_comes_before_what_is_known_of_the_lock
     try_lock_without_time_takes_a_free_lock
     try_lock_without_time_is_told_that_another_has_the_lock
+    try_lock_without_time_ends_where_nobody_answers
     try_lock_does_not_wait_for_the_holder
     try_lock_says_so_again_while_its_claim_waits
     // The claim goes on whatever the call returned.
@@ -129,6 +130,9 @@ trait World {
 
     /// The annotation of the term of `x`.
     fn annotation(&self) -> Option<Vec<u8>>;
+
+    /// A manager that was not started, whose server cannot be reached.
+    fn cut_off(&self) -> Arc<dyn SyncManager>;
 }
 
 impl dyn World + '_ {
@@ -179,6 +183,11 @@ impl World for Memory {
     fn annotation(&self) -> Option<Vec<u8>> {
         self.0.annotation("x")
     }
+
+    fn cut_off(&self) -> Arc<dyn SyncManager> {
+        self.0.go_down();
+        self.new_manager()
+    }
 }
 
 /// A database of its own. A test that looks at the locks there uses one key only.
@@ -226,6 +235,15 @@ impl World for Postgres {
     fn annotation(&self) -> Option<Vec<u8>> {
         let query = "SELECT annotation FROM dsync.locks WHERE key = 'x'";
         self.operator.lock().query_opt(query, &[]).unwrap()?.get(0)
+    }
+
+    fn cut_off(&self) -> Arc<dyn SyncManager> {
+        // Nobody listens where somebody has just ceased to.
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let config = dsync::Config::from_url(&format!("postgres://nobody@{address}/nothing")).unwrap();
+        // All its attempts together would take longer than any test.
+        let config = config.connect_timeout(PATIENCE * 4);
+        Arc::new(dsync::PostgresManager::new(config).unwrap())
     }
 }
 
@@ -534,6 +552,22 @@ fn try_lock_without_time_is_told_that_another_has_the_lock(world: &dyn World) {
     assert_eq!(kind(guard), ErrorKind::LockUnavailable);
     world.wait_for_waiters(0);
     assert!(first.is_held());
+}
+
+fn try_lock_without_time_ends_where_nobody_answers(world: &dyn World) {
+    use std::error::Error as _;
+    let manager = world.cut_off();
+    manager.start().unwrap();
+    let lock = x(&*manager);
+    for _ in 0..3 {
+        let begun = Instant::now();
+        let error = lock.try_lock(&no_time()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+        let cause = error.source().and_then(|cause| cause.downcast_ref::<Error>()).map(Error::kind);
+        assert_eq!(cause, Some(ErrorKind::SessionUnavailable), "{error:?}");
+        assert!(begun.elapsed() < PATIENCE, "it tried more than once: {:?}", begun.elapsed());
+    }
+    lock.release().unwrap();
 }
 
 fn try_lock_does_not_wait_for_the_holder(world: &dyn World) {

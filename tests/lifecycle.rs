@@ -64,11 +64,10 @@ fn a_stop_ends_a_start_that_waits_for_a_silent_server() {
     let second = start();
     let begun = Instant::now();
     manager.stop().unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(4), "stop took {:?}", begun.elapsed());
     for start in [first, second] {
         assert_eq!(kind(start.get()), ErrorKind::SyncManagerStopped);
     }
-    assert!(begun.elapsed() < Duration::from_secs(10), "start took {:?}", begun.elapsed());
+    assert!(begun.elapsed() < PATIENCE / 2, "the two took {:?}", begun.elapsed());
 }
 
 #[test]

@@ -228,7 +228,9 @@ impl Lock for PostgresLock {
     fn wait(&self, context: &Context) -> Result<()> {
         let active = self.state.lock().claim.clone();
         match (active, context.ended()) {
-            (Some(active), Some(kind)) if active.claim.term(None).is_none() => Err(active.left(kind)),
+            (Some(active), Some(kind)) if active.claim.term(None).is_none() && !active.claim.is_ending() => {
+                Err(active.left(kind))
+            }
             (Some(active), _) => active.acquire(Patience::Lock, context),
             (None, _) if self.core.is_stopped() => Err(Error::stopped()),
             (None, _) => Err(Error::not_claimed(&self.text)),
