@@ -214,9 +214,9 @@ impl Postgres {
 
 impl World for Postgres {
     fn new_manager(&self) -> Arc<dyn SyncManager> {
-        // Shorter slices than by default, so that a test sees several of them.
-        let config =
-            dsync::Config::from_url(&self.database.url()).unwrap().wait_slice(Duration::from_secs(1));
+        let config = dsync::Config::from_url(&self.database.url()).unwrap();
+        // Shorter slices than by default, so that a test sees several of them; and time for a busy machine.
+        let config = config.wait_slice(Duration::from_secs(1)).connect_timeout(PATIENCE);
         Arc::new(dsync::PostgresManager::new(config).unwrap())
     }
 

@@ -75,8 +75,12 @@ impl MemoryServer {
     }
 
     /// Ends an outage: the claims that were not released have their locks again, in the order in which they had come,
-    /// those that held them before the outage first.
+    /// those that held them before the outage first. Nothing happens if there is none.
     pub fn come_up(&self) {
+        if !self.server.see(State::is_down) {
+            return;
+        }
+        // Before anybody has a lock: whoever gives one away later does not ask the next one's valuer.
         let claims = self.server.see(State::claims);
         for (claim, lock) in claims {
             let annotated = lock.annotated(claim);

@@ -187,12 +187,13 @@ impl State {
         }
     }
 
-    /// The claim that has the lock, if one has, or all claims on all locks: those whose next term is to be annotated.
+    /// The claim that has the lock, if one has.
     pub(super) fn holder(&self, key: &Key) -> Option<(u64, Arc<MemoryLock>)> {
         let front = self.queues.get(key)?.front()?;
         matches!(front.stage, Stage::Held(_)).then(|| (front.id, Arc::clone(&front.lock)))
     }
 
+    /// All claims, on all locks.
     pub(super) fn claims(&self) -> Vec<(u64, Arc<MemoryLock>)> {
         self.queues.values().flatten().map(|claim| (claim.id, Arc::clone(&claim.lock))).collect()
     }
@@ -230,7 +231,7 @@ impl State {
         }
     }
 
-    /// Takes the lock from this claim, if it has it still; `annotation` is for its next term.
+    /// Takes the lock from this claim, if it has it still; the annotation is for its next term.
     pub(super) fn revoke(&mut self, key: &Key, annotated: Annotated) -> bool {
         let Some(queue) = self.queues.get_mut(key) else { return false };
         let held = queue
