@@ -2,6 +2,8 @@
 
 use std::convert::Infallible;
 use std::fmt;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -36,15 +38,18 @@ pub struct Context {
 /// Cancels the [`Context`] it was made with, and all contexts made from that one.
 ///
 /// May be cloned and used from any thread. Dropping it cancels nothing.
-#[derive(Clone)]
 pub struct Canceller {
     node: Arc<Node>,
 }
 
 /// A point of cancellation. The sender's end is dropped to cancel, which disconnects every receiver at once.
+///
+/// Contexts may be derived from one another any number of times, so nothing here recurses along a chain of them.
 struct Node {
     /// Keeps the way down from the ancestors, who know their children weakly only.
-    _parent: Option<Arc<Node>>,
+    parent: Option<Arc<Node>>,
+    /// How many cancellers there are. None comes back once they are gone.
+    cancellers: AtomicUsize,
     state: Mutex<NodeState>,
     done: Receiver<Infallible>,
 }
@@ -90,11 +95,24 @@ impl Context {
     /// A context like this one that can also be cancelled by itself.
     #[must_use]
     pub fn with_cancel(&self) -> (Self, Canceller) {
-        let node = Node::new(self.node.clone());
-        if let Some(parent) = &self.node {
+        // A context whose own canceller is gone ends when its parent does. So it is passed over, and a loop that derives
+        // each context from the one before does not make a chain.
+        let mut parent = self.node.as_ref();
+        while let Some(node) = parent
+            && !node.may_end_before_its_parent()
+        {
+            parent = node.parent.as_ref();
+        }
+        let node = Node::new(parent.cloned());
+        if let Some(parent) = parent {
             parent.adopt(&node);
         }
         (Self { deadline: self.deadline, node: Some(Arc::clone(&node)) }, Canceller { node })
+    }
+
+    /// A context like this one, but for its deadline.
+    pub(crate) fn with_deadline_instead(&self, deadline: Instant) -> Self {
+        Self { deadline: Some(deadline), node: self.node.clone() }
     }
 
     /// When this context ends by itself, if it does.
@@ -108,8 +126,8 @@ impl Context {
     }
 
     /// A channel that disconnects when this context is cancelled; for use in `select!`. It does not tell of the
-    /// deadline. Keep the context for as long as you listen: the channel also disconnects when the context, its clones, its
-    /// children and its cancellers are all gone.
+    /// deadline. Keep the context for as long as you listen: the channel also disconnects when the context, its clones and
+    /// its cancellers are all gone.
     pub fn cancelled(&self) -> Receiver<Infallible> {
         self.node.as_ref().map_or_else(never, |node| node.done.clone())
     }
@@ -119,13 +137,20 @@ impl Context {
     /// # Errors
     /// [`Cancelled`](ErrorKind::Cancelled) or [`TimedOut`](ErrorKind::TimedOut).
     pub fn check(&self) -> Result<()> {
-        if self.node.as_ref().is_some_and(|node| node.state.lock().alive.is_none()) {
-            return Err(Error::new(ErrorKind::Cancelled, "the context was cancelled"));
+        match self.ended() {
+            None => Ok(()),
+            Some(ErrorKind::Cancelled) => Err(Error::new(ErrorKind::Cancelled, "the context was cancelled")),
+            Some(kind) => Err(Error::new(kind, "the context's deadline has passed")),
         }
-        if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-            return Err(Error::new(ErrorKind::TimedOut, "the context's deadline has passed"));
+    }
+
+    /// How this context has ended, if it has: `Cancelled` or `TimedOut`.
+    pub(crate) fn ended(&self) -> Option<ErrorKind> {
+        if self.node.as_ref().is_some_and(|node| node.is_cancelled()) {
+            return Some(ErrorKind::Cancelled);
         }
-        Ok(())
+        let passed = self.deadline.is_some_and(|deadline| deadline <= Instant::now());
+        passed.then_some(ErrorKind::TimedOut)
     }
 }
 
@@ -138,7 +163,8 @@ impl Default for Context {
 impl fmt::Debug for Context {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        f.debug_struct("Context").field("left", &left).field("check", &self.check().err()).finish()
+        let cancelled = self.node.as_ref().is_some_and(|node| node.is_cancelled());
+        f.debug_struct("Context").field("left", &left).field("cancelled", &cancelled).finish()
     }
 }
 
@@ -149,10 +175,22 @@ impl Canceller {
     }
 }
 
+impl Clone for Canceller {
+    fn clone(&self) -> Self {
+        self.node.cancellers.fetch_add(1, SeqCst);
+        Self { node: Arc::clone(&self.node) }
+    }
+}
+
+impl Drop for Canceller {
+    fn drop(&mut self) {
+        self.node.cancellers.fetch_sub(1, SeqCst);
+    }
+}
+
 impl fmt::Debug for Canceller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let cancelled = self.node.state.lock().alive.is_none();
-        f.debug_struct("Canceller").field("cancelled", &cancelled).finish()
+        f.debug_struct("Canceller").field("cancelled", &self.node.is_cancelled()).finish()
     }
 }
 
@@ -160,10 +198,21 @@ impl Node {
     fn new(parent: Option<Arc<Self>>) -> Arc<Self> {
         let (alive, done) = bounded(0);
         Arc::new(Self {
-            _parent: parent,
+            parent,
+            cancellers: AtomicUsize::new(1),
             state: Mutex::new(NodeState { alive: Some(alive), children: Vec::new() }),
             done,
         })
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.state.lock().alive.is_none()
+    }
+
+    /// Whether it was cancelled, or somebody can still cancel it. In this order: the last canceller may cancel and be
+    /// dropped in between.
+    fn may_end_before_its_parent(&self) -> bool {
+        self.cancellers.load(SeqCst) > 0 || self.is_cancelled()
     }
 
     /// Makes `child` end with this node; at once, if this one has ended already.
@@ -183,13 +232,28 @@ impl Node {
     }
 
     fn cancel(&self) {
-        let (alive, children) = {
-            let mut state = self.state.lock();
-            (state.alive.take(), std::mem::take(&mut state.children))
-        };
-        drop(alive);
-        for child in children.iter().filter_map(Weak::upgrade) {
-            child.cancel();
+        let mut descendants = self.end();
+        while let Some(descendant) = descendants.pop() {
+            if let Some(node) = descendant.upgrade() {
+                descendants.append(&mut node.end());
+            }
+        }
+    }
+
+    /// Ends this node alone; gives the children, which are to be ended next.
+    fn end(&self) -> Vec<Weak<Self>> {
+        let mut state = self.state.lock();
+        state.alive = None;
+        std::mem::take(&mut state.children)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let mut parent = self.parent.take();
+        while let Some(node) = parent {
+            // The last one to know it takes its parent off it, so that its own drop has nothing to follow.
+            parent = Arc::into_inner(node).and_then(|mut node| node.parent.take());
         }
     }
 }
@@ -243,6 +307,62 @@ mod tests {
             context.cancelled().recv_timeout(Duration::from_millis(1)),
             Err(RecvTimeoutError::Timeout)
         );
+    }
+
+    const DEEP: usize = 1_000_000;
+
+    /// Runs on a stack that a recursion of some hundred calls would overflow, which would abort the process.
+    fn on_a_small_stack(work: impl FnOnce() + Send + 'static) {
+        std::thread::Builder::new().stack_size(64 * 1024).spawn(work).unwrap().join().unwrap();
+    }
+
+    /// A context that was derived a million times over, and the cancellers on the way, so that none is passed over.
+    fn deep(root: &Context) -> (Context, Vec<Canceller>) {
+        let (mut leaf, mut cancellers) = (root.clone(), Vec::with_capacity(DEEP));
+        for _ in 0..DEEP {
+            let (next, canceller) = leaf.with_cancel();
+            leaf = next;
+            cancellers.push(canceller);
+        }
+        (leaf, cancellers)
+    }
+
+    #[test]
+    fn a_cancel_reaches_a_context_that_was_derived_a_million_times() {
+        on_a_small_stack(|| {
+            let (root, canceller) = Context::background().with_cancel();
+            let (leaf, _cancellers) = deep(&root);
+            canceller.cancel();
+            assert!(is_cancelled(&leaf));
+        });
+    }
+
+    #[test]
+    fn dropping_a_context_that_was_derived_a_million_times_needs_no_deep_stack() {
+        on_a_small_stack(|| {
+            let (leaf, cancellers) = deep(&Context::background());
+            drop(cancellers);
+            assert!(leaf.check().is_ok());
+            drop(leaf);
+        });
+    }
+
+    #[test]
+    fn a_context_without_a_canceller_of_its_own_adds_nothing_to_a_chain() {
+        let (root, canceller) = Context::background().with_cancel();
+        let mut leaf = root.clone();
+        for _ in 0..1_000 {
+            leaf = leaf.with_timeout(Duration::from_secs(60)).with_cancel().0;
+        }
+        let parent = leaf.node.as_ref().unwrap().parent.as_ref().unwrap();
+        assert!(Arc::ptr_eq(parent, root.node.as_ref().unwrap()));
+        canceller.cancel();
+        assert!(is_cancelled(&leaf));
+
+        let (cancelled, canceller) = Context::background().with_cancel();
+        canceller.cancel();
+        drop(canceller);
+        assert!(is_cancelled(&cancelled.with_cancel().0), "what has ended is not passed over");
     }
 
     #[test]

@@ -12,7 +12,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 ///
 /// Match on [`kind`](Error::kind). The text says what happened and what to change; the cause, where there is one
 /// (a [`postgres::Error`], say), is kept as [`source`](StdError::source). Cloning is cheap: several threads that wait
-/// for one lock are told of the same failure. `{error:#}` writes the causes behind the text, for a log line.
+/// for one lock are told of the same failure. `{error:#}` writes the causes behind the text, for a log line; `{error:?}` writes
+/// them below it, which is what a `main` shows that returns the error.
 ///
 /// ```
 /// use dsync::{Context, ErrorKind, Lock, LockOptions, MemoryManager, SyncManager};
@@ -103,6 +104,36 @@ impl Error {
         Self { source: Some(Arc::from(source.into())), ..self }
     }
 
+    // What every implementation says alike.
+
+    pub(crate) fn stopped() -> Self {
+        let text = "the manager was stopped, which is for good; make and start a new one";
+        Self::new(ErrorKind::SyncManagerStopped, text)
+    }
+
+    pub(crate) fn not_started() -> Self {
+        let text = "the manager has not been started; call start() before the first lock()";
+        Self::new(ErrorKind::SyncManagerStopped, text)
+    }
+
+    pub(crate) fn lock_unavailable(key: &str) -> Self {
+        let text = format!(
+            "another session holds {key:?}; the claim goes on in the background until it is released"
+        );
+        Self::new(ErrorKind::LockUnavailable, text)
+    }
+
+    /// The claim ended while a call waited.
+    pub(crate) fn released(key: &str) -> Self {
+        Self::new(ErrorKind::Released, format!("the claim on {key:?} was released while this call waited"))
+    }
+
+    pub(crate) fn not_claimed(key: &str) -> Self {
+        let text =
+            format!("nobody in this process claims {key:?}, so there is nothing to wait for; call lock()");
+        Self::new(ErrorKind::Released, text)
+    }
+
     /// What sort of failure this is.
     pub fn kind(&self) -> ErrorKind {
         self.kind
@@ -135,14 +166,18 @@ impl fmt::Display for Error {
     }
 }
 
+/// The text, and below it those of the causes: what a person sees if `main` or a test returns the error.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut debug = f.debug_struct("Error");
-        debug.field("kind", &self.kind).field("message", &self.message);
-        if let Some(source) = &self.source {
-            debug.field("source", source);
+        write!(f, "{self}")?;
+        let causes = new_causes(self);
+        if !causes.is_empty() {
+            f.write_str("\n\nCaused by:")?;
         }
-        debug.finish()
+        for cause in causes {
+            write!(f, "\n    {cause}")?;
+        }
+        Ok(())
     }
 }
 
@@ -191,5 +226,9 @@ mod tests {
         assert_eq!(chain(&error), "session unavailable: the server did not answer: wire cut");
         assert_eq!(error.clone().source().unwrap().to_string(), "wire cut");
         assert_eq!(error.sqlstate(), None);
+        let shown = "session unavailable: the server did not answer\n\nCaused by:\n    wire cut";
+        assert_eq!((format!("{error:?}"), format!("{error:#?}")), (shown.to_owned(), shown.to_owned()));
+        let alone = Error::new(ErrorKind::Released, "by another thread");
+        assert_eq!(format!("{alone:?}"), "claim released: by another thread");
     }
 }

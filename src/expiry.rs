@@ -31,6 +31,11 @@ impl Expiry {
         self.end.move_to(ticks(self.base, at))
     }
 
+    /// How long the term has still to go.
+    pub(crate) fn left(&self) -> Duration {
+        self.at().map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()))
+    }
+
     /// When the term ends; `None` if it is over.
     pub(crate) fn at(&self) -> Option<Instant> {
         self.end.at().map(|ticks| self.base + Duration::from_nanos(ticks))

@@ -1,29 +1,99 @@
 //! The process-wide manager, for applications that want one without carrying it about.
 
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, ThreadId};
 
-use parking_lot::RwLock;
+use parking_lot::Mutex;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
 use crate::leadership::Campaign;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
 use crate::postgres::{Config, PostgresManager};
 
-static INSTANCE: RwLock<Stage> = RwLock::new(Stage::Before);
+/// No code of an application's, a manager's above all, runs under this mutex.
+static INSTANCE: Mutex<Stage> = Mutex::new(Stage::Before);
 
+/// ```text
+///               init            it succeeds              shutdown           it is done
+/// Before, After ────► Starting ─────────────► Running ─────────────► Stopping ───────► After
+///                       │ │                                             ▲                ▲
+///                       │ └────────────────── shutdown ─────────────────┘                │
+///                       └──────────────────── it fails ──────────────────────────────────┘
+/// ```
 enum Stage {
     Before,
-    /// `init` is at work.
-    Starting,
-    Running(Arc<Instance>),
-    After,
+    Starting {
+        manager: Arc<dyn SyncManager>,
+        init: Arc<Call>,
+    },
+    Running(Instance),
+    Stopping(Arc<Call>),
+    /// There is no manager any more, and why.
+    After(&'static str),
 }
+
+const SHUT_DOWN: &str = "the process-wide manager was shut down; its locks cannot be used any more";
+const FAILED: &str =
+    "init() failed, so there is no process-wide manager; repair what its error names, and call it again";
 
 struct Instance {
     manager: Arc<dyn SyncManager>,
     campaign: Option<Campaign>,
+}
+
+/// A call that is under way, for those who wait for its end.
+struct Call {
+    /// Who must not wait for it: its logger or its manager, which are the application's, may come back here.
+    thread: ThreadId,
+    outcome: OnceLock<Result<()>>,
+}
+
+impl Call {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { thread: thread::current().id(), outcome: OnceLock::new() })
+    }
+
+    /// Waits for its end, and gives its outcome.
+    fn wait(&self) -> Result<()> {
+        if self.thread == thread::current().id() {
+            return Ok(());
+        }
+        self.outcome.wait().clone()
+    }
+}
+
+/// Ends a call, also one that panics: the next stage is there, and nobody waits for it any more.
+struct Ending<'a> {
+    call: &'a Arc<Call>,
+    outcome: Result<()>,
+    /// Why there is no manager if nobody has gone on to another stage meanwhile.
+    why: &'static str,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        let former = {
+            let mut stage = INSTANCE.lock();
+            stage.is_of(self.call).then(|| std::mem::replace(&mut *stage, Stage::After(self.why)))
+        };
+        // It may be the last that knows the manager.
+        drop(former);
+        let _ = self.call.outcome.set(self.outcome.clone());
+    }
+}
+
+impl Stage {
+    /// Whether it is that of this call.
+    fn is_of(&self, call: &Arc<Call>) -> bool {
+        match self {
+            Self::Starting { init, .. } => Arc::ptr_eq(init, call),
+            Self::Stopping(shutdown) => Arc::ptr_eq(shutdown, call),
+            Self::Before | Self::Running(_) | Self::After(_) => false,
+        }
+    }
 }
 
 /// Makes and starts the process-wide manager, and, where the configuration names a service, stands for its leadership.
@@ -34,7 +104,8 @@ struct Instance {
 /// # Errors
 /// - [`InvalidConfig`](ErrorKind::InvalidConfig).
 /// - [`FailedInitialization`](ErrorKind::FailedInitialization): the server refuses us, or the process-wide manager
-///   exists already.
+///   exists already, or another thread is making it or shutting it down.
+/// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped): another thread called [`shutdown`] meanwhile.
 ///
 /// ```no_run
 /// use dsync::{Config, Context, Lock, LockOptions};
@@ -52,8 +123,16 @@ struct Instance {
 /// ```
 pub fn init(config: Config) -> Result<()> {
     let (service, build) = (config.service.clone(), config.build.clone());
-    let manager = PostgresManager::new(config)?;
-    init_with(Arc::new(manager), service.as_deref(), build.as_deref())
+    match PostgresManager::new(config) {
+        Ok(manager) => init_with(Arc::new(manager), service.as_deref(), build.as_deref()),
+        Err(error) => {
+            let mut stage = INSTANCE.lock();
+            if let Stage::Before = *stage {
+                *stage = Stage::After(FAILED);
+            }
+            Err(error)
+        }
+    }
 }
 
 /// Like [`init`], with a manager of any kind; for tests of an application, a
@@ -72,68 +151,130 @@ pub fn init(config: Config) -> Result<()> {
 /// # Ok::<(), dsync::Error>(())
 /// ```
 pub fn init_with(manager: Arc<dyn SyncManager>, service: Option<&str>, build: Option<&str>) -> Result<()> {
-    let before = {
-        let mut stage = INSTANCE.write();
-        if matches!(*stage, Stage::Running(_) | Stage::Starting) {
-            let message = "the process-wide manager exists already; call init() once, or shutdown() before";
+    let call = Call::new();
+    {
+        let mut stage = INSTANCE.lock();
+        let obstacle = match *stage {
+            Stage::Before | Stage::After(_) => None,
+            Stage::Running(_) => {
+                Some("the process-wide manager exists already; call init() once, or shutdown() before")
+            }
+            Stage::Starting { .. } => Some("another thread is in init() already; call it once"),
+            Stage::Stopping(_) => {
+                Some("the former process-wide manager is being shut down; wait for shutdown() to return")
+            }
+        };
+        if let Some(message) = obstacle {
             return Err(Error::new(ErrorKind::FailedInitialization, message));
         }
-        std::mem::replace(&mut *stage, Stage::Starting)
+        *stage = Stage::Starting { manager: Arc::clone(&manager), init: Arc::clone(&call) };
+    }
+    // Whoever waits for this call does so in shutdown(), whose own outcome counts.
+    let _ending = Ending { call: &call, outcome: Ok(()), why: FAILED };
+    let outcome = start(manager, service, build);
+    let outcome = {
+        let mut stage = INSTANCE.lock();
+        match outcome {
+            Ok(instance) if stage.is_of(&call) => {
+                *stage = Stage::Running(instance);
+                return Ok(());
+            }
+            Err(error) if stage.is_of(&call) => return Err(error),
+            outcome => outcome,
+        }
     };
-    // Not under the lock: it takes its time, and what it logs may come back here.
-    let (after, outcome) = match start(manager, service, build) {
-        Ok(instance) => (Stage::Running(Arc::new(instance)), Ok(())),
-        Err(error) => (before, Err(error)),
-    };
-    *INSTANCE.write() = after;
-    outcome
+    let error = Error::new(ErrorKind::SyncManagerStopped, "shutdown() was called while init() was at work");
+    match outcome {
+        // A manager that was stopped before it had started, or while it did, must not run now.
+        Ok(Instance { manager, campaign }) => {
+            stop(&*manager);
+            drop(campaign);
+            Err(error)
+        }
+        Err(cause) if cause.kind() == ErrorKind::SyncManagerStopped => Err(error),
+        Err(cause) => Err(error.with_source(cause)),
+    }
 }
 
 fn start(manager: Arc<dyn SyncManager>, service: Option<&str>, build: Option<&str>) -> Result<Instance> {
     manager.start()?;
-    match service.map(|service| Campaign::start(&*manager, service, build)).transpose() {
-        Ok(campaign) => Ok(Instance { manager, campaign }),
-        Err(error) => {
-            if let Err(second) = manager.stop() {
-                log::warn!("stopping the lock manager: {second:#}");
-            }
+    // The manager may be an application's; if it panics, what it has begun is ended all the same.
+    let stand = || service.map(|service| Campaign::start(&*manager, service, build)).transpose();
+    match catch_unwind(AssertUnwindSafe(stand)) {
+        Ok(Ok(campaign)) => Ok(Instance { manager, campaign }),
+        Ok(Err(error)) => {
+            stop(&*manager);
             Err(error)
         }
+        Err(panic) => {
+            stop(&*manager);
+            resume_unwind(panic)
+        }
+    }
+}
+
+/// Stops a manager whose failure to do so is no news for the caller.
+fn stop(manager: &dyn SyncManager) {
+    if let Err(error) = manager.stop() {
+        log::warn!("stopping the lock manager: {}", chain(&error));
     }
 }
 
 /// Releases all locks of the process-wide manager, and stops it.
 ///
-/// Without one nothing happens. Returns within the manager's release timeout.
+/// Without one nothing happens. While another thread is in [`init`], that is ended: `init` fails, and nothing runs when both
+/// have returned. While another thread is in `shutdown`, this call waits for it and gives the same outcome.
+///
+/// Returns within the manager's release timeout, and a second in which the thread that logs the leadership ends.
 ///
 /// # Errors
 /// As [`SyncManager::stop`]; the manager has stopped all the same.
 pub fn shutdown() -> Result<()> {
-    let instance = {
-        let mut stage = INSTANCE.write();
-        match std::mem::replace(&mut *stage, Stage::After) {
-            Stage::Running(instance) => instance,
-            before @ (Stage::Before | Stage::Starting) => {
-                *stage = before;
-                return Ok(());
+    let call = Call::new();
+    let before = {
+        let mut stage = INSTANCE.lock();
+        match &*stage {
+            Stage::Before | Stage::After(_) => return Ok(()),
+            Stage::Stopping(other) => {
+                let other = Arc::clone(other);
+                drop(stage);
+                return other.wait();
             }
-            Stage::After => return Ok(()),
+            Stage::Starting { .. } | Stage::Running(_) => {
+                std::mem::replace(&mut *stage, Stage::Stopping(Arc::clone(&call)))
+            }
         }
     };
-    instance.manager.stop()
+    let mut ending = Ending { call: &call, outcome: Ok(()), why: SHUT_DOWN };
+    ending.outcome = match before {
+        Stage::Running(Instance { manager, campaign }) => {
+            let outcome = manager.stop();
+            drop(campaign);
+            outcome
+        }
+        Stage::Starting { manager, init } => {
+            let outcome = manager.stop();
+            // It finds the stage changed, and stops what it has started since.
+            outcome.and(init.wait())
+        }
+        Stage::Before | Stage::Stopping(_) | Stage::After(_) => Ok(()),
+    };
+    ending.outcome.clone()
 }
 
 /// The lock with this key of the process-wide manager; see [`SyncManager::lock_with_key`].
 ///
 /// # Errors
 /// - [`InvalidKey`](ErrorKind::InvalidKey).
-/// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped) after [`shutdown`].
+/// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped) after [`shutdown`], after an [`init`] that failed, and while
+///   another thread is in either.
 ///
 /// # Panics
-/// If [`init`] has not been called yet.
+/// If [`init`] has never been called.
 #[track_caller]
 pub fn lock_with_key(key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
-    instance("lock_with_key")?.manager.lock_with_key(key.into(), options)
+    let manager = instance("lock_with_key", |instance| Arc::clone(&instance.manager))?;
+    manager.lock_with_key(key.into(), options)
 }
 
 /// The lock that the leader of this service holds; key `service/{name}/leadership`.
@@ -145,29 +286,31 @@ pub fn lock_with_key(key: impl Into<Key>, options: LockOptions) -> Result<Arc<dy
 ///
 /// # Errors
 /// - [`InvalidConfig`](ErrorKind::InvalidConfig) if [`init`] was given no service.
-/// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped) after [`shutdown`].
+/// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped) after [`shutdown`], after an [`init`] that failed, and while
+///   another thread is in either.
 ///
 /// # Panics
-/// If [`init`] has not been called yet.
+/// If [`init`] has never been called.
 #[track_caller]
 pub fn leadership_lock() -> Result<Arc<dyn Lock>> {
-    match &instance("leadership_lock")?.campaign {
-        Some(campaign) => Ok(Arc::clone(campaign.lock())),
-        None => {
-            let message = "init() was given no service to lead; set Config::service or DSYNC_SERVICE";
-            Err(Error::new(ErrorKind::InvalidConfig, message))
-        }
-    }
+    let lock = instance("leadership_lock", |instance| {
+        instance.campaign.as_ref().map(|campaign| Arc::clone(campaign.lock()))
+    })?;
+    lock.ok_or_else(|| {
+        let message = "init() was given no service to lead; set Config::service or DSYNC_SERVICE";
+        Error::new(ErrorKind::InvalidConfig, message)
+    })
 }
 
+/// What `look` sees of the instance, which must not be the last that is known of it.
 #[track_caller]
-fn instance(caller: &str) -> Result<Arc<Instance>> {
-    match &*INSTANCE.read() {
-        Stage::Running(instance) => Ok(Arc::clone(instance)),
-        Stage::After => Err(Error::new(
-            ErrorKind::SyncManagerStopped,
-            "the process-wide manager was shut down; its locks cannot be used any more",
-        )),
-        Stage::Before | Stage::Starting => panic!("dsync::{caller}() was called before dsync::init()"),
-    }
+fn instance<T>(caller: &str, look: impl FnOnce(&Instance) -> T) -> Result<T> {
+    let message = match &*INSTANCE.lock() {
+        Stage::Running(instance) => return Ok(look(instance)),
+        Stage::After(why) => why,
+        Stage::Stopping(_) => SHUT_DOWN,
+        Stage::Starting { .. } => "init() is still at work; wait for it to return",
+        Stage::Before => panic!("dsync::{caller}() was called before dsync::init()"),
+    };
+    Err(Error::new(ErrorKind::SyncManagerStopped, message))
 }

@@ -1,10 +1,11 @@
 //! Leader election on top of a lock: one process of a service leads.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use crossbeam_channel::select;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
 use serde_json::json;
 
 use crate::context::{Canceller, Context};
@@ -18,31 +19,42 @@ pub(crate) struct Campaign {
     lock: Arc<dyn Lock>,
     canceller: Canceller,
     thread: Option<JoinHandle<()>>,
+    /// Disconnects when the thread has nothing left to do.
+    ended: Receiver<Infallible>,
 }
 
+/// How long to wait for the thread, which may be in the application's logger.
+const GOODBYE: Duration = Duration::from_secs(1);
+
 impl Campaign {
-    /// Stands for election as the leader of `service`, until the campaign is ended or the lock released.
+    /// Stands for election as the leader of `service`, until the lock is released; its thread goes on, and logs what becomes
+    /// of later claims, until the campaign is dropped.
     pub(crate) fn start(manager: &dyn SyncManager, service: &str, build: Option<&str>) -> Result<Self> {
+        let (begun, claims) = bounded(1);
         let annotation = json!({
             "service": service,
             "host": whoami::hostname().unwrap_or_else(|_| "unknown".to_owned()),
             "pid": std::process::id(),
             "build": build,
         });
-        let options = LockOptions::new().valuer(json_valuer(&annotation)?);
+        let options = LockOptions::new().valuer(json_valuer(&annotation)?).tell_of_claims(begun);
         let lock = manager.lock(format!("service/{service}/leadership"), options)?;
         stand(&*lock)?;
         let (context, canceller) = Context::background().with_cancel();
         let (candidate, service) = (Arc::clone(&lock), service.to_owned());
+        let (alive, ended) = bounded(0);
         let thread = thread::Builder::new()
             .name("dsync-leadership".to_owned())
-            .spawn(move || observe(&*candidate, &service, &context))
+            .spawn(move || {
+                let _alive: Sender<Infallible> = alive;
+                observe(&*candidate, &claims, &service, &context);
+            })
             .map_err(|error| {
                 let message =
                     "the thread of the leadership could not be started; is the limit of threads reached?";
                 Error::new(ErrorKind::FailedInitialization, message).with_source(error)
             })?;
-        Ok(Self { lock, canceller, thread: Some(thread) })
+        Ok(Self { lock, canceller, thread: Some(thread), ended })
     }
 
     pub(crate) fn lock(&self) -> &Arc<dyn Lock> {
@@ -51,13 +63,22 @@ impl Campaign {
 }
 
 impl Drop for Campaign {
-    /// Ends the thread. The claim is the manager's, which ends it when it stops.
+    /// Ends the thread, and waits a second for that at the most. The claim is the manager's, which ends it when it stops.
     fn drop(&mut self) {
         self.canceller.cancel();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the thread of the leadership panicked");
+        let Some(thread) = self.thread.take() else { return };
+        // The logger, which is the application's, may be what drops this.
+        if thread.thread().id() == thread::current().id() {
+            return;
+        }
+        match self.ended.recv_timeout(GOODBYE) {
+            Err(RecvTimeoutError::Timeout) => {
+                log::warn!(
+                    "the thread of the leadership has not ended within {GOODBYE:?}; it is left to itself"
+                );
+            }
+            _ if thread.join().is_err() => log::error!("the thread of the leadership panicked"),
+            _ => {}
         }
     }
 }
@@ -65,25 +86,40 @@ impl Drop for Campaign {
 /// Begins the claim, and does not wait for what becomes of it. Here and not in the thread that observes it: a release that
 /// came before that thread had its turn would be undone by it.
 fn stand(lock: &dyn Lock) -> Result<()> {
-    match lock.try_lock(&Context::timeout(Duration::ZERO)) {
-        Err(error) if !matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::LockUnavailable) => Err(error),
+    // A claim begins whatever the context says.
+    match lock.lock(&Context::timeout(Duration::ZERO)) {
+        Err(error) if error.kind() != ErrorKind::TimedOut => Err(error),
         _ => Ok(()),
     }
 }
 
-/// Logs each gain and each loss of the leadership, until the lock is released.
-fn observe(lock: &dyn Lock, service: &str, context: &Context) {
+/// Logs each gain and each loss of the leadership, and each time that this process ceases to stand for it. `claims` tells
+/// when it stands again.
+fn observe(lock: &dyn Lock, claims: &Receiver<()>, service: &str, context: &Context) {
     let cancelled = context.cancelled();
+    let mut stands = true;
     loop {
         match lock.wait(context) {
-            Ok(()) => log::info!("this process leads service {service:?}"),
+            Ok(()) => {
+                stands = true;
+                log::info!("this process leads service {service:?}");
+            }
+            Err(error) if error.kind() == ErrorKind::Released => {
+                if std::mem::replace(&mut stands, false) {
+                    log::info!("this process does not stand for the leadership of {service:?} any more");
+                }
+                select! {
+                    recv(claims) -> claim => match claim {
+                        Ok(()) => continue,
+                        // A manager that keeps no options never tells.
+                        Err(_) => return,
+                    },
+                    recv(cancelled) -> _ => return,
+                }
+            }
             Err(error) => {
-                match error.kind() {
-                    ErrorKind::Cancelled | ErrorKind::SyncManagerStopped => {}
-                    ErrorKind::Released => {
-                        log::info!("this process does not stand for the leadership of {service:?} any more");
-                    }
-                    _ => log::error!("the leadership of {service:?}: {}", chain(&error)),
+                if !matches!(error.kind(), ErrorKind::Cancelled | ErrorKind::SyncManagerStopped) {
+                    log::error!("the leadership of {service:?}: {}", chain(&error));
                 }
                 return;
             }

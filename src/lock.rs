@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender};
 use serde::Serialize;
 
 use crate::context::Context;
@@ -47,9 +47,12 @@ pub trait Lock: Send + Sync + fmt::Debug {
     /// Acquires the lock, waiting until it is held or `context` ends. Returns at once if it is held already, also where
     /// `context` has ended: a loop that is to end with its context must look at [`Context::check`] as well.
     ///
-    /// While the server cannot be reached the call goes on waiting. Whatever it returns, the claim goes on in the
-    /// background until [`release`](Self::release), which must therefore follow. (Where another thread is releasing the lock
-    /// at this moment, the call first waits for that; if `context` ends meanwhile, there is no claim yet.)
+    /// If the lock is not held and `context` has ended before the call, the claim begins and the call fails at once, even
+    /// if the lock is free: a cancelled call does not acquire. While the server cannot be reached the call goes on waiting.
+    ///
+    /// Whatever it returns, the claim goes on in the background until [`release`](Self::release), which must therefore
+    /// follow. (Where another thread is releasing the lock at this moment, the call first waits for that; if `context` ends
+    /// meanwhile, there is no claim yet.)
     ///
     /// # Errors
     /// - [`TimedOut`](ErrorKind::TimedOut), [`Cancelled`](ErrorKind::Cancelled): the context ended first; the last problem
@@ -60,7 +63,10 @@ pub trait Lock: Send + Sync + fmt::Debug {
 
     /// Like [`lock`](Self::lock), but returns as soon as it is known that the lock cannot be had now.
     ///
-    /// It waits, until `context` ends, only while the server cannot be asked.
+    /// It waits, until `context` ends, only while the server cannot be asked. A `context` whose deadline has passed before
+    /// the call, as that of `Context::timeout(Duration::ZERO)` has, means *try once*: the call makes one attempt, with the
+    /// time that an attempt has (`connect_timeout` and `heartbeat_timeout` together at the most), and takes a free lock. A
+    /// cancelled one does not.
     ///
     /// # Errors
     /// Those of `lock`, and
@@ -75,7 +81,7 @@ pub trait Lock: Send + Sync + fmt::Debug {
     /// another one, which may release the lock at any time.
     ///
     /// # Errors
-    /// Those of `lock`; [`Released`](ErrorKind::Released) also where there is no claim.
+    /// Those of `lock`; [`Released`](ErrorKind::Released) also where there is no claim, whatever `context` says.
     fn wait(&self, context: &Context) -> Result<()>;
 
     /// Ends the claim: stops acquiring, and gives the lock back if it is held.
@@ -102,10 +108,16 @@ pub trait Lock: Send + Sync + fmt::Debug {
 
 /// Makes the bytes that annotate a lock where an operator can see them: in the view `dsync.locks`.
 ///
-/// It is called anew for each term, when the attempt to acquire the lock begins: on a thread of the library's, or on one
-/// that waits for the lock, if it does so without a limit or if the last call took less than a millisecond; in memory, on the one that gives the lock away. It must not use the
-/// lock that it annotates. What it returns is taken literally, up to [`MAX_ANNOTATION`] bytes; if it returns more, or
-/// panics, the term goes without annotation and the log says so.
+/// It is called for each attempt to acquire the lock, before the lock can be granted: when the attempt begins, and anew for
+/// each slice of a wait ([`wait_slice`](crate::Config::wait_slice); in memory each second for which a thread waits). So the
+/// annotation of a term is at most a slice older than the term. A manager without catalog has no place for annotations and
+/// calls no valuer.
+///
+/// It is called on a thread of the library's, or on one that waits for this lock in this process, if it does so without a
+/// limit or if the last call took less than a millisecond; in memory on the one that begins the claim or waits, or that calls
+/// [`MemoryServer`](crate::MemoryServer), and the wait may then end later than its context. Whoever gives the lock away never calls it. It must not use the lock that it
+/// annotates. What it returns is taken literally, up to [`MAX_ANNOTATION`] bytes; if it returns more, or panics, the term
+/// goes without annotation and the log says so.
 pub type LockValuer = Arc<dyn Fn() -> Vec<u8> + Send + Sync>;
 
 /// The longest annotation, in bytes.
@@ -153,6 +165,8 @@ pub fn json_valuer(value: &(impl Serialize + ?Sized)) -> Result<LockValuer> {
 #[non_exhaustive]
 pub struct LockOptions {
     pub(crate) valuer: Option<LockValuer>,
+    /// Told whenever a claim has begun, if there is room.
+    pub(crate) on_claim: Option<Sender<()>>,
 }
 
 impl LockOptions {
@@ -166,6 +180,19 @@ impl LockOptions {
     pub fn valuer(mut self, valuer: LockValuer) -> Self {
         self.valuer = Some(valuer);
         self
+    }
+
+    pub(crate) fn tell_of_claims(mut self, listener: Sender<()>) -> Self {
+        self.on_claim = Some(listener);
+        self
+    }
+
+    /// A claim has begun.
+    pub(crate) fn claim_begun(&self) {
+        if let Some(listener) = &self.on_claim {
+            // Full: it has not looked since the last one. Closed: nobody listens.
+            let _ = listener.try_send(());
+        }
     }
 }
 

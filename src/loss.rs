@@ -1,10 +1,10 @@
 //! How a term ended that the application did not end.
 
 use std::fmt;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// A term that was lost: why, and when this process knew.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Loss {
     /// What ended the term.
@@ -16,6 +16,23 @@ pub struct Loss {
 impl Loss {
     pub(crate) fn now(reason: LossReason) -> Self {
         Self { reason, at: SystemTime::now() }
+    }
+}
+
+/// A time as people write it. One that no calendar of four-digit years since 1970 has (a clock may say anything) stays as
+/// it is.
+pub(crate) fn date(at: SystemTime) -> String {
+    const YEAR_9999: Duration = Duration::from_secs(253_370_764_800);
+    match at.duration_since(SystemTime::UNIX_EPOCH) {
+        Ok(since) if since < YEAR_9999 => humantime::format_rfc3339_millis(at).to_string(),
+        _ => format!("{at:?}"),
+    }
+}
+
+impl fmt::Debug for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { reason, at } = self;
+        f.debug_struct("Loss").field("reason", reason).field("at", &format_args!("{}", date(*at))).finish()
     }
 }
 
@@ -85,5 +102,24 @@ impl fmt::Display for LossReason {
             Self::Revoked => "the lock was revoked",
             Self::SupervisorFailed => "the supervisor failed",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loss_is_shown_with_its_date_and_an_odd_clock_does_no_harm() {
+        let loss =
+            |at: Option<SystemTime>| format!("{:?}", Loss { reason: LossReason::Revoked, at: at.unwrap() });
+        let epoch = SystemTime::UNIX_EPOCH;
+        assert_eq!(loss(Some(epoch)), "Loss { reason: Revoked, at: 1970-01-01T00:00:00.000Z }");
+        for odd in [
+            epoch.checked_sub(Duration::from_secs(1)),
+            epoch.checked_add(Duration::from_secs(253_402_300_800)),
+        ] {
+            assert!(loss(odd).contains("at: SystemTime"), "{}", loss(odd));
+        }
     }
 }

@@ -13,7 +13,8 @@ use crate::lock::{Lock, LockOptions};
 /// [`MemoryManager`](crate::MemoryManager) for the tests of an application. Code that takes an `Arc<dyn SyncManager>`
 /// works with both.
 pub trait SyncManager: Send + Sync + fmt::Debug {
-    /// Begins the manager's work. Until then no lock can be acquired. Starting twice does nothing.
+    /// Begins the manager's work. Until then no lock can be acquired. Starting twice does nothing; several threads that
+    /// start a manager at once wait for the first of them and have its outcome. A [`stop`](Self::stop) ends the call.
     ///
     /// # Errors
     /// - [`FailedInitialization`](crate::ErrorKind::FailedInitialization): what the manager needs is not there, and

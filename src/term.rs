@@ -1,5 +1,6 @@
 //! One unbroken stretch of holding a lock, and the fence that its writes stand behind.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,7 +43,7 @@ use crate::process::Origin;
 /// For a store outside of this database, send the [`token`](Self::token) along with each write, keep the greatest token
 /// seen with the data, and refuse a write with a smaller one, in one atomic step (`UPDATE … WHERE token <= $1`, a
 /// conditional put). The check belongs where the data is; one that the writer does itself beforehand proves nothing.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Term {
     lost: Lost,
     token: Option<i64>,
@@ -149,6 +150,19 @@ impl Term {
                 "fencing needs the catalog, and the manager was told to do without; set the catalog to automatic",
             )),
         }
+    }
+}
+
+impl fmt::Debug for Term {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let held = self.is_held();
+        let mut debug = f.debug_struct("Term");
+        debug.field("held", &held).field("token", &self.token);
+        // How long the term lasts yet if no heartbeat is answered any more.
+        if let Some(deadline) = self.deadline.as_ref().filter(|_| held) {
+            debug.field("left", &deadline.left());
+        }
+        debug.finish()
     }
 }
 

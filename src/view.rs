@@ -1,7 +1,10 @@
 //! Who holds a lock and who waits for it, as the server sees it.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
+
+use crate::loss::date;
 
 /// A lock at one moment: see [`PostgresManager::inspect`](crate::PostgresManager::inspect).
 ///
@@ -20,7 +23,7 @@ pub struct LockView {
 }
 
 /// The session that has a lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Holder {
     /// What the holder's [`LockValuer`](crate::LockValuer) said when the term began.
@@ -39,6 +42,38 @@ pub struct Holder {
     pub since: Option<SystemTime>,
 }
 
+impl fmt::Debug for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { annotation, token, pid, client_addr, application_name, since } = self;
+        // The quotes and escapes are those of a text; what comes from another process must not break a line of the log.
+        let annotation = annotation.as_deref().map(|bytes| match str::from_utf8(bytes) {
+            Ok(text) => format!("{text:?}"),
+            Err(_) => format!("b\"{}\"", bytes.escape_ascii()),
+        });
+        let since = since.map(date);
+        f.debug_struct("Holder")
+            .field("annotation", &Shown(annotation))
+            .field("token", token)
+            .field("pid", pid)
+            .field("client_addr", client_addr)
+            .field("application_name", application_name)
+            .field("since", &Shown(since))
+            .finish()
+    }
+}
+
+/// A text that is shown as it is.
+struct Shown(Option<String>);
+
+impl fmt::Debug for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(text) => write!(f, "Some({text})"),
+            None => f.write_str("None"),
+        }
+    }
+}
+
 /// A session that waits for a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -52,4 +87,25 @@ pub struct Waiter {
     /// How long the session has had its place in the queue. A claim that waits longer than
     /// [`wait_slice`](crate::Config::wait_slice) takes a new place then.
     pub waiting_for: Duration,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_holder_is_shown_as_a_person_reads_it() {
+        let mut holder = Holder {
+            annotation: Some(br#"{"pid":7}"#.to_vec()),
+            token: Some(42),
+            pid: 7,
+            client_addr: Some(IpAddr::from([127, 0, 0, 1])),
+            application_name: Some("app".to_owned()),
+            since: Some(SystemTime::UNIX_EPOCH + Duration::from_millis(1_500)),
+        };
+        let shown = r#"Holder { annotation: Some("{\"pid\":7}"), token: Some(42), pid: 7, client_addr: Some(127.0.0.1), application_name: Some("app"), since: Some(1970-01-01T00:00:01.500Z) }"#;
+        assert_eq!(format!("{holder:?}"), shown);
+        holder.annotation = Some(vec![0xff, b'x', b'\n']);
+        assert!(format!("{holder:?}").contains(r#"annotation: Some(b"\xffx\n")"#), "{holder:?}");
+    }
 }

@@ -45,7 +45,11 @@ contract! {
     a_wait_ends_at_its_deadline
     a_wait_ends_when_another_thread_cancels_it
     a_wait_ends_when_a_parent_context_is_cancelled
-    an_ended_context_begins_a_claim_all_the_same
+    an_ended_context_begins_a_claim_and_never_acquires
+    a_cancelled_context_comes_before_what_is_known_of_the_lock
+    try_lock_without_time_takes_a_free_lock
+    try_lock_without_time_is_told_that_another_has_the_lock
+    try_lock_without_time_ends_where_nobody_answers
     try_lock_does_not_wait_for_the_holder
     try_lock_says_so_again_while_its_claim_waits
     // The claim goes on whatever the call returned.
@@ -67,6 +71,9 @@ contract! {
     each_term_has_a_lost_channel_of_its_own
     all_listeners_hear_of_the_end_of_a_term
     the_lost_channel_works_in_select
+    // What people read.
+    errors_read_the_same_everywhere
+    a_lock_and_its_term_are_shown_as_a_person_reads_them
     // Losing the lock.
     a_lost_lock_comes_back_without_another_call
     a_lost_lock_goes_to_a_waiter_and_then_comes_back
@@ -77,6 +84,8 @@ contract! {
     later_options_are_ignored
     a_key_without_claim_and_handle_is_forgotten
     the_valuer_is_asked_for_each_term
+    a_waiter_is_annotated_with_what_its_valuer_says_while_it_waits
+    a_release_does_not_wait_for_the_valuer_of_the_next
     a_panicking_valuer_does_not_cost_the_lock
     odd_values_are_taken_literally
     // Keys.
@@ -118,6 +127,12 @@ trait World {
 
     /// How many sessions wait for the lock `x`.
     fn waiting(&self) -> usize;
+
+    /// The annotation of the term of `x`.
+    fn annotation(&self) -> Option<Vec<u8>>;
+
+    /// A manager that was not started, whose server cannot be reached.
+    fn cut_off(&self) -> Arc<dyn SyncManager>;
 }
 
 impl dyn World + '_ {
@@ -164,6 +179,15 @@ impl World for Memory {
     fn waiting(&self) -> usize {
         self.0.waiting("x")
     }
+
+    fn annotation(&self) -> Option<Vec<u8>> {
+        self.0.annotation("x")
+    }
+
+    fn cut_off(&self) -> Arc<dyn SyncManager> {
+        self.0.go_down();
+        self.new_manager()
+    }
 }
 
 /// A database of its own. A test that looks at the locks there uses one key only.
@@ -191,6 +215,8 @@ impl Postgres {
 impl World for Postgres {
     fn new_manager(&self) -> Arc<dyn SyncManager> {
         let config = dsync::Config::from_url(&self.database.url()).unwrap();
+        // Shorter slices than by default, so that a test sees several of them; and time for a busy machine.
+        let config = config.wait_slice(Duration::from_secs(1)).connect_timeout(PATIENCE);
         Arc::new(dsync::PostgresManager::new(config).unwrap())
     }
 
@@ -204,6 +230,20 @@ impl World for Postgres {
 
     fn waiting(&self) -> usize {
         self.count("CASE WHEN NOT granted THEN pid END").try_into().unwrap()
+    }
+
+    fn annotation(&self) -> Option<Vec<u8>> {
+        let query = "SELECT annotation FROM dsync.locks WHERE key = 'x'";
+        self.operator.lock().query_opt(query, &[]).unwrap()?.get(0)
+    }
+
+    fn cut_off(&self) -> Arc<dyn SyncManager> {
+        // Nobody listens where somebody has just ceased to.
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let config = dsync::Config::from_url(&format!("postgres://nobody@{address}/nothing")).unwrap();
+        // All its attempts together would take longer than any test.
+        let config = config.connect_timeout(PATIENCE * 4);
+        Arc::new(dsync::PostgresManager::new(config).unwrap())
     }
 }
 
@@ -435,23 +475,99 @@ fn a_wait_ends_when_a_parent_context_is_cancelled(world: &dyn World) {
     assert_eq!(kind(waiting.get()), ErrorKind::Cancelled);
 }
 
-fn an_ended_context_begins_a_claim_all_the_same(world: &dyn World) {
-    let [only] = world.rivals();
-    let (cancelled, canceller) = Context::background().with_cancel();
+/// Contexts that have ended already.
+fn cancelled() -> Context {
+    let (context, canceller) = Context::background().with_cancel();
     canceller.cancel();
-    for (context, expected) in
-        [(cancelled, ErrorKind::Cancelled), (Context::timeout(Duration::ZERO), ErrorKind::TimedOut)]
-    {
-        for call in [dsync::Lock::lock, dsync::Lock::try_lock] {
-            // The lock may be there before the call looks at its context.
-            if let Err(error) = call(&*only.lock, &context) {
-                assert_eq!(error.kind(), expected);
-            }
+    context
+}
+
+fn no_time() -> Context {
+    Context::timeout(Duration::ZERO)
+}
+
+/// Many rounds, since the background may acquire the lock in the time that the call takes.
+fn an_ended_context_begins_a_claim_and_never_acquires(world: &dyn World) {
+    let [only] = world.rivals();
+    type Call = fn(&dyn Lock, &Context) -> Result<(), Error>;
+    let calls: [(Call, Context, ErrorKind); 4] = [
+        (|lock, context| lock.lock(context), cancelled(), ErrorKind::Cancelled),
+        (|lock, context| lock.lock(context), no_time(), ErrorKind::TimedOut),
+        (|lock, context| lock.try_lock(context), cancelled(), ErrorKind::Cancelled),
+        (
+            |lock, context| lock.try_lock(context),
+            cancelled().with_timeout(Duration::ZERO),
+            ErrorKind::Cancelled,
+        ),
+    ];
+    for round in 0..200 {
+        for (index, (call, context, expected)) in calls.iter().enumerate() {
+            assert_eq!(kind(call(&*only.lock, context)), *expected, "call {index} of round {round}");
             only.gets_it();
+            call(&*only.lock, context).expect("a lock that is held is had at once");
             only.release();
         }
     }
+    assert_eq!(kind(only.lock.wait(&cancelled())), ErrorKind::Released, "there is no claim");
+    let guard = LockGuard::lock(Arc::clone(&only.lock), &cancelled());
+    assert_eq!(kind(guard), ErrorKind::Cancelled);
+    assert!(!only.is_held());
     assert_free(world);
+}
+
+fn a_cancelled_context_comes_before_what_is_known_of_the_lock(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    second.is_refused();
+    assert_eq!(kind(second.lock.try_lock(&cancelled())), ErrorKind::Cancelled);
+    assert_eq!(kind(second.lock.lock(&no_time())), ErrorKind::TimedOut);
+    assert_eq!(kind(second.lock.wait(&cancelled())), ErrorKind::Cancelled);
+    assert_eq!(kind(second.lock.wait(&no_time())), ErrorKind::TimedOut);
+    second.manager.stop().unwrap();
+    assert_eq!(kind(second.lock.try_lock(&cancelled())), ErrorKind::SyncManagerStopped);
+}
+
+fn try_lock_without_time_takes_a_free_lock(world: &dyn World) {
+    let [only] = world.rivals();
+    for round in 0..50 {
+        let passed = Context::deadline(Instant::now().checked_sub(Duration::from_secs(1)).unwrap());
+        let (cancellable, _canceller) = no_time().with_cancel();
+        for context in [no_time(), passed, cancellable] {
+            only.lock.try_lock(&context).unwrap_or_else(|error| panic!("round {round}: {error}"));
+            assert!(only.is_held());
+            only.release();
+        }
+    }
+    drop(LockGuard::try_lock(Arc::clone(&only.lock), &no_time()).unwrap());
+    assert_free(world);
+}
+
+fn try_lock_without_time_is_told_that_another_has_the_lock(world: &dyn World) {
+    let [first, second] = world.rivals();
+    first.lock();
+    for _ in 0..3 {
+        assert_eq!(kind(second.lock.try_lock(&no_time())), ErrorKind::LockUnavailable);
+    }
+    let guard = LockGuard::try_lock(Arc::clone(&second.lock), &no_time());
+    assert_eq!(kind(guard), ErrorKind::LockUnavailable);
+    world.wait_for_waiters(0);
+    assert!(first.is_held());
+}
+
+fn try_lock_without_time_ends_where_nobody_answers(world: &dyn World) {
+    use std::error::Error as _;
+    let manager = world.cut_off();
+    manager.start().unwrap();
+    let lock = x(&*manager);
+    for _ in 0..3 {
+        let begun = Instant::now();
+        let error = lock.try_lock(&no_time()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+        let cause = error.source().and_then(|cause| cause.downcast_ref::<Error>()).map(Error::kind);
+        assert_eq!(cause, Some(ErrorKind::SessionUnavailable), "{error:?}");
+        assert!(begun.elapsed() < PATIENCE, "it tried more than once: {:?}", begun.elapsed());
+    }
+    lock.release().unwrap();
 }
 
 fn try_lock_does_not_wait_for_the_holder(world: &dyn World) {
@@ -690,6 +806,71 @@ fn the_lost_channel_works_in_select(world: &dyn World) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// What people read
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn errors_read_the_same_everywhere(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let text = |outcome: Result<(), Error>| outcome.unwrap_err().to_string();
+    assert_eq!(
+        text(second.lock.wait(&soon())),
+        r#"claim released: nobody in this process claims "x", so there is nothing to wait for; call lock()"#
+    );
+    first.lock();
+    assert_eq!(
+        text(second.lock.try_lock(&soon())),
+        r#"lock unavailable: another session holds "x"; the claim goes on in the background until it is released"#
+    );
+    for (context, begin, end) in [
+        (no_time(), "timed out: waited ", r#" for lock "x", which another session holds"#),
+        (cancelled(), "cancelled: waited ", r#" for lock "x", which another session holds"#),
+    ] {
+        let text = text(second.lock.lock(&context));
+        assert!(text.starts_with(begin) && text.ends_with(end), "{text}");
+    }
+    let waiting = second.starts_waiting(&Context::background());
+    world.wait_for_waiters(1);
+    eventually("the end of the wait", || {
+        second.release();
+        !waiting.0.is_empty()
+    });
+    assert_eq!(
+        text(waiting.get()),
+        r#"claim released: the claim on "x" was released while this call waited"#
+    );
+    second.manager.stop().unwrap();
+    let stopped =
+        "sync manager stopped: the manager was stopped, which is for good; make and start a new one";
+    assert_eq!(text(second.lock.lock(&soon())), stopped);
+    assert_eq!(text(second.lock.wait(&soon())), stopped);
+    assert_eq!(text(second.manager.start()), stopped);
+    let manager = world.new_manager();
+    assert_eq!(
+        text(x(&*manager).lock(&soon())),
+        "sync manager stopped: the manager has not been started; call start() before the first lock()"
+    );
+}
+
+fn a_lock_and_its_term_are_shown_as_a_person_reads_them(world: &dyn World) {
+    let [only] = world.rivals();
+    let lock = |term: &str| {
+        let name =
+            if format!("{:?}", only.lock).starts_with("Memory") { "MemoryLock" } else { "PostgresLock" };
+        format!("{name} {{ key: \"x\", term: {term} }}")
+    };
+    assert_eq!(format!("{:?}", only.lock), lock("None"));
+    only.lock();
+    let term = only.lock.term().unwrap();
+    let token = term.token().unwrap();
+    let shown = format!("{term:?}");
+    assert!(shown.starts_with(&format!("Term {{ held: true, token: Some({token})")), "{shown}");
+    assert!(shown.len() < 100, "{shown}");
+    assert!(format!("{:?}", only.lock).starts_with(&lock("")[..20]), "{:?}", only.lock);
+    only.release();
+    assert_eq!(format!("{term:?}"), format!("Term {{ held: false, token: Some({token}) }}"));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Losing the lock
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -812,6 +993,47 @@ fn the_valuer_is_asked_for_each_term(world: &dyn World) {
         assert_eq!(calls.load(Ordering::SeqCst), after, "the term is still the same");
         lock.release().unwrap();
     }
+}
+
+fn a_waiter_is_annotated_with_what_its_valuer_says_while_it_waits(world: &dyn World) {
+    let [first] = world.rivals();
+    let manager = world.manager();
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&calls);
+    let valuer = move || (counter.fetch_add(1, Ordering::SeqCst) + 1).to_string().into_bytes();
+    let lock = manager.lock("x", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
+    first.lock();
+    let waiter = Arc::clone(&lock);
+    let waiting = begin(move || waiter.lock(&soon()));
+    eventually("the valuer is asked again and again", || calls.load(Ordering::SeqCst) >= 4);
+    first.release();
+    waiting.get().unwrap();
+    let annotation: usize = String::from_utf8(world.annotation().unwrap()).unwrap().parse().unwrap();
+    // The last call may not have returned yet when the lock was released.
+    assert!(annotation + 1 >= calls.load(Ordering::SeqCst), "{annotation} is that of the beginning");
+}
+
+fn a_release_does_not_wait_for_the_valuer_of_the_next(world: &dyn World) {
+    let [first] = world.rivals();
+    let manager = world.manager();
+    let callers = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&callers);
+    let valuer = move || {
+        seen.lock().push(thread::current().id());
+        Vec::new()
+    };
+    let lock = manager.lock("x", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
+    for give_away in [|rival: &Rival| rival.release(), |rival: &Rival| rival.manager.stop().unwrap()] {
+        first.lock();
+        let waiter = Arc::clone(&lock);
+        let waiting = begin(move || waiter.lock(&soon()));
+        world.wait_for_waiters(1);
+        give_away(&first);
+        waiting.get().unwrap();
+        lock.release().unwrap();
+    }
+    let callers = callers.lock();
+    assert!(!callers.is_empty() && !callers.contains(&thread::current().id()));
 }
 
 fn a_panicking_valuer_does_not_cost_the_lock(world: &dyn World) {

@@ -8,12 +8,19 @@
 
 mod common;
 
-use std::panic::catch_unwind;
+use std::net::TcpListener;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use common::{Process, becomes, eventually, hear, is_held, kind, lock, soon, started};
-use dsync::{Config, Context, ErrorKind, LockOptions, MemoryManager};
+use common::{Process, becomes, begin, eventually, hear, is_held, kind, lock, soon, started};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use dsync::{
+    CatalogMode, Config, Context, Error, ErrorKind, Key, Lock, LockOptions, MemoryManager, SyncManager,
+};
 use postgres::Client;
 use serde_json::Value;
 use support::{Database, process};
@@ -36,12 +43,21 @@ fn play(name: &str) {
 #[test]
 fn scene() {
     let Some(role) = common::role() else { return };
+    if role == "a logger that shuts down" {
+        return scenes::shutdown_by_logger();
+    }
     env_logger::Builder::new().filter_level(log::LevelFilter::Info).init();
     match &*role {
         "before init" => scenes::before_init(),
         "the life of an instance" => scenes::life(),
         "an init that fails" => scenes::failed_init(),
         "stepping down" => scenes::stepping_down(),
+        "standing again" => scenes::standing_again(),
+        "a shutdown during init" => scenes::shutdown_during_init(),
+        "a shutdown during the start of a stubborn manager" => scenes::stubborn_manager(),
+        "a manager that panics" => scenes::panicking_manager(),
+        "calls during init" => scenes::calls_during_init(),
+        "two shutdowns" => scenes::two_shutdowns(),
         "in memory" => scenes::in_memory(),
         "lead" => scenes::lead(),
         other => panic!("there is no scene {other:?}"),
@@ -63,6 +79,15 @@ mod scenes {
         assert_eq!(text, "dsync::lock_with_key() was called before dsync::init()");
         let text = panic_of(dsync::leadership_lock);
         assert_eq!(text, "dsync::leadership_lock() was called before dsync::init()");
+    }
+
+    /// An `init` that failed is no reason to panic.
+    fn assert_failed() {
+        let error = dsync::lock_with_key("x", LockOptions::new()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::SyncManagerStopped);
+        assert!(error.to_string().contains("init() failed"), "{error}");
+        assert_eq!(kind(dsync::leadership_lock()), ErrorKind::SyncManagerStopped);
+        dsync::shutdown().expect("there is nothing to shut down");
     }
 
     pub(super) fn before_init() {
@@ -112,11 +137,11 @@ mod scenes {
         let error = dsync::init(nowhere).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FailedInitialization);
         assert_eq!(error.sqlstate(), Some("3D000"), "{error}");
-        assert_not_initialised();
+        assert_failed();
         assert_eq!(kind(dsync::init(config().max_sessions(0))), ErrorKind::InvalidConfig);
-        assert_not_initialised();
+        assert_failed();
         assert_eq!(kind(dsync::init(config().service("s".repeat(2_000)))), ErrorKind::InvalidKey);
-        assert_not_initialised();
+        assert_failed();
         dsync::init(config().service("billing")).unwrap();
         dsync::leadership_lock().unwrap().lock(&soon()).unwrap();
         dsync::shutdown().unwrap();
@@ -140,6 +165,218 @@ mod scenes {
             }
         }
         dsync::shutdown().unwrap();
+    }
+
+    /// Once more for each line that the other side sends: leads, and steps down.
+    pub(super) fn standing_again() {
+        let config = Config::from_env().unwrap().catalog(CatalogMode::None);
+        let managers: [Arc<dyn SyncManager>; 2] =
+            [Arc::new(MemoryManager::new()), Arc::new(dsync::PostgresManager::new(config).unwrap())];
+        for manager in managers {
+            dsync::init_with(manager, Some("billing"), None).unwrap();
+            let leadership = dsync::leadership_lock().unwrap();
+            for round in 0..3 {
+                if round % 2 == 0 {
+                    leadership.lock(&soon()).unwrap();
+                } else {
+                    leadership.try_lock(&soon()).unwrap();
+                }
+                std::io::stdin().read_line(&mut String::new()).unwrap();
+                leadership.release().unwrap();
+                std::io::stdin().read_line(&mut String::new()).unwrap();
+            }
+            dsync::shutdown().unwrap();
+        }
+    }
+
+    /// The library's threads. What is new may not have its name yet, and what has ended may still be listed.
+    fn our_threads() -> Vec<String> {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+        names.filter(|name| name.starts_with("dsync")).collect()
+    }
+
+    pub(super) fn shutdown_during_init() {
+        for round in 0..5 {
+            // A server that takes connections and says nothing.
+            let server = TcpListener::bind("127.0.0.1:0").unwrap();
+            let url = format!("postgres://nobody@127.0.0.1:{}/d", server.local_addr().unwrap().port());
+            let config = Config::from_url(&url).unwrap().connect_timeout(common::PATIENCE * 2);
+            let init = begin(move || dsync::init(config.service("billing")));
+            let _connection = server.accept().unwrap();
+            let begun = Instant::now();
+            // As a handler of signals does, and another one.
+            let other = begin(dsync::shutdown);
+            dsync::shutdown().unwrap();
+            other.get().unwrap();
+            assert_eq!(kind(init.get()), ErrorKind::SyncManagerStopped);
+            assert!(begun.elapsed() < common::PATIENCE / 2, "{:?}", begun.elapsed());
+            assert_eq!(kind(dsync::leadership_lock()), ErrorKind::SyncManagerStopped, "round {round}");
+            assert_eq!(kind(dsync::lock_with_key("x", LockOptions::new())), ErrorKind::SyncManagerStopped);
+            becomes("our threads", &Vec::new(), our_threads);
+        }
+        dsync::init(Config::from_env().unwrap()).expect("a new life");
+        dsync::shutdown().unwrap();
+    }
+
+    /// By the one it says that it is there, and on the other it waits to be told to go on.
+    type Pause = (Sender<()>, Receiver<()>);
+
+    /// An application's manager: it stands still where it is told to.
+    #[derive(Debug)]
+    struct Scripted {
+        starting: Option<Pause>,
+        stopping: Option<Pause>,
+        stops: AtomicUsize,
+        outcome: Result<(), Error>,
+    }
+
+    impl Scripted {
+        fn new() -> Self {
+            Self { starting: None, stopping: None, stops: AtomicUsize::new(0), outcome: Ok(()) }
+        }
+    }
+
+    /// The two ends that a manager has, and those of the test.
+    fn script() -> (Pause, (Receiver<()>, Sender<()>)) {
+        let ((here, is_there), (go_on, may_go)) = (bounded(1), bounded(1));
+        ((here, may_go), (is_there, go_on))
+    }
+
+    fn stand_still(pause: Option<&Pause>) {
+        if let Some((here, may_go)) = pause {
+            here.send(()).unwrap();
+            may_go.recv().unwrap();
+        }
+    }
+
+    impl SyncManager for Scripted {
+        fn start(&self) -> dsync::Result<()> {
+            stand_still(self.starting.as_ref());
+            Ok(())
+        }
+
+        fn stop(&self) -> dsync::Result<()> {
+            self.stops.fetch_add(1, Ordering::SeqCst);
+            stand_still(self.stopping.as_ref());
+            self.outcome.clone()
+        }
+
+        fn lock_with_key(&self, _: Key, _: LockOptions) -> dsync::Result<Arc<dyn Lock>> {
+            panic!("there are no locks in this play")
+        }
+    }
+
+    pub(super) fn stubborn_manager() {
+        let (starting, (is_there, go_on)) = script();
+        let manager = Arc::new(Scripted { starting: Some(starting), ..Scripted::new() });
+        let own = Arc::clone(&manager);
+        let init = begin(move || dsync::init_with(own, None, None));
+        is_there.recv().unwrap();
+        let shutdown = begin(dsync::shutdown);
+        eventually("the stop", || manager.stops.load(Ordering::SeqCst) == 1);
+        assert!(!shutdown.is_ready(), "init is at work still");
+        go_on.send(()).unwrap();
+        assert_eq!(kind(init.get()), ErrorKind::SyncManagerStopped);
+        shutdown.get().unwrap();
+        assert_eq!(manager.stops.load(Ordering::SeqCst), 2, "what started after all is stopped");
+    }
+
+    pub(super) fn panicking_manager() {
+        #[derive(Debug)]
+        struct Panics;
+        impl SyncManager for Panics {
+            fn start(&self) -> dsync::Result<()> {
+                panic!("on purpose")
+            }
+            fn stop(&self) -> dsync::Result<()> {
+                Ok(())
+            }
+            fn lock_with_key(&self, _: Key, _: LockOptions) -> dsync::Result<Arc<dyn Lock>> {
+                panic!("it never started")
+            }
+        }
+        // The one panics when it starts, the other when the leadership's lock is wanted.
+        assert!(catch_unwind(|| dsync::init_with(Arc::new(Panics), None, None)).is_err());
+        assert_failed();
+        let scripted = Arc::new(Scripted::new());
+        let manager = Arc::clone(&scripted);
+        assert!(catch_unwind(AssertUnwindSafe(move || dsync::init_with(manager, Some("x"), None))).is_err());
+        assert_failed();
+        assert_eq!(scripted.stops.load(Ordering::SeqCst), 1, "what had started is stopped");
+        dsync::init_with(Arc::new(MemoryManager::new()), Some("x"), None).unwrap();
+        dsync::leadership_lock().unwrap().lock(&soon()).unwrap();
+        dsync::shutdown().unwrap();
+    }
+
+    pub(super) fn calls_during_init() {
+        for round in 0..2 {
+            let (starting, (is_there, go_on)) = script();
+            let manager = Arc::new(Scripted { starting: Some(starting), ..Scripted::new() });
+            let init = begin(move || dsync::init_with(manager, None, None));
+            is_there.recv().unwrap();
+            let error = dsync::lock_with_key("x", LockOptions::new()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::SyncManagerStopped, "round {round}");
+            assert!(error.to_string().contains("init() is still at work"), "{error}");
+            assert_eq!(kind(dsync::leadership_lock()), ErrorKind::SyncManagerStopped);
+            let other = dsync::init_with(Arc::new(MemoryManager::new()), None, None);
+            assert_eq!(kind(other), ErrorKind::FailedInitialization);
+            go_on.send(()).unwrap();
+            init.get().unwrap();
+            dsync::shutdown().unwrap();
+        }
+    }
+
+    pub(super) fn two_shutdowns() {
+        let (stopping, (is_there, go_on)) = script();
+        let outcome = MemoryManager::new().lock("", LockOptions::new()).map(drop);
+        let manager = Arc::new(Scripted { stopping: Some(stopping), outcome, ..Scripted::new() });
+        dsync::init_with(manager, None, None).unwrap();
+        let first = begin(dsync::shutdown);
+        is_there.recv().unwrap();
+        let others = [(); 3].map(|()| begin(dsync::shutdown));
+        assert_eq!(kind(dsync::lock_with_key("x", LockOptions::new())), ErrorKind::SyncManagerStopped);
+        let init = dsync::init_with(Arc::new(MemoryManager::new()), None, None);
+        assert_eq!(kind(init), ErrorKind::FailedInitialization, "the former one is not gone yet");
+        // Nothing tells that they wait.
+        thread::sleep(Duration::from_millis(100));
+        assert!(!first.is_ready() && others.iter().all(|other| !other.is_ready()));
+        go_on.send(()).unwrap();
+        assert_eq!(kind(first.get()), ErrorKind::InvalidKey);
+        for other in others {
+            assert_eq!(kind(other.get()), ErrorKind::InvalidKey, "the outcome is the same for all");
+        }
+        dsync::shutdown().expect("that is long over");
+    }
+
+    /// The thread that logs the leadership is the one that shuts down, and so cannot wait for itself.
+    pub(super) fn shutdown_by_logger() {
+        struct ShutsDown(Sender<dsync::Result<()>>);
+        impl log::Log for ShutsDown {
+            fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+                true
+            }
+            fn log(&self, record: &log::Record<'_>) {
+                if record.args().to_string() == r#"this process leads service "billing""# {
+                    let _ = self.0.send(dsync::shutdown());
+                }
+            }
+            fn flush(&self) {}
+        }
+        let (outcome, outcomes) = bounded(1);
+        log::set_boxed_logger(Box::new(ShutsDown(outcome))).unwrap();
+        log::set_max_level(log::LevelFilter::Info);
+        for config in [Some(Config::from_env().unwrap()), None] {
+            // It may be told before it has returned.
+            let init = match config {
+                Some(config) => dsync::init(config.service("billing")),
+                None => dsync::init_with(Arc::new(MemoryManager::new()), Some("billing"), None),
+            };
+            assert!(init.is_ok() || kind(init) == ErrorKind::SyncManagerStopped);
+            outcomes.recv_timeout(common::PATIENCE).expect("a shutdown that ends").unwrap();
+            assert_eq!(kind(dsync::leadership_lock()), ErrorKind::SyncManagerStopped);
+            becomes("our threads", &Vec::new(), our_threads);
+        }
     }
 
     pub(super) fn in_memory() {
@@ -185,6 +422,46 @@ fn a_leader_that_steps_down_does_not_stand_again_by_itself() {
     process.go_on();
     process.says("does not stand for the leadership of \"billing\" any more");
     process.succeeds();
+}
+
+#[test]
+fn a_leader_that_stands_again_is_logged_again() {
+    let database = Database::fresh().unwrap();
+    let mut process = Process::start(scenario("standing again", &database).stdin(Stdio::piped()));
+    for _ in 0..6 {
+        process.says(GAIN);
+        process.go_on();
+        process.says(LOSS);
+        process.says("does not stand for the leadership of \"billing\" any more");
+        process.go_on();
+    }
+    process.succeeds();
+}
+
+#[test]
+fn a_shutdown_ends_an_init_and_nothing_runs_afterwards() {
+    play("a shutdown during init");
+    play("a shutdown during the start of a stubborn manager");
+}
+
+#[test]
+fn a_manager_that_panics_leaves_room_for_another() {
+    play("a manager that panics");
+}
+
+#[test]
+fn calls_during_an_init_are_told_so() {
+    play("calls during init");
+}
+
+#[test]
+fn all_shutdowns_wait_for_the_first_and_have_its_outcome() {
+    play("two shutdowns");
+}
+
+#[test]
+fn a_logger_may_shut_down_what_it_hears_of() {
+    play("a logger that shuts down");
 }
 
 #[test]

@@ -1,19 +1,18 @@
 //! The handle of a lock in memory.
 
-use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, at, never, select_biased};
+use crossbeam_channel::{at, never, select_biased};
 use parking_lot::Mutex;
 
 use super::server::Server;
-use super::state::{Sight, stopped};
+use super::state::{Annotated, Sight};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
-use crate::lock::{Lock, LockValuer, Lost, lost_already};
+use crate::lock::{Lock, LockOptions, Lost, annotate, lost_already};
 use crate::loss::Loss;
 use crate::term::Term;
 
@@ -24,38 +23,67 @@ pub(super) struct MemoryLock {
     pub(super) key: Key,
     /// The key in text.
     pub(super) text: String,
-    pub(super) valuer: Option<LockValuer>,
+    pub(super) options: LockOptions,
     pub(super) last_loss: Mutex<Option<Loss>>,
 }
 
+/// How old the annotation of a claim may be for which a thread waits. On a server it is made anew for each slice of a wait.
+const SLICE: Duration = Duration::from_secs(1);
+
 impl MemoryLock {
     /// Claims the lock and waits until it is held, or until `refused` makes an error of what is in the way.
-    fn acquire(&self, context: &Context, refused: impl Fn(&Sight) -> Option<Error>) -> Result<()> {
+    fn acquire(
+        &self,
+        context: &Context,
+        ended: Option<ErrorKind>,
+        refused: impl Fn(&Sight) -> Option<Error>,
+    ) -> Result<()> {
         if self.is_held() {
             return Ok(());
         }
-        let since = Instant::now();
-        let (claim, begun) =
-            self.server.change(|state, aftermath| state.claim(self.manager, &self.key, aftermath))?;
-        // A real server takes its time to answer a new claim, so a context that has ended already comes first.
-        if begun && let Err(error) = context.check() {
-            return Err(self.context_ended(error.kind(), since, &self.look(claim)));
-        }
-        self.watch(claim, context, since, refused)
+        let known = self.server.see(|state| state.claim_or_none(self.manager, &self.key))?;
+        let claim = match known {
+            Some(claim) => claim,
+            // Not under the mutex, and before the claim can be given the lock by another thread.
+            None => {
+                let annotation = self.annotation();
+                let claim =
+                    self.server.change(|state, _| state.claim(self.manager, &self.key, annotation))?;
+                self.options.claim_begun();
+                claim
+            }
+        };
+        self.watch(claim, context, ended, refused)
+    }
+
+    /// What the valuer makes.
+    fn annotation(&self) -> Option<Vec<u8>> {
+        self.options.valuer.as_ref().and_then(|valuer| annotate(&self.text, valuer))
+    }
+
+    /// What the claim is to have in its next term.
+    pub(super) fn annotated(&self, claim: u64) -> Annotated {
+        Annotated { claim, annotation: self.annotation() }
     }
 
     fn look(&self, claim: u64) -> Sight {
         self.server.see(|state| state.look(self.manager, &self.key, claim))
     }
 
-    /// Waits until the claim holds the lock, or until `refused` makes an error of what is in the way.
+    /// Waits until the claim holds the lock, or until `refused` makes an error of what is in the way. Not at all if the
+    /// context had `ended` when the call began.
     fn watch(
         &self,
         claim: u64,
         context: &Context,
-        since: Instant,
+        ended: Option<ErrorKind>,
         refused: impl Fn(&Sight) -> Option<Error>,
     ) -> Result<()> {
+        let since = Instant::now();
+        if let Some(kind) = ended {
+            return Err(self.context_ended(kind, since, &self.look(claim)));
+        }
+        let mut slice_ends = Instant::now() + SLICE;
         loop {
             let sight = self.look(claim);
             if let Some(error) = refused(&sight) {
@@ -66,8 +94,20 @@ impl MemoryLock {
                 Sight::Gone => return Err(self.claim_ended()),
                 Sight::Queued(change) | Sight::Unknown(change) => change,
             };
-            if let Err(kind) = wait_for_change(change, context) {
-                return Err(self.context_ended(kind, since, &sight));
+            let slice = if self.options.valuer.is_some() { at(slice_ends) } else { never() };
+            select_biased! {
+                recv(change) -> _ => {}
+                recv(context.cancelled()) -> _ => {
+                    return Err(self.context_ended(ErrorKind::Cancelled, since, &sight));
+                }
+                recv(context.expires_at().map_or_else(never, at)) -> _ => {
+                    return Err(self.context_ended(ErrorKind::TimedOut, since, &sight));
+                }
+                recv(slice) -> _ => {
+                    let annotated = self.annotated(claim);
+                    self.server.change(|state, _| state.annotate(&self.key, annotated));
+                    slice_ends = Instant::now() + SLICE;
+                }
             }
         }
     }
@@ -78,11 +118,9 @@ impl MemoryLock {
 
     fn claim_ended(&self) -> Error {
         if self.server.see(|state| state.is_stopped(self.manager)) {
-            return stopped();
+            return Error::stopped();
         }
-        let text =
-            format!("lock {:?} was released by another thread while this one waited for it", self.text);
-        Error::new(ErrorKind::Released, text)
+        Error::released(&self.text)
     }
 
     fn context_ended(&self, kind: ErrorKind, since: Instant, sight: &Sight) -> Error {
@@ -104,29 +142,31 @@ impl Lock for MemoryLock {
     }
 
     fn lock(&self, context: &Context) -> Result<()> {
-        self.acquire(context, |_| None)
+        self.acquire(context, context.ended(), |_| None)
     }
 
     fn try_lock(&self, context: &Context) -> Result<()> {
-        self.acquire(context, |sight| {
-            let Sight::Queued(_) = sight else { return None };
-            let text = format!(
-                "another session holds lock {:?}; the claim goes on in the background until it is released",
-                self.text
-            );
-            Some(Error::new(ErrorKind::LockUnavailable, text))
+        let ended = context.ended();
+        // There is one attempt whatever the time, which here takes none, unless nobody can be asked.
+        let once = ended == Some(ErrorKind::TimedOut);
+        self.acquire(context, ended.filter(|_| !once), |sight| match sight {
+            Sight::Queued(_) => Some(Error::lock_unavailable(&self.text)),
+            Sight::Unknown(_) if once => Some(self.context_ended(ErrorKind::TimedOut, Instant::now(), sight)),
+            Sight::Unknown(_) | Sight::Held | Sight::Gone => None,
         })
     }
 
     fn wait(&self, context: &Context) -> Result<()> {
         match self.server.see(|state| state.claim_of(self.manager, &self.key)) {
-            Some(claim) => self.watch(claim, context, Instant::now(), |_| None),
-            None => Err(self.claim_ended()),
+            Some(_) if self.is_held() => Ok(()),
+            Some(claim) => self.watch(claim, context, context.ended(), |_| None),
+            None if self.server.see(|state| state.is_stopped(self.manager)) => Err(Error::stopped()),
+            None => Err(Error::not_claimed(&self.text)),
         }
     }
 
     fn release(&self) -> Result<()> {
-        self.server.change(|state, aftermath| state.end_claim(self.manager, &self.key, aftermath));
+        self.server.change(|state, gone| state.end_claim(self.manager, &self.key, gone));
         Ok(())
     }
 
@@ -151,15 +191,6 @@ impl Drop for MemoryLock {
 
 impl fmt::Debug for MemoryLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MemoryLock").field("key", &self.key).field("held", &self.is_held()).finish()
-    }
-}
-
-/// Waits for a change; fails if the context ends before one.
-fn wait_for_change(change: &Receiver<Infallible>, context: &Context) -> std::result::Result<(), ErrorKind> {
-    select_biased! {
-        recv(change) -> _ => Ok(()),
-        recv(context.cancelled()) -> _ => Err(ErrorKind::Cancelled),
-        recv(context.expires_at().map_or_else(never, at)) -> _ => Err(ErrorKind::TimedOut),
+        f.debug_struct("MemoryLock").field("key", &self.text).field("term", &self.term()).finish()
     }
 }

@@ -76,7 +76,7 @@ impl SyncManager for MemoryManager {
     }
 
     fn stop(&self) -> Result<()> {
-        self.server.server.change(|state, aftermath| state.stop_manager(self.id, aftermath));
+        self.server.server.change(|state, gone| state.stop_manager(self.id, gone));
         Ok(())
     }
 
@@ -90,7 +90,7 @@ impl SyncManager for MemoryManager {
                 manager: self.id,
                 text: key.to_string(),
                 key: key.clone(),
-                valuer: options.valuer.clone(),
+                options: options.clone(),
                 last_loss: Mutex::default(),
             })
         };
@@ -101,7 +101,7 @@ impl SyncManager for MemoryManager {
 
 impl Drop for MemoryManager {
     fn drop(&mut self) {
-        self.server.server.change(|state, aftermath| state.stop_manager(self.id, aftermath));
+        self.server.server.change(|state, gone| state.stop_manager(self.id, gone));
     }
 }
 

@@ -5,9 +5,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::state::{Aftermath, State};
+use super::state::{Gone, State};
 use crate::key::Key;
-use crate::lock::{Lock, annotate};
 
 /// Stands in for the database in an application's tests: [`MemoryManager`](crate::MemoryManager)s on one server exclude
 /// each other as processes on one database do.
@@ -62,7 +61,9 @@ impl MemoryServer {
     /// end of the queue: if nobody else waits, it has the lock again, in a new term, when this returns.
     pub fn revoke(&self, key: impl Into<Key>) -> bool {
         let key = key.into();
-        self.server.change(|state, aftermath| state.revoke(&key, aftermath))
+        let Some((claim, lock)) = self.server.see(|state| state.holder(&key)) else { return false };
+        let annotated = lock.annotated(claim);
+        self.server.change(|state, _| state.revoke(&key, annotated))
     }
 
     /// Begins an outage. Nothing happens if there is one already.
@@ -74,9 +75,18 @@ impl MemoryServer {
     }
 
     /// Ends an outage: the claims that were not released have their locks again, in the order in which they had come,
-    /// those that held them before the outage first.
+    /// those that held them before the outage first. Nothing happens if there is none.
     pub fn come_up(&self) {
-        self.server.change(|state, aftermath| state.come_up(aftermath));
+        if !self.server.see(State::is_down) {
+            return;
+        }
+        // Before anybody has a lock: whoever gives one away later does not ask the next one's valuer.
+        let claims = self.server.see(State::claims);
+        for (claim, lock) in claims {
+            let annotated = lock.annotated(claim);
+            self.server.change(|state, _| state.annotate(&lock.key, annotated));
+        }
+        self.server.change(|state, _| state.come_up());
     }
 
     /// What the present holder's valuer made; `None` if nobody holds the lock, or the holder gave no valuer.
@@ -105,21 +115,17 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Looks at the state. The answer must not be a handle.
+    /// Looks at the state. What is seen must not be dropped while the mutex is held if it may be the last handle.
     pub(super) fn see<T>(&self, look: impl FnOnce(&State) -> T) -> T {
         look(&self.state.lock())
     }
 
-    /// Changes the state and does what follows from it: whoever gives a lock away begins the next one's term, so no
-    /// thread is needed for that.
-    pub(super) fn change<T>(&self, change: impl FnOnce(&mut State, &mut Aftermath) -> T) -> T {
-        let mut aftermath = Aftermath::default();
-        let answer = change(&mut self.state.lock(), &mut aftermath);
-        drop(aftermath.gone);
-        for grant in aftermath.grants {
-            let annotation = grant.lock.valuer.as_ref().and_then(|valuer| annotate(grant.lock.key(), valuer));
-            self.state.lock().begin_term(&grant, annotation);
-        }
+    /// Changes the state, and drops what has gone once the mutex is free: whoever gives a lock away begins the next one's
+    /// term, so no thread is needed for that.
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut State, &mut Gone) -> T) -> T {
+        let mut gone = Gone::new();
+        let answer = change(&mut self.state.lock(), &mut gone);
+        drop(gone);
         answer
     }
 }

@@ -1,8 +1,8 @@
 //! What a memory server knows: its managers, and a queue of claims for each key.
 //!
 //! Everything here runs under the server's mutex, so nothing here may call an application's code or drop a handle,
-//! whose destructor comes back for the mutex and may run the destructor of an application's valuer. What has to be done
-//! once the mutex is free is written into an [`Aftermath`].
+//! whose destructor comes back for the mutex and may run the destructor of an application's valuer. What is to be dropped
+//! once the mutex is free is put among what is [`Gone`].
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
@@ -11,7 +11,7 @@ use std::sync::{Arc, Weak};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::lock::MemoryLock;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::lock::Lost;
 use crate::loss::{Loss, LossReason};
@@ -37,23 +37,22 @@ struct Manager {
 pub(super) struct Claim {
     id: u64,
     lock: Arc<MemoryLock>,
+    /// For the next term. Made before the lock is given to the claim, since whoever gives a lock away must not wait for
+    /// the valuer of whoever gets it.
+    annotation: Option<Vec<u8>>,
     stage: Stage,
     changed: Change,
 }
 
 /// ```text
-///            front of the queue            annotated
-/// Waiting ------------------------> Granted --------> Held
-///    ^                                 |                |
-///    +---------------------------------+----------------+
-///               revoked, or the server went down
+///             front of the queue
+/// Waiting ------------------------> Held
+///    ^                                |
+///    +--------------------------------+
+///      revoked, or the server went down
 /// ```
 enum Stage {
     Waiting,
-    /// The server gave the lock to this claim, and somebody is asking the valuer. No term has begun.
-    Granted {
-        id: u64,
-    },
     Held(HeldTerm),
 }
 
@@ -77,27 +76,20 @@ pub(super) enum Sight {
     Held,
     /// Another claim has the lock.
     Queued(Receiver<Infallible>),
-    /// It is not known yet who has the lock: the server is down, or this claim's term is just beginning.
+    /// Nobody can say who has the lock: the server is down.
     Unknown(Receiver<Infallible>),
     /// The claim was released.
     Gone,
 }
 
-/// A lock that was given to a claim whose term has not begun.
-pub(super) struct Grant {
-    pub(super) lock: Arc<MemoryLock>,
-    claim: u64,
-    id: u64,
+/// What a claim would have in its next term, made while the mutex was free.
+pub(super) struct Annotated {
+    pub(super) claim: u64,
+    pub(super) annotation: Option<Vec<u8>>,
 }
 
-/// What is left to do when the mutex is free again.
-#[derive(Default)]
-pub(super) struct Aftermath {
-    /// To be annotated, then begun with [`State::begin_term`].
-    pub(super) grants: Vec<Grant>,
-    /// Only to be dropped.
-    pub(super) gone: Vec<Claim>,
-}
+/// What is left to drop when the mutex is free again.
+pub(super) type Gone = Vec<Claim>;
 
 impl State {
     pub(super) fn is_down(&self) -> bool {
@@ -111,11 +103,11 @@ impl State {
     }
 
     pub(super) fn start_manager(&mut self, manager: u64) -> Result<()> {
-        self.managers.get_mut(&manager).ok_or_else(stopped)?.started = true;
+        self.managers.get_mut(&manager).ok_or_else(Error::stopped)?.started = true;
         Ok(())
     }
 
-    pub(super) fn stop_manager(&mut self, manager: u64, aftermath: &mut Aftermath) {
+    pub(super) fn stop_manager(&mut self, manager: u64, gone: &mut Gone) {
         if self.managers.remove(&manager).is_none() {
             return;
         }
@@ -124,7 +116,7 @@ impl State {
             .map(|(key, _)| key.clone())
             .collect();
         for key in &claimed {
-            self.end_claim(manager, key, aftermath);
+            self.end_claim(manager, key, gone);
         }
     }
 
@@ -135,7 +127,7 @@ impl State {
         key: &Key,
         make: impl FnOnce() -> Arc<MemoryLock>,
     ) -> Result<Arc<MemoryLock>> {
-        let handles = &mut self.managers.get_mut(&manager).ok_or_else(stopped)?.handles;
+        let handles = &mut self.managers.get_mut(&manager).ok_or_else(Error::stopped)?.handles;
         if let Some(lock) = handles.get(key).and_then(Weak::upgrade) {
             return Ok(lock);
         }
@@ -156,30 +148,28 @@ impl State {
         !self.managers.contains_key(&manager)
     }
 
-    /// The claim of the manager on the key, and whether it was begun now since there was none.
-    pub(super) fn claim(
-        &mut self,
-        manager: u64,
-        key: &Key,
-        aftermath: &mut Aftermath,
-    ) -> Result<(u64, bool)> {
-        let known = self.managers.get(&manager).ok_or_else(stopped)?;
+    /// The number of the manager's claim on the key, if there is one, for a call that would begin one.
+    pub(super) fn claim_or_none(&self, manager: u64, key: &Key) -> Result<Option<u64>> {
+        let known = self.managers.get(&manager).ok_or_else(Error::stopped)?;
         if !known.started {
-            return Err(Error::new(
-                ErrorKind::SyncManagerStopped,
-                "the manager was not started; call `start` before locking",
-            ));
+            return Err(Error::not_started());
         }
-        if let Some(claim) = self.find(manager, key) {
-            return Ok((claim.id, false));
+        Ok(self.claim_of(manager, key))
+    }
+
+    /// The claim of the manager on the key; a new one with this `annotation` if there is none.
+    pub(super) fn claim(&mut self, manager: u64, key: &Key, annotation: Option<Vec<u8>>) -> Result<u64> {
+        if let Some(claim) = self.claim_or_none(manager, key)? {
+            return Ok(claim);
         }
         // The caller has the handle in its hands, so it is known unless the manager was stopped.
-        let lock = known.handles.get(key).and_then(Weak::upgrade).ok_or_else(stopped)?;
+        let handles = self.managers.get(&manager).map(|known| &known.handles);
+        let lock = handles.and_then(|handles| handles.get(key)?.upgrade()).ok_or_else(Error::stopped)?;
         let id = self.next_id();
-        let claim = Claim { id, lock, stage: Stage::Waiting, changed: Change::new() };
+        let claim = Claim { id, lock, annotation, stage: Stage::Waiting, changed: Change::new() };
         self.queues.entry(key.clone()).or_default().push_back(claim);
-        self.grant(key, aftermath);
-        Ok((id, true))
+        self.grant(key);
+        Ok(id)
     }
 
     /// The number of the manager's claim on the key, if there is one.
@@ -187,14 +177,33 @@ impl State {
         self.find(manager, key).map(|claim| claim.id)
     }
 
+    /// Replaces the annotation of a claim that waits still.
+    pub(super) fn annotate(&mut self, key: &Key, annotated: Annotated) {
+        let claims = self.queues.get_mut(key).into_iter().flatten();
+        for claim in claims.filter(|claim| claim.id == annotated.claim) {
+            if let Stage::Waiting = claim.stage {
+                claim.annotation = annotated.annotation.clone();
+            }
+        }
+    }
+
+    /// The claim that has the lock, if one has.
+    pub(super) fn holder(&self, key: &Key) -> Option<(u64, Arc<MemoryLock>)> {
+        let front = self.queues.get(key)?.front()?;
+        matches!(front.stage, Stage::Held(_)).then(|| (front.id, Arc::clone(&front.lock)))
+    }
+
+    /// All claims, on all locks.
+    pub(super) fn claims(&self) -> Vec<(u64, Arc<MemoryLock>)> {
+        self.queues.values().flatten().map(|claim| (claim.id, Arc::clone(&claim.lock))).collect()
+    }
+
     pub(super) fn look(&self, manager: u64, key: &Key, id: u64) -> Sight {
         match self.find(manager, key).filter(|claim| claim.id == id) {
             None => Sight::Gone,
             Some(Claim { stage: Stage::Held(_), .. }) => Sight::Held,
-            Some(Claim { stage: Stage::Waiting, changed, .. }) if !self.down => {
-                Sight::Queued(changed.listen.clone())
-            }
-            Some(claim) => Sight::Unknown(claim.changed.listen.clone()),
+            Some(claim) if self.down => Sight::Unknown(claim.changed.listen.clone()),
+            Some(claim) => Sight::Queued(claim.changed.listen.clone()),
         }
     }
 
@@ -202,49 +211,39 @@ impl State {
     pub(super) fn term(&self, manager: u64, key: &Key) -> Option<Term> {
         match &self.find(manager, key)?.stage {
             Stage::Held(term) => Some(Term::new(term.lost.clone(), i64::try_from(term.token).ok())),
-            Stage::Waiting | Stage::Granted { .. } => None,
+            Stage::Waiting => None,
         }
     }
 
     /// Ends the manager's claim on the key, if there is one, and gives the lock to the next in the queue.
-    pub(super) fn end_claim(&mut self, manager: u64, key: &Key, aftermath: &mut Aftermath) {
+    pub(super) fn end_claim(&mut self, manager: u64, key: &Key, gone: &mut Gone) {
         let Some(queue) = self.queues.get_mut(key) else { return };
         let Some(index) = queue.iter().position(|claim| claim.lock.manager == manager) else { return };
         if let Some(mut claim) = queue.remove(index) {
             // The old term ends before the next one begins.
             claim.enter(Stage::Waiting);
-            aftermath.gone.push(claim);
+            gone.push(claim);
         }
         if queue.is_empty() {
             self.queues.remove(key);
         } else {
-            self.grant(key, aftermath);
+            self.grant(key);
         }
     }
 
-    /// Begins the term of a grant, unless the lock was taken back in the meantime.
-    pub(super) fn begin_term(&mut self, grant: &Grant, annotation: Option<Vec<u8>>) {
-        let front = self.queues.get_mut(&grant.lock.key).and_then(VecDeque::front_mut);
-        if let Some(claim) = front
-            && claim.id == grant.claim
-            && matches!(claim.stage, Stage::Granted { id } if id == grant.id)
-        {
-            let (alive, lost) = bounded(0);
-            claim.enter(Stage::Held(HeldTerm { _alive: alive, lost, token: grant.id, annotation }));
-        }
-    }
-
-    pub(super) fn revoke(&mut self, key: &Key, aftermath: &mut Aftermath) -> bool {
-        if self.down {
-            return false;
-        }
+    /// Takes the lock from this claim, if it has it still; the annotation is for its next term.
+    pub(super) fn revoke(&mut self, key: &Key, annotated: Annotated) -> bool {
         let Some(queue) = self.queues.get_mut(key) else { return false };
-        if let Some(mut claim) = queue.pop_front() {
+        let held = queue
+            .front()
+            .is_some_and(|front| front.id == annotated.claim && matches!(front.stage, Stage::Held(_)));
+        if held && let Some(mut claim) = queue.pop_front() {
             claim.lose(LossReason::Revoked);
+            claim.annotation = annotated.annotation;
             queue.push_back(claim);
         }
-        self.grant(key, aftermath);
-        true
+        self.grant(key);
+        held
     }
 
     pub(super) fn go_down(&mut self) {
@@ -254,7 +253,7 @@ impl State {
         }
     }
 
-    pub(super) fn come_up(&mut self, aftermath: &mut Aftermath) {
+    pub(super) fn come_up(&mut self) {
         self.down = false;
         for queue in self.queues.values_mut() {
             // Those who asked `try_lock` can now be told.
@@ -262,14 +261,14 @@ impl State {
         }
         let claimed: Vec<Key> = self.queues.keys().cloned().collect();
         for key in &claimed {
-            self.grant(key, aftermath);
+            self.grant(key);
         }
     }
 
     pub(super) fn annotation(&self, key: &Key) -> Option<Vec<u8>> {
         match &self.queues.get(key)?.front()?.stage {
             Stage::Held(term) => term.annotation.clone(),
-            Stage::Waiting | Stage::Granted { .. } => None,
+            Stage::Waiting => None,
         }
     }
 
@@ -285,15 +284,16 @@ impl State {
     }
 
     /// Gives the lock to the front of the queue, if nobody has it.
-    fn grant(&mut self, key: &Key, aftermath: &mut Aftermath) {
-        let id = self.next_id();
+    fn grant(&mut self, key: &Key) {
+        let token = self.next_id();
         let front = self.queues.get_mut(key).and_then(VecDeque::front_mut);
         if let Some(claim) = front
             && !self.down
             && matches!(claim.stage, Stage::Waiting)
         {
-            claim.enter(Stage::Granted { id });
-            aftermath.grants.push(Grant { lock: Arc::clone(&claim.lock), claim: claim.id, id });
+            let (alive, lost) = bounded(0);
+            let annotation = claim.annotation.take();
+            claim.enter(Stage::Held(HeldTerm { _alive: alive, lost, token, annotation }));
         }
     }
 
@@ -328,8 +328,4 @@ impl Change {
         let (next, listen) = bounded(0);
         Self { _next: next, listen }
     }
-}
-
-pub(super) fn stopped() -> Error {
-    Error::new(ErrorKind::SyncManagerStopped, "the manager was stopped, which is for good; make a new one")
 }

@@ -88,6 +88,8 @@ pub(super) enum Why {
 pub(super) enum Patience {
     Lock,
     TryLock,
+    /// As `TryLock`, and an attempt that fails since the server could not be asked is the last.
+    TryOnce,
 }
 
 impl Claim {
@@ -137,17 +139,21 @@ impl Claim {
                 match &status.phase {
                     Phase::Held { .. } => return Ok(()),
                     Phase::Ending { why, .. } | Phase::Ended { why, .. } => return Err(self.ended(*why)),
-                    Phase::Queueing if patience == Patience::TryLock => {
-                        let message = format!("another session holds {:?}", self.key);
-                        return Err(Error::new(ErrorKind::LockUnavailable, message));
+                    Phase::Queueing if patience != Patience::Lock => {
+                        return Err(Error::lock_unavailable(&self.key));
                     }
                     Phase::Queueing | Phase::Acquiring => {}
                 }
-                if patience == Patience::TryLock
+                if patience != Patience::Lock
                     && let Some(problem) = &status.problem
-                    && problem.kind() != ErrorKind::SessionUnavailable
                 {
-                    return Err(problem.clone());
+                    if problem.kind() != ErrorKind::SessionUnavailable {
+                        return Err(problem.clone());
+                    }
+                    if patience == Patience::TryOnce {
+                        drop(status);
+                        return Err(self.gave_up(ErrorKind::TimedOut, begun));
+                    }
                 }
                 // Before the offer, so that what changes after it was turned down is heard.
                 if first { None } else { Some(status.subscribe()) }
@@ -354,14 +360,13 @@ impl Claim {
 
     fn ended(&self, why: Why) -> Error {
         match why {
-            Why::Released => {
-                Error::new(ErrorKind::Released, format!("the claim on {:?} was released meanwhile", self.key))
-            }
-            Why::Stopped => stopped(),
+            Why::Released => Error::released(&self.key),
+            Why::Stopped => Error::stopped(),
         }
     }
 
-    fn gave_up(&self, kind: ErrorKind, begun: Instant) -> Error {
+    /// What a call fails with whose context has ended.
+    pub(super) fn gave_up(&self, kind: ErrorKind, begun: Instant) -> Error {
         let status = self.status.lock();
         let obstacle = match (&status.phase, &status.problem) {
             (Phase::Queueing, _) => ", which another session holds".to_owned(),
@@ -524,12 +529,4 @@ impl Status {
     fn notify(&mut self) {
         self.changed = None;
     }
-}
-
-/// What every call on a stopped manager fails with.
-pub(super) fn stopped() -> Error {
-    Error::new(
-        ErrorKind::SyncManagerStopped,
-        "the manager has been stopped; its locks cannot be used any more",
-    )
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 
 use super::catalog::CatalogMode;
-use super::claim::{Claim, Patience, Why, stopped};
+use super::claim::{Claim, Patience, Why};
 use super::manager::Core;
 use super::pool::Pool;
 use super::session::{Entry, Request};
@@ -56,9 +56,19 @@ impl PostgresLock {
         Arc::new_cyclic(|this| Self { this: this.clone(), key, text, options, core, state: Mutex::default() })
     }
 
+    /// Begins the claim where there is none, and waits as long as `patience` and `context` say. If `context` has ended,
+    /// that is known before the claim begins, since the lock may be had in no time.
     fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
         self.check_process()?;
-        self.claim(context)?.acquire(patience, context)
+        match (patience, context.ended()) {
+            (_, None) => self.claim(context)?.acquire(patience, context),
+            (_, Some(_)) if self.term().is_some() => Ok(()),
+            (Patience::TryLock, Some(ErrorKind::TimedOut)) => {
+                let context = context.with_deadline_instead(self.core.attempt_by());
+                self.claim(&context)?.acquire(Patience::TryOnce, &context)
+            }
+            (_, Some(kind)) => Err(self.claim(context)?.left(kind)),
+        }
     }
 
     /// Before any mutex: after a fork it may be locked by a thread that is not there.
@@ -85,6 +95,7 @@ impl PostgresLock {
                     None => {
                         let active = self.begin(&mut state.terms)?;
                         state.claim = Some(active.clone());
+                        self.options.claim_begun();
                         return Ok(active);
                     }
                 }
@@ -103,7 +114,7 @@ impl PostgresLock {
         if let Some(this) = self.this.upgrade()
             && !self.core.keep(&self.key, this)
         {
-            return Err(stopped());
+            return Err(Error::stopped());
         }
         // After that, so that a stop finds them and takes them away.
         let terms = terms.get_or_insert_with(|| Arc::new(self.terms(pool)));
@@ -207,6 +218,12 @@ impl Active {
     fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
         self.supervisor.acquire(&self.claim, &self.terms, patience, context)
     }
+
+    /// Leaves the claim to its supervisor: the caller's context had ended when the call began.
+    fn left(&self, kind: ErrorKind) -> Error {
+        self.supervisor.wake();
+        self.claim.gave_up(kind, Instant::now())
+    }
 }
 
 impl Lock for PostgresLock {
@@ -224,10 +241,13 @@ impl Lock for PostgresLock {
 
     fn wait(&self, context: &Context) -> Result<()> {
         self.check_process()?;
-        match self.current() {
-            Some(active) => active.acquire(Patience::Lock, context),
-            None if self.core.is_stopped() => Err(stopped()),
-            None => Err(Error::new(ErrorKind::Released, format!("nobody claims {:?}", self.text))),
+        match (self.current(), context.ended()) {
+            (Some(active), Some(kind)) if active.claim.term(None).is_none() && !active.claim.is_ending() => {
+                Err(active.left(kind))
+            }
+            (Some(active), _) => active.acquire(Patience::Lock, context),
+            (None, _) if self.core.is_stopped() => Err(Error::stopped()),
+            (None, _) => Err(Error::not_claimed(&self.text)),
         }
     }
 
@@ -276,9 +296,6 @@ impl Drop for PostgresLock {
 
 impl fmt::Debug for PostgresLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PostgresLock")
-            .field("key", &self.key)
-            .field("claim", &self.current())
-            .finish_non_exhaustive()
+        f.debug_struct("PostgresLock").field("key", &self.text).field("term", &self.term()).finish()
     }
 }

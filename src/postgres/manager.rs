@@ -1,17 +1,19 @@
 //! The manager on PostgreSQL: which locks there are, and which of them are claimed.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::fmt;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
 use super::catalog::CatalogMode;
-use super::claim::{Why, stopped};
+use super::claim::Why;
 use super::config::Config;
 use super::inspect::{self, Named};
 use super::lock::{Active, PostgresLock};
@@ -158,57 +160,60 @@ impl SyncManager for PostgresManager {
     /// Begins the manager's work, after a look at the server.
     ///
     /// A server that cannot be reached now is no failure: a warning is logged, and claims keep trying. It may take as long
-    /// as `connect_timeout`.
+    /// as `connect_timeout`. While another thread is in `start`, this call waits for it and gives the same outcome.
     ///
     /// # Errors
     /// - [`FailedInitialization`](ErrorKind::FailedInitialization): the server refuses us, or cannot keep locks: a
     ///   transaction pooler, a hot standby, a version before 14. The source says which.
-    /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped).
+    /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped): at once, if [`stop`](SyncManager::stop) comes meanwhile.
     fn start(&self) -> Result<()> {
         self.core.origin.check(format_args!("the manager"))?;
-        let pool = {
+        let (pool, start, under_way) = {
             let mut state = self.core.state.lock();
-            match (state.stage, &state.pool) {
-                (Stage::Stopped, _) | (_, None) => return Err(stopped()),
+            match (&state.stage, &state.pool) {
+                (Stage::Stopped, _) | (_, None) => return Err(Error::stopped()),
                 (Stage::Running, _) => return Ok(()),
+                (Stage::Starting(start), Some(pool)) => {
+                    let (start, by) = (Arc::clone(start), Instant::now() + pool.takes_at_most());
+                    drop(state);
+                    return start.wait(by);
+                }
                 (Stage::New, Some(pool)) => {
-                    let pool = Arc::clone(pool);
-                    state.stage = Stage::Running;
-                    pool
+                    let (pool, (start, under_way)) = (Arc::clone(pool), Start::new());
+                    state.stage = Stage::Starting(Arc::clone(&start));
+                    (pool, start, under_way)
                 }
             }
         };
-        let outcome = drive(|| {
-            let mut slot = pool.take()?;
-            pool.open(&mut slot as &mut Slot, &StreamControl::new())
-        });
-        let outcome = match outcome {
-            Ok(outcome) => outcome,
-            Err(error) => Err(Refusal::system(no_thread(error))),
+        let _ending = EndOfStart { core: &self.core, start: &start, _under_way: under_way };
+        let look = || pool.open(&mut pool.take()? as &mut Slot, &start.control);
+        let refusal = match drive(look) {
+            Ok(outcome) => outcome.err(),
+            Err(error) => Some(Refusal::system(no_thread(error))),
         };
-        match outcome {
-            Ok(()) => Ok(()),
+        // The session, which a stop that waits for this wants to be over, is closed or in the pool.
+        drop(pool);
+        let outcome = match refusal {
+            None => Ok(()),
             // The claims of other threads were faster.
-            Err(refusal) if refusal.is_about_slots() => Ok(()),
-            Err(refusal) if refusal.is_curable() => {
+            Some(refusal) if refusal.is_about_slots() => Ok(()),
+            Some(refusal) if refusal.is_curable() => {
                 let error = refusal.into_error();
-                log::warn!(
-                    "the lock server cannot be reached yet; locks will wait for it: {}",
-                    chain(&error)
-                );
+                if !self.core.is_stopped() {
+                    log::warn!(
+                        "the lock server cannot be reached yet; locks will wait for it: {}",
+                        chain(&error)
+                    );
+                }
                 Ok(())
             }
-            Err(refusal) => {
-                let mut state = self.core.state.lock();
-                // A stop in between stays a stop.
-                if state.stage == Stage::Running {
-                    state.stage = Stage::New;
-                }
-                drop(state);
+            Some(refusal) => {
                 let error = refusal.into_error();
                 Err(Error::new(ErrorKind::FailedInitialization, error.to_string()).with_source(error))
             }
-        }
+        };
+        let outcome = if self.core.is_stopped() { Err(Error::stopped()) } else { outcome };
+        start.outcome.get_or_init(|| outcome).clone()
     }
 
     fn stop(&self) -> Result<()> {
@@ -266,11 +271,67 @@ struct State {
     locks: HashMap<Key, Entry>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Stage {
     New,
+    /// The first look at the server is under way. Claims need not wait for it.
+    Starting(Arc<Start>),
     Running,
     Stopped,
+}
+
+/// A call of `start` that is under way.
+struct Start {
+    /// Ends it.
+    control: StreamControl,
+    /// What came of it, for all who called meanwhile; nothing if it panicked.
+    outcome: OnceLock<Result<()>>,
+    /// Disconnects when it is over.
+    over: Receiver<Infallible>,
+}
+
+impl Start {
+    /// And what is dropped at its end.
+    fn new() -> (Arc<Self>, Sender<Infallible>) {
+        let (under_way, over) = bounded(0);
+        (Arc::new(Self { control: StreamControl::new(), outcome: OnceLock::new(), over }), under_way)
+    }
+
+    /// Waits for its end, and gives its outcome.
+    fn wait(&self, by: Instant) -> Result<()> {
+        // A little later, so that a call that takes all its time still has the word.
+        const GRACE: Duration = Duration::from_secs(1);
+        let _ = self.over.recv_deadline(by + GRACE);
+        self.outcome.get().cloned().unwrap_or_else(|| {
+            let message = "another thread's start(), which this one waited for, came to no end; see its log";
+            Err(Error::new(ErrorKind::FailedInitialization, message))
+        })
+    }
+}
+
+impl fmt::Debug for Start {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Start")
+    }
+}
+
+/// Ends a call of `start`, also one that panics.
+struct EndOfStart<'a> {
+    core: &'a Core,
+    start: &'a Start,
+    /// Dropped after the rest, which wakes those who wait.
+    _under_way: Sender<Infallible>,
+}
+
+impl Drop for EndOfStart<'_> {
+    fn drop(&mut self) {
+        let mut state = self.core.state.lock();
+        // A stop in between stays a stop.
+        if let Stage::Starting(_) = state.stage {
+            let started = matches!(self.start.outcome.get(), Some(Ok(())));
+            state.stage = if started { Stage::Running } else { Stage::New };
+        }
+    }
 }
 
 /// A lock that somebody has a handle of, or that is claimed, or both.
@@ -308,28 +369,30 @@ impl Core {
         Instant::now() + self.config.release_timeout
     }
 
+    /// When an attempt at a lock that begins now must be over.
+    pub(super) fn attempt_by(&self) -> Instant {
+        Instant::now() + self.config.connect_timeout + self.config.lease_plan().heartbeat_timeout
+    }
+
     /// The pool, for a claim that begins now.
     pub(super) fn pool(&self) -> Result<Arc<Pool>> {
         let state = self.state.lock();
-        match (state.stage, &state.pool) {
-            (Stage::Running, Some(pool)) => Ok(Arc::clone(pool)),
-            (Stage::New, _) => {
-                let message = "the manager has not been started; call start() before the first lock()";
-                Err(Error::new(ErrorKind::SyncManagerStopped, message))
-            }
-            _ => Err(stopped()),
+        match (&state.stage, &state.pool) {
+            (Stage::Running | Stage::Starting(_), Some(pool)) => Ok(Arc::clone(pool)),
+            (Stage::New, _) => Err(Error::not_started()),
+            _ => Err(Error::stopped()),
         }
     }
 
     pub(super) fn is_stopped(&self) -> bool {
-        self.state.lock().stage == Stage::Stopped
+        matches!(self.state.lock().stage, Stage::Stopped)
     }
 
     /// The one handle for `key`.
     fn lock(self: &Arc<Self>, key: Key, options: LockOptions) -> Result<Arc<PostgresLock>> {
         let mut state = self.state.lock();
-        if state.stage == Stage::Stopped {
-            return Err(stopped());
+        if let Stage::Stopped = state.stage {
+            return Err(Error::stopped());
         }
         if let Some(lock) = state.locks.get(&key).and_then(|entry| entry.handle.upgrade()) {
             return Ok(lock);
@@ -342,7 +405,7 @@ impl Core {
     /// Keeps `lock` while it is claimed; `false` if the manager has stopped.
     pub(super) fn keep(&self, key: &Key, lock: Arc<PostgresLock>) -> bool {
         let mut state = self.state.lock();
-        if state.stage != Stage::Running {
+        if !matches!(state.stage, Stage::Running | Stage::Starting(_)) {
             return false;
         }
         if let Some(entry) = state.locks.get_mut(key) {
@@ -371,13 +434,16 @@ impl Core {
     /// Ends all claims, and then the pool.
     fn stop(&self) -> Result<()> {
         let by = self.release_by();
-        let (pool, claimed, known) = {
+        let (former, pool, claimed, known) = {
             let mut state = self.state.lock();
-            state.stage = Stage::Stopped;
+            let former = std::mem::replace(&mut state.stage, Stage::Stopped);
             let claimed: Vec<_> = state.locks.values().filter_map(|entry| entry.claimed.clone()).collect();
             let known: Vec<_> = state.locks.values().filter_map(|entry| entry.handle.upgrade()).collect();
-            (state.pool.take(), claimed, known)
+            (former, state.pool.take(), claimed, known)
         };
+        if let Stage::Starting(start) = &former {
+            start.control.kill();
+        }
         // First all are told, so that no holder hears of the end late because a waiter's cancel request takes its time.
         let claims: Vec<_> = claimed
             .into_iter()
@@ -412,6 +478,9 @@ impl Core {
             lock.forget(&active.claim);
         }
         known.iter().for_each(|lock| lock.leave_pool());
+        if let Stage::Starting(start) = &former {
+            let _ = start.over.recv_deadline(by);
+        }
         // What came back meanwhile: of claims that waited, or that others had ended.
         close_idle();
         if let Some(pool) = pool {

@@ -175,6 +175,11 @@ impl Supervisor {
         claim.acquire(patience, context, volunteers, || self.help(claim, help))
     }
 
+    /// Makes the thread look at a claim that nobody waits for.
+    pub(super) fn wake(&self) {
+        self.alarm.ring();
+    }
+
     /// Gives back what there is; `false` if another thread is at work, which must be interrupted.
     pub(super) fn release(&self, claim: &Claim) -> bool {
         let ended = may_drive() && self.help(claim, Help::Release);

@@ -92,6 +92,8 @@ pub(super) struct Work {
     is_quick: bool,
     /// The action that is under way waits for the lock only if somebody wants it whatever it takes.
     is_patient: bool,
+    /// The annotation was made for the statement before, which found the lock taken, and serves for the first slice too.
+    is_annotated: bool,
 }
 
 /// What a thread may do that helps out.
@@ -136,6 +138,7 @@ impl Work {
             release_by: None,
             is_quick,
             is_patient: false,
+            is_annotated: false,
         }
     }
 
@@ -167,7 +170,11 @@ impl Work {
                 Some(by)
             }
             // A slow valuer must not outlast a caller's patience.
-            (Action::Try, Help::Acquire { until: Some(_), .. }) if !self.terms.annotates_fast() => None,
+            (Action::Try | Action::Queue, Help::Acquire { until: Some(_), .. })
+                if !self.terms.annotates_fast() =>
+            {
+                None
+            }
             (Action::Try, Help::Acquire { until, patient }) => {
                 self.is_patient = patient;
                 let by = self.after_try();
@@ -240,11 +247,15 @@ impl Work {
             Action::Pause { .. } | Action::Watch { .. } | Action::Finish(_) => Event::Quiet,
             Action::Try => {
                 self.annotate();
+                self.is_annotated = true;
                 let by = self.after_try();
                 let waits = std::mem::take(&mut self.is_patient);
                 self.acquire(Event::Busy, |session, _, request| session.lock_again(request, waits, by))
             }
             Action::Queue => {
+                if !std::mem::take(&mut self.is_annotated) {
+                    self.annotate();
+                }
                 let by = self.terms.after_slice();
                 self.acquire(Event::SliceOver, |session, link, request| session.queue(request, link, by))
             }
