@@ -47,8 +47,10 @@ impl<'a> Scene<'a> {
 
     /// Ends the holder's session, and its claim, so that it does not come back.
     fn lose(&self) {
+        // Before the session ends: a moment later the claim may have another term, which nobody ends.
+        let lost = self.holder.lost();
         end_session(&mut self.database.client().unwrap(), "x");
-        hear(&self.holder.lost());
+        hear(&lost);
         self.holder.release().unwrap();
     }
 
@@ -232,8 +234,9 @@ fn the_next_term_begins_only_when_the_fenced_transactions_of_the_last_one_have_e
     term.fence(&mut transaction).unwrap();
     term.fence(&mut second).unwrap();
 
+    let lost = scene.holder.lost();
     end_session(&mut database.client().unwrap(), "x");
-    hear(&scene.holder.lost());
+    hear(&lost);
     scene.holder.release().unwrap();
     // Whoever does not want to wait is told so, also where the row alone is in the way.
     let begun = Instant::now();

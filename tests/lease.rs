@@ -221,6 +221,11 @@ fn releasing_and_stopping_end_in_time_on_a_frozen_server() {
         operator.query_one(query, &[]).unwrap().get::<_, i64>(0)
     });
 
+    let terms: Vec<_> = claimants
+        .iter()
+        .filter(|claimant| claimant.phase == Phase::Lost)
+        .map(|claimant| claimant.lock.lost())
+        .collect();
     let frozen = server.freeze().unwrap();
     let (connecting, others): (Vec<_>, Vec<_>) =
         claimants.into_iter().partition(|claimant| claimant.phase == Phase::Connecting);
@@ -232,9 +237,7 @@ fn releasing_and_stopping_end_in_time_on_a_frozen_server() {
         ends.into_iter().map(|end| end.get()).collect()
     };
     let mut ends = end_all(others);
-    for claimant in &lost {
-        hear(&claimant.lock.lost());
-    }
+    terms.iter().for_each(hear);
     ends.extend(end_all(lost));
     // By now they hang in a connect.
     ends.extend(end_all(connecting));
@@ -713,9 +716,9 @@ fn the_handle_tells_why_the_lock_was_lost_and_the_log_tells_it_once() {
         let lock = lock(&manager, &key);
         assert_eq!(lock.last_loss(), None);
         lock.lock(&soon()).unwrap();
-        let before = now();
+        let (lost, before) = (lock.lost(), now());
         strike(&server, &proxy, &mut operator);
-        hear(&lock.lost());
+        hear(&lost);
         eventually("the warning", || !warnings(&key).is_empty());
         let loss = lock.last_loss().unwrap();
         println!("{name}: {loss:?}: {}", warnings(&key)[0]);

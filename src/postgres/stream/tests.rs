@@ -524,29 +524,40 @@ fn direct_negotiation_starts_with_the_handshake() {
 #[test]
 fn a_cancel_hits_the_statement_and_never_a_later_one() {
     let server = Server::start(true);
+    let mut other = Client::connect(&server.unix_url(), NoTls).unwrap();
+    let sleeps = other
+        .prepare("SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'PgSleep')")
+        .unwrap();
     for over_ in ALL {
         let dialer = over(&server, over_);
         let (mut client, control) = open(&dialer);
+        let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
         let token = client.cancel_token();
         let (mut hit, mut times) = (0, Vec::new());
         for round in 0..200_u64 {
-            let canceller = thread::spawn({
-                let (dialer, control, token) = (dialer.clone(), control.clone(), token.clone());
-                move || {
-                    // Now and then so late that it races with the end of the statement.
-                    sleep(Duration::from_micros(if round % 2 == 0 { 3000 } else { 1000 + round * 20 }));
-                    timed(|| dialer.cancel(&control, &token, soon()))
+            let (outcome, time) = thread::scope(|scope| {
+                let (dialer, control, token) = (&dialer, &control, &token);
+                let (other, sleeps) = (&mut other, &sleeps);
+                let canceller = scope.spawn(move || {
+                    if round % 2 == 0 {
+                        // A request that comes before the statement would hit nothing.
+                        while !other.query_one(sleeps, &[&pid]).unwrap().get::<_, bool>(0) {}
+                    } else {
+                        // Races with the end of the statement.
+                        sleep(Duration::from_micros(1000 + round * 20));
+                    }
+                    timed(|| dialer.cancel(control, token, soon()))
+                });
+                let sleep_for = if round % 2 == 0 { "60" } else { "0.003" };
+                match client.batch_execute(&format!("SELECT pg_sleep({sleep_for})")) {
+                    Ok(()) => assert_eq!(round % 2, 1),
+                    Err(error) => {
+                        assert_eq!(error.code(), Some(&SqlState::QUERY_CANCELED), "{error:?}");
+                        hit += 1;
+                    }
                 }
+                canceller.join().unwrap()
             });
-            let sleep_for = if round % 2 == 0 { "60" } else { "0.003" };
-            match client.batch_execute(&format!("SELECT pg_sleep({sleep_for})")) {
-                Ok(()) => assert_eq!(round % 2, 1),
-                Err(error) => {
-                    assert_eq!(error.code(), Some(&SqlState::QUERY_CANCELED), "{error:?}");
-                    hit += 1;
-                }
-            }
-            let (outcome, time) = canceller.join().unwrap();
             outcome.unwrap_or_else(|error| panic!("{error}"));
             times.push(time);
             for _ in 0..5 {
