@@ -21,6 +21,9 @@ mod server;
 
 const SECOND: Duration = Duration::from_secs(1);
 
+/// Long on a busy machine, and short beside what would be waited for otherwise.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Over {
     Tcp,
@@ -109,7 +112,7 @@ fn the_loss_of_the_session_ends_a_wait() {
         }
         let (middle, worst) = median(times);
         println!("{over_:?}: loss seen after {middle:?}, worst {worst:?}");
-        assert!(middle < Duration::from_millis(200));
+        assert!(middle < AT_ONCE);
     }
 }
 
@@ -141,7 +144,7 @@ fn the_end_of_a_session_wakes_a_thread_that_watches_its_socket() {
                 }
                 let (woken, time) = watcher.join().unwrap();
                 assert_eq!(woken, Woken::Socket, "{over_:?} {ends}");
-                assert!(time < SECOND, "{over_:?} {ends}: {time:?}");
+                assert!(time < AT_ONCE, "{over_:?} {ends}: {time:?}");
             });
         }
     }
@@ -165,9 +168,10 @@ fn a_guarded_call_ends_when_the_guard_says_that_its_deadline_has_passed() {
                 control.enforce();
             }
         });
-        let (outcome, time) = timed(|| client.batch_execute("SELECT pg_sleep(60)"));
+        let outcome = client.batch_execute("SELECT pg_sleep(60)");
+        let late = deadline.elapsed();
         assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::DeadlinePassed));
-        assert!((SECOND * 3 / 10..SECOND).contains(&time), "the guard's time, and no timer's: {time:?}");
+        assert!((SECOND / 5..AT_ONCE).contains(&late), "at the guard's time, and no timer's: {late:?} late");
         guard.join().unwrap();
     }
 }
@@ -190,7 +194,7 @@ fn a_kill_ends_a_blocked_query_and_the_drop() {
         println!("{over_:?}: kill ends a query in {:?}, drop takes {dropping:?}", end - start);
         assert_eq!(Ended::find(&error), Some(Ended::Killed));
         assert!(control.is_dead());
-        assert!(end - start < SECOND / 5 && dropping < SECOND / 5);
+        assert!(end - start < AT_ONCE && dropping < AT_ONCE);
     }
 }
 
@@ -206,7 +210,7 @@ fn a_kill_ends_a_wait_and_a_write_that_is_blocked_and_what_comes_after() {
         });
         let (outcome, time) = timed(|| next(&mut waiting, 10 * SECOND));
         assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::Killed));
-        assert!(time < SECOND);
+        assert!(time < AT_ONCE);
         killer.join().unwrap();
         assert!(waiting.batch_execute("SELECT 1").is_err());
 
@@ -219,9 +223,9 @@ fn a_kill_ends_a_wait_and_a_write_that_is_blocked_and_what_comes_after() {
         let text = format!("SELECT length('{}')", "x".repeat(50 << 20));
         let (outcome, time) = timed(|| writing.batch_execute(&text));
         assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::Killed));
-        assert!(time < SECOND, "{time:?}");
+        assert!(time < AT_ONCE, "{time:?}");
         let ((), time) = timed(|| drop(writing));
-        assert!(time < SECOND / 5, "{time:?}");
+        assert!(time < AT_ONCE, "{time:?}");
         killer.join().unwrap();
         drop(frozen);
     }
@@ -237,8 +241,10 @@ fn a_deadline_ends_a_call_on_a_frozen_server() {
         let (mut moved, moved_control) = open(&dialer);
         let _frozen = server.freeze();
 
-        own_control.set_deadline(Some(Instant::now() + SECOND / 4));
+        let deadline = Instant::now() + SECOND / 4;
+        own_control.set_deadline(Some(deadline));
         let (outcome, time) = timed(|| own.batch_execute("SELECT 1"));
+        assert!(Instant::now() >= deadline);
         let error = outcome.unwrap_err();
         assert_eq!(Ended::find(&error), Some(Ended::DeadlinePassed), "{error:?}");
         let io = error.source().unwrap().downcast_ref::<io::Error>().unwrap();
@@ -247,31 +253,38 @@ fn a_deadline_ends_a_call_on_a_frozen_server() {
         assert!(own_control.is_dead());
         let ((), dropping) = timed(|| drop(own));
         println!("{over_:?}: deadline of 250 ms ends a query after {time:?}, drop takes {dropping:?}");
-        assert!(time >= SECOND / 4 && time < SECOND / 2 && dropping < SECOND / 5);
+        assert!(time < AT_ONCE && dropping < AT_ONCE);
 
         let setter = thread::spawn(move || {
             sleep(SECOND / 5);
-            others_control.set_deadline(Some(Instant::now() + SECOND / 5));
+            let deadline = Instant::now() + SECOND / 5;
+            others_control.set_deadline(Some(deadline));
+            deadline
         });
-        let (outcome, time) = timed(|| others.batch_execute("SELECT 1"));
+        let outcome = others.batch_execute("SELECT 1");
+        let ended = Instant::now();
         assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::DeadlinePassed));
-        assert!(time >= 2 * SECOND / 5 && time < SECOND, "{time:?}");
-        setter.join().unwrap();
+        let deadline = setter.join().unwrap();
+        assert!((deadline..deadline + AT_ONCE).contains(&ended), "{:?}", deadline.elapsed());
 
         // Moved to later, and then to earlier, while the call is blocked.
-        moved_control.set_deadline(Some(Instant::now() + SECOND / 5));
+        let first = Instant::now() + 2 * SECOND;
+        moved_control.set_deadline(Some(first));
         let setter = thread::spawn(move || {
             sleep(SECOND / 10);
-            moved_control.set_deadline(Some(Instant::now() + 20 * SECOND));
-            sleep(SECOND / 5);
-            moved_control.set_deadline(Some(Instant::now() + SECOND / 10));
+            moved_control.set_deadline(Some(first + 60 * SECOND));
+            sleep(first.saturating_duration_since(Instant::now()) + SECOND / 10);
+            let deadline = Instant::now() + SECOND / 10;
+            moved_control.set_deadline(Some(deadline));
+            deadline
         });
-        let (outcome, time) = timed(|| moved.batch_execute("SELECT 1"));
+        let outcome = moved.batch_execute("SELECT 1");
+        let ended = Instant::now();
         assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::DeadlinePassed));
-        assert!(time >= 2 * SECOND / 5 && time < SECOND, "{time:?}");
-        setter.join().unwrap();
+        let deadline = setter.join().unwrap();
+        assert!((deadline..deadline + AT_ONCE).contains(&ended), "{:?}", deadline.elapsed());
         let ((), dropping) = timed(|| drop((others, moved)));
-        assert!(dropping < SECOND / 5, "{dropping:?}");
+        assert!(dropping < AT_ONCE, "{dropping:?}");
     }
 }
 
@@ -281,15 +294,15 @@ fn a_deadline_that_is_met_leaves_the_session_alone() {
     for over_ in ALL {
         let (mut client, control) = open(&over(&server, over_));
         for _ in 0..200 {
-            control.set_deadline(Some(Instant::now() + SECOND));
+            control.set_deadline(Some(Instant::now() + AT_ONCE));
             client.batch_execute("SELECT 1").unwrap();
             control.set_deadline(None);
         }
-        control.set_deadline(Some(Instant::now() + SECOND / 20));
+        control.set_deadline(Some(Instant::now() + SECOND));
         client.batch_execute("SELECT 1").unwrap();
         control.set_deadline(None);
         // The timer of the deadline that is no more goes off in here.
-        assert!(next(&mut client, SECOND / 5).unwrap().is_none());
+        assert!(next(&mut client, SECOND * 5 / 4).unwrap().is_none());
         client.batch_execute("SELECT pg_sleep(0.1)").unwrap();
         assert!(!control.is_dead() && !client.is_closed());
     }
@@ -305,7 +318,7 @@ fn a_connect_to_a_server_that_does_not_answer_ends_on_time_and_by_a_kill() {
         let (outcome, time) = timed(|| dialer.connect(&control, Instant::now() + SECOND / 4));
         let error = outcome.err().unwrap();
         assert_eq!(error.ended(), Some(Ended::ConnectTimedOut), "{error}");
-        assert!(time < SECOND / 2 && !control.is_dead());
+        assert!(time < AT_ONCE && !control.is_dead());
 
         let killer = thread::spawn({
             let control = control.clone();
@@ -318,11 +331,11 @@ fn a_connect_to_a_server_that_does_not_answer_ends_on_time_and_by_a_kill() {
         let error = outcome.err().unwrap();
         println!("{error}");
         assert_eq!(error.ended(), Some(Ended::Killed), "{error}");
-        assert!(time < SECOND);
+        assert!(time < AT_ONCE);
         killer.join().unwrap();
         let (outcome, time) = timed(|| dialer.connect(&control, soon()));
         assert_eq!(outcome.err().unwrap().ended(), Some(Ended::Killed));
-        assert!(time < SECOND / 10, "a kill before the connect");
+        assert!(time < AT_ONCE, "a kill before the connect");
     }
 }
 
@@ -574,7 +587,7 @@ fn a_cancel_hits_the_statement_and_never_a_later_one() {
         let error = outcome.unwrap_err();
         println!("{error}");
         assert_eq!(error.ended(), Some(Ended::DeadlinePassed), "{error}");
-        assert!(time < SECOND / 2);
+        assert!(time < AT_ONCE);
         control.kill();
     }
 }
