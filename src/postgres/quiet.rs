@@ -27,11 +27,37 @@ pub(super) enum Told {
 const OVER: &str = "over";
 const WITHOUT_TOKEN: &str = "granted";
 
-/// The message that runs `statement`, which is that of `verb`: [`Verb::Queue`] or [`Verb::QueueAgain`]. Its last row is the
-/// answer.
+/// Prepares `statement`, which is that of `verb`: [`Verb::Queue`] or [`Verb::QueueAgain`]. To be run once in a session.
+///
+/// So nothing of it is planned while somebody waits. And a server that logs long waits logs the name of the statement with
+/// each, and not its text twice.
+pub(super) fn preparation(verb: Verb, shape: Shape, statement: &str) -> String {
+    let (token, types) = match (shape.catalog, verb) {
+        (false, _) => (format!("'{WITHOUT_TOKEN}'"), "int8"),
+        (true, Verb::QueueAgain) => ("lock.token::text".to_owned(), "int8, text, text, bytea"),
+        (true, _) => {
+            ("coalesce((SELECT token FROM term)::text, '')".to_owned(), "int8, text, text, text, text, bytea")
+        }
+    };
+    format!(
+        "PREPARE {name} ({types}) AS {statement}, pg_catalog.set_config('dsync.answer', {token}, true)",
+        name = name(verb, shape)
+    )
+}
+
+fn name(verb: Verb, shape: Shape) -> String {
+    format!(
+        "dsync_{}{}{}",
+        if verb == Verb::QueueAgain { "again" } else { "queue" },
+        if shape.pair { "_pair" } else { "" },
+        if shape.catalog { "_row" } else { "" }
+    )
+}
+
+/// The message that runs a slice, for which there must have been a [`preparation`]. Its last row is the answer.
 ///
 /// Only the two errors that end a wait are caught. Whatever else fails is an error of the message.
-pub(super) fn message(verb: Verb, shape: Shape, statement: &str, id: i64, entry: Option<&Entry>) -> String {
+pub(super) fn message(verb: Verb, shape: Shape, id: i64, entry: Option<&Entry>) -> String {
     const NAMES: &str = "pg_catalog.current_setting('dsync.namespace'), pg_catalog.current_setting('dsync.key'), \
          pg_catalog.decode(pg_catalog.substr(nullif(pg_catalog.current_setting('dsync.annotation'), ''), 2), 'hex')";
     let mut settings = vec![("answer", String::new()), ("id", id.to_string())];
@@ -47,24 +73,22 @@ pub(super) fn message(verb: Verb, shape: Shape, statement: &str, id: i64, entry:
         .map(|(name, value)| format!("pg_catalog.set_config('dsync.{name}', {}, false)", literal(value)))
         .collect();
     let id = "pg_catalog.current_setting('dsync.id')::pg_catalog.int8";
-    let (token, parameters) = match (shape.catalog, verb) {
-        (false, _) => (format!("'{WITHOUT_TOKEN}'"), id.to_owned()),
-        (true, Verb::QueueAgain) => ("lock.token::text".to_owned(), format!("{id}, {NAMES}")),
+    let parameters = match (shape.catalog, verb) {
+        (false, _) => id.to_owned(),
+        (true, Verb::QueueAgain) => format!("{id}, {NAMES}"),
         // Lease and name stand from the statement before.
-        (true, _) => (
-            "coalesce((SELECT token FROM term)::text, '')".to_owned(),
-            format!("{id}, ''::text, ''::text, {NAMES}"),
-        ),
+        (true, _) => format!("{id}, '', '', {NAMES}"),
     };
     format!(
         "SELECT {settings}; \
          DO $dsync$BEGIN \
-             EXECUTE $wait${statement}, pg_catalog.set_config('dsync.answer', {token}, true)$wait$ USING {parameters}; \
+             EXECUTE $wait$EXECUTE {name}({parameters})$wait$; \
          EXCEPTION WHEN lock_not_available OR query_canceled THEN \
              PERFORM pg_catalog.set_config('dsync.answer', '{OVER}', true); \
          END$dsync$; \
          SHOW dsync.answer",
-        settings = settings.join(", ")
+        settings = settings.join(", "),
+        name = name(verb, shape)
     )
 }
 
@@ -79,9 +103,9 @@ pub(super) fn told(answer: &str) -> Option<Told> {
 }
 
 /// Whether an error says that there are no such blocks here: without PL/pgSQL, without the right to use it, or on a
-/// server that has none.
+/// server that has none, or where somebody has taken the prepared statement away.
 pub(super) fn is_unknown_here(code: &str) -> bool {
-    matches!(code, "42704" | "42501" | "0A000")
+    matches!(code, "42704" | "42501" | "0A000" | "26000")
 }
 
 /// Text as SQL, whatever `standard_conforming_strings` is.
@@ -104,7 +128,7 @@ mod tests {
         let message = |id, key: &str| {
             let shape = Shape { pair: false, catalog: true };
             let entry = Entry { namespace: "dsync".to_owned(), key: key.to_owned(), annotation: None };
-            let text = message(Verb::QueueAgain, shape, "SELECT 1", id, Some(&entry));
+            let text = message(Verb::QueueAgain, shape, id, Some(&entry));
             text.split_once("DO ").unwrap().1.to_owned()
         };
         assert_eq!(message(1, "a"), message(2, "b"));

@@ -31,6 +31,8 @@ pub(super) struct Session {
     leased: Option<Leased>,
     /// Whether the server may know the blocks of [`quiet`].
     is_quiet: bool,
+    /// What has been prepared for such blocks.
+    prepared_quietly: Vec<(Verb, Shape)>,
     /// The key for which this session waited last, if that was a short wait.
     waited_briefly: Option<AdvisoryKey>,
 }
@@ -120,6 +122,7 @@ impl Session {
             prepared: Vec::new(),
             leased: None,
             is_quiet: true,
+            prepared_quietly: Vec::new(),
             waited_briefly: None,
         };
         session.prepare(slice, lease, heartbeat, by)?;
@@ -302,8 +305,12 @@ impl Session {
     fn queue_quietly(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
         let shape = request.shape();
         for verb in [Verb::QueueAgain, Verb::Queue] {
-            let statement = sql::statement(verb, shape);
-            let message = quiet::message(verb, shape, &statement, request.key.id(), request.entry.as_ref());
+            if !self.prepared_quietly.contains(&(verb, shape)) {
+                let statement = sql::statement(verb, shape);
+                self.simple_query(&quiet::preparation(verb, shape, &statement), by)?;
+                self.prepared_quietly.push((verb, shape));
+            }
+            let message = quiet::message(verb, shape, request.key.id(), request.entry.as_ref());
             match self.last_row(&message, by) {
                 Ok(row) => {
                     match row.as_ref().and_then(|row| row.try_get(0).ok().flatten()).and_then(quiet::told) {
