@@ -229,6 +229,10 @@ impl Config {
     ///
     /// A statement that waits holds back vacuum's horizon and `CREATE INDEX CONCURRENTLY`; a slice bounds that. Within a
     /// slice, who came first is served first; at the end of its slice a session goes to the end of the queue.
+    ///
+    /// At default settings the server logs nothing of a wait, where the role may use PL/pgSQL. With `log_lock_waits` or
+    /// `log_min_duration_statement` it logs every slice; a superuser turns them off for the role of the locks by
+    /// `ALTER ROLE … SET log_lock_waits = off` and `ALTER ROLE … SET log_min_duration_statement = -1`.
     #[must_use]
     pub fn wait_slice(mut self, slice: Duration) -> Self {
         self.wait_slice = slice;

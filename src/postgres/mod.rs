@@ -12,6 +12,7 @@ mod manager;
 #[cfg(test)]
 mod model;
 mod pool;
+mod quiet;
 mod resting;
 mod session;
 mod sql;

@@ -1,4 +1,4 @@
-//! The SQL of the library, all of it, with the reasons.
+//! The SQL of the library, with the reasons; what a wait is wrapped in is in [`quiet`](super::quiet).
 //!
 //! A role may come with any `search_path`. The lock sessions set one of their own, so their statements need not care; what
 //! runs on a connection of the application's names schemas, types and operators in full.

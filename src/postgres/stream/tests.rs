@@ -22,6 +22,9 @@ mod server;
 
 const SECOND: Duration = Duration::from_secs(1);
 
+/// Long on a busy machine, and short beside what would be waited for otherwise.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Over {
     Tcp,
@@ -110,7 +113,7 @@ fn the_loss_of_the_session_ends_a_wait() {
         }
         let (middle, worst) = median(times);
         println!("{over_:?}: loss seen after {middle:?}, worst {worst:?}");
-        assert!(middle < Duration::from_millis(200));
+        assert!(middle < AT_ONCE);
     }
 }
 
@@ -142,7 +145,7 @@ fn the_end_of_a_session_wakes_a_thread_that_watches_its_socket() {
                 }
                 let (woken, time) = watcher.join().unwrap();
                 assert_eq!(woken, Woken::Socket, "{over_:?} {ends}");
-                assert!(time < SECOND, "{over_:?} {ends}: {time:?}");
+                assert!(time < AT_ONCE, "{over_:?} {ends}: {time:?}");
             });
         }
     }
@@ -161,10 +164,12 @@ fn a_call_ends_by_its_deadline_whether_the_watchdog_enforces_it_or_its_own_timer
             if closed {
                 watchdog.close();
             }
-            control.set_deadline(Some(Instant::now() + SECOND / 5));
-            let (outcome, time) = timed(|| client.batch_execute("SELECT pg_sleep(60)"));
+            let deadline = Instant::now() + SECOND / 5;
+            control.set_deadline(Some(deadline));
+            let outcome = client.batch_execute("SELECT pg_sleep(60)");
+            let late = deadline.elapsed();
             assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::DeadlinePassed));
-            assert!((SECOND / 5..SECOND).contains(&time), "{over_:?}, watched {watched}: {time:?}");
+            assert!(late < AT_ONCE, "{over_:?}, watched {watched}: {late:?} late");
             watchdog.close();
         }
     }
@@ -188,7 +193,7 @@ fn a_kill_ends_a_blocked_query_and_the_drop() {
         println!("{over_:?}: kill ends a query in {:?}, drop takes {dropping:?}", end - start);
         assert_eq!(Ended::find(&error), Some(Ended::Killed));
         assert!(control.is_dead());
-        assert!(end - start < SECOND / 5 && dropping < SECOND / 5);
+        assert!(end - start < AT_ONCE && dropping < AT_ONCE);
     }
 }
 
@@ -204,7 +209,7 @@ fn a_kill_ends_a_wait_and_a_write_that_is_blocked_and_what_comes_after() {
         });
         let (outcome, time) = timed(|| next(&mut waiting, 10 * SECOND));
         assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::Killed));
-        assert!(time < SECOND);
+        assert!(time < AT_ONCE);
         killer.join().unwrap();
         assert!(waiting.batch_execute("SELECT 1").is_err());
 
@@ -217,9 +222,9 @@ fn a_kill_ends_a_wait_and_a_write_that_is_blocked_and_what_comes_after() {
         let text = format!("SELECT length('{}')", "x".repeat(50 << 20));
         let (outcome, time) = timed(|| writing.batch_execute(&text));
         assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::Killed));
-        assert!(time < SECOND, "{time:?}");
+        assert!(time < AT_ONCE, "{time:?}");
         let ((), time) = timed(|| drop(writing));
-        assert!(time < SECOND / 5, "{time:?}");
+        assert!(time < AT_ONCE, "{time:?}");
         killer.join().unwrap();
         drop(frozen);
     }
@@ -235,8 +240,10 @@ fn a_deadline_ends_a_call_on_a_frozen_server() {
         let (mut moved, moved_control) = open(&dialer);
         let _frozen = server.freeze();
 
-        own_control.set_deadline(Some(Instant::now() + SECOND / 4));
+        let deadline = Instant::now() + SECOND / 4;
+        own_control.set_deadline(Some(deadline));
         let (outcome, time) = timed(|| own.batch_execute("SELECT 1"));
+        assert!(Instant::now() >= deadline);
         let error = outcome.unwrap_err();
         assert_eq!(Ended::find(&error), Some(Ended::DeadlinePassed), "{error:?}");
         let io = error.source().unwrap().downcast_ref::<io::Error>().unwrap();
@@ -245,31 +252,38 @@ fn a_deadline_ends_a_call_on_a_frozen_server() {
         assert!(own_control.is_dead());
         let ((), dropping) = timed(|| drop(own));
         println!("{over_:?}: deadline of 250 ms ends a query after {time:?}, drop takes {dropping:?}");
-        assert!(time >= SECOND / 4 && time < SECOND / 2 && dropping < SECOND / 5);
+        assert!(time < AT_ONCE && dropping < AT_ONCE);
 
         let setter = thread::spawn(move || {
             sleep(SECOND / 5);
-            others_control.set_deadline(Some(Instant::now() + SECOND / 5));
+            let deadline = Instant::now() + SECOND / 5;
+            others_control.set_deadline(Some(deadline));
+            deadline
         });
-        let (outcome, time) = timed(|| others.batch_execute("SELECT 1"));
+        let outcome = others.batch_execute("SELECT 1");
+        let ended = Instant::now();
         assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::DeadlinePassed));
-        assert!(time >= 2 * SECOND / 5 && time < SECOND, "{time:?}");
-        setter.join().unwrap();
+        let deadline = setter.join().unwrap();
+        assert!((deadline..deadline + AT_ONCE).contains(&ended), "{:?}", deadline.elapsed());
 
         // Moved to later, and then to earlier, while the call is blocked.
-        moved_control.set_deadline(Some(Instant::now() + SECOND / 5));
+        let first = Instant::now() + 2 * SECOND;
+        moved_control.set_deadline(Some(first));
         let setter = thread::spawn(move || {
             sleep(SECOND / 10);
-            moved_control.set_deadline(Some(Instant::now() + 20 * SECOND));
-            sleep(SECOND / 5);
-            moved_control.set_deadline(Some(Instant::now() + SECOND / 10));
+            moved_control.set_deadline(Some(first + 60 * SECOND));
+            sleep(first.saturating_duration_since(Instant::now()) + SECOND / 10);
+            let deadline = Instant::now() + SECOND / 10;
+            moved_control.set_deadline(Some(deadline));
+            deadline
         });
-        let (outcome, time) = timed(|| moved.batch_execute("SELECT 1"));
+        let outcome = moved.batch_execute("SELECT 1");
+        let ended = Instant::now();
         assert_eq!(Ended::find(&outcome.unwrap_err()), Some(Ended::DeadlinePassed));
-        assert!(time >= 2 * SECOND / 5 && time < SECOND, "{time:?}");
-        setter.join().unwrap();
+        let deadline = setter.join().unwrap();
+        assert!((deadline..deadline + AT_ONCE).contains(&ended), "{:?}", deadline.elapsed());
         let ((), dropping) = timed(|| drop((others, moved)));
-        assert!(dropping < SECOND / 5, "{dropping:?}");
+        assert!(dropping < AT_ONCE, "{dropping:?}");
     }
 }
 
@@ -279,15 +293,15 @@ fn a_deadline_that_is_met_leaves_the_session_alone() {
     for over_ in ALL {
         let (mut client, control) = open(&over(&server, over_));
         for _ in 0..200 {
-            control.set_deadline(Some(Instant::now() + SECOND));
+            control.set_deadline(Some(Instant::now() + AT_ONCE));
             client.batch_execute("SELECT 1").unwrap();
             control.set_deadline(None);
         }
-        control.set_deadline(Some(Instant::now() + SECOND / 20));
+        control.set_deadline(Some(Instant::now() + SECOND));
         client.batch_execute("SELECT 1").unwrap();
         control.set_deadline(None);
         // The timer of the deadline that is no more goes off in here.
-        assert!(next(&mut client, SECOND / 5).unwrap().is_none());
+        assert!(next(&mut client, SECOND * 5 / 4).unwrap().is_none());
         client.batch_execute("SELECT pg_sleep(0.1)").unwrap();
         assert!(!control.is_dead() && !client.is_closed());
     }
@@ -303,7 +317,7 @@ fn a_connect_to_a_server_that_does_not_answer_ends_on_time_and_by_a_kill() {
         let (outcome, time) = timed(|| dialer.connect(&control, Instant::now() + SECOND / 4));
         let error = outcome.err().unwrap();
         assert_eq!(error.ended(), Some(Ended::ConnectTimedOut), "{error}");
-        assert!(time < SECOND / 2 && !control.is_dead());
+        assert!(time < AT_ONCE && !control.is_dead());
 
         let killer = thread::spawn({
             let control = control.clone();
@@ -316,11 +330,11 @@ fn a_connect_to_a_server_that_does_not_answer_ends_on_time_and_by_a_kill() {
         let error = outcome.err().unwrap();
         println!("{error}");
         assert_eq!(error.ended(), Some(Ended::Killed), "{error}");
-        assert!(time < SECOND);
+        assert!(time < AT_ONCE);
         killer.join().unwrap();
         let (outcome, time) = timed(|| dialer.connect(&control, soon()));
         assert_eq!(outcome.err().unwrap().ended(), Some(Ended::Killed));
-        assert!(time < SECOND / 10, "a kill before the connect");
+        assert!(time < AT_ONCE, "a kill before the connect");
     }
 }
 
@@ -522,29 +536,40 @@ fn direct_negotiation_starts_with_the_handshake() {
 #[test]
 fn a_cancel_hits_the_statement_and_never_a_later_one() {
     let server = Server::start(true);
+    let mut other = Client::connect(&server.unix_url(), NoTls).unwrap();
+    let sleeps = other
+        .prepare("SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'PgSleep')")
+        .unwrap();
     for over_ in ALL {
         let dialer = over(&server, over_);
         let (mut client, control) = open(&dialer);
+        let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
         let token = client.cancel_token();
         let (mut hit, mut times) = (0, Vec::new());
         for round in 0..200_u64 {
-            let canceller = thread::spawn({
-                let (dialer, control, token) = (dialer.clone(), control.clone(), token.clone());
-                move || {
-                    // Now and then so late that it races with the end of the statement.
-                    sleep(Duration::from_micros(if round % 2 == 0 { 3000 } else { 1000 + round * 20 }));
-                    timed(|| dialer.cancel(&control, &token, soon()))
+            let (outcome, time) = thread::scope(|scope| {
+                let (dialer, control, token) = (&dialer, &control, &token);
+                let (other, sleeps) = (&mut other, &sleeps);
+                let canceller = scope.spawn(move || {
+                    if round % 2 == 0 {
+                        // A request that comes before the statement would hit nothing.
+                        while !other.query_one(sleeps, &[&pid]).unwrap().get::<_, bool>(0) {}
+                    } else {
+                        // Races with the end of the statement.
+                        sleep(Duration::from_micros(1000 + round * 20));
+                    }
+                    timed(|| dialer.cancel(control, token, soon()))
+                });
+                let sleep_for = if round % 2 == 0 { "60" } else { "0.003" };
+                match client.batch_execute(&format!("SELECT pg_sleep({sleep_for})")) {
+                    Ok(()) => assert_eq!(round % 2, 1),
+                    Err(error) => {
+                        assert_eq!(error.code(), Some(&SqlState::QUERY_CANCELED), "{error:?}");
+                        hit += 1;
+                    }
                 }
+                canceller.join().unwrap()
             });
-            let sleep_for = if round % 2 == 0 { "60" } else { "0.003" };
-            match client.batch_execute(&format!("SELECT pg_sleep({sleep_for})")) {
-                Ok(()) => assert_eq!(round % 2, 1),
-                Err(error) => {
-                    assert_eq!(error.code(), Some(&SqlState::QUERY_CANCELED), "{error:?}");
-                    hit += 1;
-                }
-            }
-            let (outcome, time) = canceller.join().unwrap();
             outcome.unwrap_or_else(|error| panic!("{error}"));
             times.push(time);
             for _ in 0..5 {
@@ -561,7 +586,7 @@ fn a_cancel_hits_the_statement_and_never_a_later_one() {
         let error = outcome.unwrap_err();
         println!("{error}");
         assert_eq!(error.ended(), Some(Ended::DeadlinePassed), "{error}");
-        assert!(time < SECOND / 2);
+        assert!(time < AT_ONCE);
         control.kill();
     }
 }

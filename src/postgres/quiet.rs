@@ -1,0 +1,145 @@
+//! A slice of a wait that ends without an error, and so without a line in the server's log.
+//!
+//! A statement that runs into `lock_timeout`, or is cancelled, ends in an error, and the server logs an error together with
+//! its statement: 24 lines a minute for each session that waits. An error that PL/pgSQL catches is not logged. A session's
+//! advisory lock outlives the subtransaction that is rolled back then, a row that was written does not: so the lock may be
+//! had without our knowing, as after an error.
+//!
+//! A `DO` block has neither parameters nor a result. Both are settings, which the same message sets before and shows
+//! after, so that the text of the block is the same for all keys (an extension that counts statements keeps one entry for
+//! it). The answer is set by the statement that waits, as one more column of it: what is planned after the grant is what
+//! makes a hand-over slow.
+
+use super::session::Entry;
+use super::sql::{Shape, Verb};
+
+/// What came of a slice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Told {
+    /// The slice is over.
+    Over,
+    /// The lock is held, and so is the row, if there is a catalog: the token.
+    Granted { token: Option<i64> },
+    /// There is no token, for a reason that the plain statement tells.
+    Nothing,
+}
+
+const OVER: &str = "over";
+const WITHOUT_TOKEN: &str = "granted";
+
+/// Prepares `statement`, which is that of `verb`: [`Verb::Queue`] or [`Verb::QueueAgain`]. To be run once in a session.
+///
+/// So nothing of it is planned while somebody waits. And a server that logs long waits logs the name of the statement with
+/// each, and not its text twice.
+pub(super) fn preparation(verb: Verb, shape: Shape, statement: &str) -> String {
+    let (token, types) = match (shape.catalog, verb) {
+        (false, _) => (format!("'{WITHOUT_TOKEN}'"), "int8"),
+        (true, Verb::QueueAgain) => ("lock.token::text".to_owned(), "int8, text, text, bytea"),
+        (true, _) => {
+            ("coalesce((SELECT token FROM term)::text, '')".to_owned(), "int8, text, text, text, text, bytea")
+        }
+    };
+    format!(
+        "PREPARE {name} ({types}) AS {statement}, pg_catalog.set_config('dsync.answer', {token}, true)",
+        name = name(verb, shape)
+    )
+}
+
+fn name(verb: Verb, shape: Shape) -> String {
+    format!(
+        "dsync_{}{}{}",
+        if verb == Verb::QueueAgain { "again" } else { "queue" },
+        if shape.pair { "_pair" } else { "" },
+        if shape.catalog { "_row" } else { "" }
+    )
+}
+
+/// The message that runs a slice, for which there must have been a [`preparation`]. Its last row is the answer.
+///
+/// Only the two errors that end a wait are caught. Whatever else fails is an error of the message.
+pub(super) fn message(verb: Verb, shape: Shape, id: i64, entry: Option<&Entry>) -> String {
+    const NAMES: &str = "pg_catalog.current_setting('dsync.namespace'), pg_catalog.current_setting('dsync.key'), \
+         pg_catalog.decode(pg_catalog.substr(nullif(pg_catalog.current_setting('dsync.annotation'), ''), 2), 'hex')";
+    let mut settings = vec![("answer", String::new()), ("id", id.to_string())];
+    if let Some(Entry { namespace, key, annotation }) = entry {
+        // An empty annotation is not the same as none.
+        let annotation = annotation.as_ref().map_or_else(String::new, |bytes| {
+            bytes.iter().fold(String::from("x"), |text, byte| text + &format!("{byte:02x}"))
+        });
+        settings.extend([("namespace", namespace.clone()), ("key", key.clone()), ("annotation", annotation)]);
+    }
+    let settings: Vec<String> = settings
+        .iter()
+        .map(|(name, value)| format!("pg_catalog.set_config('dsync.{name}', {}, false)", literal(value)))
+        .collect();
+    let id = "pg_catalog.current_setting('dsync.id')::pg_catalog.int8";
+    let parameters = match (shape.catalog, verb) {
+        (false, _) => id.to_owned(),
+        (true, Verb::QueueAgain) => format!("{id}, {NAMES}"),
+        // Lease and name stand from the statement before.
+        (true, _) => format!("{id}, '', '', {NAMES}"),
+    };
+    format!(
+        "SELECT {settings}; \
+         DO $dsync$BEGIN \
+             EXECUTE $wait$EXECUTE {name}({parameters})$wait$; \
+         EXCEPTION WHEN lock_not_available OR query_canceled THEN \
+             PERFORM pg_catalog.set_config('dsync.answer', '{OVER}', true); \
+         END$dsync$; \
+         SHOW dsync.answer",
+        settings = settings.join(", "),
+        name = name(verb, shape)
+    )
+}
+
+/// What the last row of the message says; `None` if that is no answer.
+pub(super) fn told(answer: &str) -> Option<Told> {
+    match answer {
+        "" => Some(Told::Nothing),
+        OVER => Some(Told::Over),
+        WITHOUT_TOKEN => Some(Told::Granted { token: None }),
+        token => token.parse().ok().map(|token| Told::Granted { token: Some(token) }),
+    }
+}
+
+/// Whether an error says that there are no such blocks here: without PL/pgSQL, without the right to use it, or on a
+/// server that has none, or where somebody has taken the prepared statement away.
+pub(super) fn is_unknown_here(code: &str) -> bool {
+    matches!(code, "42704" | "42501" | "0A000" | "26000")
+}
+
+/// Text as SQL, whatever `standard_conforming_strings` is.
+fn literal(text: &str) -> String {
+    format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_of_the_application_stays_text() {
+        assert_eq!(literal(r"a'b\c"), r"E'a''b\\c'");
+        assert_eq!(literal(r"\'; DROP TABLE x; --"), r"E'\\''; DROP TABLE x; --'");
+    }
+
+    #[test]
+    fn the_block_is_the_same_for_all_keys() {
+        let message = |id, key: &str| {
+            let shape = Shape { pair: false, catalog: true };
+            let entry = Entry { namespace: "dsync".to_owned(), key: key.to_owned(), annotation: None };
+            let text = message(Verb::QueueAgain, shape, id, Some(&entry));
+            text.split_once("DO ").unwrap().1.to_owned()
+        };
+        assert_eq!(message(1, "a"), message(2, "b"));
+    }
+
+    #[test]
+    fn only_a_token_or_its_word_is_a_grant() {
+        assert_eq!(told("17"), Some(Told::Granted { token: Some(17) }));
+        assert_eq!(told("granted"), Some(Told::Granted { token: None }));
+        assert_eq!(told("over"), Some(Told::Over));
+        assert_eq!(told(""), Some(Told::Nothing));
+        assert_eq!(told("on"), None);
+    }
+}
