@@ -584,7 +584,7 @@ fn invalid(message: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use postgres::config::Host;
+    use postgres::config::LoadBalanceHosts;
 
     fn from(variables: &[(&str, &str)]) -> Result<Config> {
         Config::from_variables(&|name| {
@@ -593,15 +593,95 @@ mod tests {
     }
 
     #[test]
-    fn a_url_wins_over_the_variables_of_libpq() {
+    fn variables_fill_in_what_a_url_leaves_out_and_nothing_else() {
         let config = from(&[
-            ("DATABASE_URL", "postgres://ada@example.org/x"),
+            ("DATABASE_URL", "postgres://ada@example.org/x?sslmode=disable"),
             ("PGHOST", "other"),
+            ("PGUSER", "other"),
+            ("PGDATABASE", "other"),
+            ("PGSSLMODE", "require"),
+            ("PGPORT", "6432"),
+            ("PGPASSWORD", "secret"),
+            ("PGCHANNELBINDING", "require"),
             ("DSYNC_LEASE", "9s"),
         ])
         .unwrap();
         assert_eq!(config.postgres.get_hosts(), [Host::Tcp("example.org".into())]);
+        assert_eq!(config.postgres.get_user(), Some("ada"));
+        assert_eq!(config.postgres.get_dbname(), Some("x"));
+        assert_eq!(config.postgres.get_ssl_mode(), SslMode::Disable);
+        assert_eq!(config.postgres.get_ports(), [6432]);
+        assert_eq!(config.postgres.get_password(), Some(&b"secret"[..]));
+        assert_eq!(config.postgres.get_channel_binding(), ChannelBinding::Require);
         assert_eq!(config.lease, Duration::from_secs(9));
+
+        let bare = from(&[("DATABASE_URL", "postgres:///x"), ("PGPORT", "6432")]).unwrap();
+        assert!(matches!(bare.postgres.get_hosts(), [Host::Unix(_)]), "the local server");
+    }
+
+    /// Not in plain text where `psql` would refuse to connect.
+    #[test]
+    fn what_makes_the_connection_safer_is_not_ignored_beside_a_url() {
+        for (name, value) in [
+            ("PGSSLMODE", "require"),
+            ("PGREQUIRESSL", "1"),
+            ("PGCHANNELBINDING", "require"),
+            ("PGSSLROOTCERT", "/etc/ca.pem"),
+            ("PGSSLCRL", "/etc/crl.pem"),
+            ("PGSSLMINPROTOCOLVERSION", "TLSv1.3"),
+        ] {
+            let config = from(&[("DATABASE_URL", "postgres://ada@example.org/x"), (name, value)]).unwrap();
+            let error = config.validate().expect_err(name);
+            assert!(error.to_string().contains("Config::tls"), "{name}: {error}");
+            assert!(config.tls(postgres::NoTls).validate().is_ok() || name == "PGCHANNELBINDING", "{name}");
+        }
+        for (name, value) in [
+            ("PGSSLMODE", "verify-full"),
+            ("PGSSLMODE", "verify-ca"),
+            ("PGREQUIREAUTH", "scram-sha-256"),
+            ("PGREQUIREPEER", "postgres"),
+            ("PGGSSENCMODE", "require"),
+            ("PGMINPROTOCOLVERSION", "3.2"),
+            ("PGSERVICE", "prod"),
+        ] {
+            let error =
+                from(&[("DATABASE_URL", "postgres://ada@example.org/x"), (name, value)]).expect_err(name);
+            assert!(error.to_string().contains(name), "{error}");
+        }
+        let config = from(&[("PGREQUIRESSL", "1"), ("PGSSLMODE", "prefer")]).unwrap();
+        assert_eq!(config.postgres.get_ssl_mode(), SslMode::Prefer, "PGSSLMODE comes before PGREQUIRESSL");
+    }
+
+    #[test]
+    fn a_password_file_is_refused_only_where_it_would_be_read() {
+        let file = ("PGPASSFILE", "/etc/pgpass");
+        let error = from(&[file]).unwrap().validate().unwrap_err();
+        assert!(error.to_string().contains("PGPASSFILE"), "{error}");
+        assert!(from(&[file, ("PGPASSWORD", "x")]).unwrap().validate().is_ok());
+        assert!(from(&[file]).unwrap().password_with(|| Ok("x".to_owned())).validate().is_ok());
+        let url = Config::from_url("postgres://ada@example.org/x?passfile=/etc/pgpass").unwrap();
+        assert!(url.validate().unwrap_err().to_string().contains("the parameter passfile"));
+    }
+
+    #[test]
+    fn variables_without_effect_are_let_be() {
+        for (name, value) in [
+            ("PGTZ", "Mars"),
+            ("PGDATESTYLE", "x"),
+            ("PGGEQO", "x"),
+            ("PGCLIENTENCODING", "LATIN1"),
+            ("PGGSSENCMODE", "prefer"),
+            ("PGKRBSRVNAME", "x"),
+            ("PGSERVICEFILE", "/nowhere"),
+            ("PGSSLCOMPRESSION", "0"),
+            ("PGMAXPROTOCOLVERSION", "latest"),
+            ("PGMINPROTOCOLVERSION", "3.0"),
+            ("PGTARGETSESSIONATTRS", "primary"),
+            ("PGREQUIRESSL", "0"),
+        ] {
+            let config = from(&[(name, value)]).expect(name);
+            assert!(config.validate().is_ok(), "{name}");
+        }
     }
 
     #[test]
@@ -613,6 +693,7 @@ mod tests {
             ("PGDATABASE", "engine"),
             ("PGSSLMODE", "disable"),
             ("PGTARGETSESSIONATTRS", "read-write"),
+            ("PGLOADBALANCEHOSTS", "random"),
             ("PGCONNECT_TIMEOUT", "3"),
         ])
         .unwrap();
@@ -622,23 +703,38 @@ mod tests {
         assert_eq!(config.postgres.get_dbname(), Some("engine"));
         assert_eq!(config.postgres.get_ssl_mode(), SslMode::Disable);
         assert_eq!(config.postgres.get_target_session_attrs(), TargetSessionAttrs::ReadWrite);
+        assert_eq!(config.postgres.get_load_balance_hosts(), LoadBalanceHosts::Random);
         assert_eq!(config.postgres.get_connect_timeout(), Some(&Duration::from_secs(3)));
+        assert_eq!(config.connect_time(), Duration::from_secs(6), "three for each of them");
     }
 
     #[test]
-    fn a_variable_that_cannot_be_understood_is_named() {
-        for (name, value) in [
-            ("DATABASE_URL", "postgres://["),
-            ("PGPORT", "many"),
-            ("PGSSLMODE", "verify-full"),
-            ("DSYNC_MAX_SESSIONS", "-1"),
-            ("DSYNC_LEASE", "15"),
-            ("PGHOSTADDR", "localhost"),
-            ("DSYNC_CATALOG", "maybe"),
+    fn a_variable_that_cannot_be_understood_is_named_and_not_repeated() {
+        for name in [
+            "DATABASE_URL",
+            "PGHOST",
+            "PGHOSTADDR",
+            "PGPORT",
+            "PGCONNECT_TIMEOUT",
+            "PGSSLMODE",
+            "PGSSLNEGOTIATION",
+            "PGCHANNELBINDING",
+            "PGTARGETSESSIONATTRS",
+            "PGLOADBALANCEHOSTS",
+            "PGSERVICE",
+            "PGREQUIREAUTH",
+            "PGREQUIREPEER",
+            "PGMINPROTOCOLVERSION",
+            "DSYNC_CATALOG",
+            "DSYNC_MAX_SESSIONS",
+            "DSYNC_LEASE",
+            "DSYNC_MARGIN",
+            "DSYNC_CONNECT_TIMEOUT",
         ] {
-            let error = from(&[(name, value)]).unwrap_err();
+            let error = from(&[(name, "in#valid")]).expect_err(name);
             assert_eq!(error.kind(), ErrorKind::InvalidConfig);
             assert!(error.to_string().contains(name), "{error}");
+            assert!(!format!("{error:?} {error:#}").contains("in#valid"), "{error:?}");
         }
     }
 
@@ -657,6 +753,59 @@ mod tests {
         assert!(refusal(config().service("")).contains("service"));
         let require = Config::from_url("host=localhost user=x sslmode=require").unwrap();
         assert!(refusal(require).contains("Config::tls"));
+        assert!(refusal(config().namespace("n".repeat(1_025))).contains("the limit is 1024"));
+        assert!(refusal(config().service("s".repeat(1_006))).contains("the limit is 1005"));
+        assert!(config().service("s".repeat(1_005)).validate().is_ok());
+        let long = Config::from_url("host=localhost user=x connect_timeout=30").unwrap();
+        assert_eq!(long.connect_time(), Duration::from_secs(30));
+        assert!(refusal(long.connect_timeout(Duration::from_secs(2))).contains("connect_timeout"));
+        for (text, told) in [
+            ("host=localhost sslnegotiation=direct", "sslmode=require"),
+            ("host=localhost channel_binding=require", "Config::tls"),
+            ("host=localhost port=0", "the port is 0"),
+            ("postgres://a%00b@localhost/x", "the user of the connection contains a NUL"),
+            ("postgres://a:b%00@localhost/x", "the password contains a NUL"),
+        ] {
+            assert!(refusal(Config::from_url(text).unwrap()).contains(told), "{text}");
+        }
+        let mut standby = postgres::Config::new();
+        standby.host("localhost").target_session_attrs(TargetSessionAttrs::ReadOnly);
+        assert!(refusal(Config::from_postgres(standby)).contains("locks need the primary"));
+        for host in [
+            "ss#word@db",
+            "a b",
+            "@dsync",
+            "a:b",
+            "[::1]",
+            "",
+            "postgres://db",
+            "db/app",
+            "a\nb",
+            "fe80::1%e h",
+        ] {
+            let mut connection = postgres::Config::new();
+            connection.host(host);
+            let error = refusal(Config::from_postgres(connection));
+            assert!(
+                error.contains("percent-encode") && (host.is_empty() || !error.contains(host)),
+                "{error}"
+            );
+        }
+        for host in [
+            "db",
+            "db-1.internal",
+            "my_db",
+            "127.0.0.1",
+            "::1",
+            "fe80::1%eth0",
+            "/tmp",
+            "grün.example",
+            "db.",
+        ] {
+            let mut connection = postgres::Config::new();
+            connection.host(host);
+            assert!(Config::from_postgres(connection).validate().is_ok(), "{host}");
+        }
         for lease in [500, 2_000, 60_000, 86_400_000] {
             assert!(config().lease(Duration::from_millis(lease)).validate().is_ok(), "{lease}");
         }

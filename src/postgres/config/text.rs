@@ -240,3 +240,111 @@ pub(super) fn is_host_name(name: &str) -> bool {
         None => is_word(name) || name.parse::<IpAddr>().is_ok(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Config;
+
+    /// Getters that show all of it but the host's socket options, which `Debug` shows.
+    fn shown(config: &postgres::Config) -> String {
+        let password = config.get_password().map(<[u8]>::to_vec);
+        format!("{config:?} {password:?} {:?}", config.get_ssl_negotiation())
+    }
+
+    #[test]
+    fn what_the_driver_understands_means_the_same_here() {
+        for text in [
+            "postgres://ada:lace@example.org:5433/engine",
+            "postgresql://ada@example.org:5433/engine?connect_timeout=7&application_name=a%20b",
+            "postgres://ada:p%40ss%2Fw%23rd%3A%2541%3Fx@example.org:5433/engine",
+            "postgres://ada:100%safe%@example.org:5433/engine",
+            "postgres://ada:pa:ss#wo?rd@example.org:5433/engine",
+            "postgres://ada:%FF%fe@example.org:5433/engine",
+            "postgres://ada@a:1,b:2,[::1]:3/engine?target_session_attrs=read-write&load_balance_hosts=random",
+            "postgres://ada@%2Fvar%2Frun:5433/engine",
+            "postgres:///engine?user=ada&host=/tmp&port=5433&sslmode=disable",
+            "postgres://a:5433",
+            "postgres://a:5433?",
+            "postgres://a:5433/?sslmode=require&sslnegotiation=direct&channel_binding=disable&",
+            "host=a,/tmp port=1,2 user=ada password='it s' dbname=engine",
+            "host = a  user= 'a b'\tpassword='a\\'b\\\\c' options='-c a=b'",
+            "user=a\\ b host=a hostaddr=127.0.0.1 port= 7",
+            "host=a,b,c port=1,,3 hostaddr=::1,127.0.0.1,10.0.0.1",
+            "host=a keepalives=0 keepalives_idle=5 keepalives_interval=6 keepalives_retries=7 tcp_user_timeout=8",
+            "host=a keepalives=1 keepalives_idle=-1 connect_timeout=0 tcp_user_timeout=0",
+        ] {
+            let theirs: postgres::Config = text.parse().unwrap_or_else(|error| panic!("{text}: {error}"));
+            let ours = Config::from_url(text).unwrap_or_else(|error| panic!("{text}: {error}"));
+            assert_eq!(shown(&ours.postgres), shown(&theirs), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_libpq_understands_and_the_driver_does_not_is_understood() {
+        let understood = |text: &str| shown(&Config::from_url(text).expect(text).postgres);
+        let plain = understood("postgres://ada:lace@a:5433/engine");
+        for text in [
+            " postgres://ada:lace@a:5433/engine\n",
+            "POSTGRES://ada:lace@a:5433/engine",
+            "postgres://ada:lace@x:1/engine?host=a&port=5433",
+            "postgres://ada:lace@a:5433/engine?client_encoding=utf8&gssencmode=prefer&sslmode=",
+            "\r\nhost=x host=a port=5433 user=ada password=lace dbname=engine\r\n",
+        ] {
+            assert_eq!(understood(text), plain, "{text:?}");
+        }
+        assert_eq!(understood("host=a keepalives_count=3"), understood("host=a keepalives_retries=3"));
+        assert_eq!(understood("postgres://a:1?ssl=true"), understood("postgres://a:1?sslmode=require"));
+        assert_eq!(understood("host=a requiressl=1"), understood("host=a sslmode=require"));
+        assert_eq!(
+            understood("host=a application_name=x fallback_application_name=y"),
+            understood("host=a application_name=x")
+        );
+        assert_eq!(understood("postgres://a?host=b,c"), understood("host=b,c"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_what_to_change() {
+        for (text, told) in [
+            ("", "it is empty"),
+            ("\"postgres://ada:lovelace@a/engine\"", "quotes"),
+            ("'postgres://ada:lovelace@a/engine'", "quotes"),
+            ("postgresql+psycopg2://ada:lovelace@a/engine", "another scheme"),
+            ("jdbc:postgresql://a/engine?user=ada", "another scheme"),
+            ("mysql://ada:lovelace@a/engine", "another scheme"),
+            ("psql postgres://ada:lovelace@a/engine", "single quotes"),
+            ("ada:lovelace@a/engine", "neither a URL nor pairs"),
+            ("DATABASE_URL=postgres://ada:lovelace@a/engine", "DATABASE_URL is not one of PostgreSQL's"),
+            ("postgres://ada:la@ce@a/engine", "%40"),
+            ("postgres://ada:la@ce#@a/engine", "%40"),
+            ("postgres://ada:la/ce@a/engine", "%2F"),
+            ("postgres://ada:1/ce@a/engine", "%2F"),
+            ("postgres://ada:la@ce/x@a/engine", "%40"),
+            ("postgres://ada:la@ce?x@a/engine", "%40"),
+            ("postgres://ada:la@ce?x=y@a/engine", "parameter number 1"),
+            ("postgres://ada@ce:la@a/engine", "%40"),
+            ("postgres://ada@[::1/engine", "without its ]"),
+            ("postgres://ada@::1:5432/engine", "[ ]"),
+            ("postgres://ada@a:70000/engine", "place of a port"),
+            ("postgres://ada@a b/engine", "place of a host"),
+            ("postgres://ada@a/engine?schema=public&connection_limit=5", "schema is not one of PostgreSQL's"),
+            ("postgres://ada@a/engine?ssl=no", "ssl can only be true"),
+            ("host=a sslmode=verify-full", "the parameter sslmode of the connection string"),
+            ("host=a sslmode=allow", "disable, prefer or require"),
+            ("host=a sslmode=on", "one of disable, prefer, require"),
+            ("host=a target_session_attrs=standby", "primary"),
+            ("host=a service=prod", "service files"),
+            ("host=a replication=database", "replication session"),
+            ("host=a port=many", "port number"),
+            ("host=a hostaddr=b", "IP address"),
+            ("host=@dsync", "neither a host name"),
+            ("host=a password='lovelace", "single quote"),
+            ("host=a password=la ce", "single quotes"),
+            ("host", "neither a URL nor pairs"),
+            ("host=a =b", "parameter number 2"),
+        ] {
+            let error = Config::from_url(text).expect_err(text);
+            assert!(error.to_string().contains(told), "{text}: {error}");
+            assert!(!format!("{error:?}").contains("lovelace"), "{error:?}");
+        }
+    }
+}

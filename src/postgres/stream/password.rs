@@ -158,3 +158,77 @@ impl Error for PasswordError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+
+    use crossbeam_channel::unbounded;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn waiting(password: &Password) -> usize {
+        password.shared.queue.lock().waiting.len()
+    }
+
+    fn until(condition: impl Fn() -> bool) {
+        let end = Instant::now() + LONG;
+        while !condition() {
+            assert!(Instant::now() < end, "it does not come about");
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn who_asks_while_a_call_is_under_way_shares_the_next_one() {
+        let (calls, (go, gate), (entered, enters)) = (AtomicU32::new(0), unbounded::<()>(), unbounded());
+        let password = Password::new(move || {
+            let call = calls.fetch_add(1, SeqCst) + 1;
+            entered.send(call)?;
+            gate.recv()?;
+            Ok(format!("answer {call}"))
+        });
+        let ask = || {
+            let password = password.clone();
+            thread::spawn(move || password.ask(&StreamControl::new(), Instant::now() + LONG).unwrap())
+        };
+        let first = ask();
+        assert_eq!(enters.recv_timeout(LONG), Ok(1));
+        let others = [ask(), ask(), ask()];
+        until(|| waiting(&password) == 3);
+        go.send(()).unwrap();
+        assert_eq!(first.join().unwrap(), "answer 1");
+        assert_eq!(enters.recv_timeout(LONG), Ok(2));
+        go.send(()).unwrap();
+        for other in others {
+            assert_eq!(other.join().unwrap(), "answer 2");
+        }
+        until(|| !password.shared.queue.lock().at_work);
+        assert!(enters.is_empty(), "nobody asked for a third");
+    }
+
+    #[test]
+    fn who_gives_up_leaves_nothing_behind() {
+        let (go, gate) = unbounded::<()>();
+        let password = Password::new(move || {
+            gate.recv()?;
+            Ok("late".to_owned())
+        });
+        let soon = || Instant::now() + Duration::from_millis(50);
+        for _ in 0..5 {
+            let error = password.ask(&StreamControl::new(), soon()).unwrap_err();
+            assert!(matches!(error.downcast_ref(), Some(PasswordError::TooLate)), "{error}");
+            assert_eq!(waiting(&password), 0);
+        }
+        let killed = StreamControl::new();
+        killed.kill();
+        assert!(password.ask(&killed, Instant::now() + LONG).unwrap_err().is::<std::io::Error>());
+        assert_eq!(waiting(&password), 0);
+        drop(go);
+        until(|| !password.shared.queue.lock().at_work);
+        let error = password.ask(&StreamControl::new(), Instant::now() + LONG).unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(PasswordError::Failed(_))), "{error}");
+    }
+}
