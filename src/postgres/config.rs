@@ -17,7 +17,7 @@ use super::catalog::CatalogMode;
 use super::stream::{Password, Socket, Tls};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
-use settings::{Given, Origin, Unread};
+use settings::{Given, Origin, Unless, Unread};
 
 /// How to reach PostgreSQL, and how locks behave there.
 ///
@@ -36,7 +36,7 @@ use settings::{Given, Origin, Unread};
 #[derive(Clone)]
 pub struct Config {
     pub(crate) postgres: postgres::Config,
-    /// Settings of the connection that are not read, so that this program must see to them.
+    /// Settings of the connection that are not read, and must be made up for.
     unread: Vec<Unread>,
     pub(crate) tls: Option<Tls>,
     pub(crate) password: Option<Password>,
@@ -69,9 +69,9 @@ impl Config {
     /// | `sslmode` | `disable`, `prefer`, `require` are honoured, the latter two as [`tls`](Self::tls) says; `allow`, `verify-ca`, `verify-full` are refused: say `require`, and give a connector that verifies certificates |
     /// | `connect_timeout` (seconds) | honoured, for each address; see [`connect_timeout`](Self::connect_timeout) |
     /// | `keepalives`, `keepalives_idle`, `keepalives_interval`, `keepalives_count` or `keepalives_retries`, `tcp_user_timeout` (in seconds, as in [`postgres::Config`]) | honoured |
-    /// | `sslrootcert`, `sslcert`, `sslkey`, `sslpassword`, `sslcertmode`, `sslcrl`, `sslcrldir`, `sslsni`, `ssl_min_protocol_version`, `ssl_max_protocol_version` | not read: refused when the manager is made, unless a connector is given with [`tls`](Self::tls), which decides instead |
+    /// | `sslrootcert`, `sslcert`, `sslkey`, `sslpassword`, `sslcertmode`, `sslcrl`, `sslcrldir`, `sslsni`, `ssl_min_protocol_version`, `ssl_max_protocol_version` | not read: refused when the manager is made, unless a connector is given with [`tls`](Self::tls), which decides instead, or TLS is out of the question (`sslmode=disable`, Unix sockets) |
     /// | `passfile` | not read: refused when the manager is made, unless a password or [`password_with`](Self::password_with) is given |
-    /// | `gssencmode=require`, `min_protocol_version` above 3.0, `oauth_…`, `replication`, `require_auth`, `requirepeer`, `scram_…_key`, `service` | refused |
+    /// | `gssencmode=require`, `min_protocol_version` above 3.0, `oauth_…`, `replication`, `require_auth`, `requirepeer` for a Unix socket, `scram_…_key`, `service` | refused |
     /// | `client_encoding`, `gssdelegation`, `gssencmode` otherwise, `gsslib`, `krbsrvname`, `max_protocol_version`, `servicefile`, `sslcompression` | without effect on a session for locks |
     ///
     /// Several hosts may be given; with `target_session_attrs=read-write` the one that is the primary is used. Of
@@ -129,9 +129,9 @@ impl Config {
     /// | `PGHOST`, `PGHOSTADDR`, `PGPORT`, `PGDATABASE`, `PGUSER`, `PGPASSWORD`, `PGAPPNAME`, `PGOPTIONS`, `PGLOADBALANCEHOSTS`, `PGCHANNELBINDING`, `PGSSLNEGOTIATION` | honoured |
     /// | `PGTARGETSESSIONATTRS`, `PGSSLMODE`, `PGCONNECT_TIMEOUT` (seconds) | honoured, but for the values that `from_url` refuses as well |
     /// | `PGREQUIRESSL` | `1` is `sslmode=require`, if nothing else says what `sslmode` is |
-    /// | `PGSSLROOTCERT`, `PGSSLCERT`, `PGSSLKEY`, `PGSSLCERTMODE`, `PGSSLCRL`, `PGSSLCRLDIR`, `PGSSLSNI`, `PGSSLMINPROTOCOLVERSION`, `PGSSLMAXPROTOCOLVERSION` | not read: refused when the manager is made, unless a connector is given with [`tls`](Self::tls), which decides instead |
+    /// | `PGSSLROOTCERT`, `PGSSLCERT`, `PGSSLKEY`, `PGSSLCERTMODE`, `PGSSLCRL`, `PGSSLCRLDIR`, `PGSSLSNI`, `PGSSLMINPROTOCOLVERSION`, `PGSSLMAXPROTOCOLVERSION` | not read: refused when the manager is made, unless a connector is given with [`tls`](Self::tls), which decides instead, or TLS is out of the question (`sslmode=disable`, Unix sockets) |
     /// | `PGPASSFILE` | not read: refused when the manager is made, unless a password or [`password_with`](Self::password_with) is given. The file `~/.pgpass` is not read either |
-    /// | `PGSERVICE`, `PGREQUIREAUTH`, `PGREQUIREPEER`, `PGGSSENCMODE=require`, `PGMINPROTOCOLVERSION` above 3.0 | refused: unset it, and say what it says in another way |
+    /// | `PGSERVICE`, `PGREQUIREAUTH`, `PGREQUIREPEER` for a Unix socket, `PGGSSENCMODE=require`, `PGMINPROTOCOLVERSION` above 3.0 | refused: unset it, and say what it says in another way |
     /// | `PGCLIENTENCODING`, `PGDATESTYLE`, `PGGEQO`, `PGGSSDELEGATION`, `PGGSSENCMODE` otherwise, `PGGSSLIB`, `PGKRBSRVNAME`, `PGLOCALEDIR`, `PGMAXPROTOCOLVERSION`, `PGOAUTHDEBUG`, `PGSERVICEFILE`, `PGSSLCOMPRESSION`, `PGSYSCONFDIR`, `PGTZ` | without effect on a session for locks |
     ///
     /// `DSYNC_SERVICE`, `DSYNC_BUILD`, `DSYNC_NAMESPACE`, `DSYNC_CATALOG` (`automatic`, `must-exist` or `none`),
@@ -209,7 +209,7 @@ impl Config {
     }
 
     /// The TLS connector for the sessions, such as those of `postgres-native-tls` or `tokio-postgres-rustls`, or another one
-    /// that works with any stream. Needed for `sslmode=require` and for `channel_binding=require`. It alone decides which
+    /// that works with any stream. Needed for `sslmode=require`, unless all hosts are Unix sockets, and for `channel_binding=require`. It alone decides which
     /// certificates are trusted and shown, and which versions of TLS are spoken. Defaults to none: then `sslmode=prefer`,
     /// the default, connects without TLS.
     #[must_use]
@@ -442,9 +442,17 @@ impl Config {
     /// Refuses what is wrong with the connection, wherever it came from. No text repeats a value.
     fn validate_connection(&self) -> Result<()> {
         let postgres = &self.postgres;
-        let has_password = self.password.is_some() || postgres.get_password().is_some();
+        let over_unix = |host: &Host| matches!(host, Host::Unix(_));
+        // An address beside the folder of a Unix socket wins.
+        let has_unix = postgres.get_hostaddrs().is_empty() && postgres.get_hosts().iter().any(over_unix);
+        let has_tcp = !postgres.get_hostaddrs().is_empty() || !postgres.get_hosts().iter().all(over_unix);
+        let (mode, no_tls) = (postgres.get_ssl_mode(), self.tls.is_none());
         for unread in &self.unread {
-            unread.check(self.tls.is_some(), has_password)?;
+            unread.check(|unless| match unless {
+                Unless::Tls => !no_tls || mode == SslMode::Disable || !has_tcp,
+                Unless::Password => self.password.is_some() || postgres.get_password().is_some(),
+                Unless::Tcp => !has_unix,
+            })?;
         }
         for host in postgres.get_hosts() {
             let can_be = match host {
@@ -483,8 +491,8 @@ impl Config {
                  {each:?} for each address; raise the first or lower the second"
             )));
         }
-        let (mode, no_tls) = (postgres.get_ssl_mode(), self.tls.is_none());
-        if mode == SslMode::Require && no_tls {
+        // A Unix socket goes without TLS, whatever is said, as with libpq.
+        if mode == SslMode::Require && no_tls && has_tcp {
             let message = "sslmode=require needs a TLS connector: give one with Config::tls, \
                            or say sslmode=disable if the network is trusted";
             return Err(invalid(message.to_owned()));
@@ -633,13 +641,17 @@ mod tests {
             let config = from(&[("DATABASE_URL", "postgres://ada@example.org/x"), (name, value)]).unwrap();
             let error = config.validate().expect_err(name);
             assert!(error.to_string().contains("Config::tls"), "{name}: {error}");
+            // `psql` does without TLS there too.
+            for url in ["postgres://ada@%2Ftmp/x", "postgres://ada@example.org/x?sslmode=disable"] {
+                let outcome = from(&[("DATABASE_URL", url), (name, value)]).unwrap().validate();
+                assert_eq!(outcome.is_ok(), name != "PGCHANNELBINDING", "{name} {outcome:?}");
+            }
             assert!(config.tls(postgres::NoTls).validate().is_ok() || name == "PGCHANNELBINDING", "{name}");
         }
         for (name, value) in [
             ("PGSSLMODE", "verify-full"),
             ("PGSSLMODE", "verify-ca"),
             ("PGREQUIREAUTH", "scram-sha-256"),
-            ("PGREQUIREPEER", "postgres"),
             ("PGGSSENCMODE", "require"),
             ("PGMINPROTOCOLVERSION", "3.2"),
             ("PGSERVICE", "prod"),
@@ -661,6 +673,15 @@ mod tests {
         assert!(from(&[file]).unwrap().password_with(|| Ok("x".to_owned())).validate().is_ok());
         let url = Config::from_url("postgres://ada@example.org/x?passfile=/etc/pgpass").unwrap();
         assert!(url.validate().unwrap_err().to_string().contains("the parameter passfile"));
+    }
+
+    #[test]
+    fn the_peer_of_a_unix_socket_is_asked_for_only_there() {
+        let asked = ("PGREQUIREPEER", "postgres");
+        let error = from(&[asked]).unwrap().validate().unwrap_err();
+        assert!(error.to_string().contains("PGREQUIREPEER"), "{error}");
+        assert!(from(&[asked, ("PGHOST", "localhost")]).unwrap().validate().is_ok());
+        assert!(from(&[asked, ("PGHOST", "/tmp"), ("PGHOSTADDR", "127.0.0.1")]).unwrap().validate().is_ok());
     }
 
     #[test]
@@ -723,7 +744,6 @@ mod tests {
             "PGLOADBALANCEHOSTS",
             "PGSERVICE",
             "PGREQUIREAUTH",
-            "PGREQUIREPEER",
             "PGMINPROTOCOLVERSION",
             "DSYNC_CATALOG",
             "DSYNC_MAX_SESSIONS",

@@ -31,19 +31,21 @@ enum Rule {
     NoEffect,
     /// Nothing but another setting helps; the text says which.
     Refused(&'static str),
-    /// Refused as well, unless the program itself sees to it.
-    InCode(InCode),
+    /// Refused as well, unless something makes up for it, which is known only when the program has had its say.
+    Unread(Unless),
 }
 
 type Outcome = std::result::Result<(), &'static str>;
 
-/// By what a program sees to a setting that is not read.
+/// What makes up for a setting that is not read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum InCode {
-    /// `Config::tls`.
+pub(super) enum Unless {
+    /// TLS is left to `Config::tls`, or there is none.
     Tls,
-    /// A password, or `Config::password_with`.
+    /// There is a password, or `Config::password_with`.
     Password,
+    /// No host is a Unix socket.
+    Tcp,
 }
 
 /// Where a setting came from, for the text of an error.
@@ -57,28 +59,27 @@ pub(super) enum Origin {
     Variable,
 }
 
-/// A setting that is not read, so that the program must see to it; see [`Unread::check`].
+/// A setting that is not read, and must be made up for; see [`Unread::check`].
 #[derive(Clone, Debug)]
 pub(super) struct Unread {
     name: String,
-    by: InCode,
+    unless: Unless,
 }
 
 impl Unread {
-    /// Refuses the setting unless the program sees to it.
-    pub(super) fn check(&self, has_tls: bool, has_password: bool) -> Result<()> {
-        let (seen_to, advice) = match self.by {
-            InCode::Tls => (
-                has_tls,
-                "this version does not read it; give a TLS connector that is set up so with Config::tls, or unset it",
-            ),
-            InCode::Password => (
-                has_password,
-                "this version reads no password files; give the password itself, or a hook with \
-                 Config::password_with, or unset it",
-            ),
+    /// Refuses the setting unless something makes up for it.
+    pub(super) fn check(&self, is_so: impl FnOnce(Unless) -> bool) -> Result<()> {
+        let advice = match self.unless {
+            Unless::Tls => "it; give a TLS connector that is set up so with Config::tls, or unset it",
+            Unless::Password => {
+                "password files; give the password itself, or a hook with Config::password_with, or unset it"
+            }
+            Unless::Tcp => "whose process serves a Unix socket; connect with TCP and TLS, or unset it",
         };
-        if seen_to { Ok(()) } else { Err(invalid(format!("{} cannot be used: {advice}", self.name))) }
+        if is_so(self.unless) {
+            return Ok(());
+        }
+        Err(invalid(format!("{} cannot be used: this version does not read {advice}", self.name)))
     }
 }
 
@@ -114,7 +115,10 @@ impl Given {
 
     /// Fills in from the environment what was left out, and at last the local server, as libpq does.
     pub(super) fn fill_in(&mut self, get: &Variables<'_>) -> Result<()> {
-        for setting in SETTINGS.iter().filter(|setting| !setting.variable.is_empty()) {
+        for setting in &SETTINGS {
+            if setting.variable.is_empty() || matches!(setting.rule, Rule::NoEffect) {
+                continue;
+            }
             let value = get(setting.variable)?;
             if let (Some(value), false) = (value, self.0.contains_key(setting.parameter)) {
                 self.0.insert(setting.parameter, (Origin::Variable, value.into_bytes()));
@@ -130,7 +134,7 @@ impl Given {
             self.0.insert("host", (Origin::Variable, folder.into()));
         }
         if !self.0.contains_key("password") && !self.0.contains_key("passfile") {
-            let file = get("HOME")?.map(|home| Path::new(&home).join(".pgpass"));
+            let file = get("HOME").ok().flatten().map(|home| Path::new(&home).join(".pgpass"));
             if file.is_some_and(|file| file.exists()) {
                 log::info!(
                     "no password is given, and ~/.pgpass is not read: PGPASSWORD or Config::password_with give one"
@@ -158,8 +162,8 @@ impl Given {
                 }
                 Rule::NoEffect => {}
                 Rule::Refused(advice) => return Err(refuse(advice)),
-                Rule::InCode(InCode::Password) if self.0.contains_key("password") => {}
-                Rule::InCode(by) => unread.push(Unread { name: origin.name(setting), by: *by }),
+                Rule::Unread(Unless::Password) if self.0.contains_key("password") => {}
+                Rule::Unread(unless) => unread.push(Unread { name: origin.name(setting), unless: *unless }),
             }
         }
         Ok((connection, unread))
@@ -186,7 +190,7 @@ const SETTINGS: [Setting; 51] = [
     setting("dbname", "PGDATABASE", Rule::Set(|config, name| done(config.dbname(name)))),
     setting("user", "PGUSER", Rule::Set(|config, name| done(config.user(name)))),
     setting("password", "PGPASSWORD", Rule::Password),
-    setting("passfile", "PGPASSFILE", Rule::InCode(InCode::Password)),
+    setting("passfile", "PGPASSFILE", Rule::Unread(Unless::Password)),
     setting("options", "PGOPTIONS", Rule::Set(|config, options| done(config.options(options)))),
     // In front of the one that it stands in for.
     setting("fallback_application_name", "", Rule::Set(|config, name| done(config.application_name(name)))),
@@ -220,16 +224,16 @@ const SETTINGS: [Setting; 51] = [
         "",
         Rule::Set(|config, text| seconds(text, |time| _ = config.tcp_user_timeout(time))),
     ),
-    setting("sslrootcert", "PGSSLROOTCERT", Rule::InCode(InCode::Tls)),
-    setting("sslcert", "PGSSLCERT", Rule::InCode(InCode::Tls)),
-    setting("sslkey", "PGSSLKEY", Rule::InCode(InCode::Tls)),
-    setting("sslpassword", "", Rule::InCode(InCode::Tls)),
-    setting("sslcertmode", "PGSSLCERTMODE", Rule::InCode(InCode::Tls)),
-    setting("sslcrl", "PGSSLCRL", Rule::InCode(InCode::Tls)),
-    setting("sslcrldir", "PGSSLCRLDIR", Rule::InCode(InCode::Tls)),
-    setting("sslsni", "PGSSLSNI", Rule::InCode(InCode::Tls)),
-    setting("ssl_min_protocol_version", "PGSSLMINPROTOCOLVERSION", Rule::InCode(InCode::Tls)),
-    setting("ssl_max_protocol_version", "PGSSLMAXPROTOCOLVERSION", Rule::InCode(InCode::Tls)),
+    setting("sslrootcert", "PGSSLROOTCERT", Rule::Unread(Unless::Tls)),
+    setting("sslcert", "PGSSLCERT", Rule::Unread(Unless::Tls)),
+    setting("sslkey", "PGSSLKEY", Rule::Unread(Unless::Tls)),
+    setting("sslpassword", "", Rule::Unread(Unless::Tls)),
+    setting("sslcertmode", "PGSSLCERTMODE", Rule::Unread(Unless::Tls)),
+    setting("sslcrl", "PGSSLCRL", Rule::Unread(Unless::Tls)),
+    setting("sslcrldir", "PGSSLCRLDIR", Rule::Unread(Unless::Tls)),
+    setting("sslsni", "PGSSLSNI", Rule::Unread(Unless::Tls)),
+    setting("ssl_min_protocol_version", "PGSSLMINPROTOCOLVERSION", Rule::Unread(Unless::Tls)),
+    setting("ssl_max_protocol_version", "PGSSLMAXPROTOCOLVERSION", Rule::Unread(Unless::Tls)),
     setting(
         "service",
         "PGSERVICE",
@@ -246,13 +250,7 @@ const SETTINGS: [Setting; 51] = [
          channel_binding=require see to it",
         ),
     ),
-    setting(
-        "requirepeer",
-        "PGREQUIREPEER",
-        Rule::Refused(
-            "this version does not look whose process serves a Unix socket; unset it, or connect with TLS",
-        ),
-    ),
+    setting("requirepeer", "PGREQUIREPEER", Rule::Unread(Unless::Tcp)),
     setting(
         "gssencmode",
         "PGGSSENCMODE",
