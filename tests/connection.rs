@@ -208,7 +208,9 @@ fn locker_of_the_environment() {
     println!("logged: {}", LOGGED.lock().unwrap());
 }
 
-fn lock_in(variables: &[(&str, &str)]) -> String {
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
+fn lock_in(variables: Variables<'_>) -> String {
     let mut process = common::process("locker_of_the_environment", "locker");
     common::Process::start(process.envs(variables.iter().copied())).succeeds()
 }
@@ -223,7 +225,7 @@ fn the_environment_leads_where_it_leads_psql_or_the_variable_in_the_way_is_named
     let bare = "postgres://127.0.0.1/postgres";
     let mounted = format!("{url}\n");
     let quoted = format!("\"{url}\"");
-    let cases: &[(&[(&str, &str)], &[(&str, &str)], &str)] = &[
+    let cases: &[(Variables<'_>, Variables<'_>, &str)] = &[
         (&address, &[], "locked"),
         (&[], &[("DATABASE_URL", &*url)], "locked"),
         (&[], &[("DATABASE_URL", &*mounted)], "locked"),
