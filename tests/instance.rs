@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use common::{Process, becomes, eventually, hear, is_held, kind, lock, soon, started};
-use dsync::{Config, Context, ErrorKind, LockOptions, MemoryManager};
+use dsync::{Config, Context, ErrorKind, LockOptions, MemoryManager, PostgresManager};
 use postgres::Client;
 use serde_json::Value;
 use support::{Database, process};
@@ -115,7 +115,11 @@ mod scenes {
         assert_not_initialised();
         assert_eq!(kind(dsync::init(config().max_sessions(0))), ErrorKind::InvalidConfig);
         assert_not_initialised();
-        assert_eq!(kind(dsync::init(config().service("s".repeat(2_000)))), ErrorKind::InvalidKey);
+        let too_long = "s".repeat(2_000);
+        assert_eq!(kind(dsync::init(config().service(too_long.clone()))), ErrorKind::InvalidConfig);
+        assert_not_initialised();
+        let manager = Arc::new(PostgresManager::new(config()).unwrap());
+        assert_eq!(kind(dsync::init_with(manager, Some(&too_long), None)), ErrorKind::InvalidKey);
         assert_not_initialised();
         dsync::init(config().service("billing")).unwrap();
         dsync::leadership_lock().unwrap().lock(&soon()).unwrap();
