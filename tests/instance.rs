@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use common::{Process, becomes, eventually, hear, is_held, kind, lock, soon, started};
-use dsync::{Config, Context, ErrorKind, LockOptions, MemoryManager, PostgresManager};
+use dsync::{Config, Context, ErrorKind, LockOptions, MemoryManager};
 use postgres::Client;
 use serde_json::Value;
 use support::{Database, process};
@@ -118,7 +118,7 @@ mod scenes {
         let too_long = "s".repeat(2_000);
         assert_eq!(kind(dsync::init(config().service(too_long.clone()))), ErrorKind::InvalidConfig);
         assert_not_initialised();
-        let manager = Arc::new(PostgresManager::new(config()).unwrap());
+        let manager = Arc::new(dsync::PostgresManager::new(config()).unwrap());
         assert_eq!(kind(dsync::init_with(manager, Some(&too_long), None)), ErrorKind::InvalidKey);
         assert_not_initialised();
         dsync::init(config().service("billing")).unwrap();

@@ -122,13 +122,14 @@ impl Dialer {
     ) -> Result<Client, BoxedError> {
         let wanted = self.plan.config.get_connect_timeout().copied().unwrap_or(CONNECT_TIMEOUT);
         let time = wanted.min(deadline.saturating_duration_since(now));
+        let password = self.password.as_ref().map(|hook| hook.ask(control, now + time)).transpose()?;
         let bait = self.bait()?;
         let connector =
             Connector::new(Arc::clone(&self.plan), address, control.clone(), Role::Session, now + time);
         let reached = connector.reached();
         let mut config = self.single_host(index, bait, time);
-        if let Some(password) = &self.password {
-            config.password(password.ask(control, now + time)?);
+        if let Some(password) = password {
+            config.password(password);
         }
         let manager = PostgresConnectionManager::new(config, connector);
         // The driver unwraps the making of its runtime, which fails when the process has no file descriptor left.

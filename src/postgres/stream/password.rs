@@ -128,7 +128,7 @@ impl fmt::Debug for Password {
 
 /// Why there is no password. All that waited for one call are told of one failure.
 #[derive(Clone, Debug)]
-pub(super) enum PasswordError {
+pub(crate) enum PasswordError {
     /// The hook said so.
     Failed(Arc<dyn Error + Send + Sync>),
     Panicked,
