@@ -140,7 +140,11 @@ mod scenes {
         assert_failed();
         assert_eq!(kind(dsync::init(config().max_sessions(0))), ErrorKind::InvalidConfig);
         assert_failed();
-        assert_eq!(kind(dsync::init(config().service("s".repeat(2_000)))), ErrorKind::InvalidKey);
+        let too_long = "s".repeat(2_000);
+        assert_eq!(kind(dsync::init(config().service(too_long.clone()))), ErrorKind::InvalidConfig);
+        assert_failed();
+        let manager = Arc::new(dsync::PostgresManager::new(config()).unwrap());
+        assert_eq!(kind(dsync::init_with(manager, Some(&too_long), None)), ErrorKind::InvalidKey);
         assert_failed();
         dsync::init(config().service("billing")).unwrap();
         dsync::leadership_lock().unwrap().lock(&soon()).unwrap();

@@ -371,7 +371,7 @@ impl Core {
 
     /// When an attempt at a lock that begins now must be over.
     pub(super) fn attempt_by(&self) -> Instant {
-        Instant::now() + self.config.connect_timeout + self.config.lease_plan().heartbeat_timeout
+        Instant::now() + self.config.connect_time() + self.config.lease_plan().heartbeat_timeout
     }
 
     /// The pool, for a claim that begins now.

@@ -176,12 +176,12 @@ impl Pool {
             .build_unchecked(Slots);
         Ok(Self {
             slots,
-            dialer: Arc::new(dialer),
+            dialer: Arc::new(dialer.with_password(config.password.clone())),
             watchdog: Watchdog::new((config.lease_plan().heartbeat_timeout / 8).min(LOOKS_EVERY)),
             wait_slice: config.wait_slice,
             lease: config.lease,
             heartbeat: config.lease_plan().heartbeat,
-            connect_timeout: config.connect_timeout,
+            connect_timeout: config.connect_time(),
             catalog: config.catalog,
             catalog_ready: AtomicBool::new(false),
             probed: AtomicBool::new(false),
@@ -401,6 +401,9 @@ impl Refusal {
     pub(super) fn from_dial(error: DialError) -> Self {
         let (kind, advice) = match error.driver() {
             Some(driver) => advise(driver),
+            None if error.is_about_password() => {
+                (ErrorKind::SessionUnavailable, "check the hook of Config::password_with")
+            }
             // The hook's or the loopback's: the system is short of something.
             None => (ErrorKind::SessionUnavailable, "check host and port, and that the server runs"),
         };

@@ -18,6 +18,7 @@ use r2d2_postgres::PostgresConnectionManager;
 
 use super::connector::{Bait, Connector, HookError, Plan, Route, key};
 use super::control::{Ended, StreamControl};
+use super::password::{Password, PasswordError};
 use super::session_stream::Role;
 use super::tls::Tls;
 
@@ -36,6 +37,8 @@ const RESOLVE_SLICE: Duration = Duration::from_millis(20);
 #[derive(Clone, Debug)]
 pub(crate) struct Dialer {
     plan: Arc<Plan>,
+    /// Gives the password of each session, in place of the configuration's.
+    password: Option<Password>,
 }
 
 impl Dialer {
@@ -52,7 +55,12 @@ impl Dialer {
             routes,
             bait: Bait::default(),
         };
-        Ok(Self { plan: Arc::new(plan) })
+        Ok(Self { plan: Arc::new(plan), password: None })
+    }
+
+    /// Has the hook asked for the password of each session, if there is one.
+    pub(crate) fn with_password(self, password: Option<Password>) -> Self {
+        Self { password, ..self }
     }
 
     /// Opens a session on the first host that gives one, and not later than `deadline`.
@@ -114,11 +122,16 @@ impl Dialer {
     ) -> Result<Client, BoxedError> {
         let wanted = self.plan.config.get_connect_timeout().copied().unwrap_or(CONNECT_TIMEOUT);
         let time = wanted.min(deadline.saturating_duration_since(now));
+        let password = self.password.as_ref().map(|hook| hook.ask(control, now + time)).transpose()?;
         let bait = self.bait()?;
         let connector =
             Connector::new(Arc::clone(&self.plan), address, control.clone(), Role::Session, now + time);
         let reached = connector.reached();
-        let manager = PostgresConnectionManager::new(self.single_host(index, bait, time), connector);
+        let mut config = self.single_host(index, bait, time);
+        if let Some(password) = password {
+            config.password(password);
+        }
+        let manager = PostgresConnectionManager::new(config, connector);
         // The driver unwraps the making of its runtime, which fails when the process has no file descriptor left.
         match catch_unwind(AssertUnwindSafe(|| manager.connect())) {
             Ok(Ok(client)) => Ok(client),
@@ -343,6 +356,11 @@ impl DialError {
     /// The driver's error, if the last failure is one; it has the server's message and SQLSTATE.
     pub(crate) fn driver(&self) -> Option<&postgres::Error> {
         self.last()?.downcast_ref()
+    }
+
+    /// Whether the hook that gives the password failed last.
+    pub(crate) fn is_about_password(&self) -> bool {
+        self.last().is_some_and(|error| error.is::<PasswordError>())
     }
 
     /// Whether it was us who ended the last attempt, and why.

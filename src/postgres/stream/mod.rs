@@ -23,6 +23,7 @@
 mod connector;
 mod control;
 mod dialer;
+mod password;
 mod session_stream;
 mod socket;
 mod tls;
@@ -32,5 +33,6 @@ mod tests;
 
 pub(crate) use control::{Ended, SHORT_ANSWER, StreamControl};
 pub(crate) use dialer::{DialError, Dialer};
+pub(crate) use password::Password;
 pub use socket::Socket;
 pub(crate) use tls::Tls;

@@ -1,0 +1,414 @@
+//! What a connection string, the environment and the hook for the password lead to: the server that `psql` would reach, or an
+//! error that names what is in the way. And no text of any kind gives a password away.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "all of this is test code, in which a panic is the report of a failure"
+)]
+
+mod common;
+
+use std::collections::HashSet;
+use std::error::Error as StdError;
+use std::fmt::Write;
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, Once};
+use std::time::Duration;
+
+use common::{begin, briefly, eventually, hear, is_held, lock, soon, started};
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use dsync::{CatalogMode, Config, Context, Error, ErrorKind, PostgresManager, SyncManager};
+use support::Server;
+
+/// For all that has to end by itself, whatever the hook does. Generous: the machine may be busy.
+const BOUND: Duration = Duration::from_secs(15);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Secrets
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// The two ends of each password that is tried: no part of one may be seen.
+const ENDS: [&str; 2] = ["xQ7hushLeft", "wZ9hushRight"];
+
+/// All that was logged in this process.
+static LOGGED: Mutex<String> = Mutex::new(String::new());
+
+struct Logger;
+
+impl log::Log for Logger {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        writeln!(LOGGED.lock().unwrap(), "{} {}", record.target(), record.args()).unwrap();
+    }
+
+    fn flush(&self) {}
+}
+
+fn capture_the_log() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        log::set_logger(&Logger).unwrap();
+        log::set_max_level(log::LevelFilter::Trace);
+    });
+}
+
+/// The error as people and programs get to see it, with all that it is from.
+fn shown(error: &Error) -> String {
+    let mut shown = format!("{error} {error:#} {error:?} {error:#?}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        write!(shown, " {error} {error:#} {error:?} {error:#?}").unwrap();
+        cause = error.source();
+    }
+    shown
+}
+
+fn assert_hushed(text: &str, case: &str) {
+    for end in ENDS {
+        assert!(!text.contains(end), "{case}: {text}");
+    }
+}
+
+/// Connection strings of many forms, right and wrong, with a password that has `character` in its middle.
+fn strings(character: &str) -> Vec<String> {
+    let password = format!("{}{character}{}", ENDS[0], ENDS[1]);
+    let address = "127.0.0.1:1/app";
+    let url = format!("postgres://app:{password}@{address}");
+    let mut strings = vec![
+        format!(" {url}"),
+        format!("{url}\n"),
+        format!("\"{url}\""),
+        format!("'{url}'"),
+        format!("`{url}`"),
+        format!("psql {url}"),
+        format!("psql '{url}'"),
+        format!("DATABASE_URL={url}"),
+        format!("export DATABASE_URL=\"{url}\""),
+        format!("url: {url}"),
+        format!("\u{feff}{url}"),
+        format!("{url}?schema=public"),
+        format!("{url}?sslmode=verify-full"),
+        format!("{url}?application_name=a@b"),
+        url.replace("app:", ":"),
+        url.replace("app:", "app@corp:"),
+        url.replace("postgres://", "postgresql+psycopg2://"),
+        url.replace("postgres://", "jdbc:postgresql://"),
+        url.replace("postgres://", "mysql://"),
+        url.replace("postgres://", "POSTGRES://"),
+        url.replace("postgres://", "postgres:/"),
+        url.replace("postgres://", "postgres:"),
+        url.replace("postgres://", "//"),
+        url.replace("postgres://", ""),
+        url.replace("127.0.0.1", "::1"),
+        url.replace("127.0.0.1", "[::1"),
+        url.replace("127.0.0.1", "a b"),
+        url.replace(":1/", ":many/"),
+        url.replace("/app", ""),
+        format!("jdbc:postgresql://{address}?user=app&password={password}"),
+        format!("postgres://{address}?user=app&password={password}"),
+        format!("postgres://{address}?user=app&pass={password}"),
+        format!("postgres://{address}?{password}"),
+        format!("postgres://{address}?{password}=1"),
+        format!("host=127.0.0.1 port=1 user=app password={password}"),
+        format!("host=127.0.0.1 port=1 user=app password='{password}"),
+        format!("host=127.0.0.1 port=1 user=app password='{password}' x"),
+        format!("host=127.0.0.1 port=1 user=app {password}"),
+        format!("host=127.0.0.1 port=1 user=app {password}=1"),
+        format!("password={password} host=127.0.0.1 port=1"),
+        password.clone(),
+        url,
+    ];
+    // Where something else should stand.
+    let others = "port hostaddr connect_timeout keepalives keepalives_idle keepalives_interval keepalives_count \
+                  keepalives_retries tcp_user_timeout sslmode sslnegotiation channel_binding target_session_attrs \
+                  load_balance_hosts sslrootcert sslpassword passfile service require_auth requirepeer replication \
+                  min_protocol_version gssencmode oauth_client_secret scram_client_key client_encoding";
+    for name in others.split_whitespace() {
+        strings.push(format!("host=127.0.0.1 port=1 {name}={password}"));
+        strings.push(format!("postgres://{address}?{name}={password}"));
+    }
+    strings
+}
+
+#[test]
+fn no_error_no_debug_text_and_no_log_gives_a_password_away() {
+    capture_the_log();
+    let (mut refused, mut tried) = (0, HashSet::new());
+    let characters = [
+        "", "@", "#", "/", "?", ":", "%", "&", "=", ",", ";", " ", "'", "\"", "\\", "[", "]", "\n", "\t",
+        "+", "|", "ß", "://", "@/", "/@", "#@", "?@", "@?", ":@", "@:1/", "%00", "%zz", "@@", "?a=", "&a=",
+    ];
+    for character in characters {
+        for text in strings(character) {
+            let config = match Config::from_url(&text) {
+                Ok(config) => config.catalog(CatalogMode::None).connect_timeout(Duration::from_millis(300)),
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+                    assert_hushed(&shown(&error), &text);
+                    refused += 1;
+                    continue;
+                }
+            };
+            let debug = format!("{config:?} {config:#?}");
+            assert_hushed(&debug, &text);
+            let manager = match PostgresManager::new(config) {
+                Ok(manager) => manager,
+                Err(error) => {
+                    assert_hushed(&shown(&error), &text);
+                    continue;
+                }
+            };
+            // What differs in the password alone fails in the same way.
+            if !tried.insert(debug) {
+                continue;
+            }
+            if let Err(error) = manager.start() {
+                assert_hushed(&shown(&error), &text);
+            } else {
+                let lock = lock(&manager, "x");
+                let error = lock.lock(&Context::timeout(Duration::from_millis(20))).unwrap_err();
+                assert_hushed(&shown(&error), &text);
+                assert_hushed(&format!("{manager:?} {lock:?}"), &text);
+            }
+            manager.stop().unwrap();
+        }
+    }
+    assert!(refused > 1_000 && tried.len() > 5, "{refused} refused, {} tried", tried.len());
+    let logged = LOGGED.lock().unwrap();
+    assert!(logged.contains("the lock server cannot be reached"), "{logged}");
+    assert_hushed(&logged, "the log");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The environment
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// Not a test: the body of processes that take a lock on the server that their environment leads to, and say what came of it.
+#[test]
+fn locker_of_the_environment() {
+    if common::role().is_none() {
+        return;
+    }
+    capture_the_log();
+    let outcome = Config::from_env().and_then(|config| {
+        let manager = PostgresManager::new(config.catalog(CatalogMode::None))?;
+        manager.start()?;
+        let held = lock(&manager, "x");
+        held.lock(&soon())?;
+        held.release()?;
+        manager.stop()
+    });
+    match outcome {
+        Ok(()) => println!("locked"),
+        Err(error) => println!("failed: {error:#}"),
+    }
+    println!("logged: {}", LOGGED.lock().unwrap());
+}
+
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
+fn lock_in(variables: Variables<'_>) -> String {
+    let mut process = common::process("locker_of_the_environment", "locker");
+    common::Process::start(process.envs(variables.iter().copied())).succeeds()
+}
+
+#[test]
+fn the_environment_leads_where_it_leads_psql_or_the_variable_in_the_way_is_named() {
+    let server = Server::builder().password_auth().start().unwrap();
+    let (port, password) = (server.port().to_string(), server.password().unwrap().to_owned());
+    let address =
+        [("PGHOST", "127.0.0.1"), ("PGPORT", &*port), ("PGUSER", "postgres"), ("PGPASSWORD", &*password)];
+    let url = server.url();
+    let bare = "postgres://127.0.0.1/postgres";
+    let mounted = format!("{url}\n");
+    let quoted = format!("\"{url}\"");
+    let cases: &[(Variables<'_>, Variables<'_>, &str)] = &[
+        (&address, &[], "locked"),
+        (&[], &[("DATABASE_URL", &*url)], "locked"),
+        (&[], &[("DATABASE_URL", &*mounted)], "locked"),
+        // The URL leaves port, user and password to the variables.
+        (&address, &[("DATABASE_URL", bare)], "locked"),
+        (&address, &[("PGTZ", "UTC"), ("PGKRBSRVNAME", "x"), ("PGCLIENTENCODING", "LATIN1")], "locked"),
+        (&address, &[("PGSERVICE", "prod")], "PGSERVICE cannot be used"),
+        (&address, &[("PGREQUIRESSL", "1")], "Config::tls"),
+        (&address, &[("PGSSLROOTCERT", "/etc/ca.pem")], "PGSSLROOTCERT cannot be used"),
+        (&address, &[("PGSSLMODE", "allow")], "PGSSLMODE cannot be used"),
+        (&address, &[("PGREQUIREAUTH", "scram-sha-256")], "PGREQUIREAUTH cannot be used"),
+        (&address, &[("PGTARGETSESSIONATTRS", "standby")], "locks need the primary"),
+        (&address, &[("PGHOST", "ss#word@127.0.0.1")], "PGHOST cannot be used"),
+        (&[], &[("DATABASE_URL", &*url), ("PGSSLMODE", "require")], "Config::tls"),
+        (&[], &[("DATABASE_URL", &*url), ("PGSSLMODE", "verify-full")], "PGSSLMODE cannot be used"),
+        (
+            &[],
+            &[("DATABASE_URL", &*url), ("PGCHANNELBINDING", "require")],
+            "channel_binding=require needs TLS",
+        ),
+        (&address[..3], &[("PGPASSFILE", "/etc/pgpass")], "PGPASSFILE cannot be used"),
+        (&[], &[("DATABASE_URL", &*quoted)], "DATABASE_URL cannot be used: it stands in quotes"),
+    ];
+    for (variables, more, told) in cases {
+        let variables = [*variables, *more].concat();
+        let said = lock_in(&variables);
+        assert!(said.contains(told), "{more:?}: {said}");
+        assert!(!said.contains(&password), "{more:?}: {said}");
+        assert_eq!(said.contains("locked"), *told == "locked", "{more:?}: {said}");
+    }
+}
+
+#[test]
+fn a_variable_that_nobody_reads_is_warned_of_by_its_name_alone() {
+    let server = Server::shared();
+    let url = server.url();
+    let said = lock_in(&[
+        ("DATABASE_URL", &url),
+        ("DSYNC_LAESE", "5s-typo"),
+        ("dsync_lease", "6s-typo"),
+        ("DSYNC_LEASE", "7s"),
+        ("DSYNC_MARGIN", ""),
+    ]);
+    assert!(said.contains("locked"), "{said}");
+    for name in ["DSYNC_LAESE", "dsync_lease"] {
+        assert!(said.contains(&format!("the environment variable {name} is not one that is read")), "{said}");
+    }
+    assert!(!said.contains("-typo") && !said.contains("variable DSYNC_LEASE "), "{said}");
+    assert!(!said.contains("DSYNC_MARGIN"), "{said}");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Passwords that expire
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// A server that asks the role `app` for its password, and the address for `app` with none.
+fn asking() -> (Server, postgres::Client, postgres::Config) {
+    let server = Server::builder().hba("host all app 127.0.0.1/32 scram-sha-256").start().unwrap();
+    let mut administrator = server.client().unwrap();
+    administrator.batch_execute("CREATE ROLE app LOGIN PASSWORD 'token-1'").unwrap();
+    let mut address: postgres::Config = server.url().parse().unwrap();
+    address.user("app");
+    (server, administrator, address)
+}
+
+#[test]
+fn a_claim_comes_back_with_the_password_of_the_day() {
+    let (_server, mut administrator, address) = asking();
+    let token = Arc::new(Mutex::new("token-1"));
+    let current = Arc::clone(&token);
+    let mut stale = address;
+    stale.password("stale");
+    let config = Config::from_postgres(stale)
+        .catalog(CatalogMode::None)
+        .password_with(move || Ok((*current.lock().unwrap()).to_owned()));
+    assert!(!format!("{config:?}").contains("token"), "{config:?}");
+    let manager = started(config);
+    let held = lock(&manager, "x");
+    held.lock(&soon()).unwrap();
+    let lost = held.lost();
+
+    administrator.batch_execute("ALTER ROLE app PASSWORD 'token-2'").unwrap();
+    *token.lock().unwrap() = "token-2";
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'";
+    administrator.batch_execute(end).unwrap();
+    hear(&lost);
+    eventually("the claim comes back", || is_held(&held));
+    lock(&manager, "another").try_lock(&soon()).unwrap();
+}
+
+/// A hook that says when it is called, and answers what it is told to; the right password once nobody tells it any more.
+type Told = Result<String, Box<dyn StdError + Send + Sync>>;
+
+fn hook() -> (impl Fn() -> Told + Send + Sync, Receiver<()>, Sender<Told>) {
+    let ((called, calls), (answers, answer)) = (unbounded(), unbounded::<Told>());
+    let hook = move || {
+        // The test may be over.
+        let _ = called.send(());
+        answer.recv().unwrap_or_else(|_| Ok("token-1".to_owned()))
+    };
+    (hook, calls, answers)
+}
+
+#[test]
+fn a_hook_that_hangs_holds_nothing_up_and_is_entered_once() {
+    let (_server, _administrator, address) = asking();
+    let (hook, calls, answers) = hook();
+    let config = Config::from_postgres(address)
+        .catalog(CatalogMode::None)
+        .connect_timeout(Duration::from_secs(1))
+        .password_with(hook);
+    let manager = Arc::new(PostgresManager::new(config).unwrap());
+    let starting = Arc::clone(&manager);
+    begin(move || starting.start()).get_within(BOUND).expect("it may be a vault that has trouble");
+    calls.recv_timeout(BOUND).unwrap();
+
+    let locks: Vec<_> = (0..5).map(|index| lock(&manager, &index.to_string())).collect();
+    let attempts = locks.iter().map(|lock| {
+        let lock = Arc::clone(lock);
+        begin(move || lock.lock(&Context::timeout(Duration::from_secs(2))))
+    });
+    for attempt in attempts.collect::<Vec<_>>() {
+        let error = attempt.get_within(BOUND).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+        assert!(error.to_string().contains("the hook that gives the password did not answer"), "{error}");
+    }
+    assert!(calls.is_empty(), "it is in its first call still");
+    let last = Arc::clone(&locks[4]);
+    begin(move || last.release()).get_within(BOUND).unwrap();
+
+    // As soon as it answers all goes on, with the answer of a call that began after the question.
+    answers.send(Ok("too old".to_owned())).unwrap();
+    drop(answers);
+    eventually("the lock in the background", || is_held(&locks[0]));
+    let stopping = Arc::clone(&manager);
+    begin(move || stopping.stop()).get_within(BOUND).unwrap();
+}
+
+#[test]
+fn a_manager_stops_while_the_hook_hangs() {
+    let (_server, _administrator, address) = asking();
+    let (hook, calls, _answers) = hook();
+    let config = Config::from_postgres(address).catalog(CatalogMode::None).password_with(hook);
+    let manager = Arc::new(PostgresManager::new(config).unwrap());
+    let starting = Arc::clone(&manager);
+    let start = begin(move || starting.start());
+    calls.recv_timeout(BOUND).unwrap();
+    let stopping = Arc::clone(&manager);
+    begin(move || stopping.stop()).get_within(Duration::from_secs(4)).unwrap();
+    let _ = start.get_within(BOUND);
+}
+
+#[test]
+fn what_goes_wrong_in_the_hook_is_told_and_the_claim_goes_on() {
+    capture_the_log();
+    let (_server, _administrator, address) = asking();
+    let calls = Arc::new(AtomicU32::new(0));
+    let (phase, counted) = (Arc::new(AtomicU32::new(0)), Arc::clone(&calls));
+    let current = Arc::clone(&phase);
+    let config = Config::from_postgres(address).catalog(CatalogMode::None).password_with(move || {
+        counted.fetch_add(1, SeqCst);
+        match current.load(SeqCst) {
+            0 => Err("the vault is sealed".into()),
+            1 => panic!("told by the panic hook alone"),
+            _ => Ok("token-1".to_owned()),
+        }
+    });
+    let manager = started(config);
+    let wanted = lock(&manager, "x");
+    let error = wanted.lock(&briefly()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    for text in ["the hook that gives the password failed: the vault is sealed", "Config::password_with"] {
+        assert!(error.to_string().contains(text), "{error}");
+    }
+    phase.store(1, SeqCst);
+    eventually("the panic is told", || {
+        let error = wanted.lock(&briefly()).unwrap_err();
+        error.to_string().contains("the hook that gives the password panicked")
+    });
+    phase.store(2, SeqCst);
+    wanted.lock(&soon()).unwrap();
+    assert!(calls.load(SeqCst) >= 4, "two at the start, and one an attempt");
+    // Not what the administrator says.
+    let logged = LOGGED.lock().unwrap();
+    assert!(!logged.lines().any(|line| line.starts_with("dsync") && line.contains("token-1")));
+}
