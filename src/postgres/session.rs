@@ -11,7 +11,7 @@ use postgres::{CancelToken, Client, Row, SimpleQueryMessage, SimpleQueryRow, Sta
 use super::link::Link;
 use super::pool::Refusal;
 use super::sql::{self, Shape, Verb};
-use super::stream::{Dialer, Ended, StreamControl};
+use super::stream::{Dialer, Ended, NotReady, StreamControl};
 use crate::key::AdvisoryKey;
 use crate::loss::LossReason;
 
@@ -100,19 +100,29 @@ impl Session {
         heartbeat: Duration,
         by: Instant,
     ) -> Result<Self, Refusal> {
-        let client = dialer.connect(&control, by).map_err(Refusal::from_dial)?;
-        let mut session = Self {
-            cancel: Arc::new(client.cancel_token()),
-            client,
-            control: Socketed(control),
-            dialer,
-            backend_pid: 0,
-            mark: fastrand::u64(..),
-            prepared: Vec::new(),
-            leased: None,
+        let ready = |client: Client, until: Instant| {
+            let mut session = Self {
+                cancel: Arc::new(client.cancel_token()),
+                client,
+                control: Socketed(control.clone()),
+                dialer: Arc::clone(&dialer),
+                backend_pid: 0,
+                mark: fastrand::u64(..),
+                prepared: Vec::new(),
+                leased: None,
+            };
+            // The dialer ends it earlier, and in a way that leaves the control to the next address.
+            let by = until + GOODBYE;
+            match session.prepare(slice, lease, heartbeat, by) {
+                Ok(()) => Ok(session),
+                Err(refusal) => {
+                    // No goodbye, whose deadline would be the next session's.
+                    session.control().detach();
+                    Err(NotReady { go_on: refusal.is_curable(), error: refusal.into() })
+                }
+            }
         };
-        session.prepare(slice, lease, heartbeat, by)?;
-        Ok(session)
+        dialer.connect(&control, by, ready).map_err(Refusal::from_dial)
     }
 
     fn prepare(
@@ -344,7 +354,21 @@ impl Session {
 
     /// Renews the lease.
     pub(super) fn heartbeat(&mut self, by: Instant) -> Result<(), Failure> {
-        let row = self.simple_query(sql::HEARTBEAT, by)?;
+        self.heartbeat_with("", by).map(drop)
+    }
+
+    /// A heartbeat which asks for the lock `key` as well, without waiting; whether it was granted.
+    pub(super) fn heartbeat_and_try(&mut self, key: i64, by: Instant) -> Result<bool, Failure> {
+        let row = self.heartbeat_with(&format!(", pg_catalog.pg_try_advisory_lock({key})"), by)?;
+        Ok(row.is_some_and(|row| row.try_get(3).is_ok_and(|granted| granted == Some("t"))))
+    }
+
+    fn heartbeat_with(&mut self, more: &str, by: Instant) -> Result<Option<SimpleQueryRow>, Failure> {
+        let row = if more.is_empty() {
+            self.simple_query(sql::HEARTBEAT, by)?
+        } else {
+            self.simple_query(&[sql::HEARTBEAT, more].concat(), by)?
+        };
         let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
         let lost = |reason| Err(Failure::Lost { reason, cause: None });
         let (pid, mark) =
@@ -355,7 +379,7 @@ impl Session {
         if column(1) != Some("f") {
             return lost(LossReason::ServerIsStandby);
         }
-        Ok(())
+        Ok(row)
     }
 
     /// Takes in what the server has said by itself, which is above all that the session is over.
