@@ -47,7 +47,8 @@ pub struct Config {
 impl Config {
     /// Settings with the connection given as a URL (`postgres://user@host/database`) or as
     /// `host=… user=… dbname=…`; [`postgres::Config`] lists what may stand in it. Several hosts may be given;
-    /// with `target_session_attrs=read-write` the one that is the primary is used.
+    /// with `target_session_attrs=read-write` the one that is the primary is used. A dead one takes no more than its share
+    /// of the time: see [`connect_timeout`](Self::connect_timeout).
     ///
     /// # Errors
     /// [`InvalidConfig`](ErrorKind::InvalidConfig) if the text cannot be understood.
@@ -153,7 +154,8 @@ impl Config {
 
     /// The TLS connector for the sessions, such as those of `postgres-native-tls` or `tokio-postgres-rustls`, or another one
     /// that works with any stream. Needed
-    /// for `sslmode=require`. Defaults to none: then `sslmode=prefer`, the default, connects without TLS.
+    /// for `sslmode=require`; for `sslnegotiation=direct` it must offer the protocol `postgresql` by ALPN, which whoever makes
+    /// it sets. Defaults to none: then `sslmode=prefer`, the default, connects without TLS.
     #[must_use]
     pub fn tls<T>(mut self, connector: T) -> Self
     where
@@ -210,7 +212,17 @@ impl Config {
         self
     }
 
-    /// How long one attempt to open a session may take, over all hosts. Defaults to 5 s.
+    /// How long one attempt to open a session may take, over all hosts. Defaults to 5 s. The first session of a manager may
+    /// take as long again, for the catalog.
+    ///
+    /// Each address of each host has its share: the time that is left, divided by the number of addresses still to be
+    /// tried. So of `n` addresses that do not answer the last one is tried after `(n - 1) / n` of this time, and a session
+    /// is had within this time if one address gives it within an `n`th. An attempt begins with the address that gave the
+    /// last session, or else after the one at which the last attempt ended. A `connect_timeout` in the
+    /// connection string bounds each share.
+    ///
+    /// To open a session takes five round trips (a password and TCP among them; TLS takes two more), and the first one of a
+    /// manager four more, within this time. At a round trip above 500 ms, raise it.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = timeout;

@@ -138,12 +138,13 @@ impl PostgresManager {
 impl SyncManager for PostgresManager {
     /// Begins the manager's work, after a look at the server.
     ///
-    /// A server that cannot be reached now is no failure: a warning is logged, and claims keep trying. It may take as long
-    /// as `connect_timeout`.
+    /// A server that cannot be reached now, or has no free connection, is no failure: a warning is logged, and claims keep
+    /// trying. It may take as long as `connect_timeout`, and twice that if the catalog has to be made.
     ///
     /// # Errors
     /// - [`FailedInitialization`](ErrorKind::FailedInitialization): the server refuses us, or cannot keep locks: a
-    ///   transaction pooler, a hot standby, a version before 14. The source says which.
+    ///   transaction pooler, a hot standby, a version before 14. Whatever is not known to pass by itself counts as refused.
+    ///   The source says which.
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped).
     fn start(&self) -> Result<()> {
         let pool = {

@@ -660,14 +660,16 @@ fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
     // The driver does not tell its own kinds apart. What came from the wire has an I/O error among its causes; what
     // remains is about what it was told to do: passwords, TLS, channel binding.
     let io = io_errors(error).next();
+    // After a handshake that seemed to be well: the server does not like the client's certificate.
+    if io.is_some_and(|io| io.kind() == io::ErrorKind::InvalidData && io.to_string().contains("alert")) {
+        return (SessionRefused, TLS);
+    }
     match io.map(io::Error::kind) {
         // The driver's own, of the right session to the wrong kind of server.
         Some(io::ErrorKind::PermissionDenied) => (
             SessionUnavailable,
             "target_session_attrs waits for another kind of server: name all hosts, or promote one",
         ),
-        // An alert, after a handshake that seemed to be well: the server does not like the client's certificate.
-        Some(io::ErrorKind::InvalidData) => (SessionRefused, TLS),
         Some(_) => (SessionUnavailable, UNREACHABLE),
         None if error.is_closed() => (SessionUnavailable, "the server closed the connection; see its log"),
         None => (SessionRefused, "check password, sslmode and channel_binding"),
