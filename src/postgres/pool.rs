@@ -18,7 +18,7 @@ use super::catalog::{self, CatalogMode};
 use super::config::Config;
 use super::session::{Failure, Session};
 use super::state::Rhythm;
-use super::stream::{DialError, Dialer, HookError, StreamControl, TimedOut};
+use super::stream::{DialError, Dialer, HookError, Local, StreamControl, TimedOut};
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::loss::LossReason;
 
@@ -312,6 +312,12 @@ impl Pool {
     ) -> std::result::Result<Session, Refusal> {
         let told = |failure| match failure {
             Failure::Lost { reason: LossReason::SessionChanged, .. } => Refusal::pooler(),
+            // What pgbouncer says in statement mode.
+            Failure::Lost { cause: Some(error), .. } | Failure::Refused(error)
+                if chain(&error).contains("transaction blocks not allowed") =>
+            {
+                Refusal::pooler()
+            }
             failure => self.during("checked that sessions are not shared", Refusal::from_failure(failure)),
         };
         if session.backend_pid() == other.backend_pid() {
@@ -320,18 +326,23 @@ impl Pool {
         let key = fastrand::i64(..);
         // Twice in a row, and not by turns: a pooler may take turns with its sessions.
         other.heartbeat(by).map_err(told)?;
-        let held = other.heartbeat_and_try(key, by).map_err(told)?;
-        if session.heartbeat_and_try(key, by).map_err(told)? && held {
-            return Err(Refusal::stub());
-        }
-        thread::scope(|scope| {
-            // A pooler may keep the backend, and lock and all with it. Without a thread it is merely closed.
+        let held = other.begin_with_lock(key, self.connect_timeout, by);
+        // Only against a lock that is held: one that a pooler's backend was granted would stay there.
+        let granted = match held {
+            Ok(true) => session.heartbeat_and_try(key, by),
+            _ => session.heartbeat(by).map(|()| false),
+        };
+        let unchanged = thread::scope(|scope| {
+            // Without a thread it is merely closed, and then the server takes the lock back.
             let _ = thread::Builder::new().name("dsync-probe".into()).spawn_scoped(scope, move || {
-                let _ = other.settle(&[], by);
+                let _ = other.simple_query("ROLLBACK", by);
             });
             session.heartbeat(by)
-        })
-        .map_err(told)?;
+        });
+        if held.map_err(told)? && granted.map_err(told)? {
+            return Err(Refusal::stub());
+        }
+        unchanged.map_err(told)?;
         self.probed.store(true, Ordering::Relaxed);
         Ok(session)
     }
@@ -545,6 +556,9 @@ fn verdict(failure: &(dyn StdError + Send + Sync + 'static)) -> (ErrorKind, &'st
     if let Some(error) = failure.downcast_ref::<postgres::Error>() {
         return advise(error);
     }
+    if failure.is::<Local>() {
+        return (SessionUnavailable, "");
+    }
     if failure.is::<TimedOut>() {
         return (SessionUnavailable, UNREACHABLE_OR_SLOW);
     }
@@ -566,7 +580,7 @@ fn verdict(failure: &(dyn StdError + Send + Sync + 'static)) -> (ErrorKind, &'st
             SessionRefused,
             "the operating system forbids it; check the rights on the socket, and the firewall",
         ),
-        // The loopback's, the name server's: the system is short of something.
+        // The name server's, too.
         _ => (SessionUnavailable, UNREACHABLE),
     }
 }

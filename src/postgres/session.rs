@@ -354,21 +354,37 @@ impl Session {
 
     /// Renews the lease.
     pub(super) fn heartbeat(&mut self, by: Instant) -> Result<(), Failure> {
-        self.heartbeat_with("", by).map(drop)
+        self.heartbeat_with("", "", by).map(drop)
     }
 
     /// A heartbeat which asks for the lock `key` as well, without waiting; whether it was granted.
     pub(super) fn heartbeat_and_try(&mut self, key: i64, by: Instant) -> Result<bool, Failure> {
-        let row = self.heartbeat_with(&format!(", pg_catalog.pg_try_advisory_lock({key})"), by)?;
+        let row = self.heartbeat_with("", &format!(", pg_catalog.pg_try_advisory_lock({key})"), by)?;
         Ok(row.is_some_and(|row| row.try_get(3).is_ok_and(|granted| granted == Some("t"))))
     }
 
-    fn heartbeat_with(&mut self, more: &str, by: Instant) -> Result<Option<SimpleQueryRow>, Failure> {
-        let row = if more.is_empty() {
-            self.simple_query(sql::HEARTBEAT, by)?
-        } else {
-            self.simple_query(&[sql::HEARTBEAT, more].concat(), by)?
-        };
+    /// As [`heartbeat_and_try`](Self::heartbeat_and_try), in a transaction that is left open: the lock goes with it, also if a
+    /// pooler gives the next statement to another backend. The server ends it when it stands idle for `longest`.
+    pub(super) fn begin_with_lock(
+        &mut self,
+        key: i64,
+        longest: Duration,
+        by: Instant,
+    ) -> Result<bool, Failure> {
+        let begin =
+            format!("BEGIN; SET LOCAL idle_in_transaction_session_timeout = {};", longest.as_millis());
+        let row =
+            self.heartbeat_with(&begin, &format!(", pg_catalog.pg_try_advisory_xact_lock({key})"), by)?;
+        Ok(row.is_some_and(|row| row.try_get(3).is_ok_and(|granted| granted == Some("t"))))
+    }
+
+    fn heartbeat_with(
+        &mut self,
+        before: &str,
+        more: &str,
+        by: Instant,
+    ) -> Result<Option<SimpleQueryRow>, Failure> {
+        let row = self.simple_query(&[before, sql::HEARTBEAT, more].concat(), by)?;
         let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
         let lost = |reason| Err(Failure::Lost { reason, cause: None });
         let (pid, mark) =

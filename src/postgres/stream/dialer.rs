@@ -168,8 +168,8 @@ impl Dialer {
         until: Instant,
         progress: &mut Option<Arc<Progress>>,
     ) -> Result<Client, BoxedError> {
-        let bait = self.plan.bait.address().map_err(|error| LoopbackError(error.into()))?;
-        let turn = self.plan.bait.reserve().map_err(NoDescriptors)?;
+        let bait = self.plan.bait.address().map_err(|error| Local::Loopback(error.into()))?;
+        let turn = self.plan.bait.reserve().map_err(Local::Descriptors)?;
         let connector =
             Connector::new(Arc::clone(&self.plan), address, control.clone(), Role::Session, until, turn);
         let progress = &**progress.insert(connector.progress());
@@ -178,7 +178,7 @@ impl Dialer {
         // The driver unwraps the making of its runtime; another program's thread may have had the last descriptor.
         match catch_unwind(AssertUnwindSafe(|| manager.connect())) {
             Ok(Ok(client)) => Ok(client),
-            Ok(Err(error)) if progress.step() == Step::Loopback => Err(LoopbackError(error.into()).into()),
+            Ok(Err(error)) if progress.step() == Step::Loopback => Err(Local::Loopback(error.into()).into()),
             Ok(Err(error)) => {
                 let error = own(error);
                 // Without a word: the reason is in the server's log only.
@@ -243,8 +243,9 @@ impl Dialer {
         let control = StreamControl::new();
         control.set_deadline(Some(deadline));
         // Makes room in the queue of the bait.
-        self.plan.bait.address().map_err(|error| DialError::one(WHAT, LoopbackError(error.into())))?;
-        let turn = self.plan.bait.reserve().map_err(|error| DialError::one(WHAT, NoDescriptors(error)))?;
+        self.plan.bait.address().map_err(|error| DialError::one(WHAT, Local::Loopback(error.into())))?;
+        let turn =
+            self.plan.bait.reserve().map_err(|error| DialError::one(WHAT, Local::Descriptors(error)))?;
         let plan = Arc::clone(&self.plan);
         let connector = Connector::new(plan, session.peer(), control.clone(), Role::Cancel, deadline, turn);
         let (done, outcome) = mpsc::sync_channel(1);
@@ -368,39 +369,35 @@ impl fmt::Display for TimedOut {
 
 impl Error for TimedOut {}
 
-/// There is no room for the driver's runtime.
-#[derive(Debug)]
-struct NoDescriptors(std::io::Error);
-
-impl fmt::Display for NoDescriptors {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(
-            "there are not enough file descriptors for a session; raise the limit of open files (ulimit -n), or close some",
-        )
-    }
-}
-
-impl Error for NoDescriptors {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        Some(&self.0)
-    }
-}
-
 const DRIVER_PANICKED: &str = "the PostgreSQL driver panicked; it does when it cannot make a runtime: is the limit of open files reached?";
 
-/// The bait could not be bound or reached.
+/// This machine is the reason that there is no session.
 #[derive(Debug)]
-struct LoopbackError(BoxedError);
+pub(crate) enum Local {
+    /// There is no room for the driver's runtime.
+    Descriptors(std::io::Error),
+    /// The bait could not be bound or reached.
+    Loopback(BoxedError),
+}
 
-impl fmt::Display for LoopbackError {
+impl fmt::Display for Local {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("sessions need the loopback interface (127.0.0.1), whatever host they go to")
+        f.write_str(match self {
+            Self::Descriptors(_) => {
+                "there are not enough file descriptors for a session; raise the limit of open files (ulimit -n), \
+                 or close some"
+            }
+            Self::Loopback(_) => "sessions need the loopback interface (127.0.0.1), whatever host they go to",
+        })
     }
 }
 
-impl Error for LoopbackError {
+impl Error for Local {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        Some(&*self.0)
+        match self {
+            Self::Descriptors(source) => Some(source),
+            Self::Loopback(source) => Some(&**source),
+        }
     }
 }
 

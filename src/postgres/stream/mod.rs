@@ -34,6 +34,6 @@ mod tests;
 
 pub(crate) use connector::HookError;
 pub(crate) use control::{Ended, StreamControl};
-pub(crate) use dialer::{DialError, Dialer, NotReady, TimedOut};
+pub(crate) use dialer::{DialError, Dialer, Local, NotReady, TimedOut};
 pub use socket::Socket;
 pub(crate) use tls::Tls;

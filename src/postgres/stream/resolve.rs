@@ -27,10 +27,12 @@ struct LookUp {
     done: Condvar,
 }
 
+/// By the id of the process and the name: a child process has none of its parent's threads.
+type LookUps = HashMap<(u32, String), Arc<LookUp>>;
+
 /// One for each name at the most, in the whole process: the system's resolver can hang for minutes and cannot be
-/// interrupted, so each look-up has a thread, which is left to itself when the time is up. With the process's id, since a
-/// child process has none of those threads.
-static UNDER_WAY: Mutex<Option<HashMap<(u32, String), Arc<LookUp>>>> = Mutex::new(None);
+/// interrupted, so each look-up has a thread, which is left to itself when the time is up.
+static UNDER_WAY: Mutex<Option<LookUps>> = Mutex::new(None);
 
 /// The addresses of a host name, at least one; not later than `by`.
 ///
