@@ -268,19 +268,45 @@ fn with_a_round_trip_of_400_ms_the_defaults_give_a_lock_from_the_first_attempt_o
     x.release().unwrap();
 }
 
+/// Takes everybody for a user that has given the right password, and then says nothing.
+fn silent_after_the_login() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        let mut open = Vec::new();
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = stream.write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I");
+            open.push(stream);
+        }
+    });
+    port
+}
+
 #[test]
 fn where_a_link_is_too_slow_the_error_says_at_which_step_and_what_to_raise() {
     let server = Server::builder().password_auth().start().unwrap();
-    let port = slow_link(server.port(), Duration::from_millis(400));
-    let url = server.url_at("127.0.0.1", port);
-    // After a round trip or two, when the login is under way; after five, when the session is there and is prepared.
-    for (timeout, step) in [(1_000, "while we logged in"), (1_900, "while we prepared a session")] {
-        let config = Config::from_url(&url).unwrap().connect_timeout(Duration::from_millis(timeout));
+    // A login takes four round trips.
+    let slow = slow_link(server.port(), Duration::from_millis(800));
+    for (port, step) in
+        [(slow, "while we logged in"), (silent_after_the_login(), "while we prepared a session")]
+    {
+        let url = server.url_at("127.0.0.1", port);
+        let config = Config::from_url(&url).unwrap().connect_timeout(Duration::from_secs(1));
         let manager = begin(move || started(config)).get();
         let error = lock(&manager, "x").lock(&Context::timeout(Duration::from_secs(3))).unwrap_err();
         println!("{error}");
         let text = error.to_string();
         assert!(text.contains(step) && text.contains("if the link is slow, raise connect_timeout"), "{text}");
         assert_eq!(kind(lock(&manager, "x").try_lock(&briefly())), ErrorKind::TimedOut);
+    }
+}
+
+/// A host that dies between the login and the first answer is a dead one like another.
+#[test]
+fn a_host_that_is_silent_after_the_login_takes_its_share_and_no_more() {
+    let alive = Server::start().unwrap();
+    for order in [[silent_after_the_login(), alive.port()], [alive.port(), silent_after_the_login()]] {
+        locks_in_time(hosts(&order, ""), "a host that is silent after the login");
     }
 }

@@ -222,7 +222,7 @@ impl Config {
     /// connection string bounds each share.
     ///
     /// To open a session takes five round trips (a password and TCP among them; TLS takes two more), and the first one of a
-    /// manager four more, within this time. At a round trip above 500 ms, raise it.
+    /// manager four more, within this time. At a round trip above 400 ms, raise it.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = timeout;
