@@ -138,6 +138,8 @@ fn a_limit_of_connections_is_told_with_whose_it_is() {
     let superusers: Vec<Client> = std::iter::from_fn(|| Client::connect(&server.url(), NoTls).ok()).collect();
     refused(config(&url), &["too many clients already", "raise the server's max_connections"]);
     drop((crowd, superusers));
+    let pooler = refusing("08P01", "no more connections allowed (max_client_conn)");
+    refused(config(&pooler), &["raise the pooler's max_client_conn"]);
 }
 
 /// A server that answers every session with one error.
@@ -192,6 +194,22 @@ fn what_is_not_known_to_pass_is_refused_and_what_is_known_is_waited_for() {
         let error = lock(&manager, "x").try_lock(&common::briefly()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
         tells(&error, &[message]);
+    }
+}
+
+/// To wait for the dead host would hide it.
+#[test]
+fn a_refusal_is_told_though_another_host_is_dead() {
+    let refusing = refusing("28P01", "password authentication failed for user \"app\"");
+    let port = refusing.parse::<postgres::Config>().unwrap().get_ports()[0];
+    let dead = common::SilentHost::new();
+    for ports in [[port, dead.port()], [dead.port(), port]] {
+        let url = format!("host=127.0.0.1,127.0.0.1 port={},{} user=app password=x", ports[0], ports[1]);
+        let config = config(&url).connect_timeout(std::time::Duration::from_secs(1));
+        start_refused(
+            config,
+            &["did not answer", "password authentication failed", "check user and password"],
+        );
     }
 }
 

@@ -654,6 +654,7 @@ fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
             // A statement that was prepared is not known, or one of another process's is.
             "26000" | "42P05" => (SessionRefused, SHARED_SESSIONS),
             // pgbouncer gives almost everything this code.
+            "08P01" if text.contains("no more connections") => (PoolExhausted, more_connections(text)),
             "08P01" if !passes_at_a_pooler(text) => {
                 (SessionRefused, "check user, password and database, here and in the pooler's settings")
             }
@@ -696,6 +697,8 @@ fn more_connections(text: &str) -> &'static str {
         "raise the role's limit (ALTER ROLE ... CONNECTION LIMIT), or lower max_sessions of the services"
     } else if text.contains("for database") {
         "raise the database's limit (ALTER DATABASE ... CONNECTION LIMIT), or lower max_sessions of the services"
+    } else if text.contains("no more connections") {
+        "raise the pooler's max_client_conn, or lower max_sessions of the services"
     } else if text.contains("reserved") {
         "all connections but the reserved ones are taken: raise the server's max_connections, or lower max_sessions of \
          the services"
@@ -708,12 +711,11 @@ fn more_connections(text: &str) -> &'static str {
 fn passes_at_a_pooler(text: &str) -> bool {
     const OBJECTIONS: [&str; 6] =
         ["password", "authentication", "no such", "does not exist", "not allowed", "unsupported"];
-    const PASSES: [&str; 12] = [
+    const PASSES: [&str; 11] = [
         "timeout",
         "cannot connect",
         "could not connect",
         "connect failed",
-        "no more connections",
         "shut down",
         "shutting down",
         "server conn crashed",

@@ -63,7 +63,7 @@ impl Dialer {
     /// each address as in libpq. A name has one share for being looked up; its addresses divide what is left anew.
     ///
     /// The first address tried is the one that worked last, or else the one after that at which the last attempt
-    /// ended: so no attempt is too short for an address that lives. In random order where the user wants that.
+    /// ended, so that attempts which are ended early reach all of them in time. In random order where the user wants that.
     ///
     /// `ready` is told when its time is up, and need not look: its calls fail then. Give each session a control of its own.
     ///
