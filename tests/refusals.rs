@@ -155,7 +155,8 @@ fn a_pooler_that_is_reached_after_the_start_only_is_refused_by_try_lock() {
         assert!(ADVICE.iter().all(|text| error.to_string().contains(text)), "{error}");
         assert!(!is_held(&x));
         x.release().unwrap();
-        assert_eq!(advisory_locks(&mut server.client().unwrap()), 0);
+        // The probe of an attempt that was ended may have one for a moment.
+        becomes("the locks", &0, || advisory_locks(&mut server.client().unwrap()));
     }
 }
 

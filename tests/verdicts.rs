@@ -142,6 +142,22 @@ fn a_limit_of_connections_is_told_with_whose_it_is() {
     refused(config(&pooler), &["raise the pooler's max_client_conn"]);
 }
 
+/// The manager asks for two sessions at once to compare them, and has to do with the one that it gets.
+#[test]
+fn a_role_with_a_single_connection_has_a_lock() {
+    let server = Server::start().unwrap();
+    let sql = "CREATE ROLE one LOGIN CONNECTION LIMIT 1; GRANT CREATE ON DATABASE postgres TO one";
+    server.client().unwrap().batch_execute(sql).unwrap();
+    let url = format!("postgres://one@127.0.0.1:{}/postgres", server.port());
+    for _ in 0..10 {
+        let manager = started(config(&url));
+        let x = lock(&manager, "x");
+        x.lock(&common::soon()).unwrap();
+        x.release().unwrap();
+        manager.stop().unwrap();
+    }
+}
+
 /// A server that answers every session with one error.
 fn refusing(code: &'static str, message: &'static str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -258,17 +258,18 @@ impl Pool {
     ///
     /// At once, since on a slow link the time is not enough for one after the other.
     fn open_and_probe(&self, control: &StreamControl, by: Instant) -> std::result::Result<Session, Refusal> {
-        // Not all of the time: a pooler in session mode that has one session lets one of the two wait for the other.
-        let soon = Instant::now() + by.saturating_duration_since(Instant::now()) / 2;
+        // Each waits for the other one for half of the time that is left when it is open itself: a pooler in session mode
+        // that has one session gives it to one of the two.
+        let half_time = move || Instant::now() + by.saturating_duration_since(Instant::now()) / 2;
         let other_control = StreamControl::new();
         let (hand_over, others) = bounded(0);
         let opener = self.opener();
         let opens_other = {
             let control = other_control.clone();
             move || {
-                let outcome = opener(control, soon);
+                let outcome = opener(control, by);
                 // Closed if nobody wants it by then.
-                let _ = hand_over.send_deadline(outcome, soon);
+                let _ = hand_over.send_deadline(outcome, half_time());
             }
         };
         thread::Builder::new().name("dsync-probe".into()).spawn(opens_other).map_err(|error| {
@@ -282,7 +283,7 @@ impl Pool {
         let session = self.open_session(control.clone(), by);
         let other = match &session {
             Err(refusal) if refusal.kind == ErrorKind::SessionRefused => None,
-            _ => await_other(&others, control, soon),
+            _ => await_other(&others, control, half_time()),
         };
         let Some(other) = other else {
             other_control.kill();
@@ -374,14 +375,14 @@ impl fmt::Debug for Pool {
 }
 
 /// The second session, when it has been opened; `None` if `control` was killed, or the time is up.
-fn await_other<T>(others: &Receiver<T>, control: &StreamControl, soon: Instant) -> Option<T> {
+fn await_other<T>(others: &Receiver<T>, control: &StreamControl, until: Instant) -> Option<T> {
     /// How soon a kill is noticed.
     const SLICE: Duration = Duration::from_millis(20);
     loop {
         let now = Instant::now();
-        match others.recv_deadline(soon.min(now + SLICE)) {
+        match others.recv_deadline(until.min(now + SLICE)) {
             Ok(other) => return Some(other),
-            Err(RecvTimeoutError::Timeout) if now < soon && !control.is_dead() => {}
+            Err(RecvTimeoutError::Timeout) if now < until && !control.is_dead() => {}
             Err(_) => return None,
         }
     }
