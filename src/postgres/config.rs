@@ -221,8 +221,8 @@ impl Config {
     /// last session, or else after the one at which the last attempt ended. A `connect_timeout` in the
     /// connection string bounds each share.
     ///
-    /// To open a session takes five round trips (a password and TCP among them; TLS takes two more), and the first one of a
-    /// manager four more, within this time. At a round trip above 400 ms, raise it.
+    /// To open a session takes five round trips (a password and TCP among them), two more with TLS, and the first one of a
+    /// manager another five, within this time. At a round trip above 400 ms, raise it.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = timeout;

@@ -325,25 +325,20 @@ impl Pool {
             return Err(Refusal::pooler());
         }
         let key = fastrand::i64(..);
-        // Twice in a row, and not by turns: a pooler may take turns with its sessions.
-        other.heartbeat(by).map_err(told)?;
+        // Twice in a row: a pooler may take turns with its sessions. Then the other one at once: a pooler may serve it by
+        // the backend that was free last.
+        session.heartbeat(by).map_err(told)?;
+        session.heartbeat(by).map_err(told)?;
         let held = other.begin_with_lock(key, self.connect_timeout, by);
         // Only against a lock that is held: one that a pooler's backend was granted would stay there.
         let granted = match held {
             Ok(true) => session.heartbeat_and_try(key, by),
-            _ => session.heartbeat(by).map(|()| false),
+            _ => Ok(false),
         };
-        let unchanged = thread::scope(|scope| {
-            // Without a thread it is merely closed, and then the server takes the lock back.
-            let _ = thread::Builder::new().name("dsync-probe".into()).spawn_scoped(scope, move || {
-                let _ = other.simple_query("ROLLBACK", by);
-            });
-            session.heartbeat(by)
-        });
+        let _ = other.simple_query("ROLLBACK", by);
         if held.map_err(told)? && granted.map_err(told)? {
             return Err(Refusal::stub());
         }
-        unchanged.map_err(told)?;
         self.probed.store(true, Ordering::Relaxed);
         Ok(session)
     }
