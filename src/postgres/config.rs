@@ -213,7 +213,7 @@ impl Config {
     }
 
     /// How long one attempt to open a session may take, over all hosts. Defaults to 5 s. The first session of a manager may
-    /// take as long again, for the catalog.
+    /// take as long again for a check of the server, and once more for the catalog.
     ///
     /// Each address of each host has its share: the time that is left, divided by the number of addresses still to be
     /// tried. So of `n` addresses that do not answer the last one is tried after `(n - 1) / n` of this time, and a session
@@ -221,8 +221,8 @@ impl Config {
     /// last session, or else after the one at which the last attempt ended. A `connect_timeout` in the
     /// connection string bounds each share.
     ///
-    /// To open a session takes five round trips (a password and TCP among them), two more with TLS, and the first one of a
-    /// manager another five, within this time. At a round trip above 400 ms, raise it.
+    /// To open a session takes five round trips (a password and TCP among them), two more with TLS. At a round trip above
+    /// 400 ms, raise it.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = timeout;

@@ -139,7 +139,7 @@ impl SyncManager for PostgresManager {
     /// Begins the manager's work, after a look at the server.
     ///
     /// A server that cannot be reached now, or has no free connection, is no failure: a warning is logged, and claims keep
-    /// trying. It may take as long as `connect_timeout`, and twice that if the catalog has to be made.
+    /// trying. It may take as long as `connect_timeout`, and three times that with a check of the server and the catalog.
     ///
     /// # Errors
     /// - [`FailedInitialization`](ErrorKind::FailedInitialization): the server refuses us, or cannot keep locks: a

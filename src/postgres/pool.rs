@@ -177,7 +177,7 @@ impl Pool {
 
     /// How long it may take to have a slot and to open its session.
     pub(super) fn takes_at_most(&self) -> Duration {
-        let attempts = if self.catalog_ready.load(Ordering::Relaxed) { 1 } else { 2 };
+        let attempts = if self.catalog_ready.load(Ordering::Relaxed) { 2 } else { 3 };
         PATIENCE * TURNS + self.connect_timeout * attempts
     }
 
@@ -220,7 +220,8 @@ impl Pool {
 
     /// Opens the slot's session if it is not open. `control` can end the attempt.
     ///
-    /// It takes `connect_timeout`, and as long again where the catalog is looked for, which may have to be made.
+    /// It takes `connect_timeout`; as long again for the probe, and once more where the catalog is looked for, which may have
+    /// to be made.
     pub(super) fn open(&self, slot: &mut Slot, control: &StreamControl) -> std::result::Result<(), Refusal> {
         if slot.is_open() {
             return Ok(());
@@ -290,7 +291,7 @@ impl Pool {
             return session;
         };
         match (session, other) {
-            (Ok(session), Ok(other)) => self.probe(session, other, by),
+            (Ok(session), Ok(other)) => self.probe(session, other, Instant::now() + self.connect_timeout),
             // A server that is full for a second session is no proof of anything; the next session asks again.
             (Ok(session), Err(refusal)) if refusal.is_curable() => Ok(session),
             (Ok(_), Err(refusal)) => Err(refusal),
@@ -329,6 +330,7 @@ impl Pool {
         // the backend that was free last.
         session.heartbeat(by).map_err(told)?;
         session.heartbeat(by).map_err(told)?;
+        other.heartbeat(by).map_err(told)?;
         let held = other.begin_with_lock(key, self.connect_timeout, by);
         // Only against a lock that is held: one that a pooler's backend was granted would stay there.
         let granted = match held {
