@@ -6,6 +6,8 @@
 
 mod common;
 
+use std::panic;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::{is_held, lock, soon, started};
@@ -14,6 +16,13 @@ use support::{Database, process};
 
 #[test]
 fn at_the_limit_of_open_files_an_error_says_so_and_what_is_held_stays_held() {
+    // With `panic = "abort"` the first of them would end the process, caught or not.
+    static PANICS: AtomicUsize = AtomicUsize::new(0);
+    let usual = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        PANICS.fetch_add(1, Ordering::SeqCst);
+        usual(panic);
+    }));
     let database = Database::fresh().unwrap();
     let manager = started(Config::from_url(&database.url()).unwrap());
     let mut held = vec![lock(&manager, "first")];
@@ -42,4 +51,5 @@ fn at_the_limit_of_open_files_an_error_says_so_and_what_is_held_stays_held() {
         assert!(error.contains("open files") || error.contains("descriptor"), "{spare} to spare: {error}");
     }
     assert!(told.len() >= 4, "{told:#?}");
+    assert_eq!(PANICS.load(Ordering::SeqCst), 0, "neither the library nor the driver panics");
 }

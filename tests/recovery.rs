@@ -428,8 +428,8 @@ fn a_full_server_is_waited_for() {
     let others =
         || -> Vec<Client> { std::iter::from_fn(|| Client::connect(&server.url(), NoTls).ok()).collect() };
     let no_room = |rival: &Rival| {
-        let error = rival.lock.try_lock(&briefly()).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+        let error = rival.lock.try_lock(&soon()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PoolExhausted, "{error}");
         assert_eq!(error.sqlstate(), Some("53300"), "{error}");
         assert!(error.to_string().contains("max_connections"), "it says what to change: {error}");
         assert!(!rival.is_held());

@@ -74,7 +74,8 @@ impl Config {
     /// | `gssencmode=require`, `min_protocol_version` above 3.0, `oauth_…`, `replication`, `require_auth`, `requirepeer` for a Unix socket, `scram_…_key`, `service` | refused |
     /// | `client_encoding`, `gssdelegation`, `gssencmode` otherwise, `gsslib`, `krbsrvname`, `max_protocol_version`, `servicefile`, `sslcompression` | without effect on a session for locks |
     ///
-    /// Several hosts may be given; with `target_session_attrs=read-write` the one that is the primary is used. Of
+    /// Several hosts may be given; with `target_session_attrs=read-write` the one that is the primary is used. A dead one
+    /// takes no more than its share of the time: see [`connect_timeout`](Self::connect_timeout). Of
     /// `options`, a session for locks overrides `search_path`, `synchronous_commit`, `plan_cache_mode`, all timeouts and
     /// keepalives, and what is said about transactions.
     ///
@@ -209,9 +210,10 @@ impl Config {
     }
 
     /// The TLS connector for the sessions, such as those of `postgres-native-tls` or `tokio-postgres-rustls`, or another one
-    /// that works with any stream. Needed for `sslmode=require`, unless all hosts are Unix sockets, and for `channel_binding=require`. It alone decides which
-    /// certificates are trusted and shown, and which versions of TLS are spoken. Defaults to none: then `sslmode=prefer`,
-    /// the default, connects without TLS.
+    /// that works with any stream. Needed for `sslmode=require`, unless all hosts are Unix sockets, and for
+    /// `channel_binding=require`. It alone decides which certificates are trusted and shown, and which versions of TLS are
+    /// spoken; for `sslnegotiation=direct` it must offer the protocol `postgresql` by ALPN. Defaults to none: then
+    /// `sslmode=prefer`, the default, connects without TLS.
     #[must_use]
     pub fn tls<T>(mut self, connector: T) -> Self
     where
@@ -295,10 +297,17 @@ impl Config {
     }
 
     /// How long one attempt to open a session may take, over all hosts, from 10 ms to 24 days. Defaults to 5 s, or to the
-    /// time that the connection's own `connect_timeout` gives all its hosts, if that is longer. A call that needs a new
-    /// session ([`start`](crate::SyncManager::start), [`inspect`](crate::PostgresManager::inspect)) may block that long.
+    /// time that the connection's own `connect_timeout` gives all its hosts, if that is longer. The first session of a
+    /// manager may take as long again for a check of the server, and once more for the catalog.
     ///
-    /// One that is shorter than the connection's own `connect_timeout`, which is for each address, is refused.
+    /// Each address of each host has its share: the time that is left, divided by the number of addresses still to be
+    /// tried. So of `n` addresses that do not answer the last one is tried after `(n - 1) / n` of this time, and a session
+    /// is had within this time if one address gives it within an `n`th. An attempt begins with the address that gave the
+    /// last session, or else after the one at which the last attempt ended. The connection's own `connect_timeout` bounds
+    /// each share, and must not be longer than this time.
+    ///
+    /// To open a session takes five round trips (a password and TCP among them), two more with TLS. At a round trip above
+    /// 400 ms, raise it.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = Some(timeout);

@@ -159,13 +159,16 @@ impl PostgresManager {
 impl SyncManager for PostgresManager {
     /// Begins the manager's work, after a look at the server.
     ///
-    /// A server that cannot be reached now is no failure: a warning is logged, and claims keep trying. It may take as long
-    /// as `connect_timeout`. While another thread is in `start`, this call waits for it and gives the same outcome.
+    /// A server that cannot be reached now, or has no free connection, is no failure: a warning is logged, and claims keep
+    /// trying. It may take as long as `connect_timeout`, and three times that with a check of the server and the catalog.
+    /// While another thread is in `start`, this call waits for it and gives the same outcome.
     ///
     /// # Errors
     /// - [`FailedInitialization`](ErrorKind::FailedInitialization): the server refuses us, or cannot keep locks: a
-    ///   transaction pooler, a hot standby, a version before 14. The source says which.
+    ///   transaction pooler, a hot standby, a version before 14. Whatever is not known to pass by itself counts as refused.
+    ///   The source says which.
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped): at once, if [`stop`](SyncManager::stop) comes meanwhile.
+    /// - [`OtherProcess`](ErrorKind::OtherProcess): the manager was made before a `fork`.
     fn start(&self) -> Result<()> {
         self.core.origin.check(format_args!("the manager"))?;
         let (pool, start, under_way) = {

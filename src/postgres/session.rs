@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 
 use postgres::error::SqlState;
 use postgres::types::{ToSql, Type};
-use postgres::{CancelToken, Row, SimpleQueryMessage, SimpleQueryRow, Statement};
+use postgres::{CancelToken, Client, Row, SimpleQueryMessage, SimpleQueryRow, Statement};
 
 use super::link::Link;
 use super::pool::Refusal;
 use super::quiet::{self, Told};
 use super::sql::{self, Shape, Verb};
-use super::stream::{Dialer, StreamControl};
+use super::stream::{Dialer, NotReady, StreamControl};
 use super::watchdog::Watchdog;
-use super::wire::{Failure, Wire};
+use super::wire::{Failure, GOODBYE, Wire};
 use crate::key::AdvisoryKey;
 use crate::loss::LossReason;
 
@@ -101,23 +101,33 @@ impl Session {
         heartbeat: Duration,
         by: Instant,
     ) -> Result<Self, Refusal> {
-        let client = dialer.connect(&control, by).map_err(Refusal::from_dial)?;
-        let wire = Wire::new(client, control);
-        let mut session = Self {
-            cancel: wire.cancel_token().ok_or_else(Refusal::not_postgres)?,
-            wire,
-            dialer,
-            backend_pid: 0,
-            is_direct: false,
-            mark: fastrand::u64(..),
-            prepared: Vec::new(),
-            leased: None,
-            is_quiet: true,
-            prepared_quietly: Vec::new(),
-            waited_briefly: None,
+        let ready = |client: Client, until: Instant| {
+            let cancel = Arc::new(client.cancel_token());
+            let mut session = Self {
+                wire: Wire::new(client, control.clone()),
+                cancel,
+                dialer: Arc::clone(&dialer),
+                backend_pid: 0,
+                is_direct: false,
+                mark: fastrand::u64(..),
+                prepared: Vec::new(),
+                leased: None,
+                is_quiet: true,
+                prepared_quietly: Vec::new(),
+                waited_briefly: None,
+            };
+            // The dialer ends it earlier, and in a way that leaves the control to the next address.
+            let by = until + GOODBYE;
+            match session.prepare(slice, lease, heartbeat, by) {
+                Ok(()) => Ok(session),
+                Err(refusal) => {
+                    // No goodbye, whose deadline would be the next session's.
+                    session.control().detach();
+                    Err(NotReady { go_on: refusal.is_curable(), error: refusal.into() })
+                }
+            }
         };
-        session.prepare(slice, lease, heartbeat, by)?;
-        Ok(session)
+        dialer.connect(&control, by, ready).map_err(Refusal::from_dial)
     }
 
     fn prepare(
@@ -400,7 +410,40 @@ impl Session {
 
     /// Renews the lease, and proves that the session is what it was, and holds what it took.
     pub(super) fn heartbeat(&mut self, by: Instant) -> Result<(), Failure> {
-        let row = self.simple_query(&sql::heartbeat(self.leased.map(|leased| leased.key)), by)?;
+        self.heartbeat_with("", "", by).map(drop)
+    }
+
+    /// A heartbeat which asks for the lock `key` as well, without waiting; whether it was granted.
+    pub(super) fn heartbeat_and_try(&mut self, key: i64, by: Instant) -> Result<bool, Failure> {
+        let row = self.heartbeat_with("", &format!(", pg_catalog.pg_try_advisory_lock({key})"), by)?;
+        Ok(row.is_some_and(|row| row.try_get(4).is_ok_and(|granted| granted == Some("t"))))
+    }
+
+    /// As [`heartbeat_and_try`](Self::heartbeat_and_try), in a transaction that is left open: the lock goes with it, also if a
+    /// pooler gives the next statement to another backend. The server ends it when it stands idle for `longest`.
+    pub(super) fn begin_with_lock(
+        &mut self,
+        key: i64,
+        longest: Duration,
+        by: Instant,
+    ) -> Result<bool, Failure> {
+        let begin =
+            format!("BEGIN; SET LOCAL idle_in_transaction_session_timeout = {};", longest.as_millis());
+        let row =
+            self.heartbeat_with(&begin, &format!(", pg_catalog.pg_try_advisory_xact_lock({key})"), by)?;
+        Ok(row.is_some_and(|row| row.try_get(4).is_ok_and(|granted| granted == Some("t"))))
+    }
+
+    fn heartbeat_with(
+        &mut self,
+        before: &str,
+        more: &str,
+        by: Instant,
+    ) -> Result<Option<SimpleQueryRow>, Failure> {
+        let row = self.simple_query(
+            &[before, &sql::heartbeat(self.leased.map(|leased| leased.key)), more].concat(),
+            by,
+        )?;
         let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
         let lost = |reason| Err(Failure::Lost { reason, cause: None });
         let (pid, mark) =
@@ -414,7 +457,7 @@ impl Session {
         if column(3) != Some("t") {
             return lost(LossReason::Unlocked);
         }
-        Ok(())
+        Ok(row)
     }
 
     /// Takes in what the server has said by itself, which is above all that the session is over.

@@ -2,21 +2,20 @@
 
 use std::fmt;
 use std::mem;
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use postgres::Client;
 use postgres::error::{Severity, SqlState};
 use postgres::fallible_iterator::FallibleIterator;
-use postgres::{CancelToken, Client};
 
 use super::stream::{Ended, SHORT_ANSWER, StreamControl};
 use crate::loss::LossReason;
 use crate::process::{Origin, may_drive};
 
 /// How long a session that is closed may take to say so to the server.
-const GOODBYE: Duration = Duration::from_millis(100);
+pub(super) const GOODBYE: Duration = Duration::from_millis(100);
 
 /// Why a call on a session failed.
 #[derive(Debug)]
@@ -45,11 +44,6 @@ impl Wire {
 
     pub(super) fn control(&self) -> &StreamControl {
         &self.control
-    }
-
-    /// What names this session in a cancel request; `None` once closed.
-    pub(super) fn cancel_token(&self) -> Option<Arc<CancelToken>> {
-        self.client.as_ref().map(|client| Arc::new(client.cancel_token()))
     }
 
     /// Whether the connection is known to be over, without asking the server.

@@ -7,7 +7,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::Instant;
@@ -18,8 +18,9 @@ use postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::control::{StreamControl, Watch};
+use super::descriptors::{self, Turn};
 use super::session_stream::{Role, SessionStream, Transport};
-use super::socket::Socket;
+use super::socket::{Socket, SocketError};
 use super::tls::Tls;
 
 /// What all the connections of a dialer have in common.
@@ -32,6 +33,8 @@ pub(super) struct Plan {
     pub(super) tls: Option<Tls>,
     pub(super) routes: Vec<Route>,
     pub(super) bait: Bait,
+    /// With which of the routes the next attempt begins, and with which of its addresses.
+    pub(super) begin: parking_lot::Mutex<(usize, Option<SocketAddr>)>,
 }
 
 /// One host of the user's configuration.
@@ -52,6 +55,18 @@ impl fmt::Display for Route {
     }
 }
 
+impl Route {
+    /// The route, and which of its addresses.
+    pub(super) fn at(&self, address: Option<SocketAddr>) -> String {
+        match (self, address) {
+            (Self::Tcp { domain, .. }, Some(address)) if domain.parse::<IpAddr>().is_err() => {
+                format!("{self} ({})", address.ip())
+            }
+            _ => self.to_string(),
+        }
+    }
+}
+
 /// The host name that the driver is given for the route `index`, and gives to the hook.
 ///
 /// Never a real name: a cancel token keeps it, and so a cancel request finds the way of its session again without
@@ -64,6 +79,11 @@ impl Plan {
     fn route(&self, key: &str) -> Option<&Route> {
         let index: usize = key.strip_prefix("route-")?.parse().ok()?;
         self.routes.get(index)
+    }
+
+    /// Whether TLS begins without asking the server for it.
+    pub(super) fn is_direct(&self) -> bool {
+        self.ssl_mode != SslMode::Disable && self.ssl_negotiation == SslNegotiation::Direct
     }
 
     /// Makes a stream over `socket`; what the driver does itself in its `connect_tls`.
@@ -89,7 +109,11 @@ impl Plan {
                 }
             }
         }
-        tls.handshake(domain, socket).await.map(Transport::Tls).map_err(HookError::Tls)
+        let direct = self.is_direct();
+        tls.handshake(domain, socket)
+            .await
+            .map(Transport::Tls)
+            .map_err(|source| HookError::Tls { direct, source })
     }
 }
 
@@ -116,17 +140,28 @@ pub(super) struct Bait {
 impl Bait {
     /// Where it listens. The connections that lie in its queue are thrown out first, so that there is room.
     pub(super) fn address(&self) -> io::Result<SocketAddr> {
+        self.listening(|listener| {
+            throw_out(listener);
+            listener.local_addr()
+        })
+    }
+
+    /// See [`descriptors::reserve`].
+    pub(super) fn reserve(&self) -> io::Result<Turn> {
+        // Not under the mutex, since another thread may have the turn.
+        let listener = self.listening(TcpListener::try_clone)?;
+        descriptors::reserve(listener)
+    }
+
+    fn listening<T>(&self, look: impl FnOnce(&TcpListener) -> io::Result<T>) -> io::Result<T> {
         let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(listener) = &*listener {
-            throw_out(listener);
-            return listener.local_addr();
+            return look(listener);
         }
         let fresh = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .or_else(|error| TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).map_err(|_| error))?;
         fresh.set_nonblocking(true)?;
-        let address = fresh.local_addr()?;
-        *listener = Some(fresh);
-        Ok(address)
+        look(listener.insert(fresh))
     }
 
     fn drain(&self) {
@@ -149,7 +184,43 @@ pub(crate) struct Connector {
     control: StreamControl,
     role: Role,
     setup: Instant,
-    reached: Arc<AtomicBool>,
+    progress: Arc<Progress>,
+}
+
+/// How far an attempt has come.
+#[derive(Debug)]
+pub(super) struct Progress {
+    step: AtomicU8,
+    /// Until the driver has made its runtime.
+    turn: parking_lot::Mutex<Option<Turn>>,
+}
+
+/// The steps of an attempt, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(super) enum Step {
+    /// The driver connects to the bait.
+    Loopback,
+    /// The socket is being opened.
+    Connect,
+    /// The server is asked for TLS, or shakes hands.
+    Tls,
+    /// The driver speaks to the server.
+    LogIn,
+}
+
+impl Step {
+    const ALL: [Self; 4] = [Self::Loopback, Self::Connect, Self::Tls, Self::LogIn];
+}
+
+impl Progress {
+    pub(super) fn step(&self) -> Step {
+        Step::ALL[usize::from(self.step.load(Ordering::SeqCst)).min(Step::ALL.len() - 1)]
+    }
+
+    fn come_to(&self, step: Step) {
+        self.step.store(step as u8, Ordering::SeqCst);
+    }
 }
 
 impl Connector {
@@ -160,8 +231,10 @@ impl Connector {
         control: StreamControl,
         role: Role,
         setup: Instant,
+        turn: Turn,
     ) -> Self {
-        Self { plan, address, control, role, setup, reached: Arc::new(AtomicBool::new(false)) }
+        let progress = Progress { step: AtomicU8::new(Step::Loopback as u8), turn: Some(turn).into() };
+        Self { plan, address, control, role, setup, progress: Arc::new(progress) }
     }
 
     /// Opens the socket and makes the stream.
@@ -171,16 +244,21 @@ impl Connector {
             (Route::Tcp { .. }, Some(address)) => Socket::tcp(address, &self.plan.config).await,
             (Route::Tcp { .. }, None) => return Err(HookError::UnknownRoute),
         };
-        let socket = socket.map_err(|source| HookError::Connect { route: route.clone(), source })?;
+        let socket = socket.map_err(|error| match error {
+            SocketError::Connect(source) => HookError::Connect { route: route.clone(), source },
+            SocketError::Option { setting, source } => HookError::Option { setting, source },
+        })?;
+        self.progress.come_to(Step::Tls);
         if self.role == Role::Session {
             self.control.attach(socket.clone());
         }
-        self.plan.secure(route, socket).await
+        let transport = self.plan.secure(route, socket).await?;
+        self.progress.come_to(Step::LogIn);
+        Ok(transport)
     }
 
-    /// Whether the driver got as far as to reach the bait.
-    pub(super) fn reached(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.reached)
+    pub(super) fn progress(&self) -> Arc<Progress> {
+        Arc::clone(&self.progress)
     }
 }
 
@@ -211,8 +289,10 @@ impl TlsConnect<postgres::Socket> for Hook {
 
     fn connect(self, decoy: postgres::Socket) -> Self::Future {
         let Hook { route, connector } = self;
-        connector.reached.store(true, Ordering::SeqCst);
+        connector.progress.come_to(Step::Connect);
         drop(decoy);
+        // The driver has its runtime by now.
+        drop(connector.progress.turn.lock().take());
         connector.plan.bait.drain();
         Box::pin(async move {
             let mut watch = Watch::new(connector.control.clone(), connector.setup);
@@ -232,7 +312,8 @@ impl TlsConnect<postgres::Socket> for Hook {
     }
 }
 
-/// Why the connector could not make a stream. The driver reports it as the cause of a failed TLS handshake.
+/// Why the connector could not make a stream. The driver reports it as the cause of a failed TLS handshake, of which
+/// nobody is told.
 #[derive(Debug)]
 pub(crate) enum HookError {
     /// TLS is demanded and there is nothing to do it with.
@@ -241,14 +322,16 @@ pub(crate) enum HookError {
     Refused,
     /// Direct negotiation cannot fall back, so it goes with `require` only.
     WeakDirect,
-    /// The cancel token is of another dialer.
+    /// The cancel token is of another dialer, or of a session that is over.
     UnknownRoute,
     /// The server's socket could not be opened.
     Connect { route: Route, source: io::Error },
+    /// The system does not take a value for the option of a socket.
+    Option { setting: &'static str, source: io::Error },
     /// The connection broke while TLS was asked for.
     Io(io::Error),
-    /// The user's TLS connector failed.
-    Tls(Box<dyn Error + Send + Sync>),
+    /// The user's TLS connector failed; `direct` if it began without a question to the server.
+    Tls { direct: bool, source: Box<dyn Error + Send + Sync> },
     /// Killed, or out of time; see [`Ended`](super::Ended).
     Ended(io::Error),
 }
@@ -259,17 +342,22 @@ impl fmt::Display for HookError {
             HookError::NoTlsConnector => f.write_str(
                 "sslmode=require, but no TLS connector was given: give one, or set sslmode=prefer or disable",
             ),
-            HookError::Refused => f.write_str("server does not support TLS"),
+            HookError::Refused => f.write_str("server does not support TLS, which sslmode demands"),
             HookError::WeakDirect => f.write_str(
                 "weak sslmode \"prefer\" may not be used with sslnegotiation=direct (use \"require\")",
             ),
-            HookError::UnknownRoute => f.write_str("the session was opened with another configuration"),
+            HookError::UnknownRoute => {
+                f.write_str("the session is over, or was opened with another configuration")
+            }
             HookError::Connect { route: Route::Unix { path }, .. } => {
                 write!(f, "could not open the Unix socket {}", path.display())
             }
             HookError::Connect { .. } => f.write_str("could not connect"),
+            HookError::Option { setting, .. } => {
+                write!(f, "the operating system does not take the value of {setting}")
+            }
             HookError::Io(_) => f.write_str("the connection broke while TLS was negotiated"),
-            HookError::Tls(_) => f.write_str("TLS handshake failed"),
+            HookError::Tls { .. } => f.write_str("TLS handshake failed"),
             HookError::Ended(_) => f.write_str("the connect was ended"),
         }
     }
@@ -278,10 +366,11 @@ impl fmt::Display for HookError {
 impl Error for HookError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
-            HookError::Connect { source, .. } | HookError::Io(source) | HookError::Ended(source) => {
-                Some(source)
-            }
-            HookError::Tls(source) => Some(&**source),
+            HookError::Connect { source, .. }
+            | HookError::Option { source, .. }
+            | HookError::Io(source)
+            | HookError::Ended(source) => Some(source),
+            HookError::Tls { source, .. } => Some(&**source),
             _ => None,
         }
     }

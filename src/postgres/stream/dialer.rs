@@ -2,11 +2,9 @@
 
 use std::error::Error;
 use std::fmt;
-use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,19 +14,13 @@ use postgres::{CancelToken, Client, Config};
 use r2d2::ManageConnection;
 use r2d2_postgres::PostgresConnectionManager;
 
-use super::connector::{Bait, Connector, HookError, Plan, Route, key};
-use super::control::{Ended, StreamControl};
-use super::password::{Password, PasswordError};
+use super::connector::{Bait, Connector, HookError, Plan, Progress, Route, Step, key};
+use super::control::{Ended, SHORT_ANSWER, StreamControl};
+use super::password::Password;
+use super::resolve::resolve;
 use super::session_stream::Role;
 use super::tls::Tls;
-
-/// The time for one attempt to connect to one address where the user gave no `connect_timeout`.
-///
-/// The driver would wait for as long as the operating system does, which is minutes.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How soon a kill is noticed while a name is being resolved, which cannot be interrupted.
-const RESOLVE_SLICE: Duration = Duration::from_millis(20);
+use crate::error::chain;
 
 /// Opens sessions with a configuration of the user's, each with a stream that obeys a [`StreamControl`].
 ///
@@ -39,6 +31,14 @@ pub(crate) struct Dialer {
     plan: Arc<Plan>,
     /// Gives the password of each session, in place of the configuration's.
     password: Option<Password>,
+}
+
+/// Why a session that is open cannot be used.
+#[derive(Debug)]
+pub(crate) struct NotReady {
+    pub(crate) error: BoxedError,
+    /// Whether another address may be tried.
+    pub(crate) go_on: bool,
 }
 
 impl Dialer {
@@ -54,6 +54,7 @@ impl Dialer {
             tls,
             routes,
             bait: Bait::default(),
+            begin: parking_lot::Mutex::default(),
         };
         Ok(Self { plan: Arc::new(plan), password: None })
     }
@@ -63,52 +64,108 @@ impl Dialer {
         Self { password, ..self }
     }
 
-    /// Opens a session on the first host that gives one, and not later than `deadline`.
+    /// Opens a session at the first address that gives one which is `ready`, and not later than `deadline`.
     ///
-    /// Each address has the time that the user set as `connect_timeout`, or 5 s, for all that it takes until the
-    /// session is ready, as in libpq. Give each session a control of its own.
+    /// Each address has its share for all that it takes until then: the time that is left, divided by the number of
+    /// addresses still to be tried, and never more than the `connect_timeout` in the user's settings, which counts for
+    /// each address as in libpq. A name has one share for being looked up; its addresses divide what is left anew.
+    ///
+    /// The first address tried is the one that worked last, or else the one after that at which the last attempt
+    /// ended, so that attempts which are ended early reach all of them in time. In random order where the user wants that.
+    ///
+    /// `ready` is told when its time is up, and need not look: its calls fail then. Give each session a control of its own.
     ///
     /// # Errors
-    /// The error of the last address tried, and in its text those of all. A killed control ends the search.
-    pub(crate) fn connect(&self, control: &StreamControl, deadline: Instant) -> Result<Client, DialError> {
+    /// What happened at each address that was tried. A killed control ends the search.
+    pub(crate) fn connect<T>(
+        &self,
+        control: &StreamControl,
+        deadline: Instant,
+        mut ready: impl FnMut(Client, Instant) -> Result<T, NotReady>,
+    ) -> Result<T, DialError> {
         let shuffled = self.plan.config.get_load_balance_hosts() == LoadBalanceHosts::Random;
+        let (first, first_address) = *self.plan.begin.lock();
         let mut order: Vec<usize> = (0..self.plan.routes.len()).collect();
         if shuffled {
             fastrand::shuffle(&mut order);
+        } else {
+            order.rotate_left(first);
         }
         let mut failed = DialError::default();
-        for index in order {
+        for (position, &index) in order.iter().enumerate() {
             let route = &self.plan.routes[index];
-            let mut addresses = match self.addresses(route, control, deadline) {
+            let to_come = order.len() - position - 1;
+            let next_route = ((index + 1) % self.plan.routes.len(), None);
+            let Some(until) = self.share(control, deadline, 1 + to_come, &mut failed) else { break };
+            let mut addresses = match addresses(route, control, until) {
                 Ok(addresses) => addresses,
                 Err(error) => {
-                    failed.add(route, error);
+                    *self.plan.begin.lock() = next_route;
+                    failed.add(route.to_string(), error);
                     continue;
                 }
             };
             if shuffled {
                 fastrand::shuffle(&mut addresses);
+            } else if index == first
+                && let Some(begin) = addresses.iter().position(|address| *address == first_address)
+            {
+                addresses.rotate_left(begin);
             }
-            for address in addresses {
-                if let Some(ended) = control.ended() {
-                    failed.add(route, ended.into_io());
+            for (tried, &address) in addresses.iter().enumerate() {
+                let left = addresses.len() - tried + to_come;
+                let Some(until) = self.share(control, deadline, left, &mut failed) else {
                     return Err(failed);
-                }
-                let now = Instant::now();
-                if now >= deadline {
-                    failed.add(route, Ended::ConnectTimedOut.into_io());
-                    return Err(failed);
-                }
-                match self.attempt(index, address, control, now, deadline) {
-                    Ok(client) => {
+                };
+                let begun = Instant::now();
+                let progress = &mut None;
+                let outcome = self
+                    .attempt(index, address, control, until, progress)
+                    .map_err(|error| NotReady { error, go_on: true })
+                    .and_then(|client| ready(client, until));
+                match outcome {
+                    Ok(session) => {
+                        *self.plan.begin.lock() = (index, address);
                         control.establish();
-                        return Ok(client);
+                        return Ok(session);
                     }
-                    Err(error) => failed.add(route, error),
+                    Err(NotReady { error, go_on }) => {
+                        let next = addresses.get(tried + 1).map_or(next_route, |next| (index, *next));
+                        *self.plan.begin.lock() = next;
+                        failed.add(route.at(address), explain(error, progress.as_deref(), begun));
+                        if !go_on {
+                            return Err(failed);
+                        }
+                    }
                 }
             }
         }
         Err(failed)
+    }
+
+    /// Until when the next of `count` addresses may be tried; `None`, with the reason in `failed`, if none may.
+    fn share(
+        &self,
+        control: &StreamControl,
+        deadline: Instant,
+        count: usize,
+        failed: &mut DialError,
+    ) -> Option<Instant> {
+        // Of the session before, which said goodbye.
+        control.set_deadline(None);
+        control.allow(SHORT_ANSWER);
+        let left = deadline.saturating_duration_since(Instant::now());
+        let ended = control.ended().or_else(|| left.is_zero().then_some(Ended::ConnectTimedOut));
+        if let Some(ended) = ended {
+            // Nothing is said of an address that was not tried.
+            if failed.failures.is_empty() || ended == Ended::Killed {
+                failed.add("connect".to_owned(), ended.into_io());
+            }
+            return None;
+        }
+        let share = left / u32::try_from(count).unwrap_or(u32::MAX);
+        let share = self.plan.config.get_connect_timeout().map_or(share, |&longest| share.min(longest));
+        Some(Instant::now() + share)
     }
 
     /// One address, through the driver.
@@ -117,33 +174,36 @@ impl Dialer {
         index: usize,
         address: Option<SocketAddr>,
         control: &StreamControl,
-        now: Instant,
-        deadline: Instant,
+        until: Instant,
+        progress: &mut Option<Arc<Progress>>,
     ) -> Result<Client, BoxedError> {
-        let wanted = self.plan.config.get_connect_timeout().copied().unwrap_or(CONNECT_TIMEOUT);
-        let time = wanted.min(deadline.saturating_duration_since(now));
-        let password = self.password.as_ref().map(|hook| hook.ask(control, now + time)).transpose()?;
-        let bait = self.bait()?;
+        let password = self.password.as_ref().map(|hook| hook.ask(control, until)).transpose()?;
+        let bait = self.plan.bait.address().map_err(|error| Local::Loopback(error.into()))?;
+        let turn = self.plan.bait.reserve().map_err(Local::Descriptors)?;
         let connector =
-            Connector::new(Arc::clone(&self.plan), address, control.clone(), Role::Session, now + time);
-        let reached = connector.reached();
+            Connector::new(Arc::clone(&self.plan), address, control.clone(), Role::Session, until, turn);
+        let progress = &**progress.insert(connector.progress());
+        let time = until.saturating_duration_since(Instant::now());
         let mut config = self.single_host(index, bait, time);
         if let Some(password) = password {
             config.password(password);
         }
         let manager = PostgresConnectionManager::new(config, connector);
-        // The driver unwraps the making of its runtime, which fails when the process has no file descriptor left.
+        // The driver unwraps the making of its runtime; another program's thread may have had the last descriptor.
         match catch_unwind(AssertUnwindSafe(|| manager.connect())) {
             Ok(Ok(client)) => Ok(client),
-            Ok(Err(error)) if reached.load(Ordering::SeqCst) => Err(error.into()),
-            Ok(Err(error)) => Err(LoopbackError(error.into()).into()),
+            Ok(Err(error)) if progress.step() == Step::Loopback => Err(Local::Loopback(error.into()).into()),
+            Ok(Err(error)) => {
+                let error = own(error);
+                // Without a word: the reason is in the server's log only.
+                let hung_up = error.downcast_ref().is_some_and(is_end_of_stream);
+                if self.plan.is_direct() && progress.step() == Step::LogIn && hung_up {
+                    return Err(HookError::Tls { direct: true, source: error }.into());
+                }
+                Err(error)
+            }
             Err(_) => Err(DRIVER_PANICKED.into()),
         }
-    }
-
-    /// Where the driver is led to.
-    fn bait(&self) -> Result<SocketAddr, LoopbackError> {
-        self.plan.bait.address().map_err(|error| LoopbackError(error.into()))
     }
 
     /// The user's configuration with the host `index` alone, at the `bait`, and our hook switched on.
@@ -177,22 +237,6 @@ impl Dialer {
         to
     }
 
-    /// Where the server of a route may be.
-    fn addresses(
-        &self,
-        route: &Route,
-        control: &StreamControl,
-        deadline: Instant,
-    ) -> Result<Vec<Option<SocketAddr>>, BoxedError> {
-        match route {
-            Route::Tcp { address: Some(ip), port, .. } => Ok(vec![Some((*ip, *port).into())]),
-            Route::Tcp { domain, port, .. } => {
-                Ok(resolve(domain, *port, control, deadline)?.into_iter().map(Some).collect())
-            }
-            Route::Unix { .. } => Ok(vec![None]),
-        }
-    }
-
     /// Cancels the statement that the session with this control and token is running; done when the server has sent the
     /// signal.
     ///
@@ -209,14 +253,15 @@ impl Dialer {
         deadline: Instant,
     ) -> Result<(), DialError> {
         const WHAT: &str = "cancel request";
-        // The driver connects for as long as the session's configuration says, and unwraps the making of a runtime;
-        // a thread of its own keeps us from both.
+        // The driver connects for as long as the session's configuration says; a thread of its own keeps us from that.
         let control = StreamControl::new();
         control.set_deadline(Some(deadline));
-        let connector =
-            Connector::new(Arc::clone(&self.plan), session.peer(), control.clone(), Role::Cancel, deadline);
         // Makes room in the queue of the bait.
-        self.bait().map_err(|error| DialError::one(WHAT, error))?;
+        self.plan.bait.address().map_err(|error| DialError::one(WHAT, Local::Loopback(error.into())))?;
+        let turn =
+            self.plan.bait.reserve().map_err(|error| DialError::one(WHAT, Local::Descriptors(error)))?;
+        let plan = Arc::clone(&self.plan);
+        let connector = Connector::new(plan, session.peer(), control.clone(), Role::Cancel, deadline, turn);
         let (done, outcome) = mpsc::sync_channel(1);
         let token = token.clone();
         thread::Builder::new()
@@ -228,7 +273,7 @@ impl Dialer {
             .map_err(|error| DialError::one(WHAT, error))?;
         match outcome.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(DialError::one(WHAT, error)),
+            Ok(Err(error)) => Err(DialError::one(WHAT, own(error))),
             Err(RecvTimeoutError::Timeout) => {
                 control.kill();
                 Err(DialError::one(WHAT, Ended::DeadlinePassed.into_io()))
@@ -271,61 +316,102 @@ fn routes(config: &Config) -> Result<Vec<Route>, String> {
     Ok((0..count).filter_map(route).collect())
 }
 
-/// Resolves a host name, but not for longer than `deadline`.
-///
-/// The system's resolver can hang for minutes and cannot be interrupted, and the driver's runtime would wait for it
-/// even when it is dropped. So it runs in a thread, which is left to itself when the time is up.
-fn resolve(
-    name: &str,
-    port: u16,
+/// Where the server of a route may be.
+fn addresses(
+    route: &Route,
     control: &StreamControl,
-    deadline: Instant,
-) -> Result<Vec<SocketAddr>, BoxedError> {
-    if let Ok(ip) = name.parse::<IpAddr>() {
-        return Ok(vec![(ip, port).into()]);
-    }
-    let (done, outcome) = mpsc::sync_channel(1);
-    let name = name.to_owned();
-    thread::Builder::new().name("dsync-resolve".into()).spawn(move || {
-        // Nobody listens any more when the deadline has passed.
-        let _ = done.send((name.as_str(), port).to_socket_addrs().map(Vec::from_iter));
-    })?;
-    loop {
-        if let Some(ended) = control.ended() {
-            return Err(ended.into_io().into());
+    by: Instant,
+) -> Result<Vec<Option<SocketAddr>>, BoxedError> {
+    match route {
+        Route::Tcp { address: Some(ip), port, .. } => Ok(vec![Some((*ip, *port).into())]),
+        Route::Tcp { domain, port, .. } => {
+            let with_port = |ip| Some(SocketAddr::new(ip, *port));
+            Ok(resolve(domain, control, by)?.into_iter().map(with_port).collect())
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        match outcome.recv_timeout(left.min(RESOLVE_SLICE)) {
-            Ok(Ok(addresses)) if addresses.is_empty() => return Err("the host name has no address".into()),
-            Ok(Ok(addresses)) => return Ok(addresses),
-            Ok(Err(error)) => return Err(error.into()),
-            Err(RecvTimeoutError::Timeout) if left.is_zero() => {
-                let text = "the host name was not resolved in time";
-                return Err(io::Error::new(io::ErrorKind::TimedOut, text).into());
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Err("the resolver panicked".into()),
-        }
+        Route::Unix { .. } => Ok(vec![None]),
     }
 }
 
-type BoxedError = Box<dyn Error + Send + Sync>;
+pub(crate) type BoxedError = Box<dyn Error + Send + Sync>;
+
+/// The error of our hook, if the driver's is that. The driver calls all of them failed TLS handshakes, which would mislead the
+/// reader.
+fn own(error: postgres::Error) -> BoxedError {
+    if !error.source().is_some_and(|source| source.is::<HookError>()) {
+        return error.into();
+    }
+    error.into_source().unwrap_or_else(|| DRIVER_PANICKED.into())
+}
+
+/// Whether the server closed the connection without a word.
+fn is_end_of_stream(error: &postgres::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    let io = error.source().and_then(|source| source.downcast_ref::<std::io::Error>());
+    error.is_closed()
+        || io.is_some_and(|io| matches!(io.kind(), UnexpectedEof | ConnectionReset | BrokenPipe))
+}
+
+/// What is told of an attempt that failed.
+fn explain(error: BoxedError, progress: Option<&Progress>, begun: Instant) -> BoxedError {
+    if Ended::find(&*error) != Some(Ended::ConnectTimedOut) {
+        return error;
+    }
+    // Only the preparation of a session has errors of another type.
+    let prepares = !error.is::<HookError>() && !error.is::<postgres::Error>();
+    let step = match progress.map(Progress::step) {
+        _ if prepares => "prepared a session",
+        Some(Step::LogIn) => "logged in",
+        Some(Step::Tls) => "negotiated TLS",
+        _ => "opened the connection",
+    };
+    TimedOut { time: begun.elapsed(), step }.into()
+}
+
+/// The time for one address was up.
+#[derive(Debug)]
+pub(crate) struct TimedOut {
+    time: Duration,
+    /// What we did at that moment.
+    step: &'static str,
+}
+
+impl fmt::Display for TimedOut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the server did not answer within {:.1?}, while we {}", self.time, self.step)
+    }
+}
+
+impl Error for TimedOut {}
 
 const DRIVER_PANICKED: &str = "the PostgreSQL driver panicked; it does when it cannot make a runtime: is the limit of open files reached?";
 
-/// The bait could not be bound or reached.
+/// This machine is the reason that there is no session.
 #[derive(Debug)]
-struct LoopbackError(BoxedError);
+pub(crate) enum Local {
+    /// There is no room for the driver's runtime.
+    Descriptors(std::io::Error),
+    /// The bait could not be bound or reached.
+    Loopback(BoxedError),
+}
 
-impl fmt::Display for LoopbackError {
+impl fmt::Display for Local {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("sessions need the loopback interface (127.0.0.1), whatever host they go to")
+        f.write_str(match self {
+            Self::Descriptors(_) => {
+                "there are not enough file descriptors for a session; raise the limit of open files (ulimit -n), \
+                 or close some"
+            }
+            Self::Loopback(_) => "sessions need the loopback interface (127.0.0.1), whatever host they go to",
+        })
     }
 }
 
-impl Error for LoopbackError {
+impl Error for Local {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        Some(&*self.0)
+        match self {
+            Self::Descriptors(source) => Some(source),
+            Self::Loopback(source) => Some(&**source),
+        }
     }
 }
 
@@ -342,31 +428,27 @@ impl DialError {
         Self { failures: vec![(what.to_owned(), error.into())] }
     }
 
-    fn add(&mut self, route: &Route, error: impl Into<BoxedError>) {
+    fn add(&mut self, what: String, error: impl Into<BoxedError>) {
         let error = error.into();
-        log::debug!("could not connect to {route}: {}", Chain(&*error));
-        self.failures.push((route.to_string(), error));
+        log::debug!("could not connect to {what}: {}", chain(&*error));
+        self.failures.push((what, error));
     }
 
-    /// The last failure.
-    fn last(&self) -> Option<&(dyn Error + Send + Sync + 'static)> {
-        self.failures.last().map(|(_, error)| &**error)
+    /// What happened at each address.
+    pub(crate) fn failures(&self) -> impl Iterator<Item = &(dyn Error + Send + Sync + 'static)> {
+        self.failures.iter().map(|(_, error)| &**error)
     }
 
-    /// The driver's error, if the last failure is one; it has the server's message and SQLSTATE.
-    pub(crate) fn driver(&self) -> Option<&postgres::Error> {
-        self.last()?.downcast_ref()
-    }
-
-    /// Whether the hook that gives the password failed last.
-    pub(crate) fn is_about_password(&self) -> bool {
-        self.last().is_some_and(|error| error.is::<PasswordError>())
+    /// One of the [failures](Self::failures), by its number.
+    pub(crate) fn into_failure(mut self, number: usize) -> Option<BoxedError> {
+        (number < self.failures.len()).then(|| self.failures.swap_remove(number).1)
     }
 
     /// Whether it was us who ended the last attempt, and why.
     #[cfg(test)]
     pub(crate) fn ended(&self) -> Option<Ended> {
-        Ended::find(self.last()?)
+        let last = self.failures().last()?;
+        if last.is::<TimedOut>() { Some(Ended::ConnectTimedOut) } else { Ended::find(last) }
     }
 }
 
@@ -374,7 +456,7 @@ impl fmt::Display for DialError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, (what, error)) in self.failures.iter().enumerate() {
             let separator = if index == 0 { "" } else { "; " };
-            write!(f, "{separator}{what}: {}", Chain(&**error))?;
+            write!(f, "{separator}{what}: {}", chain(&**error))?;
         }
         Ok(())
     }
@@ -382,26 +464,6 @@ impl fmt::Display for DialError {
 
 impl Error for DialError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        self.last().map(|error| error as _)
-    }
-}
-
-/// An error with its causes.
-struct Chain<'a>(&'a (dyn Error + 'static));
-
-impl fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut first = self.0;
-        // The driver calls whatever our hook reports a failed TLS handshake, which would mislead the reader.
-        if let Some(hook) = first.source().filter(|source| source.is::<HookError>()) {
-            first = hook;
-        }
-        write!(f, "{first}")?;
-        let mut next = first.source();
-        while let Some(error) = next {
-            write!(f, ": {error}")?;
-            next = error.source();
-        }
-        Ok(())
+        self.failures().last().map(|error| error as _)
     }
 }

@@ -6,7 +6,7 @@
 //! and from then on speaks only through what that connector returns. So:
 //!
 //! ```text
-//!   Dialer ── one host at a time ──▶ postgres::Config::connect(Connector)
+//!   Dialer ── one address at a time ──▶ postgres::Config::connect(Connector)
 //!                                        │ the driver connects to the bait, on the loopback interface
 //!                                        ▼
 //!                                    Connector: the real Socket, SSLRequest, the user's TLS
@@ -22,8 +22,10 @@
 
 mod connector;
 mod control;
+mod descriptors;
 mod dialer;
 mod password;
+mod resolve;
 mod session_stream;
 mod socket;
 mod tls;
@@ -31,8 +33,9 @@ mod tls;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use connector::HookError;
 pub(crate) use control::{Ended, SHORT_ANSWER, StreamControl};
-pub(crate) use dialer::{DialError, Dialer};
-pub(crate) use password::Password;
+pub(crate) use dialer::{DialError, Dialer, Local, NotReady, TimedOut};
+pub(crate) use password::{Password, PasswordError};
 pub use socket::Socket;
 pub(crate) use tls::Tls;

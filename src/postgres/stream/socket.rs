@@ -31,6 +31,20 @@ enum Inner {
     Unix(UnixStream),
 }
 
+/// Why there is no socket.
+pub(super) enum SocketError {
+    /// It could not be connected.
+    Connect(io::Error),
+    /// The system does not take the value of a setting.
+    Option { setting: &'static str, source: io::Error },
+}
+
+impl From<io::Error> for SocketError {
+    fn from(error: io::Error) -> Self {
+        Self::Connect(error)
+    }
+}
+
 /// Calls one and the same method of either stream.
 macro_rules! either {
     ($socket:expr, $stream:ident => $call:expr) => {
@@ -43,29 +57,33 @@ macro_rules! either {
 
 impl Socket {
     /// Connects over TCP, with the options of `config` that are the socket's.
-    pub(super) async fn tcp(address: SocketAddr, config: &Config) -> io::Result<Self> {
+    pub(super) async fn tcp(address: SocketAddr, config: &Config) -> Result<Self, SocketError> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
         let socket = SockRef::from(&stream);
+        let option = |setting| move |source| SocketError::Option { setting, source };
         #[cfg(target_os = "linux")]
         if let Some(&timeout) = config.get_tcp_user_timeout() {
-            socket.set_tcp_user_timeout(Some(timeout))?;
+            socket.set_tcp_user_timeout(Some(timeout)).map_err(option("tcp_user_timeout"))?;
         }
         if config.get_keepalives() {
-            let mut keepalive = TcpKeepalive::new().with_time(config.get_keepalives_idle());
+            let idle = TcpKeepalive::new().with_time(config.get_keepalives_idle());
+            socket.set_tcp_keepalive(&idle).map_err(option("keepalives_idle"))?;
+            // One by one, so that the one which is refused can be named.
             if let Some(interval) = config.get_keepalives_interval() {
-                keepalive = keepalive.with_interval(interval);
+                let interval = TcpKeepalive::new().with_interval(interval);
+                socket.set_tcp_keepalive(&interval).map_err(option("keepalives_interval"))?;
             }
             if let Some(retries) = config.get_keepalives_retries() {
-                keepalive = keepalive.with_retries(retries);
+                let retries = TcpKeepalive::new().with_retries(retries);
+                socket.set_tcp_keepalive(&retries).map_err(option("keepalives_retries"))?;
             }
-            socket.set_tcp_keepalive(&keepalive)?;
         }
         Ok(Self { inner: Arc::new(Inner::Tcp(stream)) })
     }
 
     /// Connects to the Unix socket at `path`.
-    pub(super) async fn unix(path: &Path) -> io::Result<Self> {
+    pub(super) async fn unix(path: &Path) -> Result<Self, SocketError> {
         let stream = UnixStream::connect(path).await?;
         Ok(Self { inner: Arc::new(Inner::Unix(stream)) })
     }

@@ -64,9 +64,13 @@ fn soon() -> Instant {
     Instant::now() + 10 * SECOND
 }
 
+fn dial(dialer: &Dialer, control: &StreamControl, deadline: Instant) -> Result<Client, DialError> {
+    dialer.connect(control, deadline, |client, _| Ok(client))
+}
+
 fn open(dialer: &Dialer) -> (Client, StreamControl) {
     let control = StreamControl::new();
-    let client = dialer.connect(&control, soon()).unwrap_or_else(|error| panic!("{error}"));
+    let client = dial(dialer, &control, soon()).unwrap_or_else(|error| panic!("{error}"));
     (client, control)
 }
 
@@ -314,7 +318,7 @@ fn a_connect_to_a_server_that_does_not_answer_ends_on_time_and_by_a_kill() {
     for over_ in ALL {
         let dialer = over(&server, over_);
         let control = StreamControl::new();
-        let (outcome, time) = timed(|| dialer.connect(&control, Instant::now() + SECOND / 4));
+        let (outcome, time) = timed(|| dial(&dialer, &control, Instant::now() + SECOND / 4));
         let error = outcome.err().unwrap();
         assert_eq!(error.ended(), Some(Ended::ConnectTimedOut), "{error}");
         assert!(time < AT_ONCE && !control.is_dead());
@@ -326,13 +330,13 @@ fn a_connect_to_a_server_that_does_not_answer_ends_on_time_and_by_a_kill() {
                 control.kill();
             }
         });
-        let (outcome, time) = timed(|| dialer.connect(&control, soon()));
+        let (outcome, time) = timed(|| dial(&dialer, &control, soon()));
         let error = outcome.err().unwrap();
         println!("{error}");
         assert_eq!(error.ended(), Some(Ended::Killed), "{error}");
         assert!(time < AT_ONCE);
         killer.join().unwrap();
-        let (outcome, time) = timed(|| dialer.connect(&control, soon()));
+        let (outcome, time) = timed(|| dial(&dialer, &control, soon()));
         assert_eq!(outcome.err().unwrap().ended(), Some(Ended::Killed));
         assert!(time < AT_ONCE, "a kill before the connect");
     }
@@ -351,14 +355,14 @@ fn hosts_are_tried_in_order_and_all_failures_are_told() {
     let url = url.replace(" hostaddr=", "");
     let dialer_ = dialer(&url, None);
     let control = StreamControl::new();
-    let (client, time) = timed(|| dialer_.connect(&control, soon()));
+    let (client, time) = timed(|| dial(&dialer_, &control, soon()));
     let mut client = client.unwrap_or_else(|error| panic!("{error}"));
     assert!(time >= SECOND, "the silent one has its time");
     client.batch_execute("SELECT 1").unwrap();
 
     let refused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let url = format!("host=127.0.0.1,/nowhere port={refused},5433 user=postgres");
-    let error = dialer(&url, None).connect(&StreamControl::new(), soon()).err().unwrap();
+    let error = dial(&dialer(&url, None), &StreamControl::new(), soon()).err().unwrap();
     let text = error.to_string();
     println!("{text}");
     assert!(
@@ -367,14 +371,13 @@ fn hosts_are_tried_in_order_and_all_failures_are_told() {
     );
 
     let url = format!("{} load_balance_hosts=random dbname=nowhere", server.url());
-    let error = dialer(&url, None).connect(&StreamControl::new(), soon()).err().unwrap();
-    assert_eq!(error.driver().unwrap().code(), Some(&SqlState::UNDEFINED_DATABASE));
+    let error = dial(&dialer(&url, None), &StreamControl::new(), soon()).err().unwrap();
+    let refusal: &postgres::Error = error.failures().last().unwrap().downcast_ref().unwrap();
+    assert_eq!(refusal.code(), Some(&SqlState::UNDEFINED_DATABASE));
     println!("{error}");
 
-    let error = dialer("host=no-such-host.invalid user=x", None)
-        .connect(&StreamControl::new(), soon())
-        .err()
-        .unwrap();
+    let error =
+        dial(&dialer("host=no-such-host.invalid user=x", None), &StreamControl::new(), soon()).err().unwrap();
     println!("{error}");
     assert!(Dialer::new("user=x".parse().unwrap(), None).is_err());
     assert!(Dialer::new("host=a,b port=1,2,3 user=x".parse().unwrap(), None).is_err());
@@ -415,7 +418,7 @@ fn a_unix_socket_that_cannot_be_opened_is_named_with_the_cause() {
         ("host=/nowhere user=x".to_owned(), ErrorKind::NotFound),
         (format!("host={folder} port=1 user=x"), ErrorKind::ConnectionRefused),
     ] {
-        let error = dialer(&url, None).connect(&StreamControl::new(), soon()).err().unwrap();
+        let error = dial(&dialer(&url, None), &StreamControl::new(), soon()).err().unwrap();
         println!("{error}");
         assert_eq!(io_cause(&error), Some(kind));
         assert!(error.to_string().contains(".s.PGSQL."));
@@ -446,7 +449,7 @@ fn sslmode_means_what_it_means_to_the_driver() {
             for given in [true, false] {
                 let url = format!("{} sslmode={mode}", server.url());
                 let dialer = dialer(&url, given.then(|| rustls(&server)));
-                let outcome = dialer.connect(&StreamControl::new(), soon());
+                let outcome = dial(&dialer, &StreamControl::new(), soon());
                 let case = format!("sslmode={mode}, server {server_tls}, connector {given}");
                 match (mode, given, server_tls) {
                     ("require", false, _) => {
@@ -472,7 +475,7 @@ fn sslmode_means_what_it_means_to_the_driver() {
             // The real name reaches the verification: the certificate does not fit another one.
             let url = server.url().replace("host=localhost", "host=elsewhere.example") + " sslmode=require";
             let error =
-                dialer(&url, Some(rustls(&server))).connect(&StreamControl::new(), soon()).err().unwrap();
+                dial(&dialer(&url, Some(rustls(&server))), &StreamControl::new(), soon()).err().unwrap();
             println!("{error}");
             assert!(error.to_string().contains("TLS handshake failed"));
         }
@@ -490,7 +493,7 @@ fn scram_is_bound_to_the_tls_channel() {
     assert!(encrypted(&mut client));
     client.batch_execute("SELECT 1").unwrap();
     let plain = format!("{url} sslmode=disable channel_binding=require");
-    let error = dialer(&plain, None).connect(&StreamControl::new(), soon()).err().unwrap();
+    let error = dial(&dialer(&plain, None), &StreamControl::new(), soon()).err().unwrap();
     println!("{error}");
     open(&dialer(&format!("{url} sslmode=disable"), None));
 }
@@ -516,7 +519,7 @@ fn first_words(url: &str, answer: &'static [u8]) -> (Vec<u8>, String) {
         .with_root_certificates(roots)
         .with_no_client_auth();
     let tls = Tls::new(MakeRustlsConnect::new(config));
-    let error = dialer(&url, Some(tls)).connect(&StreamControl::new(), soon()).err().unwrap();
+    let error = dial(&dialer(&url, Some(tls)), &StreamControl::new(), soon()).err().unwrap();
     (server.join().unwrap(), error.to_string())
 }
 

@@ -1,0 +1,74 @@
+//! Makes sure that the driver finds the file descriptors which it takes for granted.
+//!
+//! It unwraps the making of its runtime, which fails at the limit of open files: that would be a panic, and the end of
+//! a process built with `panic = "abort"`.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use tokio::runtime;
+
+/// Descriptors beyond those of a runtime that must be free: the driver's own socket, that of the session, and one that
+/// another thread of the application may take at this moment.
+const SPARE: usize = 3;
+
+/// After this time the next thread goes on all the same. The driver takes microseconds to make its runtime.
+const LONGEST: Duration = Duration::from_secs(1);
+
+/// Until when a thread has the turn; `None` if nobody has it.
+static TAKEN_UNTIL: Mutex<Option<Instant>> = Mutex::new(None);
+static FREED: Condvar = Condvar::new();
+
+/// The right to let the driver make a runtime. One thread of the process has it at a time, or else several would each
+/// find the same descriptors free. Given back when dropped.
+#[derive(Debug)]
+pub(super) struct Turn(Instant);
+
+/// Waits for the turn, for 1 s at the most, and looks whether there are descriptors for a runtime and [`SPARE`] more.
+///
+/// `any` is an open file to make duplicates of.
+///
+/// # Errors
+/// That of the operating system if a descriptor cannot be had.
+pub(super) fn reserve(any: impl AsFd) -> io::Result<Turn> {
+    let turn = Turn::take();
+    let spare: Vec<OwnedFd> =
+        (0..SPARE).map(|_| any.as_fd().try_clone_to_owned()).collect::<io::Result<_>>()?;
+    // In the background, since a plain drop panics on a thread that drives another runtime.
+    runtime::Builder::new_current_thread().enable_all().build()?.shutdown_background();
+    drop(spare);
+    Ok(turn)
+}
+
+impl Turn {
+    fn take() -> Self {
+        let mut taken_until = TAKEN_UNTIL.lock();
+        loop {
+            let now = Instant::now();
+            match *taken_until {
+                // A child process inherits the turn of a thread that it does not have.
+                Some(until) if now < until && until <= now + LONGEST => {
+                    FREED.wait_until(&mut taken_until, until);
+                }
+                _ => {
+                    let until = now + LONGEST;
+                    *taken_until = Some(until);
+                    return Self(until);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut taken_until = TAKEN_UNTIL.lock();
+        // Whoever came too late to give it back leaves the next one's alone.
+        if *taken_until == Some(self.0) {
+            *taken_until = None;
+            FREED.notify_one();
+        }
+    }
+}
