@@ -14,13 +14,13 @@ mod model;
 mod pool;
 mod resting;
 mod session;
-mod sql;
+pub(crate) mod sql;
 mod state;
 mod stream;
 mod supervisor;
 mod work;
 
-pub use catalog::{CATALOG_SQL, CatalogMode};
+pub use catalog::{CATALOG_SQL, CatalogMode, catalog_sql};
 pub use config::Config;
 pub use manager::PostgresManager;
 pub use stream::Socket;

@@ -11,6 +11,7 @@ use r2d2::{ManageConnection, NopErrorHandler, PooledConnection};
 use super::catalog::{self, CatalogMode};
 use super::config::Config;
 use super::session::{Failure, Session};
+use super::sql::Schema;
 use super::state::Rhythm;
 use super::stream::{DialError, Dialer, StreamControl};
 use crate::error::{Error, ErrorKind, Result, chain};
@@ -30,6 +31,7 @@ pub(super) struct Pool {
     heartbeat: Duration,
     connect_timeout: Duration,
     catalog: CatalogMode,
+    schema: Arc<Schema>,
     /// Whether the catalog has been seen to be there.
     catalog_ready: AtomicBool,
     /// Whether the server has been shown to keep sessions apart.
@@ -134,6 +136,7 @@ impl Pool {
             heartbeat: config.lease_plan().heartbeat,
             connect_timeout: config.connect_timeout,
             catalog: config.catalog,
+            schema: Arc::clone(&config.schema),
             catalog_ready: AtomicBool::new(false),
             probed: AtomicBool::new(false),
             crowded_at: AtomicU64::new(0),
@@ -224,7 +227,8 @@ impl Pool {
     }
 
     fn open_session(&self, control: StreamControl, by: Instant) -> std::result::Result<Session, Refusal> {
-        Session::open(Arc::clone(&self.dialer), control, self.wait_slice, self.lease, self.heartbeat, by)
+        let (dialer, schema) = (Arc::clone(&self.dialer), Arc::clone(&self.schema));
+        Session::open(dialer, schema, control, self.wait_slice, self.lease, self.heartbeat, by)
     }
 
     /// Shows once that two sessions which are open at once are two, and stay what they are.
@@ -306,10 +310,13 @@ impl Refusal {
         matches!(self.kind, ErrorKind::SessionRefused | ErrorKind::InvalidKey)
     }
 
-    /// Whether a part of the catalog was found missing.
+    /// Whether a part of the catalog was found missing: a table, or a column that an older version does not have.
     pub(super) fn is_about_catalog(&self) -> bool {
         let database = self.cause.as_ref().and_then(|cause| cause.downcast_ref::<postgres::Error>());
-        matches!(database.and_then(postgres::Error::code).map(|code| code.code()), Some("3F000" | "42P01"))
+        matches!(
+            database.and_then(postgres::Error::code).map(|code| code.code()),
+            Some("3F000" | "42P01" | "42703")
+        )
     }
 
     pub(super) fn into_error(self) -> Error {
@@ -390,7 +397,10 @@ fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
     if let Some(code) = error.code() {
         return match code.code() {
             // The catalog went away; it is looked for, and made, with the next session.
-            "3F000" | "42P01" => (SessionUnavailable, "the catalog of locks is missing"),
+            "3F000" | "42P01" | "42703" => (SessionUnavailable, "the catalog of locks is missing"),
+            "55P03" => {
+                (SessionUnavailable, "a table of the catalog is locked by another session; see pg_locks")
+            }
             "28P01" => (SessionRefused, "check user and password"),
             "28000" => (SessionRefused, "check the user, and the server's pg_hba.conf"),
             "3D000" => (SessionRefused, "create the database, or name another one"),

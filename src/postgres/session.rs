@@ -10,7 +10,7 @@ use postgres::{CancelToken, Client, Row, SimpleQueryMessage, SimpleQueryRow, Sta
 
 use super::link::Link;
 use super::pool::Refusal;
-use super::sql::{self, Shape, Verb};
+use super::sql::{self, Schema, Shape, Verb};
 use super::stream::{Dialer, Ended, StreamControl};
 use crate::key::AdvisoryKey;
 use crate::loss::LossReason;
@@ -21,6 +21,8 @@ pub(super) struct Session {
     /// After the client, which says goodbye when it is dropped.
     control: Socketed,
     dialer: Arc<Dialer>,
+    /// Where the catalog is, or would be.
+    schema: Arc<Schema>,
     cancel: Arc<CancelToken>,
     backend_pid: i32,
     /// What this session, and no other, has written into its backend.
@@ -94,6 +96,7 @@ impl Session {
     /// Opens a session, prepares it and checks that it can keep locks.
     pub(super) fn open(
         dialer: Arc<Dialer>,
+        schema: Arc<Schema>,
         control: StreamControl,
         slice: Duration,
         lease: Duration,
@@ -106,6 +109,7 @@ impl Session {
             client,
             control: Socketed(control),
             dialer,
+            schema,
             backend_pid: 0,
             mark: fastrand::u64(..),
             prepared: Vec::new(),
@@ -167,6 +171,11 @@ impl Session {
     /// The process that serves this session, by its own word at the start.
     pub(super) fn backend_pid(&self) -> i32 {
         self.backend_pid
+    }
+
+    /// Where the catalog is, or would be.
+    pub(super) fn schema(&self) -> &Schema {
+        &self.schema
     }
 
     /// What other threads may do to this session while a claim uses it.
@@ -319,9 +328,16 @@ impl Session {
         }))
     }
 
-    /// Lets tokens go on after a crash. Does nothing where that has been done.
+    /// Lets tokens go on after a crash. Does nothing where that has been done. It may take a second more than a statement.
     pub(super) fn new_era(&mut self, by: Instant) -> Result<(), Failure> {
-        self.bounded(by, |client| client.simple_query(sql::NEW_ERA)).map(drop)
+        let outcome = self.simple_query(&self.schema.apply(&sql::new_era(sql::TIMELINE)), by);
+        match outcome {
+            // The timeline is not for this role, or the catalog is not, as the next attempt tells.
+            Err(Failure::Refused(error)) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+                self.simple_query(&self.schema.apply(&sql::new_era("1")), by).map(drop)
+            }
+            outcome => outcome.map(drop),
+        }
     }
 
     /// Gives the lock back; whether it was held. If it `stays` with the key, it keeps lease and name.
@@ -419,14 +435,14 @@ impl Session {
     ) -> Result<Vec<Row>, Failure> {
         let known = self.prepared.iter().position(|(name, _)| *name == (verb, shape));
         let Some(index) = known else {
-            let text = sql::statement(verb, shape);
+            let text = self.schema.apply(&sql::statement(verb, shape));
             self.prepared.push(((verb, shape), None));
             return self.bounded(by, |client| client.query_typed(&text, parameters));
         };
         let statement = match &self.prepared[index].1 {
             Some(statement) => statement.clone(),
             None => {
-                let text = sql::statement(verb, shape);
+                let text = self.schema.apply(&sql::statement(verb, shape));
                 let statement = self.bounded(by, |client| client.prepare(&text))?;
                 self.prepared[index].1.insert(statement).clone()
             }
