@@ -139,7 +139,8 @@ impl Term {
         }
         let Some(row) = &self.row else { return self.unfenced() };
         let Some(token) = self.token else { return self.unfenced() };
-        if fence::hold(transaction, row, token)? { Ok(()) } else { Err(over()) }
+        // Last again: the term may have ended while the server was at it.
+        if fence::hold(transaction, row, token)? && self.is_held() { Ok(()) } else { Err(over()) }
     }
 
     /// Whether no later term has begun, by the database's word at this moment. It proves nothing of the next moment: for
@@ -149,7 +150,9 @@ impl Term {
     /// As [`fence`](Self::fence), but for `Lost`.
     pub fn is_current(&self, client: &mut impl GenericClient) -> Result<bool> {
         match (&self.row, self.token) {
-            (Some(row), Some(token)) => Ok(self.is_held() && fence::is_current(client, row, token)?),
+            (Some(row), Some(token)) => {
+                Ok(self.is_held() && fence::is_current(client, row, token)? && self.is_held())
+            }
             _ if !self.is_held() => Ok(false),
             _ => self.unfenced().map(|()| true),
         }
