@@ -603,7 +603,7 @@ fn a_hostile_search_path_and_hostile_defaults_do_not_matter() {
     assert_eq!(first.inspect_all().unwrap()[0].holder.as_ref().unwrap().token, Some(token(&one)));
 
     let mut victim = Client::connect(&url, postgres::NoTls).unwrap();
-    victim.batch_execute("SET default_transaction_read_only = off; SET idle_session_timeout = 0").unwrap();
+    victim.batch_execute("SET default_transaction_read_only = off; SET idle_session_timeout = 0; SET statement_timeout = 0").unwrap();
     assert!(
         victim.batch_execute("SELECT 1::pg_catalog.int8 = 1::pg_catalog.int8").is_err(),
         "the trap works"

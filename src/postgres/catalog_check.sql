@@ -13,10 +13,10 @@ WITH RECURSIVE own (oid) AS (
     UNION SELECT base.datdba FROM pg_database AS base WHERE base.datname = current_database()
     UNION SELECT role.oid FROM pg_roles AS role WHERE role.rolsuper OR role.rolname = 'pg_database_owner'
 ), expected (name, kind, persistence, columns) AS (VALUES
-    ('version', 'r', 'p', '{"sole boolean","version integer"}'::text[]),
+    ('version', 'r', 'p', '{"sole bool","version int4"}'::text[]),
     ('token', 'S', 'p', NULL),
-    ('era', 'r', 'u', '{"sole boolean","since timestamp with time zone","place text","server timestamp with time zone"}'),
-    ('lock', 'r', 'u', '{"id bigint","pair boolean","namespace text","key text","token bigint","annotation bytea","pid integer","since timestamp with time zone"}'),
+    ('era', 'r', 'u', '{"sole bool","since timestamptz","place text","server timestamptz"}'),
+    ('lock', 'r', 'u', '{"id int8","pair bool","namespace text","key text","token int8","annotation bytea","pid int4","since timestamptz"}'),
     ('locks', 'v', 'p', NULL),
     ('waiters', 'v', 'p', NULL)
 ), object AS MATERIALIZED (
@@ -45,8 +45,8 @@ WITH RECURSIVE own (oid) AS (
     UNION ALL
     SELECT 10, called || ' has other columns than in the catalog of locks: ' || array_to_string(there.columns, ', ')
     FROM object CROSS JOIN LATERAL (
-        SELECT array_agg(attname || ' ' || format_type(atttypid, NULL) ORDER BY attnum) AS columns
-        FROM pg_attribute WHERE attrelid = object.oid AND attnum > 0 AND NOT attisdropped) AS there
+        SELECT array_agg(attname || ' ' || typname ORDER BY attnum) AS columns
+        FROM pg_attribute JOIN pg_type AS type ON type.oid = atttypid WHERE attrelid = object.oid AND attnum > 0 AND NOT attisdropped) AS there
     -- The first two columns of the era are all that version 1 had.
     WHERE there.columns <> object.columns AND NOT (object.relname = 'era' AND there.columns = object.columns[:2])
     UNION ALL
