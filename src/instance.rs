@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, ThreadId};
 
-use parking_lot::Mutex;
+use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
@@ -12,9 +12,27 @@ use crate::leadership::Campaign;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
 use crate::postgres::{Config, PostgresManager};
+use crate::process::Origin;
 
 /// No code of an application's, a manager's above all, runs under this mutex.
-static INSTANCE: Mutex<Stage> = Mutex::new(Stage::Before);
+static INSTANCE: Mutex<Global> = Mutex::new(Global { origin: None, stage: Stage::Before });
+
+struct Global {
+    /// The process whose stage it is.
+    origin: Option<Origin>,
+    stage: Stage,
+}
+
+/// The stage of this process. What a child inherits from a process that forked stays as it is, and is the parent's.
+fn stage() -> MappedMutexGuard<'static, Stage> {
+    let mut global = INSTANCE.lock();
+    if global.origin.replace(Origin::here()).is_some_and(|origin| !origin.is_here())
+        && !matches!(global.stage, Stage::Before)
+    {
+        std::mem::forget(std::mem::replace(&mut global.stage, Stage::After(INHERITED)));
+    }
+    MutexGuard::map(global, |global| &mut global.stage)
+}
 
 /// ```text
 ///               init            it succeeds              shutdown           it is done
@@ -36,6 +54,8 @@ enum Stage {
 }
 
 const SHUT_DOWN: &str = "the process-wide manager was shut down; its locks cannot be used any more";
+const INHERITED: &str = "the process-wide manager belongs to the process from which this one was forked; call init() here, after \
+                         the fork";
 const FAILED: &str =
     "init() failed, so there is no process-wide manager; repair what its error names, and call it again";
 
@@ -76,7 +96,7 @@ struct Ending<'a> {
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         let former = {
-            let mut stage = INSTANCE.lock();
+            let mut stage = stage();
             stage.is_of(self.call).then(|| std::mem::replace(&mut *stage, Stage::After(self.why)))
         };
         // It may be the last that knows the manager.
@@ -126,7 +146,7 @@ pub fn init(config: Config) -> Result<()> {
     match PostgresManager::new(config) {
         Ok(manager) => init_with(Arc::new(manager), service.as_deref(), build.as_deref()),
         Err(error) => {
-            let mut stage = INSTANCE.lock();
+            let mut stage = stage();
             if let Stage::Before = *stage {
                 *stage = Stage::After(FAILED);
             }
@@ -153,7 +173,7 @@ pub fn init(config: Config) -> Result<()> {
 pub fn init_with(manager: Arc<dyn SyncManager>, service: Option<&str>, build: Option<&str>) -> Result<()> {
     let call = Call::new();
     {
-        let mut stage = INSTANCE.lock();
+        let mut stage = stage();
         let obstacle = match *stage {
             Stage::Before | Stage::After(_) => None,
             Stage::Running(_) => {
@@ -173,7 +193,7 @@ pub fn init_with(manager: Arc<dyn SyncManager>, service: Option<&str>, build: Op
     let _ending = Ending { call: &call, outcome: Ok(()), why: FAILED };
     let outcome = start(manager, service, build);
     let outcome = {
-        let mut stage = INSTANCE.lock();
+        let mut stage = stage();
         match outcome {
             Ok(instance) if stage.is_of(&call) => {
                 *stage = Stage::Running(instance);
@@ -232,7 +252,7 @@ fn stop(manager: &dyn SyncManager) {
 pub fn shutdown() -> Result<()> {
     let call = Call::new();
     let before = {
-        let mut stage = INSTANCE.lock();
+        let mut stage = stage();
         match &*stage {
             Stage::Before | Stage::After(_) => return Ok(()),
             Stage::Stopping(other) => {
@@ -268,6 +288,7 @@ pub fn shutdown() -> Result<()> {
 /// - [`InvalidKey`](ErrorKind::InvalidKey).
 /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped) after [`shutdown`], after an [`init`] that failed, and while
 ///   another thread is in either.
+/// - [`OtherProcess`](ErrorKind::OtherProcess) in a process that was forked after [`init`], until it calls that itself.
 ///
 /// # Panics
 /// If [`init`] has never been called.
@@ -288,6 +309,7 @@ pub fn lock_with_key(key: impl Into<Key>, options: LockOptions) -> Result<Arc<dy
 /// - [`InvalidConfig`](ErrorKind::InvalidConfig) if [`init`] was given no service.
 /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped) after [`shutdown`], after an [`init`] that failed, and while
 ///   another thread is in either.
+/// - [`OtherProcess`](ErrorKind::OtherProcess) in a process that was forked after [`init`], until it calls that itself.
 ///
 /// # Panics
 /// If [`init`] has never been called.
@@ -305,8 +327,9 @@ pub fn leadership_lock() -> Result<Arc<dyn Lock>> {
 /// What `look` sees of the instance, which must not be the last that is known of it.
 #[track_caller]
 fn instance<T>(caller: &str, look: impl FnOnce(&Instance) -> T) -> Result<T> {
-    let message = match &*INSTANCE.lock() {
+    let message = match &*stage() {
         Stage::Running(instance) => return Ok(look(instance)),
+        Stage::After(INHERITED) => return Err(Error::new(ErrorKind::OtherProcess, INHERITED)),
         Stage::After(why) => why,
         Stage::Stopping(_) => SHUT_DOWN,
         Stage::Starting { .. } => "init() is still at work; wait for it to return",

@@ -24,6 +24,6 @@ pub use crate::lock::{Lock, LockGuard, LockOptions, LockValuer, Lost, MAX_ANNOTA
 pub use crate::loss::{Loss, LossReason};
 pub use crate::manager::SyncManager;
 pub use crate::memory::{MemoryManager, MemoryServer};
-pub use crate::postgres::{CATALOG_SQL, CatalogMode, Config, PostgresManager, Socket};
+pub use crate::postgres::{CATALOG_SQL, CatalogMode, Config, PostgresManager, Socket, catalog_sql};
 pub use crate::term::Term;
 pub use crate::view::{Holder, LockView, Waiter};

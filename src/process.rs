@@ -56,6 +56,18 @@ pub(crate) fn may_drive() -> bool {
     Handle::try_current().is_err_and(|error| error.is_missing_context())
 }
 
+/// A number that no other process draws, from the operating system. A generator that was seeded before a `fork` gives the
+/// same numbers in all children, and two sessions of theirs would be taken for one.
+///
+/// # Errors
+/// If the system has no source of random numbers, such as a container without `/dev/urandom` on an old kernel.
+pub(crate) fn nonce() -> Result<u64> {
+    getrandom::u64().map_err(|error| {
+        let message = "the operating system gives no random numbers; see that /dev/urandom is there";
+        Error::new(ErrorKind::SessionUnavailable, message).with_source(io::Error::from(error))
+    })
+}
+
 /// Runs what calls the driver: on this thread if that [may](may_drive), or else on one that is started for it. Blocks as long
 /// as that takes.
 ///

@@ -10,6 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::expiry::Expiry;
 use crate::lock::Lost;
 use crate::postgres::fence;
+use crate::postgres::sql::Schema;
 use crate::process::Origin;
 
 /// A term: from the moment that the lock was acquired to the moment that it is released or lost.
@@ -56,11 +57,12 @@ pub struct Term {
 }
 
 /// Where the catalog keeps the newest token of a key, and for how long a fenced transaction may pause.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Row {
     pub(crate) id: i64,
     pub(crate) pair: bool,
     pub(crate) longest_pause: Duration,
+    pub(crate) schema: Arc<Schema>,
 }
 
 impl Term {
@@ -77,9 +79,14 @@ impl Term {
         &self.lost
     }
 
-    /// The fencing token: greater than that of every earlier term of the key, also over crashes of the server and the
-    /// promotion of a standby. It is a number of sixteen digits, and not the next one to the last. `None` if the manager was
-    /// told to do without a catalog.
+    /// The fencing token: greater than that of every earlier term of the key, also over crashes of the server, the promotion
+    /// of a standby, dump and restore, and the dropping of the catalog. It is a number of sixteen digits, and not the next one
+    /// to the last. `None` if the manager was told to do without a catalog.
+    ///
+    /// A database that was put back to an earlier state does not know what it gave out since. So the tokens go on at the
+    /// server's clock, in microseconds since 1970, above which no token was. That fails in two cases: the clock is behind the
+    /// one by which the last tokens were given out, by more than the time since then; or the machine was put back together with
+    /// its memory, so that the server does not notice (run `DROP SCHEMA dsync CASCADE` then).
     pub fn token(&self) -> Option<i64> {
         self.token
     }
@@ -100,7 +107,8 @@ impl Term {
     /// Call it first of all in the transaction, before its reads too: under `REPEATABLE READ` and `SERIALIZABLE` the
     /// transaction sees the state of its first statement, and one that began to read before the term did is refused. The
     /// transaction may be on any connection to the database that the lock is in, at any isolation level, but not read-only;
-    /// its role needs `USAGE` on the schema `dsync`, and `SELECT` and `UPDATE` on `dsync.lock`. Rolling back to a
+    /// its role needs `USAGE` on the schema `dsync`, `SELECT` and `UPDATE` on `dsync.lock`, and to see its rows if row security
+    /// is on. What [`CatalogMode`](crate::CatalogMode) says of trust is not looked at once more here. Rolling back to a
     /// savepoint from before the fence takes the fence away. It takes one round trip.
     ///
     /// While the transaction is open the next holder waits. So that a frozen process cannot keep it waiting for ever, the
@@ -123,7 +131,8 @@ impl Term {
         }
         let Some(row) = &self.row else { return self.unfenced() };
         let Some(token) = self.token else { return self.unfenced() };
-        if fence::hold(transaction, row, token)? { Ok(()) } else { Err(over()) }
+        // Last again: the term may have ended while the server was at it.
+        if fence::hold(transaction, row, token)? && self.is_held() { Ok(()) } else { Err(over()) }
     }
 
     /// Whether no later term has begun, by the database's word at this moment. It proves nothing of the next moment: for
@@ -134,7 +143,9 @@ impl Term {
     pub fn is_current(&self, client: &mut impl GenericClient) -> Result<bool> {
         self.origin.check(format_args!("the term"))?;
         match (&self.row, self.token) {
-            (Some(row), Some(token)) => Ok(self.is_held() && fence::is_current(client, row, token)?),
+            (Some(row), Some(token)) => {
+                Ok(self.is_held() && fence::is_current(client, row, token)? && self.is_held())
+            }
             _ if !self.is_held() => Ok(false),
             _ => self.unfenced().map(|()| true),
         }

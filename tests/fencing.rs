@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{PATIENCE, Process, eventually, hear, kind, lock, soon, started, wait_in_thread};
-use dsync::{Config, Error, ErrorKind, Lock, PostgresManager, Term};
+use dsync::{Config, Error, ErrorKind, Lock, PostgresManager, SyncManager, Term};
 use postgres::{Client, IsolationLevel, NoTls, Transaction};
 use support::Database;
 use support::process::Signal;
@@ -215,6 +215,103 @@ fn a_former_term_stays_over_when_the_lock_is_held_again() {
     drop(transaction);
     assert!(!old.is_current(&mut scene.writer).unwrap());
     assert!(new.is_current(&mut scene.writer).unwrap());
+}
+
+/// The fence waits for the row, which somebody else has, and the term ends meanwhile: it would be the last to know.
+#[test]
+fn a_term_that_ends_while_the_database_looks_is_over() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    let term = scene.term();
+    let waits = |operator: &mut Client| {
+        eventually("the look at the row", || {
+            let query = "SELECT count(*) FROM pg_stat_activity
+                         WHERE wait_event_type = 'Lock' AND datname = current_database()";
+            operator.query_one(query, &[]).unwrap().get::<_, i64>(0) == 1
+        });
+    };
+    let (mut reader, mut operator) = (database.client().unwrap(), database.client().unwrap());
+    for lock in ["SELECT FROM dsync.lock FOR UPDATE", "LOCK TABLE dsync.lock"] {
+        let term = scene.term();
+        let mut blocking = database.client().unwrap();
+        let mut transaction = blocking.transaction().unwrap();
+        transaction.batch_execute(lock).unwrap();
+        thread::scope(|scope| {
+            let fencing = scope.spawn(|| {
+                let mut transaction = scene.writer.transaction().unwrap();
+                term.fence(&mut transaction)
+            });
+            waits(&mut operator);
+            scene.holder.release().unwrap();
+            // Behind the fence, or, where that is not to be had, behind the same lock.
+            let next = wait_in_thread(&scene.holder);
+            transaction.rollback().unwrap();
+            assert_eq!(kind(fencing.join().unwrap()), ErrorKind::Lost, "{lock}");
+            next.get().unwrap();
+        });
+    }
+    let new = scene.term();
+    assert!(!term.is_current(&mut reader).unwrap());
+    let mut blocking = database.client().unwrap();
+    let mut transaction = blocking.transaction().unwrap();
+    transaction.batch_execute("LOCK TABLE dsync.lock").unwrap();
+    thread::scope(|scope| {
+        let looking = scope.spawn(|| new.is_current(&mut reader));
+        waits(&mut operator);
+        scene.holder.release().unwrap();
+        transaction.rollback().unwrap();
+        assert!(!looking.join().unwrap().unwrap(), "the row is the newest still, but the term is over");
+    });
+}
+
+/// Row security, enabled on all tables, say, hides the row from a role that is not the owner.
+#[test]
+fn a_row_that_cannot_be_seen_is_not_taken_for_one_that_is_gone() {
+    let database = Database::fresh().unwrap();
+    let scene = Scene::set(&database);
+    let role = format!("role_{}", database.name());
+    let mut administrator = database.client().unwrap();
+    administrator
+        .batch_execute(&format!(
+            "CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA dsync TO {role};
+             GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA dsync TO {role};
+             GRANT USAGE, UPDATE ON dsync.token TO {role};"
+        ))
+        .unwrap();
+    let url = database.url().replace("postgres@", &format!("{role}@"));
+    let mut client = Client::connect(&url, NoTls).unwrap();
+    let term = scene.term();
+    let fenced = |client: &mut Client| {
+        let mut transaction = client.transaction().unwrap();
+        term.fence(&mut transaction)
+    };
+    fenced(&mut client).unwrap();
+    assert!(term.is_current(&mut client).unwrap());
+    administrator.batch_execute("ALTER TABLE dsync.lock ENABLE ROW LEVEL SECURITY").unwrap();
+    let manager = PostgresManager::new(Config::from_url(&url).unwrap()).unwrap();
+    for error in [
+        fenced(&mut client).unwrap_err(),
+        term.is_current(&mut client).unwrap_err(),
+        manager.start().unwrap_err(),
+    ] {
+        let text = error.to_string();
+        assert!(
+            matches!(error.kind(), ErrorKind::SessionRefused | ErrorKind::FailedInitialization),
+            "{text}"
+        );
+        assert!(text.contains("row security") && text.contains("DISABLE ROW LEVEL SECURITY"), "{text}");
+    }
+    client.batch_execute("SET row_security = off").unwrap();
+    let text = fenced(&mut client).unwrap_err().to_string();
+    assert!(text.contains("DISABLE ROW LEVEL SECURITY"), "{text}");
+    client.batch_execute("RESET row_security").unwrap();
+    // Where a policy lets it see the row, all is well; and lost is lost.
+    administrator.batch_execute("CREATE POLICY all_rows ON dsync.lock USING (true)").unwrap();
+    fenced(&mut client).unwrap();
+    scene.supersede();
+    administrator.batch_execute("ALTER TABLE dsync.lock DISABLE ROW LEVEL SECURITY").unwrap();
+    assert_eq!(kind(fenced(&mut client)), ErrorKind::Lost);
+    administrator.batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).unwrap();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

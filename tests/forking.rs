@@ -37,7 +37,10 @@ fn scene() {
     held.lock(&soon()).unwrap();
     assert_eq!(kind(waiting.try_lock(&soon())), ErrorKind::LockUnavailable);
     let guard = LockGuard::lock(lock(&manager, "guarded"), &soon()).unwrap();
-    let losts = [held.lost(), guard.lost().clone()];
+    dsync::init(Config::from_url(&url).unwrap().service("billing")).unwrap();
+    let leadership = dsync::leadership_lock().unwrap();
+    leadership.lock(&soon()).unwrap();
+    let losts = [held.lost(), guard.lost().clone(), leadership.lost()];
     let term = held.term().unwrap();
     let inherited = Inherited { manager, held, waiting, guard, term, url };
     match fork::fork().unwrap() {
@@ -57,6 +60,7 @@ fn scene() {
             inherited.held.release().unwrap();
             inherited.waiting.release().unwrap();
             inherited.manager.stop().unwrap();
+            dsync::shutdown().unwrap();
         }
     }
 }
@@ -93,6 +97,16 @@ fn child(role: &str, inherited: Inherited) {
             told("fence", term.fence(&mut client.transaction().unwrap()));
             told("release of a guard", guard.release());
             std::mem::forget(manager);
+        }
+        "the process-wide instance" => {
+            told("lock_with_key", dsync::lock_with_key("held", LockOptions::new()).map(drop));
+            told("leadership_lock", dsync::leadership_lock().map(drop));
+            dsync::shutdown().unwrap();
+            dsync::init(Config::from_url(&url).unwrap()).unwrap();
+            let own = dsync::lock_with_key("held", LockOptions::new()).unwrap();
+            assert_eq!(kind(own.try_lock(&soon())), ErrorKind::LockUnavailable);
+            dsync::shutdown().unwrap();
+            drop((guard, held, waiting, term, manager));
         }
         "drops" => drop((guard, held, waiting, term, manager)),
         "its own manager" => {
@@ -140,6 +154,11 @@ fn every_call_in_a_forked_child_is_refused_and_the_parent_keeps_its_locks() {
 #[test]
 fn every_drop_in_a_forked_child_leaves_the_parents_sessions_alone() {
     play("drops");
+}
+
+#[test]
+fn the_process_wide_instance_is_the_parents_until_a_forked_child_makes_its_own() {
+    play("the process-wide instance");
 }
 
 #[test]

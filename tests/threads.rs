@@ -7,7 +7,6 @@
 
 mod common;
 
-use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use common::{Process, becomes, is_open, kind, lock, soon, started};
@@ -72,18 +71,10 @@ fn no_thread_to_be_had() {
 /// Of a thread; so large that the limit on addresses is a limit on threads, and the C library keeps none for later.
 const STACK: u64 = 512 << 20;
 
-fn own_threads() -> Vec<String> {
-    let tasks = fs::read_dir("/proc/self/task").expect("this system tells of its processes");
-    let name = |task: std::io::Result<fs::DirEntry>| fs::read_to_string(task.ok()?.path().join("comm")).ok();
-    tasks
-        .filter_map(name)
-        .map(|name| name.trim_end().to_owned())
-        .filter(|name| name.starts_with("dsync"))
-        .collect()
-}
-
 fn threads_of_managers() {
     let config = Config::from_env().unwrap();
+    let count = || process::threads(process::own()).expect("this system tells of its processes");
+    let before = count();
     // Never started, started, used, stopped, only dropped.
     for used in [0, 1, 2] {
         for stops in [true, false] {
@@ -103,7 +94,7 @@ fn threads_of_managers() {
             }
             // Far sooner than the 30 s of r2d2's own.
             let begun = std::time::Instant::now();
-            becomes("the threads", &Vec::<String>::new(), own_threads);
+            becomes("the threads", &before, count);
             assert!(begun.elapsed().as_secs() < 10, "{:?}", begun.elapsed());
         }
     }

@@ -1,22 +1,23 @@
-//! The catalog: sees that it is there before it is needed.
+//! The catalog: sees that it is there, and is nobody else's, before it is needed.
 
-use std::time::Instant;
-
-use postgres::error::SqlState;
+use std::time::{Duration, Instant};
 
 use super::pool::Refusal;
 use super::session::Session;
-use super::sql;
+use super::sql::{self, Schema};
 use super::wire::Failure;
-use crate::error::{ErrorKind, chain};
+use crate::error::{ErrorKind, Result, chain};
 
 /// The version of the catalog that this library works with.
-const VERSION: i32 = 1;
+const VERSION: i32 = 2;
 
 /// The SQL that makes the catalog, for an administrator to run where the role of the locks may not.
 ///
 /// Its first lines name the rights that each role which uses locks must be granted. Running it again does no harm, and
-/// brings a catalog of an older version up to date. Run it in one transaction: `psql --single-transaction`.
+/// brings a catalog of an older version up to date. Run it in one transaction: `psql --single-transaction`. It stops, with
+/// an error, where a role that the administrator's does not trust has a hand in the schema: see [`CatalogMode`].
+///
+/// It is for the schema `dsync`; [`catalog_sql`] gives the same for another one.
 ///
 /// ```no_run
 /// # fn example(administrator: &mut postgres::Client) -> Result<(), postgres::Error> {
@@ -32,31 +33,62 @@ const VERSION: i32 = 1;
 /// ```
 pub const CATALOG_SQL: &str = sql::CATALOG;
 
-/// Whether tokens and annotations are kept in the database, in the schema `dsync`.
+/// [`CATALOG_SQL`] for a schema of another name, which [`Config::schema`](crate::Config::schema) is given too.
+///
+/// # Errors
+/// [`InvalidConfig`](ErrorKind::InvalidConfig) if PostgreSQL does not take the name.
+pub fn catalog_sql(schema: &str) -> Result<String> {
+    let schema = Schema::new(schema);
+    schema.validate()?;
+    Ok(schema.apply(sql::CATALOG))
+}
+
+/// Whether tokens and annotations are kept in the database, in the schema `dsync` or the one that
+/// [`Config::schema`](crate::Config::schema) names.
+///
+/// # Whom the catalog is trusted from
+///
+/// Whoever owns a table can attach code to it, which runs with the rights of those who write there. So the schema and what
+/// the catalog has in it must belong to the role of the locks, to one that this role is a member of, to the owner of the
+/// database, or to a superuser; and there must be no triggers, no rules, no inheritance, and nothing that does not come with
+/// PostgreSQL, on the tables. Everything else is [refused](crate::ErrorKind::SessionRefused), with the name of the owner and
+/// of the object. This is looked at in PostgreSQL's own tables before the first statement on the schema: with the manager's
+/// first session, and again when a part of the catalog was found missing.
+///
+/// Those who are trusted may change it all at any time: so who drops the schema while managers run should let nobody make
+/// schemas meanwhile. Fenced transactions rely on the managers' look; they are for connections to the very same database.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CatalogMode {
-    /// The catalog is made at the first use if it is not there. The role must be allowed to create a schema.
+    /// The catalog is made at the first use if it is not there, or brought up to date if it is of an older version. The role
+    /// must be allowed to create a schema.
     #[default]
     Automatic,
-    /// The catalog must be there: an administrator has run [`CATALOG_SQL`].
+    /// The catalog must be there, in this library's version: an administrator has run [`CATALOG_SQL`].
     MustExist,
     /// There is none, and so neither fencing tokens nor annotations. All else works.
     None,
 }
 
+/// What an administrator is to run, for messages.
+const SCRIPT: &str = "dsync::CATALOG_SQL (for another schema than dsync: dsync::catalog_sql)";
+
 /// Sees that the catalog is there and can be used.
-pub(super) fn ensure(session: &mut Session, mode: CatalogMode, by: Instant) -> Result<(), Refusal> {
+pub(super) fn ensure(
+    session: &mut Session,
+    mode: CatalogMode,
+    by: Instant,
+) -> std::result::Result<(), Refusal> {
     if mode == CatalogMode::None {
         return Ok(());
     }
     let mut state = look(session, by)?;
     if state.is_none() {
         if mode == CatalogMode::MustExist {
-            return Err(refused(
+            return Err(refused(&format!(
                 "the catalog is not there or too old, and the settings say that it must be there; let an administrator run \
-                 dsync::CATALOG_SQL in this database, or set the catalog to automatic or none",
-            ));
+                 {SCRIPT} in this database, or set the catalog to automatic or none"
+            )));
         }
         state = Some(create(session, by)?);
     }
@@ -66,8 +98,11 @@ pub(super) fn ensure(session: &mut Session, mode: CatalogMode, by: Instant) -> R
         session.new_era(by).map_err(Refusal::from_failure)?;
     }
     // Housekeeping; that it fails, for want of a right, say, is no reason to do without locks.
-    if has_old_rows && let Err(Failure::Refused(error)) = session.simple_query(sql::CATALOG_CLEANING, by) {
-        log::debug!("rows of old locks stay in the catalog: {}", chain(&error));
+    if has_old_rows {
+        let cleaning = session.schema().apply(sql::CATALOG_CLEANING);
+        if let Err(Failure::Refused(error)) = session.simple_query(&cleaning, by) {
+            log::debug!("rows of old locks stay in the catalog: {}", chain(&error));
+        }
     }
     Ok(())
 }
@@ -79,80 +114,135 @@ struct State {
     has_old_rows: bool,
 }
 
-/// Looks at the catalog; `None` if it is not there. Refuses one that cannot be used.
-fn look(session: &mut Session, by: Instant) -> Result<Option<State>, Refusal> {
-    let row = match session.simple_query(sql::CATALOG_STATE, by) {
-        Ok(row) => row,
-        Err(Failure::Refused(error)) => {
-            return match error.code().map(|code| code.code()) {
-                // Schema, table, or one of its companions is missing.
-                Some("3F000" | "42P01") => Ok(None),
-                Some("42501") => Err(no_rights(&chain(&error))),
-                _ => Err(Refusal::from_failure(Failure::Refused(error))),
-            };
-        }
-        Err(failure) => return Err(Refusal::from_failure(failure)),
+/// Looks at the catalog; `None` if it is not there, or of an older version. Refuses one that cannot be used.
+fn look(session: &mut Session, by: Instant) -> std::result::Result<Option<State>, Refusal> {
+    let is_true = |text: &Option<String>| text.as_deref() == Some("t");
+    let [has_schema, is_own] = ask(session, sql::CATALOG_IS_OWN, by)?;
+    if !is_true(&has_schema) {
+        return Ok(None);
+    }
+    let [problem, about_trust, complete] =
+        if is_true(&is_own) { [None, None, is_own] } else { ask(session, sql::CATALOG_CHECK, by)? };
+    if let Some(problem) = &problem
+        && is_true(&about_trust)
+    {
+        return Err(refused(problem));
+    }
+    if problem.is_none() && !is_true(&complete) {
+        return Ok(None);
+    }
+    // One that has other columns may be of a newer version.
+    let version = match ask(session, sql::CATALOG_VERSION, by) {
+        Ok([version]) => version.and_then(|text| text.parse().ok()).unwrap_or(0),
+        Err(refusal) => return Err(problem.as_deref().map_or(refusal, refused)),
     };
-    let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
-    let version = column(0).and_then(|text| text.parse().ok()).unwrap_or(0);
+    if version > VERSION {
+        return Err(refused(&format!(
+            "the catalog in schema {} has version {version}, this library needs {VERSION}; \
+             upgrade the library, or use another database, or another schema, for its locks",
+            session.schema().identifier()
+        )));
+    }
+    if let Some(problem) = &problem {
+        return Err(refused(problem));
+    }
     if version < VERSION {
         return Ok(None);
     }
-    if version > VERSION {
-        return Err(refused(&format!(
-            "the catalog in schema dsync has version {version}, this library needs {VERSION}; \
-             upgrade the library, or use another database for its locks"
+    let [rights, has_era, has_old_rows] = ask(session, sql::CATALOG_STATE, by)?;
+    if !is_true(&rights) {
+        return Err(no_rights(&session.schema().apply(
+            "SELECT, INSERT and UPDATE on dsync.lock and dsync.era, USAGE and UPDATE on dsync.token are needed",
         )));
     }
-    if column(1) != Some("t") {
-        return Err(no_rights(
-            "SELECT, INSERT and UPDATE on dsync.lock, SELECT and INSERT on dsync.era, \
-             USAGE and UPDATE on dsync.token are needed",
-        ));
-    }
-    Ok(Some(State { has_era: column(2) == Some("t"), has_old_rows: column(3) == Some("t") }))
+    Ok(Some(State { has_era: is_true(&has_era), has_old_rows: is_true(&has_old_rows) }))
+}
+
+/// The columns of the row that a statement on the catalog gives, if it gives one.
+fn ask<const COLUMNS: usize>(
+    session: &mut Session,
+    statement: &str,
+    by: Instant,
+) -> std::result::Result<[Option<String>; COLUMNS], Refusal> {
+    let statement = sql::wait_for_tables(patience(by)) + &session.schema().apply(statement);
+    let row = session.simple_query(&statement, by).map_err(failed)?;
+    Ok(std::array::from_fn(|index| {
+        row.as_ref().and_then(|row| row.try_get(index).ok().flatten()).map(str::to_owned)
+    }))
+}
+
+/// How long the server may wait for somebody else in a call that ends at `by`: less, so that it says so before.
+fn patience(by: Instant) -> Duration {
+    by.saturating_duration_since(Instant::now()) * 9 / 10
 }
 
 /// Makes the catalog, or brings it up to date, unless another process does so at this moment.
-fn create(session: &mut Session, by: Instant) -> Result<State, Refusal> {
-    session.simple_query(sql::BEGIN_CREATION, by).map_err(Refusal::from_failure)?;
-    let outcome = create_in_transaction(session, by);
-    // A transaction that failed must not be found open by a claim.
-    let end = if outcome.is_ok() { sql::END_CREATION } else { "ROLLBACK" };
-    session.simple_query(end, by).map_err(Refusal::from_failure)?;
-    if outcome? {
-        log::info!("made the catalog of locks: schema dsync");
+fn create(session: &mut Session, by: Instant) -> std::result::Result<State, Refusal> {
+    session.simple_query(&sql::begin_creation(patience(by)), by).map_err(failed)?;
+    let state = match create_in_transaction(session, by) {
+        Ok(state) => state,
+        Err(refusal) => {
+            // A transaction that failed must not be found open by a claim. A session that is lost has none.
+            let _ = session.simple_query("ROLLBACK", by);
+            return Err(refusal);
+        }
+    };
+    if let Some(state) = state {
+        session.simple_query("COMMIT", by).map_err(failed)?;
+        return Ok(state);
     }
+    log::info!("made the catalog of locks: schema {}", session.schema().identifier());
     look(session, by)?.ok_or_else(|| {
-        refused(
-            "the catalog in schema dsync cannot be made complete; let an administrator drop the schema, or repair it",
-        )
+        refused(&format!(
+            "the catalog in schema {} cannot be made complete; let an administrator drop the schema, or repair it",
+            session.schema().identifier()
+        ))
     })
 }
 
-fn create_in_transaction(session: &mut Session, by: Instant) -> Result<bool, Refusal> {
-    session.simple_query("SAVEPOINT look", by).map_err(Refusal::from_failure)?;
-    if look(session, by)?.is_some() {
-        return Ok(false);
+/// Ends the transaction if it makes the catalog; gives its state if that was not needed.
+fn create_in_transaction(session: &mut Session, by: Instant) -> std::result::Result<Option<State>, Refusal> {
+    if let Some(state) = look(session, by)? {
+        return Ok(Some(state));
     }
-    session.simple_query("ROLLBACK TO look", by).map_err(Refusal::from_failure)?;
-    match session.simple_query(sql::CATALOG, by) {
-        Ok(_) => Ok(true),
-        Err(Failure::Refused(error)) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
-            Err(refused(&format!(
-                "the role may not make the catalog ({}); let an administrator run dsync::CATALOG_SQL in this database \
-                 and grant what its first lines name, or set the catalog to none",
+    let script = session.schema().apply(sql::CATALOG) + sql::END_CREATION;
+    match session.simple_query(&script, by) {
+        Ok(_) => Ok(None),
+        Err(Failure::Refused(error)) if code(&error) == "42501" => Err(refused(&format!(
+            "the role may not make the catalog, or bring it up to date ({}); let an administrator run {SCRIPT} \
+             in this database and grant what its first lines name, or set the catalog to none",
+            chain(&error)
+        ))),
+        // The script's own word, on what has come there since we looked.
+        Err(Failure::Refused(error)) if code(&error) == "P0001" => Err(refused(&chain(&error))),
+        Err(failure) => Err(failed(failure)),
+    }
+}
+
+fn code(error: &postgres::Error) -> &str {
+    error.code().map_or("", |code| code.code())
+}
+
+/// Why a statement on the catalog failed, where that means something else than on a session.
+fn failed(failure: Failure) -> Refusal {
+    match failure {
+        Failure::Refused(error) if code(&error) == "42501" => no_rights(&chain(&error)),
+        // The end of `lock_timeout` or `statement_timeout`.
+        Failure::Refused(error) if matches!(code(&error), "55P03" | "57014") => Refusal::new(
+            ErrorKind::SessionUnavailable,
+            format!(
+                "a table of the catalog is locked by another session, or is being made; see pg_locks ({})",
                 chain(&error)
-            )))
-        }
-        Err(failure) => Err(Refusal::from_failure(failure)),
+            ),
+        ),
+        failure => Refusal::from_failure(failure),
     }
 }
 
 fn no_rights(detail: &str) -> Refusal {
     refused(&format!(
         "the role may not use the catalog ({detail}); let an administrator grant what the first lines of \
-         dsync::CATALOG_SQL name, or set the catalog to none"
+         {SCRIPT} name, or set the catalog to none"
     ))
 }
 

@@ -1,6 +1,6 @@
--- The catalog of dsync, version 1: fencing tokens, and who holds which lock.
+-- The catalog of locks, version 2: fencing tokens, and who holds which lock.
 --
--- dsync runs this itself where its role may create a schema. Where it may not, an administrator runs it, in the database
+-- The library runs this itself where its role may create a schema. Where it may not, an administrator runs it, in the database
 -- of the locks, and then, for each role that uses locks:
 --
 --     GRANT USAGE ON SCHEMA dsync TO role;
@@ -12,7 +12,8 @@
 -- that only looks, in psql say, needs USAGE on the schema, and SELECT on dsync.locks and dsync.waiters; to see where the
 -- sessions of other roles come from it also has to be a member of pg_read_all_stats.
 --
--- Running it again does no harm. Run it in one transaction (psql --single-transaction).
+-- Running it again does no harm, and brings a catalog of an older version up to date. Run it in one transaction (psql
+-- --single-transaction). It stops where a role that its own does not trust has a hand in the schema: see its end.
 
 -- The views below keep the operators that are found while they are made. Taken back at the end.
 SET search_path = pg_catalog, pg_temp;
@@ -25,19 +26,22 @@ CREATE TABLE IF NOT EXISTS dsync.version (
     sole    bool PRIMARY KEY DEFAULT true CHECK (sole),
     version int4 NOT NULL
 );
-INSERT INTO dsync.version (version) VALUES (1)
-ON CONFLICT (sole) DO UPDATE SET version = excluded.version WHERE version.version < excluded.version;
 
 -- One sequence for all locks.
 CREATE SEQUENCE IF NOT EXISTS dsync.token AS int8;
 
 -- One row, which a crash or a promotion takes away since the table is unlogged. A server that crashes, or a standby that
--- takes its place, may not remember the last tokens given out. So there are none before the row is back, and putting it
--- there makes the sequence go on far above all that can have been given out. No acquisition waits for a disk for that.
+-- takes its place, may not remember the last tokens given out; nor does a database that comes from a dump or a copy. So
+-- there are no tokens before the row is there and names this file of this run of the server, which nothing takes along.
+-- Writing it makes the sequence go on above all that can have been given out. No acquisition waits for a disk for that.
 CREATE UNLOGGED TABLE IF NOT EXISTS dsync.era (
-    sole  bool PRIMARY KEY DEFAULT true CHECK (sole),
-    since timestamptz NOT NULL DEFAULT now()
+    sole   bool PRIMARY KEY DEFAULT true CHECK (sole),
+    since  timestamptz NOT NULL DEFAULT now(),
+    place  text,                         -- this table's file, in the folder of this database
+    server timestamptz                   -- when the server was started
 );
+-- Version 1 had neither.
+ALTER TABLE dsync.era ADD COLUMN IF NOT EXISTS place text, ADD COLUMN IF NOT EXISTS server timestamptz;
 
 -- One row for each lock that has been held. Unlogged, since advisory locks are not kept over a crash either.
 CREATE UNLOGGED TABLE IF NOT EXISTS dsync.lock (
@@ -85,4 +89,5 @@ JOIN pg_locks AS waiter
  AND (waiter.classid::int8 << 32 | waiter.objid::int8) = lock.id AND (waiter.objsubid = 2) = lock.pair
 LEFT JOIN pg_stat_activity AS activity ON activity.pid = waiter.pid;
 
-RESET search_path;
+-- Before the first statement that could run code of somebody else's, and in one statement with it: psql goes on after an
+-- error. Creating what is not there yet runs none.

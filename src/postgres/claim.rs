@@ -372,7 +372,11 @@ impl Claim {
             (Phase::Queueing, _) => ", which another session holds".to_owned(),
             (_, Some(problem)) => format!("; {problem}"),
             (Phase::Ending { .. }, _) => ", whose former claim is still being released".to_owned(),
-            (Phase::Acquiring, None) => "; the server has not answered yet: check host and port".to_owned(),
+            (Phase::Acquiring, None) => {
+                "; the server has not answered yet: check host and port, and in pg_locks whether a table of the \
+                 catalog is locked"
+                    .to_owned()
+            }
             _ => String::new(),
         };
         let message = format!("waited {:.1?} for lock {:?}{obstacle}", begun.elapsed(), self.key);

@@ -8,12 +8,14 @@ use std::collections::HashSet;
 use std::env;
 use std::error::Error as StdError;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use postgres::config::{ChannelBinding, Host, SslMode, SslNegotiation, TargetSessionAttrs};
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 
 use super::catalog::CatalogMode;
+use super::sql::Schema;
 use super::stream::{Password, Socket, Tls};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
@@ -44,6 +46,7 @@ pub struct Config {
     pub(crate) service: Option<String>,
     pub(crate) build: Option<String>,
     pub(crate) catalog: CatalogMode,
+    pub(crate) schema: Arc<Schema>,
     pub(crate) max_sessions: u32,
     pub(crate) idle_timeout: Duration,
     connect_timeout: Option<Duration>,
@@ -106,6 +109,7 @@ impl Config {
             service: None,
             build: None,
             catalog: CatalogMode::Automatic,
+            schema: Arc::new(Schema::new(Schema::DEFAULT)),
             max_sessions: 20,
             idle_timeout: Duration::from_secs(60),
             connect_timeout: None,
@@ -136,7 +140,7 @@ impl Config {
     /// | `PGCLIENTENCODING`, `PGDATESTYLE`, `PGGEQO`, `PGGSSDELEGATION`, `PGGSSENCMODE` otherwise, `PGGSSLIB`, `PGKRBSRVNAME`, `PGLOCALEDIR`, `PGMAXPROTOCOLVERSION`, `PGOAUTHDEBUG`, `PGSERVICEFILE`, `PGSSLCOMPRESSION`, `PGSYSCONFDIR`, `PGTZ` | without effect on a session for locks |
     ///
     /// `DSYNC_SERVICE`, `DSYNC_BUILD`, `DSYNC_NAMESPACE`, `DSYNC_CATALOG` (`automatic`, `must-exist` or `none`),
-    /// `DSYNC_MAX_SESSIONS`, and the durations `DSYNC_LEASE`,
+    /// `DSYNC_SCHEMA`, `DSYNC_MAX_SESSIONS`, and the durations `DSYNC_LEASE`,
     /// `DSYNC_MARGIN`, `DSYNC_HEARTBEAT`, `DSYNC_HEARTBEAT_TIMEOUT`, `DSYNC_WAIT_SLICE`, `DSYNC_CONNECT_TIMEOUT`,
     /// `DSYNC_RELEASE_TIMEOUT`, `DSYNC_IDLE_TIMEOUT` (`"15s"`, `"500ms"`) set what the methods of the same name set. A
     /// warning is logged for each other variable whose name begins with `DSYNC_`, in whatever case.
@@ -180,6 +184,9 @@ impl Config {
             config.namespace = namespace;
         }
         choose(get, "DSYNC_CATALOG", &CATALOG_MODES, |mode| config.catalog = mode)?;
+        if let Some(schema) = get("DSYNC_SCHEMA")? {
+            config = config.schema(schema);
+        }
         if let Some(number) = get("DSYNC_MAX_SESSIONS")? {
             config.max_sessions = number
                 .parse()
@@ -278,6 +285,16 @@ impl Config {
     #[must_use]
     pub fn catalog(mut self, mode: CatalogMode) -> Self {
         self.catalog = mode;
+        self
+    }
+
+    /// The schema that tokens and annotations are kept in, if they are. Defaults to `"dsync"`. For databases in which another
+    /// application has a schema of this name; up to 63 bytes, written as it is called, without quotes.
+    ///
+    /// All who use the same locks must name the same schema, since each has tokens of its own.
+    #[must_use]
+    pub fn schema(mut self, name: impl AsRef<str>) -> Self {
+        self.schema = Arc::new(Schema::new(name.as_ref()));
         self
     }
 
@@ -446,6 +463,7 @@ impl Config {
                 )));
             }
         }
+        self.schema.validate()?;
         if self.service.as_ref().is_some_and(String::is_empty) {
             return Err(invalid("service is empty; give the service a name or leave it out".to_owned()));
         }
@@ -534,6 +552,7 @@ impl fmt::Debug for Config {
             .field("service", &self.service)
             .field("build", &self.build)
             .field("catalog", &self.catalog)
+            .field("schema", &self.schema)
             .field("max_sessions", &self.max_sessions)
             .field("idle_timeout", &self.idle_timeout)
             .field("connect_timeout", &self.connect_time())
@@ -625,8 +644,10 @@ mod tests {
             ("PGPASSWORD", "secret"),
             ("PGCHANNELBINDING", "require"),
             ("DSYNC_LEASE", "9s"),
+            ("DSYNC_SCHEMA", "locks"),
         ])
         .unwrap();
+        assert_eq!(format!("{:?}", config.schema), r#""locks""#);
         assert_eq!(config.postgres.get_hosts(), [Host::Tcp("example.org".into())]);
         assert_eq!(config.postgres.get_user(), Some("ada"));
         assert_eq!(config.postgres.get_dbname(), Some("x"));
@@ -784,6 +805,12 @@ mod tests {
         assert!(refusal(config().wait_slice(Duration::ZERO)).contains("wait_slice"));
         assert!(refusal(config().namespace("a\0b")).contains("NUL"));
         assert!(refusal(config().service("")).contains("service"));
+        for name in ["", "pg_locks", "information_schema", "a\0b", "a\n", "$check$", &"x".repeat(64)] {
+            assert!(refusal(config().schema(name)).contains("choose another name"), "{name:?}");
+        }
+        for name in ["dsync", "user", "Locks of \"app\" 'x' \\", &"x".repeat(63)] {
+            assert!(config().schema(name).validate().is_ok(), "{name:?}");
+        }
         let require = Config::from_url("host=localhost user=x sslmode=require").unwrap();
         assert!(refusal(require).contains("Config::tls"));
         assert!(refusal(config().namespace("n".repeat(1_025))).contains("the limit is 1024"));

@@ -11,8 +11,9 @@ use super::pool::{Pool, Refusal};
 use super::sql::{self, Scope};
 use super::stream::StreamControl;
 use super::wire::Failure;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::key::AdvisoryKey;
+use crate::loss::LossReason;
 use crate::view::{Holder, LockView, Waiter};
 
 /// One key, and how the catalog knows it.
@@ -67,11 +68,22 @@ fn ask(
     let mut slot = pool.take().map_err(Refusal::into_error)?;
     pool.open(&mut slot, &StreamControl::new()).map_err(Refusal::into_error)?;
     let Some(session) = slot.session() else { return Err(Refusal::not_postgres().into_error()) };
-    session.query(&sql::inspect(scope), parameters, Instant::now() + patience).map_err(|failure| {
+    let statement = session.schema().apply(&sql::inspect(scope));
+    session.query(&statement, parameters, Instant::now() + patience).map_err(|failure| {
         if let Failure::Lost { .. } = failure {
             slot.taint();
         }
-        let refusal = Refusal::from_failure(failure);
+        let refusal = match failure {
+            // It waits for nothing but a table.
+            Failure::Lost { reason: LossReason::HeartbeatTimedOut, .. } => Refusal::new(
+                ErrorKind::SessionUnavailable,
+                format!(
+                    "the server has not answered within {patience:?}; see whether it runs, and in pg_locks whether a table \
+                     of the catalog is locked by another session"
+                ),
+            ),
+            failure => Refusal::from_failure(failure),
+        };
         if refusal.is_about_catalog() {
             pool.catalog_is_gone();
         }

@@ -171,7 +171,8 @@ impl PostgresLock {
     fn row(&self) -> Option<Row> {
         let config = self.core.config();
         let key = self.key.advisory(&config.namespace);
-        let row = Row { id: key.id(), pair: key.is_pair(), longest_pause: config.lease };
+        let schema = Arc::clone(&config.schema);
+        let row = Row { id: key.id(), pair: key.is_pair(), longest_pause: config.lease, schema };
         Some(row).filter(|_| config.catalog != CatalogMode::None)
     }
 

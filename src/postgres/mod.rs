@@ -15,7 +15,7 @@ mod pool;
 mod quiet;
 mod resting;
 mod session;
-mod sql;
+pub(crate) mod sql;
 mod state;
 mod stream;
 mod supervisor;
@@ -23,7 +23,7 @@ mod watchdog;
 mod wire;
 mod work;
 
-pub use catalog::{CATALOG_SQL, CatalogMode};
+pub use catalog::{CATALOG_SQL, CatalogMode, catalog_sql};
 pub use config::Config;
 pub use manager::PostgresManager;
 pub use stream::Socket;

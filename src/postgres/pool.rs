@@ -20,12 +20,14 @@ use scheduled_thread_pool::{OnPoolDropBehavior, ScheduledThreadPool};
 use super::catalog::{self, CatalogMode};
 use super::config::Config;
 use super::session::Session;
+use super::sql::Schema;
 use super::state::Rhythm;
 use super::stream::{DialError, Dialer, HookError, Local, PasswordError, StreamControl, TimedOut};
 use super::watchdog::Watchdog;
 use super::wire::Failure;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::loss::LossReason;
+use crate::process::nonce;
 
 /// The sessions of a manager.
 ///
@@ -42,6 +44,7 @@ pub(super) struct Pool {
     heartbeat: Duration,
     connect_timeout: Duration,
     catalog: CatalogMode,
+    schema: Arc<Schema>,
     /// Whether the catalog has been seen to be there.
     catalog_ready: AtomicBool,
     /// Whether the server has been shown to keep sessions apart.
@@ -192,6 +195,7 @@ impl Pool {
             heartbeat: config.lease_plan().heartbeat,
             connect_timeout: config.connect_time(),
             catalog: config.catalog,
+            schema: Arc::clone(&config.schema),
             catalog_ready: AtomicBool::new(false),
             probed: AtomicBool::new(false),
             crowded_at: AtomicU64::new(0),
@@ -304,9 +308,9 @@ impl Pool {
 
     /// What opens sessions, also on another thread.
     fn opener(&self) -> impl FnOnce(StreamControl, Instant) -> std::result::Result<Session, Refusal> + use<> {
-        let (dialer, slice, lease, heartbeat) =
-            (Arc::clone(&self.dialer), self.wait_slice, self.lease, self.heartbeat);
-        move |control, by| Session::open(dialer, control, slice, lease, heartbeat, by)
+        let (dialer, schema) = (Arc::clone(&self.dialer), Arc::clone(&self.schema));
+        let (slice, lease, heartbeat) = (self.wait_slice, self.lease, self.heartbeat);
+        move |control, by| Session::open(dialer, schema, control, slice, lease, heartbeat, by)
     }
 
     /// Opens two sessions at once, and shows that they are two which exclude each other. Gives the one that obeys
@@ -380,7 +384,7 @@ impl Pool {
         if session.backend_pid() == other.backend_pid() {
             return Err(Refusal::pooler());
         }
-        let key = fastrand::i64(..);
+        let key = nonce().map_err(Refusal::system)?.cast_signed();
         // Twice in a row: a pooler may take turns with its sessions. Then the other one at once: a pooler may serve it by
         // the backend that was free last.
         session.heartbeat(by).map_err(told)?;
@@ -489,10 +493,13 @@ impl Refusal {
         matches!(self.kind, ErrorKind::SessionRefused | ErrorKind::InvalidKey)
     }
 
-    /// Whether a part of the catalog was found missing.
+    /// Whether a part of the catalog was found missing: a table, or a column that an older version does not have.
     pub(super) fn is_about_catalog(&self) -> bool {
         let database = self.cause.as_ref().and_then(|cause| cause.downcast_ref::<postgres::Error>());
-        matches!(database.and_then(postgres::Error::code).map(|code| code.code()), Some("3F000" | "42P01"))
+        matches!(
+            database.and_then(postgres::Error::code).map(|code| code.code()),
+            Some("3F000" | "42P01" | "42703")
+        )
     }
 
     pub(super) fn into_error(self) -> Error {
@@ -684,7 +691,10 @@ fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
         let text = database.message();
         return match database.code().code() {
             // The catalog went away; it is looked for, and made, with the next session.
-            "3F000" | "42P01" => (SessionUnavailable, "the catalog of locks is missing"),
+            "3F000" | "42P01" | "42703" => (SessionUnavailable, "the catalog of locks is missing"),
+            "55P03" => {
+                (SessionUnavailable, "a table of the catalog is locked by another session; see pg_locks")
+            }
             "28P01" => (SessionRefused, "check user and password"),
             // The server's texts may be translated; then the last advice is the one.
             "28000" if text.contains("no encryption") || text.contains("SSL off") => (
@@ -713,9 +723,9 @@ fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
             "57P03" => (SessionUnavailable, "the server is starting or stopping"),
             // Ended by an operator, by the server's end, or by a crash of another backend.
             "57014" | "57P01" | "57P02" | "57P05" => (SessionUnavailable, PASSING),
-            // Another transaction was in the way: serialization, deadlock, a lock that was not to be had in time, and
+            // Another transaction was in the way: serialization, deadlock, and
             // another process that makes the catalog at the same moment.
-            "40000" | "40001" | "40002" | "40003" | "40P01" | "55P03" | "55006" | "23505" => {
+            "40000" | "40001" | "40002" | "40003" | "40P01" | "55006" | "23505" => {
                 (SessionUnavailable, PASSING)
             }
             "XX000" if text.contains("tuple concurrently") => (SessionUnavailable, PASSING),

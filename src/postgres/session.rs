@@ -11,17 +11,20 @@ use postgres::{CancelToken, Client, Row, SimpleQueryMessage, SimpleQueryRow, Sta
 use super::link::Link;
 use super::pool::Refusal;
 use super::quiet::{self, Told};
-use super::sql::{self, Shape, Verb};
+use super::sql::{self, Schema, Shape, Verb};
 use super::stream::{Dialer, NotReady, StreamControl};
 use super::watchdog::Watchdog;
 use super::wire::{Failure, GOODBYE, Wire};
 use crate::key::AdvisoryKey;
 use crate::loss::LossReason;
+use crate::process::nonce;
 
 /// An open session. It is closed when dropped.
 pub(super) struct Session {
     wire: Wire,
     dialer: Arc<Dialer>,
+    /// Where the catalog is, or would be.
+    schema: Arc<Schema>,
     cancel: Arc<CancelToken>,
     backend_pid: i32,
     /// The server is at the other end of the socket, and no pooler: its client has our port.
@@ -95,21 +98,24 @@ impl Session {
     /// Opens a session, prepares it and checks that it can keep locks.
     pub(super) fn open(
         dialer: Arc<Dialer>,
+        schema: Arc<Schema>,
         control: StreamControl,
         slice: Duration,
         lease: Duration,
         heartbeat: Duration,
         by: Instant,
     ) -> Result<Self, Refusal> {
+        let mark = nonce().map_err(Refusal::system)?;
         let ready = |client: Client, until: Instant| {
             let cancel = Arc::new(client.cancel_token());
             let mut session = Self {
                 wire: Wire::new(client, control.clone()),
                 cancel,
                 dialer: Arc::clone(&dialer),
+                schema: Arc::clone(&schema),
                 backend_pid: 0,
                 is_direct: false,
-                mark: fastrand::u64(..),
+                mark,
                 prepared: Vec::new(),
                 leased: None,
                 is_quiet: true,
@@ -184,6 +190,11 @@ impl Session {
     /// The process that serves this session, by its own word at the start.
     pub(super) fn backend_pid(&self) -> i32 {
         self.backend_pid
+    }
+
+    /// Where the catalog is, or would be.
+    pub(super) fn schema(&self) -> &Schema {
+        &self.schema
     }
 
     /// What other threads may do to this session while a claim uses it.
@@ -312,7 +323,7 @@ impl Session {
         let shape = request.shape();
         for verb in [Verb::QueueAgain, Verb::Queue] {
             if !self.prepared_quietly.contains(&(verb, shape)) {
-                let statement = sql::statement(verb, shape);
+                let statement = self.schema.apply(&sql::statement(verb, shape));
                 self.simple_query(&quiet::preparation(verb, shape, &statement), by)?;
                 self.prepared_quietly.push((verb, shape));
             }
@@ -385,9 +396,16 @@ impl Session {
         }))
     }
 
-    /// Lets tokens go on after a crash. Does nothing where that has been done.
+    /// Lets tokens go on after a crash. Does nothing where that has been done. It may take a second more than a statement.
     pub(super) fn new_era(&mut self, by: Instant) -> Result<(), Failure> {
-        self.wire.call(by, |client| client.simple_query(sql::NEW_ERA)).map(drop)
+        let outcome = self.simple_query(&self.schema.apply(&sql::new_era(sql::TIMELINE)), by);
+        match outcome {
+            // The timeline is not for this role, or the catalog is not, as the next attempt tells.
+            Err(Failure::Refused(error)) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+                self.simple_query(&self.schema.apply(&sql::new_era("1")), by).map(drop)
+            }
+            outcome => outcome.map(drop),
+        }
     }
 
     /// Gives the lock back; whether it was held. If it `stays` with the key, it keeps lease and name.
@@ -527,14 +545,14 @@ impl Session {
     ) -> Result<Vec<Row>, Failure> {
         let known = self.prepared.iter().position(|(name, _)| *name == (verb, shape));
         let Some(index) = known else {
-            let text = sql::statement(verb, shape);
+            let text = self.schema.apply(&sql::statement(verb, shape));
             self.prepared.push(((verb, shape), None));
             return self.wire.call(by, |client| client.query_typed(&text, parameters));
         };
         let statement = match &self.prepared[index].1 {
             Some(statement) => statement.clone(),
             None => {
-                let text = sql::statement(verb, shape);
+                let text = self.schema.apply(&sql::statement(verb, shape));
                 let statement = self.wire.call(by, |client| client.prepare(&text))?;
                 self.prepared[index].1.insert(statement).clone()
             }

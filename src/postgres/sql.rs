@@ -3,12 +3,155 @@
 //! A role may come with any `search_path`. The lock sessions set one of their own, so their statements need not care; what
 //! runs on a connection of the application's names schemas, types and operators in full.
 
+use std::fmt;
 use std::time::Duration;
 
+use crate::error::{Error, ErrorKind, Result};
 use crate::key::AdvisoryKey;
 
-/// The catalog's tables, sequence and views.
-pub(super) const CATALOG: &str = include_str!("catalog.sql");
+/// Makes the catalog's tables, sequence and views; or brings them up to date, or refuses what somebody else has made there.
+pub(super) const CATALOG: &str = concat!(
+    include_str!("catalog.sql"),
+    "DO $check$\nDECLARE problem text := (SELECT found.text FROM (\n",
+    include_str!("catalog_check.sql"),
+    ") AS found);\nBEGIN\n    IF problem IS NOT NULL THEN RAISE EXCEPTION '%', problem; END IF;\n    \
+     INSERT INTO dsync.version (version) VALUES (2)\n    \
+     ON CONFLICT (sole) DO UPDATE SET version = excluded.version WHERE version.version < excluded.version;\n\
+     END $check$;\n\nRESET search_path;\n"
+);
+
+/// What speaks against the schema, if anything does, whether that is about trust, and whether all of this version's catalog is
+/// there. It reads nothing but `pg_catalog`, and so neither runs anybody's code nor puts an error into the server's log
+/// where there is no catalog.
+pub(super) const CATALOG_CHECK: &str = concat!(
+    "WITH found AS MATERIALIZED (",
+    include_str!("catalog_check.sql"),
+    ") SELECT (SELECT text FROM found), (SELECT about_trust FROM found), \
+        (SELECT count(*) = 6 AND bool_or(class.relname = 'era' AND class.relnatts = 4) \
+         FROM pg_class AS class JOIN pg_namespace AS schema ON schema.oid = class.relnamespace \
+         WHERE schema.nspname = 'dsync' \
+         AND class.relname IN ('version', 'token', 'era', 'lock', 'locks', 'waiters'))"
+);
+
+/// Whether there is the schema, and whether all that is there is this very role's own and as the library makes it, which is
+/// how it mostly is. It takes less than half of the time that [`CATALOG_CHECK`] does, most of which a new backend spends on
+/// looking things up; what this does not say yes to, that decides.
+pub(super) const CATALOG_IS_OWN: &str = "WITH object AS MATERIALIZED ( \
+         SELECT class.*, schema.nspowner FROM pg_namespace AS schema LEFT JOIN pg_class AS class \
+         ON class.relnamespace = schema.oid AND class.relname IN ('version', 'token', 'era', 'lock', 'locks', 'waiters') \
+         WHERE schema.nspname = 'dsync') \
+     SELECT count(*) > 0, count(*) = 6 AND bool_and( \
+         pg_get_userbyid(nspowner) = current_user AND pg_get_userbyid(relowner) = current_user \
+         AND CASE relname WHEN 'version' THEN relkind = 'r' AND relpersistence = 'p' AND relnatts = 2 \
+                          WHEN 'token' THEN relkind = 'S' AND relpersistence = 'p' \
+                          WHEN 'era' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 4 \
+                          WHEN 'lock' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 8 \
+                          ELSE relkind = 'v' END \
+         AND NOT relhastriggers AND NOT relhassubclass AND NOT relrowsecurity AND relhasrules = (relkind = 'v')) \
+     AND NOT EXISTS ( \
+         SELECT FROM object JOIN pg_depend AS part ON part.refobjid = object.oid AND part.refclassid = 'pg_class'::regclass \
+         JOIN pg_depend AS used ON used.classid = part.classid AND used.objid = part.objid \
+         WHERE relkind <> 'v' AND part.classid <> 'pg_rewrite'::regclass \
+         AND used.refclassid IN ('pg_proc'::regclass, 'pg_type'::regclass, 'pg_operator'::regclass)) \
+     AND NOT EXISTS ( \
+         SELECT FROM object JOIN pg_depend AS used ON used.classid = 'pg_class'::regclass AND used.objid = object.oid \
+         AND used.refclassid = 'pg_type'::regclass) \
+     FROM object";
+
+/// The version of the catalog.
+pub(super) const CATALOG_VERSION: &str = "SELECT version FROM dsync.version";
+
+/// The schema of the catalog. All statements are written for the one called `dsync`.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Schema {
+    name: String,
+    identifier: String,
+    /// For a number and for a pair. Made once, since each fenced transaction runs one.
+    fences: [String; 2],
+    is_current: String,
+}
+
+impl Schema {
+    pub(super) const DEFAULT: &str = "dsync";
+
+    pub(super) fn new(name: &str) -> Self {
+        // The others always in quotes: they may be keywords.
+        let identifier = if name == Self::DEFAULT {
+            name.to_owned()
+        } else {
+            format!("\"{}\"", name.replace('"', "\"\""))
+        };
+        let mut schema =
+            Self { name: name.to_owned(), identifier, fences: Default::default(), is_current: String::new() };
+        schema.fences = [false, true].map(|pair| schema.apply(&fence(pair)));
+        schema.is_current = schema.apply(IS_CURRENT);
+        schema
+    }
+
+    /// Refuses a name that PostgreSQL does not take, or cuts off.
+    pub(super) fn validate(&self) -> Result<()> {
+        const LONGEST: usize = 63;
+        let name = &self.name;
+        let problem = if name.is_empty() {
+            "is empty"
+        } else if name.len() > LONGEST {
+            "has more than 63 bytes"
+        } else if name.starts_with("pg_") || name == "information_schema" {
+            "is one of PostgreSQL's own"
+        // The one would end a comment of the SQL for administrators, the other its last statement.
+        } else if name.contains(char::is_control) || name.contains("$check$") {
+            "contains a control character, or $check$"
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!("schema {name:?} {problem}; choose another name, such as dsync or locks"),
+        ))
+    }
+
+    /// The name as SQL has it.
+    pub(super) fn identifier(&self) -> &str {
+        &self.identifier
+    }
+
+    /// Makes a statement that is written for the schema `dsync` one for this schema.
+    pub(super) fn apply(&self, statement: &str) -> String {
+        let (mut applied, mut rest) = (String::with_capacity(statement.len()), statement);
+        while let Some((before, after)) = rest.split_once(Self::DEFAULT) {
+            if let Some(before) = before.strip_suffix('\'') {
+                // A string: the bare name, or the beginning of a qualified one.
+                let content = if after.starts_with('\'') { &self.name } else { &self.identifier };
+                let content = content.replace('\'', "''");
+                applied.push_str(before);
+                // Whatever `standard_conforming_strings` says on a connection of the application's.
+                applied.push_str(if content.contains('\\') { "E'" } else { "'" });
+                applied.push_str(&content.replace('\\', "\\\\"));
+            } else {
+                applied.push_str(before);
+                applied.push_str(&self.identifier);
+            }
+            rest = after;
+        }
+        applied + rest
+    }
+
+    /// See [`fence`].
+    pub(super) fn fence(&self, pair: bool) -> &str {
+        &self.fences[usize::from(pair)]
+    }
+
+    /// See [`IS_CURRENT`].
+    pub(super) fn is_current(&self) -> &str {
+        &self.is_current
+    }
+}
+
+impl fmt::Debug for Schema {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.name.fmt(f)
+    }
+}
 
 /// The setting that tells our sessions apart, of no meaning to the server.
 const MARK: &str = "dsync.session";
@@ -215,6 +358,17 @@ impl Shape {
     }
 }
 
+/// Whether the era has begun: its row names the file that it is in, which tells this database and this table from all
+/// others, and the time when the server was started. Neither can come out of a dump, or out of a copy of the database or of
+/// its folder, though the row itself may.
+macro_rules! era {
+    () => {
+        "EXISTS (SELECT FROM dsync.era AS era \
+         WHERE era.place = pg_catalog.pg_relation_filepath('dsync.era') \
+         AND era.server = pg_catalog.pg_postmaster_start_time())"
+    };
+}
+
 /// "dsync ga" in ASCII, of no meaning.
 const GATE: i64 = 0x6473_796e_6320_6761;
 
@@ -225,7 +379,7 @@ const GATE: i64 = 0x6473_796e_6320_6761;
 /// hash. If they waited for each other in one process, they would do so for ever. A row that is so new that this statement
 /// does not see it keeps the term's from being written; the next statement sees it.
 ///
-/// Without the row of the era no token is drawn: see [`NEW_ERA`].
+/// Without the row of the era no token is drawn: see [`new_era`].
 ///
 /// Many a session runs this once, and as its first statement. So it is written for a backend that has yet to look up what
 /// it needs: the operator `||`, and a comparison of rows, took a millisecond.
@@ -249,13 +403,14 @@ fn take_unknown(granted: &str, settings: &str, verb: Verb, shape: Shape) -> Stri
              INSERT INTO dsync.lock AS lock (id, pair, namespace, key, token, annotation, pid, since) \
              SELECT $1::int8, {pair}, $4::text, $5::text, pg_catalog.nextval('dsync.token'), $6::bytea, \
                     pg_catalog.pg_backend_pid(), pg_catalog.clock_timestamp() \
-             FROM attempt WHERE CASE WHEN attempt.granted AND EXISTS (SELECT FROM dsync.era) THEN {passed} END \
+             FROM attempt WHERE CASE WHEN attempt.granted AND {era} THEN {passed} END \
              ON CONFLICT (id, pair) DO UPDATE \
              SET token = excluded.token, annotation = excluded.annotation, pid = excluded.pid, since = excluded.since \
              WHERE lock.namespace = excluded.namespace AND lock.key = excluded.key \
              RETURNING lock.token) \
          SELECT coalesce((SELECT granted FROM attempt), false), (SELECT token FROM term), \
-                (SELECT namespace FROM other), (SELECT key FROM other)"
+                (SELECT namespace FROM other), (SELECT key FROM other)",
+        era = era!()
     )
 }
 
@@ -269,9 +424,11 @@ fn take_unknown(granted: &str, settings: &str, verb: Verb, shape: Shape) -> Stri
 /// Without a row the lock may be ours or not: another session holds it, a fenced transaction is open, or the row is gone or
 /// another key's. `Queue` finds out.
 ///
-/// `Again` does not ask for the row of the era. A session does not outlive a crash, so it is there as it was when the
-/// session drew its token before. Only who drops the catalog and makes it anew takes it away; the token is then below the
-/// former one, by which the session notices, and has it drawn again. A session that queues need not have drawn one.
+/// `Again` does not ask for the row of the era. A session outlives neither the server nor the database's name, so the row is
+/// there as it was when the session drew its token before. Only who drops the catalog and makes it anew, or restores it
+/// in place, takes it away. The key's last term was this session's, a few milliseconds ago, so all that the promise asks for
+/// is a token above that one's; where it is not, the session notices, and has it drawn again. A session that queues need not
+/// have drawn one.
 fn take_known(verb: Verb, shape: Shape) -> String {
     let (key, gate) = (shape.numbers("$1::pg_catalog.int8"), shape.gate());
     let taken = match verb {
@@ -279,9 +436,10 @@ fn take_known(verb: Verb, shape: Shape) -> String {
             "WHEN pg_catalog.pg_try_advisory_lock({key}) THEN pg_catalog.pg_try_advisory_xact_lock({gate})"
         ),
         _ => format!(
-            "WHEN NOT EXISTS (SELECT FROM dsync.era) THEN false \
+            "WHEN NOT {era} THEN false \
              WHEN (pg_catalog.pg_advisory_lock({key}))::text = '' \
-             THEN (pg_catalog.pg_advisory_xact_lock({gate}))::text = ''"
+             THEN (pg_catalog.pg_advisory_xact_lock({gate}))::text = ''",
+            era = era!()
         ),
     };
     format!(
@@ -295,17 +453,51 @@ fn take_known(verb: Verb, shape: Shape) -> String {
     )
 }
 
-/// Makes tokens go on after a crash or a promotion, once for all sessions: above all that were given out before.
+/// Where [`new_era`] is to ask for the timeline, which a promotion raises. Some services refuse it; without, it is 1.
+pub(super) const TIMELINE: &str =
+    "('x' || left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8))::bit(32)::int8";
+
+/// Makes tokens go on above all that were given out before, once for all sessions.
 ///
-/// The server that comes back need not know the last state of the sequence: every 32nd value is logged only, and nobody
-/// waits for that to reach a disk or a standby. So it jumps, by more than can have been given out during one outage, and at
-/// least to the clock, in microseconds: that also covers a catalog which was dropped and made again, or restored from a
-/// physical backup. (`pg_dump` takes the row along unless it is told `--no-unlogged-table-data`.) The jump itself is safe before anybody sees the row of the era.
-pub(super) const NEW_ERA: &str = "SELECT pg_catalog.set_config('synchronous_commit', 'on', true); \
-     WITH made AS (INSERT INTO dsync.era DEFAULT VALUES ON CONFLICT DO NOTHING RETURNING since) \
-     SELECT pg_catalog.setval('dsync.token', greatest( \
-         pg_catalog.nextval('dsync.token') + 4294967296, \
-         (extract(epoch FROM pg_catalog.clock_timestamp()) * 1000000)::int8)) FROM made";
+/// What the sequence says may be too little, after a crash or a promotion, since every 32nd value is logged only, and nobody
+/// waits for that to reach a disk or a standby; and after a restore, or where the catalog was dropped and made again. So
+/// two things are counted on, each of which is enough:
+///
+/// - **The clock**, in microseconds. An era begins at the clock, and tokens are drawn more slowly than once a microsecond, so
+///   none is ever above the clock, and an era that begins later begins above it. This needs nothing to be remembered, and
+///   so covers dumps, copies and `DROP SCHEMA`, however many crashes there were. It needs clocks that agree: the server that
+///   takes over must not be behind by more than the time from the last era's beginning.
+/// - **The sequence and a jump** of 2²⁰, where the clock was set back. In a crash what was drawn since the last flush is
+///   lost; the server flushes within three times its `wal_writer_delay`, which is 0.6 s, and 2²⁰ are a million terms. The jump
+///   grows with the timeline: so the era after a promotion begins above one after a crash of which the standby never heard.
+///
+/// Where the jump would lead above the clock, since the last era began less than a second ago, the difference is waited for.
+/// Otherwise a row of quick crashes would leave the sequence above the clock, and the next catalog would begin below it.
+///
+/// The jump itself is safe before anybody sees the row of the era. Who comes while another session makes it waits for that,
+/// however short the slices are.
+pub(super) fn new_era(timeline: &str) -> String {
+    const JUMP: i64 = 1 << 20;
+    const CLOCK: &str = "(extract(epoch FROM pg_catalog.clock_timestamp()) * 1000000)::int8";
+    format!(
+        "SELECT pg_catalog.set_config('synchronous_commit', 'on', true), \
+                pg_catalog.set_config('lock_timeout', '2s', true); \
+         WITH made AS ( \
+             INSERT INTO dsync.era AS era (place, server) \
+             VALUES (pg_catalog.pg_relation_filepath('dsync.era'), pg_catalog.pg_postmaster_start_time()) \
+             ON CONFLICT (sole) DO UPDATE \
+             SET place = excluded.place, server = excluded.server, since = excluded.since \
+             WHERE era.place IS DISTINCT FROM excluded.place OR era.server IS DISTINCT FROM excluded.server \
+             RETURNING true), \
+         known AS MATERIALIZED (SELECT pg_catalog.nextval('dsync.token') AS token, {CLOCK} AS clock FROM made), \
+         waited AS MATERIALIZED ( \
+             SELECT token + CASE WHEN clock < token THEN {JUMP} * {timeline} ELSE {JUMP} END AS least, \
+                    CASE WHEN clock BETWEEN token AND token + {JUMP} \
+                         THEN pg_catalog.pg_sleep((token + {JUMP} - clock) / 1000000.0) END \
+             FROM known) \
+         SELECT pg_catalog.setval('dsync.token', greatest(least, {CLOCK})) FROM waited"
+    )
+}
 
 /// Leaves the session without any lock, lease and name, whether it had the lock or not. Unlike
 /// `pg_advisory_unlock` it does not put a warning into the server's log if it had not.
@@ -352,26 +544,33 @@ pub(super) fn heartbeat(held: Option<AdvisoryKey>) -> String {
     )
 }
 
-/// The version of the catalog, whether the role has the rights on it, whether the era has its row, and whether there are
-/// rows of old terms.
-pub(super) const CATALOG_STATE: &str = "SELECT version, \
+/// Whether the role has the rights on the catalog, whether the era has begun, and whether there are rows of old terms.
+pub(super) const CATALOG_STATE: &str = concat!(
+    "SELECT \
      pg_catalog.has_table_privilege('dsync.lock', 'SELECT') AND \
      pg_catalog.has_table_privilege('dsync.lock', 'INSERT') AND \
      pg_catalog.has_table_privilege('dsync.lock', 'UPDATE') AND \
      pg_catalog.has_table_privilege('dsync.era', 'SELECT') AND \
      pg_catalog.has_table_privilege('dsync.era', 'INSERT') AND \
+     pg_catalog.has_table_privilege('dsync.era', 'UPDATE') AND \
      pg_catalog.has_sequence_privilege('dsync.token', 'USAGE') AND \
      pg_catalog.has_sequence_privilege('dsync.token', 'UPDATE'), \
-     CASE WHEN pg_catalog.has_table_privilege('dsync.era', 'SELECT') THEN EXISTS (SELECT FROM dsync.era) END, \
-     CASE WHEN pg_catalog.has_table_privilege('dsync.lock', 'SELECT') \
-          THEN EXISTS (SELECT FROM dsync.lock WHERE since < now() - interval '1 day') END \
-     FROM dsync.version";
+     ",
+    era!(),
+    ", EXISTS (SELECT FROM dsync.lock WHERE since < now() - interval '1 day')"
+);
+
+/// How long a statement that looks at the catalog waits for a table that somebody has locked.
+pub(super) fn wait_for_tables(patience: Duration) -> String {
+    format!("SET LOCAL lock_timeout = {}; ", patience.as_millis().max(1))
+}
 
 /// Forgets the rows of locks that nobody has held for a day, so that the table does not grow with every key ever used.
 ///
 /// A row that is taken up again meanwhile has a new `since` when the deletion comes to it, and stays; one that a fenced
-/// transaction has is left for another day.
-pub(super) const CATALOG_CLEANING: &str = "DELETE FROM dsync.lock AS gone USING ( \
+/// transaction has is left for another day. It waits for nobody for long, and ends by itself if we do not.
+pub(super) const CATALOG_CLEANING: &str = "SET LOCAL lock_timeout = '100ms'; SET LOCAL statement_timeout = '2s'; \
+     DELETE FROM dsync.lock AS gone USING ( \
          SELECT lock.id, lock.pair FROM dsync.lock AS lock \
          WHERE lock.since < now() - interval '1 day' AND NOT EXISTS ( \
              SELECT FROM pg_locks AS held WHERE held.locktype = 'advisory' \
@@ -381,11 +580,21 @@ pub(super) const CATALOG_CLEANING: &str = "DELETE FROM dsync.lock AS gone USING 
 
 /// Begins the making of the catalog. Of many processes that want to make it at once, one does: `CREATE … IF NOT EXISTS`
 /// alone does not stand that. The number is of no meaning: "dsync" in ASCII.
-pub(super) const BEGIN_CREATION: &str = "BEGIN; SET LOCAL client_min_messages = warning; \
-     SET LOCAL lock_timeout = 0; SET LOCAL synchronous_commit = on; \
-     SELECT pg_catalog.pg_advisory_xact_lock(431500391011)";
+///
+/// A process that is frozen or cut off between two of its statements must not hold up the others: its session ends after a
+/// pause of 2 s. No statement takes longer than `patience`, so that the server says what is in the way before we give up.
+pub(super) fn begin_creation(patience: Duration) -> String {
+    let patience = patience.as_millis().max(1);
+    format!(
+        "BEGIN; SET LOCAL client_min_messages = warning; SET LOCAL synchronous_commit = on; \
+         SET LOCAL idle_in_transaction_session_timeout = '2s'; \
+         SET LOCAL lock_timeout = {patience}; SET LOCAL statement_timeout = {patience}; \
+         SELECT pg_catalog.pg_advisory_xact_lock(431500391011)"
+    )
+}
 
-/// Ends the making of the catalog. The script takes the `search_path` back to the role's; ours is another one.
+/// Ends the making of the catalog, in one message with the script. The script takes the `search_path` back to the role's;
+/// ours is another one.
 pub(super) const END_CREATION: &str = "SET search_path = pg_catalog, pg_temp; COMMIT";
 
 /// Holds the row of a term while the caller's transaction lasts, if the term's token is still the newest: `$1` key,
@@ -398,7 +607,7 @@ pub(super) const END_CREATION: &str = "SET search_path = pg_catalog, pg_temp; CO
 /// is refused, and lets its transaction stand open, holds up nobody.
 ///
 /// Runs on a connection of the application's, whose `search_path` may be anything.
-pub(super) fn fence(pair: bool) -> String {
+fn fence(pair: bool) -> String {
     let gate = Shape { pair, catalog: true }.gate();
     format!(
         "SELECT true FROM dsync.lock AS lock, \
@@ -416,11 +625,15 @@ pub(super) fn fence(pair: bool) -> String {
     )
 }
 
-/// Whether the term with this token is the newest: `$1` key, `$2` whether it is a pair, `$3` token. Runs where
-/// [`fence`] does.
-pub(super) const IS_CURRENT: &str = "SELECT EXISTS (SELECT FROM dsync.lock AS lock \
+/// Whether the term with this token is the newest: `$1` key, `$2` whether it is a pair, `$3` token. And whether row security
+/// may hide its row. Runs where [`fence`] does.
+const IS_CURRENT: &str = "SELECT EXISTS (SELECT FROM dsync.lock AS lock \
      WHERE lock.id OPERATOR(pg_catalog.=) $1::pg_catalog.int8 AND lock.pair OPERATOR(pg_catalog.=) $2::pg_catalog.bool \
-       AND lock.token OPERATOR(pg_catalog.=) $3::pg_catalog.int8)";
+       AND lock.token OPERATOR(pg_catalog.=) $3::pg_catalog.int8), \
+     pg_catalog.row_security_active('dsync.lock')";
+
+/// Whether row security may have hidden the row for which [`fence`] looked in vain. Runs where that does.
+pub(super) const IS_HIDDEN: &str = "SELECT pg_catalog.row_security_active('dsync.lock')";
 
 /// Whose locks are asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -486,6 +699,21 @@ pub(super) fn application_name(own: &str, key: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_statement_is_made_for_another_schema_wherever_it_names_one() {
+        let statement = "SELECT nextval('dsync.token') FROM dsync.lock WHERE 'dsync' = dsync";
+        let applied = |name| Schema::new(name).apply(statement);
+        assert_eq!(applied("dsync"), statement);
+        assert_eq!(
+            applied("dsync2"),
+            r#"SELECT nextval('"dsync2".token') FROM "dsync2".lock WHERE 'dsync2' = "dsync2""#
+        );
+        assert_eq!(
+            applied(r#"a'"\"#),
+            r#"SELECT nextval(E'"a''""\\".token') FROM "a'""\".lock WHERE E'a''"\\' = "a'""\""#
+        );
+    }
 
     #[test]
     fn the_name_of_a_session_fits_into_what_the_server_keeps() {
