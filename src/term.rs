@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::expiry::Expiry;
 use crate::lock::Lost;
 use crate::postgres::fence;
-use crate::postgres::sql::Schema;
+use crate::postgres::schema::Schema;
 use crate::process::Origin;
 
 /// A term: from the moment that the lock was acquired to the moment that it is released or lost.

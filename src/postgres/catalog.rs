@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::pool::Refusal;
+use super::refusal::Refusal;
+use super::schema::Schema;
 use super::session::Session;
-use super::sql::{self, Schema};
+use super::sql;
 use super::wire::Failure;
 use crate::error::{ErrorKind, Result, chain};
 

@@ -15,7 +15,7 @@ use postgres::config::{ChannelBinding, Host, SslMode, SslNegotiation, TargetSess
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 
 use super::catalog::CatalogMode;
-use super::sql::Schema;
+use super::schema::Schema;
 use super::stream::{Password, Socket, Tls};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;

@@ -3,7 +3,8 @@
 use postgres::error::SqlState;
 use postgres::{GenericClient, Transaction};
 
-use super::sql::{self, Schema};
+use super::schema::Schema;
+use super::sql;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::term::Row;
 

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant, SystemTime};
 use postgres::Row;
 use postgres::types::ToSql;
 
-use super::pool::{Pool, Refusal};
+use super::pool::Pool;
+use super::refusal::Refusal;
 
 use super::sql::{self, Scope};
 use super::stream::StreamControl;

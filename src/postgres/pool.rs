@@ -1,10 +1,7 @@
 //! The pool of sessions: how many there may be, which are free, and what may not come back.
 
 use std::convert::Infallible;
-use std::error::Error as StdError;
 use std::fmt;
-use std::io;
-use std::iter;
 use std::panic::catch_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,10 +16,11 @@ use scheduled_thread_pool::{OnPoolDropBehavior, ScheduledThreadPool};
 
 use super::catalog::{self, CatalogMode};
 use super::config::Config;
+use super::refusal::Refusal;
+use super::schema::Schema;
 use super::session::Session;
-use super::sql::Schema;
 use super::state::Rhythm;
-use super::stream::{DialError, Dialer, HookError, Local, PasswordError, StreamControl, TimedOut};
+use super::stream::{Dialer, StreamControl};
 use super::watchdog::Watchdog;
 use super::wire::Failure;
 use crate::error::{Error, ErrorKind, Result, chain};
@@ -335,14 +333,11 @@ impl Pool {
         thread::Builder::new().name("dsync-probe".into()).spawn(opens_other).map_err(|error| {
             let message = "there is no thread for a second session, by which the server is checked; \
                            raise the limit of threads";
-            Refusal {
-                cause: Some(error.into()),
-                ..Refusal::new(ErrorKind::SessionUnavailable, message.to_owned())
-            }
+            Refusal::new(ErrorKind::SessionUnavailable, message.to_owned()).because(error)
         })?;
         let session = self.open_session(control.clone(), by);
         let other = match &session {
-            Err(refusal) if refusal.kind == ErrorKind::SessionRefused => None,
+            Err(refusal) if refusal.is_final() => None,
             _ => await_other(&others, control, half_time()),
         };
         let Some(other) = other else {
@@ -405,12 +400,8 @@ impl Pool {
     }
 
     /// Says of a refusal for want of time what the time was spent on.
-    fn during(&self, step: &str, mut refusal: Refusal) -> Refusal {
-        if refusal.is_late {
-            let text = format!(", while we {step}, which may take {:?}; {SLOW_LINK}", self.connect_timeout);
-            refusal.message.push_str(&text);
-        }
-        refusal
+    fn during(&self, step: &str, refusal: Refusal) -> Refusal {
+        refusal.during(step, self.connect_timeout)
     }
 
     /// A session has turned out to be shared, so a pooler has come after the probe: the next session asks again.
@@ -448,361 +439,6 @@ fn await_other<T>(others: &Receiver<T>, control: &StreamControl, until: Instant)
             Err(_) => return None,
         }
     }
-}
-
-/// Why there is no session: an error in the making, with the kind that decides how to go on.
-#[derive(Debug)]
-pub(super) struct Refusal {
-    kind: ErrorKind,
-    message: String,
-    cause: Option<Box<dyn StdError + Send + Sync>>,
-    /// An answer did not come in time.
-    is_late: bool,
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl StdError for Refusal {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.cause.as_deref().map(|cause| cause as _)
-    }
-}
-
-impl Refusal {
-    pub(super) fn new(kind: ErrorKind, message: String) -> Self {
-        Self { kind, message, cause: None, is_late: false }
-    }
-
-    /// Whether waiting may help, without anyone changing a setting.
-    pub(super) fn is_curable(&self) -> bool {
-        self.kind == ErrorKind::SessionUnavailable
-            || self.kind == ErrorKind::PoolExhausted && self.cause.is_some()
-    }
-
-    /// Whether all slots are taken.
-    pub(super) fn is_about_slots(&self) -> bool {
-        self.kind == ErrorKind::PoolExhausted && self.cause.is_none()
-    }
-
-    /// Whether the next attempt need not hurry.
-    pub(super) fn is_patient(&self) -> bool {
-        matches!(self.kind, ErrorKind::SessionRefused | ErrorKind::InvalidKey)
-    }
-
-    /// Whether a part of the catalog was found missing: a table, or a column that an older version does not have.
-    pub(super) fn is_about_catalog(&self) -> bool {
-        let database = self.cause.as_ref().and_then(|cause| cause.downcast_ref::<postgres::Error>());
-        matches!(
-            database.and_then(postgres::Error::code).map(|code| code.code()),
-            Some("3F000" | "42P01" | "42703")
-        )
-    }
-
-    pub(super) fn into_error(self) -> Error {
-        let error = Error::new(self.kind, self.message);
-        match self.cause {
-            Some(cause) => error.with_source(cause),
-            None => error,
-        }
-    }
-
-    /// Two keys have one hash.
-    pub(super) fn collision(key: &str, other: &str) -> Self {
-        let message = format!(
-            "{key:?} has the same hash as {other:?} (namespace:key), so the two would exclude each other; \
-             rename one of them, or put it into another namespace"
-        );
-        Self::new(ErrorKind::InvalidKey, message)
-    }
-
-    /// This process is short of something.
-    pub(super) fn system(error: Error) -> Self {
-        let message = "no session can be opened here".to_owned();
-        Self { cause: Some(error.into()), ..Self::new(ErrorKind::SessionUnavailable, message) }
-    }
-
-    /// What was refused at one address is told, whatever happened at the others: waiting for those would hide it.
-    pub(super) fn from_dial(error: DialError) -> Self {
-        let verdicts: Vec<_> = error.failures().map(verdict).collect();
-        let is = |wanted| move |(kind, _): &(ErrorKind, _)| *kind == wanted;
-        let number = (verdicts.iter().position(is(ErrorKind::SessionRefused)))
-            .or_else(|| verdicts.iter().position(is(ErrorKind::PoolExhausted)))
-            .unwrap_or(verdicts.len().saturating_sub(1));
-        let kind = verdicts.get(number).map_or(ErrorKind::SessionUnavailable, |(kind, _)| *kind);
-        let mut message = error.to_string();
-        let mut given: Vec<&str> = Vec::new();
-        for (_, advice) in verdicts.iter().filter(|verdict| is(kind)(verdict)) {
-            if !advice.is_empty() && !given.contains(advice) {
-                given.push(advice);
-                message.push_str("; ");
-                message.push_str(advice);
-            }
-        }
-        // The preparation's refusal has its cause with it.
-        let cause = error.into_failure(number).and_then(|failure| match failure.downcast::<Self>() {
-            Ok(refusal) => refusal.cause,
-            Err(failure) => Some(failure),
-        });
-        Self { cause, ..Self::new(kind, message) }
-    }
-
-    pub(super) fn from_failure(failure: Failure) -> Self {
-        match failure {
-            Failure::Lost { reason, cause } => {
-                let message = format!("the session did not come to be: {reason}");
-                Self {
-                    cause: cause.map(Into::into),
-                    is_late: reason == LossReason::HeartbeatTimedOut,
-                    ..Self::new(ErrorKind::SessionUnavailable, message)
-                }
-            }
-            Failure::Refused(cause) => {
-                let (kind, advice) = advise(&cause);
-                let message = format!("{}; {advice}", chain(&cause));
-                Self { cause: Some(cause.into()), ..Self::new(kind, message) }
-            }
-        }
-    }
-
-    fn refused(message: String) -> Self {
-        Self::new(ErrorKind::SessionRefused, message)
-    }
-
-    pub(super) fn not_postgres() -> Self {
-        Self::refused("the server does not answer as PostgreSQL does; check host and port".to_owned())
-    }
-
-    pub(super) fn too_old(major: i32) -> Self {
-        Self::refused(format!(
-            "the server is PostgreSQL {major}, which has no idle_session_timeout to bound a lease; \
-             upgrade it to 14 or newer"
-        ))
-    }
-
-    pub(super) fn standby() -> Self {
-        Self::refused(
-            "the server is a hot standby, whose locks exclude nobody on the primary; connect to the primary, \
-             or name all hosts and say target_session_attrs=read-write"
-                .to_owned(),
-        )
-    }
-
-    pub(super) fn pooler() -> Self {
-        Self::refused(SHARED_SESSIONS.to_owned())
-    }
-
-    /// Two sessions had one lock at once.
-    fn stub() -> Self {
-        Self::refused(
-            "two sessions were granted one advisory lock at the same time, so locks of this server exclude nobody: it \
-             only looks like PostgreSQL; connect to a PostgreSQL server"
-                .to_owned(),
-        )
-    }
-}
-
-const SHARED_SESSIONS: &str = "a pooler in transaction or statement mode stands before the server: sessions share a \
-                               backend, so a lock would exclude nobody; connect to the server directly, or use \
-                               session mode";
-const UNREACHABLE: &str = "check host and port, and that the server runs";
-const SLOW_LINK: &str = "if the link is slow, raise connect_timeout";
-const UNREACHABLE_OR_SLOW: &str =
-    "check host and port, and that the server runs; if the link is slow, raise connect_timeout";
-const CERTIFICATE: &str = "check the server's certificate: the TLS connector must trust its issuer, and it must be for \
-                           the host name of the connection";
-const TLS: &str = "check what the TLS connector and the server agree on: versions, and a client certificate if the server \
-                   asks for one";
-const DIRECT_TLS: &str = "sslnegotiation=direct needs PostgreSQL 17 or newer, and a TLS connector that offers the protocol \
-                          \"postgresql\" by ALPN, which only its maker can set; do that, or use sslnegotiation=postgres";
-
-/// What kind of trouble a failure to open a session is, and what to do about it.
-fn verdict(failure: &(dyn StdError + Send + Sync + 'static)) -> (ErrorKind, &'static str) {
-    use ErrorKind::{SessionRefused, SessionUnavailable};
-    if let Some(refusal) = failure.downcast_ref::<Refusal>() {
-        return (refusal.kind, "");
-    }
-    if let Some(error) = failure.downcast_ref::<postgres::Error>() {
-        return advise(error);
-    }
-    if failure.is::<Local>() {
-        return (SessionUnavailable, "");
-    }
-    if failure.is::<PasswordError>() {
-        return (SessionUnavailable, "check the hook of Config::password_with");
-    }
-    if failure.is::<TimedOut>() {
-        return (SessionUnavailable, UNREACHABLE_OR_SLOW);
-    }
-    match failure.downcast_ref::<HookError>() {
-        Some(HookError::NoTlsConnector) => (SessionRefused, ""),
-        Some(HookError::Refused) => {
-            (SessionRefused, "switch TLS on at the server (ssl = on), or set sslmode=prefer or disable")
-        }
-        Some(HookError::WeakDirect) => (SessionRefused, "set sslmode=require, or leave sslnegotiation out"),
-        Some(HookError::Option { .. }) => (SessionRefused, "correct the value, or leave it out"),
-        Some(HookError::Tls { direct, source }) => match broken_connection(&**source) {
-            true if *direct => (SessionRefused, DIRECT_TLS),
-            true => (SessionUnavailable, UNREACHABLE),
-            false if chain(&**source).to_lowercase().contains("certificate") => (SessionRefused, CERTIFICATE),
-            false if *direct => (SessionRefused, DIRECT_TLS),
-            false => (SessionRefused, TLS),
-        },
-        Some(HookError::Connect { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => (
-            SessionRefused,
-            "the operating system forbids it; check the rights on the socket, and the firewall",
-        ),
-        // The name server's, too.
-        _ => (SessionUnavailable, UNREACHABLE),
-    }
-}
-
-/// The I/O errors among an error and its causes.
-fn io_errors<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a io::Error> {
-    iter::successors(Some(error), |error| (**error).source()).filter_map(|error| error.downcast_ref())
-}
-
-/// Whether a connection ended in the midst of something, which says nothing of the reason.
-fn broken_connection(error: &(dyn StdError + 'static)) -> bool {
-    use io::ErrorKind::{
-        BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut, UnexpectedEof,
-    };
-    io_errors(error).any(|error| {
-        matches!(
-            error.kind(),
-            BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | TimedOut | UnexpectedEof
-        )
-    })
-}
-
-/// What kind of trouble an error of the driver is, and what to do about it.
-///
-/// What is not known to pass by itself is refused. [`SessionUnavailable`](ErrorKind::SessionUnavailable) is for what does:
-/// the server starts, stops, fails over, or is asked for the catalog at a bad moment; there `try_lock` waits, since it is
-/// soon over. A server without a free connection is [`PoolExhausted`](ErrorKind::PoolExhausted): it passes when somebody
-/// leaves, but that may be never, so `lock` waits for it, and `try_lock` does not.
-fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
-    use ErrorKind::{PoolExhausted, SessionRefused, SessionUnavailable};
-    const PASSING: &str = "it should pass by itself; see the server's log";
-    if let Some(database) = error.as_db_error() {
-        let text = database.message();
-        return match database.code().code() {
-            // The catalog went away; it is looked for, and made, with the next session.
-            "3F000" | "42P01" | "42703" => (SessionUnavailable, "the catalog of locks is missing"),
-            "55P03" => {
-                (SessionUnavailable, "a table of the catalog is locked by another session; see pg_locks")
-            }
-            "28P01" => (SessionRefused, "check user and password"),
-            // The server's texts may be translated; then the last advice is the one.
-            "28000" if text.contains("no encryption") || text.contains("SSL off") => (
-                SessionRefused,
-                "the server may demand TLS: give a TLS connector and set sslmode=require; \
-                 or check the user, and the server's pg_hba.conf",
-            ),
-            "28000" => (SessionRefused, "check the user, and the server's pg_hba.conf"),
-            "3D000" => (SessionRefused, "create the database, or name another one"),
-            "42501" => (SessionRefused, "grant the role what it lacks"),
-            "53300" => (PoolExhausted, more_connections(text)),
-            "53200" if text.contains("shared memory") => (
-                SessionRefused,
-                "the server's table of locks is full: raise its max_locks_per_transaction, and see in pg_locks who \
-                 holds so many",
-            ),
-            // A backend that finds no memory at this moment.
-            "53200" => (SessionUnavailable, "the server is out of memory; see its log"),
-            "53100" => (SessionRefused, "the server's disk is full: make room there"),
-            "55000" => (
-                SessionRefused,
-                "allow what the server forbids (a database that takes no connections: \
-                 ALTER DATABASE ... ALLOW_CONNECTIONS true)",
-            ),
-            "25006" => (SessionRefused, "the server is read-only; connect to the primary"),
-            "57P03" => (SessionUnavailable, "the server is starting or stopping"),
-            // Ended by an operator, by the server's end, or by a crash of another backend.
-            "57014" | "57P01" | "57P02" | "57P05" => (SessionUnavailable, PASSING),
-            // Another transaction was in the way: serialization, deadlock, and
-            // another process that makes the catalog at the same moment.
-            "40000" | "40001" | "40002" | "40003" | "40P01" | "55006" | "23505" => {
-                (SessionUnavailable, PASSING)
-            }
-            "XX000" if text.contains("tuple concurrently") => (SessionUnavailable, PASSING),
-            // A statement that was prepared is not known, or one of another process's is.
-            "26000" | "42P05" => (SessionRefused, SHARED_SESSIONS),
-            // pgbouncer gives almost everything this code.
-            "08P01" if text.contains("no more connections") => (PoolExhausted, more_connections(text)),
-            "08P01" if !passes_at_a_pooler(text) => {
-                (SessionRefused, "check user, password and database, here and in the pooler's settings")
-            }
-            code if code.starts_with("08") => {
-                (SessionUnavailable, "see the log of the server, and of the pooler if there is one")
-            }
-            "P0001" => (
-                SessionRefused,
-                "a trigger of the database, an event trigger perhaps, forbids it; let an administrator allow it, or \
-                 do what it forbids (the catalog: dsync::CATALOG_SQL)",
-            ),
-            code if code.starts_with("XX") => {
-                (SessionRefused, "see the log of the server, and of what stands in front of it")
-            }
-            _ => (SessionRefused, "change what the server objects to"),
-        };
-    }
-    // The driver does not tell its own kinds apart. What came from the wire has an I/O error among its causes; what
-    // remains is about what it was told to do: passwords, TLS, channel binding.
-    let io = io_errors(error).next();
-    // After a handshake that seemed to be well: the server does not like the client's certificate.
-    if io.is_some_and(|io| io.kind() == io::ErrorKind::InvalidData && io.to_string().contains("alert")) {
-        return (SessionRefused, TLS);
-    }
-    match io.map(io::Error::kind) {
-        // The driver's own, of the right session to the wrong kind of server.
-        Some(io::ErrorKind::PermissionDenied) => (
-            SessionUnavailable,
-            "target_session_attrs waits for another kind of server: name all hosts, or promote one",
-        ),
-        Some(_) => (SessionUnavailable, UNREACHABLE),
-        None if error.is_closed() => (SessionUnavailable, "the server closed the connection; see its log"),
-        None => (SessionRefused, "check password, sslmode and channel_binding"),
-    }
-}
-
-/// Whose limit of connections has been reached. PostgreSQL has one code for all of them.
-fn more_connections(text: &str) -> &'static str {
-    if text.contains("for role") {
-        "raise the role's limit (ALTER ROLE ... CONNECTION LIMIT), or lower max_sessions of the services"
-    } else if text.contains("for database") {
-        "raise the database's limit (ALTER DATABASE ... CONNECTION LIMIT), or lower max_sessions of the services"
-    } else if text.contains("no more connections") {
-        "raise the pooler's max_client_conn, or lower max_sessions of the services"
-    } else if text.contains("reserved") {
-        "all connections but the reserved ones are taken: raise the server's max_connections, or lower max_sessions of \
-         the services"
-    } else {
-        "raise the server's max_connections, or lower max_sessions of the services"
-    }
-}
-
-/// Whether what a pooler says (in English, always) is about its own state or the server's, and no objection to us.
-fn passes_at_a_pooler(text: &str) -> bool {
-    const OBJECTIONS: [&str; 6] =
-        ["password", "authentication", "no such", "does not exist", "not allowed", "unsupported"];
-    const PASSES: [&str; 11] = [
-        "timeout",
-        "cannot connect",
-        "could not connect",
-        "connect failed",
-        "shut down",
-        "shutting down",
-        "server conn crashed",
-        "server_login_retry",
-        "login has been failing",
-        "closed the connection",
-        "suspend",
-    ];
-    !OBJECTIONS.iter().any(|part| text.contains(part)) && PASSES.iter().any(|part| text.contains(part))
 }
 
 #[cfg(test)]

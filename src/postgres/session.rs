@@ -9,9 +9,10 @@ use postgres::types::{ToSql, Type};
 use postgres::{CancelToken, Client, Row, SimpleQueryMessage, SimpleQueryRow, Statement};
 
 use super::link::Link;
-use super::pool::Refusal;
 use super::quiet::{self, Told};
-use super::sql::{self, Schema, Shape, Verb};
+use super::refusal::Refusal;
+use super::schema::Schema;
+use super::sql::{self, Shape, Verb};
 use super::stream::{Dialer, NotReady, StreamControl};
 use super::watchdog::Watchdog;
 use super::wire::{Failure, GOODBYE, Wire};

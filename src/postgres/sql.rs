@@ -3,10 +3,8 @@
 //! A role may come with any `search_path`. The lock sessions set one of their own, so their statements need not care; what
 //! runs on a connection of the application's names schemas, types and operators in full.
 
-use std::fmt;
 use std::time::Duration;
 
-use crate::error::{Error, ErrorKind, Result};
 use crate::key::AdvisoryKey;
 
 /// Makes the catalog's tables, sequence and views; or brings them up to date, or refuses what somebody else has made there.
@@ -60,98 +58,6 @@ pub(super) const CATALOG_IS_OWN: &str = "WITH object AS MATERIALIZED ( \
 
 /// The version of the catalog.
 pub(super) const CATALOG_VERSION: &str = "SELECT version FROM dsync.version";
-
-/// The schema of the catalog. All statements are written for the one called `dsync`.
-#[derive(Clone, PartialEq, Eq)]
-pub(crate) struct Schema {
-    name: String,
-    identifier: String,
-    /// For a number and for a pair. Made once, since each fenced transaction runs one.
-    fences: [String; 2],
-    is_current: String,
-}
-
-impl Schema {
-    pub(super) const DEFAULT: &str = "dsync";
-
-    pub(super) fn new(name: &str) -> Self {
-        // The others always in quotes: they may be keywords.
-        let identifier = if name == Self::DEFAULT {
-            name.to_owned()
-        } else {
-            format!("\"{}\"", name.replace('"', "\"\""))
-        };
-        let mut schema =
-            Self { name: name.to_owned(), identifier, fences: Default::default(), is_current: String::new() };
-        schema.fences = [false, true].map(|pair| schema.apply(&fence(pair)));
-        schema.is_current = schema.apply(IS_CURRENT);
-        schema
-    }
-
-    /// Refuses a name that PostgreSQL does not take, or cuts off.
-    pub(super) fn validate(&self) -> Result<()> {
-        const LONGEST: usize = 63;
-        let name = &self.name;
-        let problem = if name.is_empty() {
-            "is empty"
-        } else if name.len() > LONGEST {
-            "has more than 63 bytes"
-        } else if name.starts_with("pg_") || name == "information_schema" {
-            "is one of PostgreSQL's own"
-        // The one would end a comment of the SQL for administrators, the other its last statement.
-        } else if name.contains(char::is_control) || name.contains("$check$") {
-            "contains a control character, or $check$"
-        } else {
-            return Ok(());
-        };
-        Err(Error::new(
-            ErrorKind::InvalidConfig,
-            format!("schema {name:?} {problem}; choose another name, such as dsync or locks"),
-        ))
-    }
-
-    /// The name as SQL has it.
-    pub(super) fn identifier(&self) -> &str {
-        &self.identifier
-    }
-
-    /// Makes a statement that is written for the schema `dsync` one for this schema.
-    pub(super) fn apply(&self, statement: &str) -> String {
-        let (mut applied, mut rest) = (String::with_capacity(statement.len()), statement);
-        while let Some((before, after)) = rest.split_once(Self::DEFAULT) {
-            if let Some(before) = before.strip_suffix('\'') {
-                // A string: the bare name, or the beginning of a qualified one.
-                let content = if after.starts_with('\'') { &self.name } else { &self.identifier };
-                let content = content.replace('\'', "''");
-                applied.push_str(before);
-                // Whatever `standard_conforming_strings` says on a connection of the application's.
-                applied.push_str(if content.contains('\\') { "E'" } else { "'" });
-                applied.push_str(&content.replace('\\', "\\\\"));
-            } else {
-                applied.push_str(before);
-                applied.push_str(&self.identifier);
-            }
-            rest = after;
-        }
-        applied + rest
-    }
-
-    /// See [`fence`].
-    pub(super) fn fence(&self, pair: bool) -> &str {
-        &self.fences[usize::from(pair)]
-    }
-
-    /// See [`IS_CURRENT`].
-    pub(super) fn is_current(&self) -> &str {
-        &self.is_current
-    }
-}
-
-impl fmt::Debug for Schema {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.name.fmt(f)
-    }
-}
 
 /// The setting that tells our sessions apart, of no meaning to the server.
 const MARK: &str = "dsync.session";
@@ -607,7 +513,7 @@ pub(super) const END_CREATION: &str = "SET search_path = pg_catalog, pg_temp; CO
 /// is refused, and lets its transaction stand open, holds up nobody.
 ///
 /// Runs on a connection of the application's, whose `search_path` may be anything.
-fn fence(pair: bool) -> String {
+pub(super) fn fence(pair: bool) -> String {
     let gate = Shape { pair, catalog: true }.gate();
     format!(
         "SELECT true FROM dsync.lock AS lock, \
@@ -627,7 +533,7 @@ fn fence(pair: bool) -> String {
 
 /// Whether the term with this token is the newest: `$1` key, `$2` whether it is a pair, `$3` token. And whether row security
 /// may hide its row. Runs where [`fence`] does.
-const IS_CURRENT: &str = "SELECT EXISTS (SELECT FROM dsync.lock AS lock \
+pub(super) const IS_CURRENT: &str = "SELECT EXISTS (SELECT FROM dsync.lock AS lock \
      WHERE lock.id OPERATOR(pg_catalog.=) $1::pg_catalog.int8 AND lock.pair OPERATOR(pg_catalog.=) $2::pg_catalog.bool \
        AND lock.token OPERATOR(pg_catalog.=) $3::pg_catalog.int8), \
      pg_catalog.row_security_active('dsync.lock')";
@@ -699,21 +605,6 @@ pub(super) fn application_name(own: &str, key: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_statement_is_made_for_another_schema_wherever_it_names_one() {
-        let statement = "SELECT nextval('dsync.token') FROM dsync.lock WHERE 'dsync' = dsync";
-        let applied = |name| Schema::new(name).apply(statement);
-        assert_eq!(applied("dsync"), statement);
-        assert_eq!(
-            applied("dsync2"),
-            r#"SELECT nextval('"dsync2".token') FROM "dsync2".lock WHERE 'dsync2' = "dsync2""#
-        );
-        assert_eq!(
-            applied(r#"a'"\"#),
-            r#"SELECT nextval(E'"a''""\\".token') FROM "a'""\".lock WHERE E'a''"\\' = "a'""\""#
-        );
-    }
 
     #[test]
     fn the_name_of_a_session_fits_into_what_the_server_keeps() {
