@@ -291,9 +291,16 @@ fn settings_of_the_connection_that_cannot_work_are_named() {
     let server = Server::shared();
     let database = server.database().unwrap();
     let url = |more: &str| config(&format!("{}?{more}", database.url()));
-    let error = PostgresManager::new(url("target_session_attrs=read-only")).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::InvalidConfig);
-    tells(&error, &["target_session_attrs=read-only", "read-write"]);
+    let read_only = format!("{}?target_session_attrs=read-only", database.url());
+    let mut given: postgres::Config = database.url().parse().unwrap();
+    given.target_session_attrs(postgres::config::TargetSessionAttrs::ReadOnly);
+    for error in [
+        Config::from_url(&read_only).unwrap_err(),
+        PostgresManager::new(Config::from_postgres(given)).unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+        tells(&error, &["target_session_attrs", "read-write"]);
+    }
     for (setting, value) in
         [("keepalives_idle", "40000"), ("keepalives_interval", "40000"), ("keepalives_retries", "1000")]
     {

@@ -214,8 +214,8 @@ fn create_in_transaction(session: &mut Session, by: Instant) -> std::result::Res
              in this database and grant what its first lines name, or set the catalog to none",
             chain(&error)
         ))),
-        // The script's own word, on what has come there since we looked.
-        Err(Failure::Refused(error)) if code(&error) == "P0001" => Err(refused(&chain(&error))),
+        // The script's own word, on what has come there since we looked. Its code is of no meaning to anybody else.
+        Err(Failure::Refused(error)) if code(&error) == "ZDS01" => Err(refused(&chain(&error))),
         Err(failure) => Err(failed(failure)),
     }
 }

@@ -12,7 +12,7 @@ pub(super) const CATALOG: &str = concat!(
     include_str!("catalog.sql"),
     "DO $check$\nDECLARE problem text := (SELECT found.text FROM (\n",
     include_str!("catalog_check.sql"),
-    ") AS found);\nBEGIN\n    IF problem IS NOT NULL THEN RAISE EXCEPTION '%', problem; END IF;\n    \
+    ") AS found);\nBEGIN\n    IF problem IS NOT NULL THEN RAISE EXCEPTION '%', problem USING ERRCODE = 'ZDS01'; END IF;\n    \
      INSERT INTO dsync.version (version) VALUES (2)\n    \
      ON CONFLICT (sole) DO UPDATE SET version = excluded.version WHERE version.version < excluded.version;\n\
      END $check$;\n\nRESET search_path;\n"
