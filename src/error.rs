@@ -119,7 +119,7 @@ impl Error {
 
     pub(crate) fn lock_unavailable(key: &str) -> Self {
         let text = format!(
-            "another session holds {key:?}; the claim goes on in the background until it is released"
+            "another session holds {key:?}; without a guard, the claim goes on in the background until release()"
         );
         Self::new(ErrorKind::LockUnavailable, text)
     }

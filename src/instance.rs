@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, ThreadId};
 
-use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
@@ -12,26 +12,15 @@ use crate::leadership::Campaign;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
 use crate::postgres::{Config, PostgresManager};
-use crate::process::Origin;
+use crate::process::PerProcess;
 
-/// No code of an application's, a manager's above all, runs under this mutex.
-static INSTANCE: Mutex<Global> = Mutex::new(Global { origin: None, stage: Stage::Before });
+static INSTANCE: PerProcess<Mutex<Stage>> = PerProcess::new();
 
-struct Global {
-    /// The process whose stage it is.
-    origin: Option<Origin>,
-    stage: Stage,
-}
-
-/// The stage of this process. What a child inherits from a process that forked stays as it is, and is the parent's.
-fn stage() -> MappedMutexGuard<'static, Stage> {
-    let mut global = INSTANCE.lock();
-    if global.origin.replace(Origin::here()).is_some_and(|origin| !origin.is_here())
-        && !matches!(global.stage, Stage::Before)
-    {
-        std::mem::forget(std::mem::replace(&mut global.stage, Stage::After(INHERITED)));
-    }
-    MutexGuard::map(global, |global| &mut global.stage)
+/// The stage of this process. No code of an application's, a manager's above all, runs under this mutex.
+fn stage() -> MutexGuard<'static, Stage> {
+    let stage =
+        INSTANCE.get(|inherited| Mutex::new(if inherited { Stage::After(INHERITED) } else { Stage::Before }));
+    stage.lock()
 }
 
 /// ```text
@@ -118,8 +107,8 @@ impl Stage {
 
 /// Makes and starts the process-wide manager, and, where the configuration names a service, stands for its leadership.
 ///
-/// For a configuration from the environment: `dsync::init(dsync::Config::from_env()?)`. Blocks for no longer than the
-/// configuration's `connect_timeout`.
+/// For a configuration from the environment: `dsync::init(dsync::Config::from_env()?)`. Blocks for no longer than three times
+/// the configuration's `connect_timeout`: see [`SyncManager::start`].
 ///
 /// # Errors
 /// - [`InvalidConfig`](ErrorKind::InvalidConfig).

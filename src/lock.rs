@@ -59,6 +59,8 @@ pub trait Lock: Send + Sync + fmt::Debug {
     ///   on the way, if any, is the source.
     /// - [`Released`](ErrorKind::Released): another thread released the claim.
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped).
+    /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): no thread could be started for the claim.
+    /// - [`OtherProcess`](ErrorKind::OtherProcess): the lock was made before a `fork`, by the parent process.
     fn lock(&self, context: &Context) -> Result<()>;
 
     /// Like [`lock`](Self::lock), but returns as soon as it is known that the lock cannot be had now.
@@ -93,7 +95,7 @@ pub trait Lock: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`UnlockFailed`](ErrorKind::UnlockFailed) or [`SessionUnavailable`](ErrorKind::SessionUnavailable): the server
     /// could not be told, or says that the lock was not held. The claim has ended all the same, and the server frees the
-    /// lock when it notices that the session is gone, at the latest when the lease ends.
+    /// lock when it notices that the session is gone, at the latest after the lease and two wait slices (25 s by default).
     fn release(&self) -> Result<()>;
 
     /// The channel of the current term. Disconnected if the lock is not held.

@@ -40,6 +40,7 @@ pub trait SyncManager: Send + Sync + fmt::Debug {
     /// # Errors
     /// - [`InvalidKey`](crate::ErrorKind::InvalidKey).
     /// - [`SyncManagerStopped`](crate::ErrorKind::SyncManagerStopped).
+    /// - [`OtherProcess`](crate::ErrorKind::OtherProcess): the manager was made before a `fork`, by the parent process.
     fn lock_with_key(&self, key: Key, options: LockOptions) -> Result<Arc<dyn Lock>>;
 }
 

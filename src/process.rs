@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::sync::OnceLock;
 use std::thread;
 
 use tokio::runtime::Handle;
@@ -38,6 +39,43 @@ impl Origin {
             Self::here()
         );
         Err(Error::new(ErrorKind::OtherProcess, message))
+    }
+}
+
+/// State of the whole process, which a forked child has anew.
+///
+/// A child must not look at its parent's: a thread that it does not have may have locked that in the moment of the fork.
+pub(crate) struct PerProcess<T: 'static> {
+    first: OnceLock<Box<Node<T>>>,
+}
+
+/// The state of one process, and that of the child in which it is looked at.
+struct Node<T: 'static> {
+    origin: Origin,
+    state: T,
+    child: OnceLock<Box<Self>>,
+}
+
+impl<T> PerProcess<T> {
+    pub(crate) const fn new() -> Self {
+        Self { first: OnceLock::new() }
+    }
+
+    /// The state of this process. `make` makes it, and is told whether a process from which this one was forked had one.
+    pub(crate) fn get(&self, make: impl Fn(bool) -> T) -> &T {
+        let (mut link, mut inherited) = (&self.first, false);
+        loop {
+            match link.get() {
+                Some(node) if node.origin.is_here() => return &node.state,
+                Some(node) => (link, inherited) = (&node.child, true),
+                None => {
+                    let node =
+                        Node { origin: Origin::here(), state: make(inherited), child: OnceLock::new() };
+                    // Another thread may have been faster.
+                    drop(link.set(Box::new(node)));
+                }
+            }
+        }
     }
 }
 

@@ -513,7 +513,7 @@ fn impostor(manners: Manners) -> u16 {
 #[test]
 fn what_is_no_postgresql_is_told_in_time() {
     const CHECK: &[&str] = &["; check host and port, and that the server runs"];
-    let waited_for: [(&str, &[&str], Manners); 6] = [
+    let waited_for: [(&str, &[&str], Manners); 2] = [
         ("says nothing", CHECK, |_| Hold::Open),
         // The one or the other, by whether our first words get there before it has closed.
         (
@@ -521,22 +521,6 @@ fn what_is_no_postgresql_is_told_in_time() {
             &["; check host and port", "; the server closed the connection; see its log"],
             |_| Hold::Close,
         ),
-        ("speaks HTTP and closes", CHECK, |stream| {
-            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
-            Hold::Close
-        }),
-        ("speaks HTTP and waits", CHECK, |stream| {
-            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
-            Hold::Open
-        }),
-        ("sends a message that cannot be", CHECK, |stream| {
-            let _ = stream.write_all(b"R\0\0\0\x01garbage");
-            Hold::Open
-        }),
-        ("sends zeros", CHECK, |stream| {
-            let _ = stream.write_all(&[0; 4096]);
-            Hold::Open
-        }),
     ];
     for (what, advice, manners) in waited_for {
         let url = format!("host=127.0.0.1 port={} user=app", impostor(manners));
@@ -548,6 +532,39 @@ fn what_is_no_postgresql_is_told_in_time() {
         assert_tells(&error, ErrorKind::TimedOut, &["127.0.0.1:"]);
         assert!(advice.iter().any(|advice| error.to_string().contains(advice)), "{what}: {error}");
         assert_ends_in_time(manager, lock);
+    }
+}
+
+#[test]
+fn what_answers_in_another_protocol_is_refused() {
+    let others: [(&str, Manners); 4] = [
+        ("HTTP", |stream| {
+            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+            Hold::Open
+        }),
+        ("SSH", |stream| {
+            let _ = stream.write_all(b"SSH-2.0-OpenSSH_9.2\r\n");
+            Hold::Open
+        }),
+        ("a message that cannot be", |stream| {
+            let _ = stream.write_all(b"R\0\0\0\x01garbage");
+            Hold::Open
+        }),
+        ("zeros", |stream| {
+            let _ = stream.write_all(&[0; 4096]);
+            Hold::Open
+        }),
+    ];
+    for (what, manners) in others {
+        let url = format!("host=127.0.0.1 port={} user=app", impostor(manners));
+        let manager = Arc::new(PostgresManager::new(config(&url)).unwrap());
+        let error = start_refused(&manager);
+        println!("{what}: {error}");
+        assert_tells(
+            &error,
+            ErrorKind::SessionRefused,
+            &["does not speak PostgreSQL's protocol", "check host and port"],
+        );
     }
 }
 

@@ -819,7 +819,7 @@ fn errors_read_the_same_everywhere(world: &dyn World) {
     first.lock();
     assert_eq!(
         text(second.lock.try_lock(&soon())),
-        r#"lock unavailable: another session holds "x"; the claim goes on in the background until it is released"#
+        r#"lock unavailable: another session holds "x"; without a guard, the claim goes on in the background until release()"#
     );
     for (context, begin, end) in [
         (no_time(), "timed out: waited ", r#" for lock "x", which another session holds"#),

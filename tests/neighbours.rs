@@ -286,3 +286,38 @@ fn within_a_slice_who_came_first_is_served_first() {
         assert_eq!(order, [0, 1, 2, 3, 4, 5, 6, 7]);
     });
 }
+
+/// The heartbeat of a lock costs the server the same, whatever locks others have there.
+#[test]
+fn locks_are_kept_beside_another_application_s_fifty_thousand() {
+    const LOCKS: usize = 60;
+    let server = support::Server::builder()
+        .setting("max_locks_per_transaction", "512")
+        .max_connections(120)
+        .start()
+        .unwrap();
+    let mut other = server.client().unwrap();
+    let take = "DO $$ BEGIN FOR i IN 1..50000 LOOP PERFORM pg_advisory_lock(7, i); END LOOP; END $$";
+    other.batch_execute(take).unwrap();
+    let config = Config::from_url(&server.url())
+        .unwrap()
+        .max_sessions(LOCKS.try_into().unwrap())
+        .lease(Duration::from_secs(2))
+        .catalog(CatalogMode::None);
+    let manager = started(config);
+    let locks: Vec<_> = (0..LOCKS).map(|number| lock(&manager, &number.to_string())).collect();
+    let losts: Vec<_> = locks
+        .iter()
+        .map(|lock| {
+            lock.lock(&soon()).unwrap();
+            lock.lost()
+        })
+        .collect();
+    // Two leases: some eight heartbeats of each.
+    let begun = Instant::now();
+    for lost in &losts {
+        let left = Duration::from_secs(4).saturating_sub(begun.elapsed());
+        assert!(lost.recv_timeout(left).is_err_and(|error| error.is_timeout()), "a lock was lost");
+    }
+    manager.stop().unwrap();
+}

@@ -483,3 +483,25 @@ fn a_password_that_is_changed_and_changed_back_is_waited_for() {
     only.gets_it_again(operator);
     waiting.get().unwrap();
 }
+
+/// A call without time makes an attempt of its own, however long the claim would pause.
+#[test]
+fn try_lock_without_time_ends_the_pause_after_an_outage() {
+    let server = Server::start().unwrap();
+    let manager = started(Config::from_url(&server.url()).unwrap());
+    let x = lock(&manager, "x");
+    x.lock(&soon()).unwrap();
+    let lost = x.lost();
+    server.stop(Shutdown::Fast).unwrap();
+    hear(&lost);
+    // Long enough for pauses of a second.
+    let outage = Instant::now();
+    while outage.elapsed() < Duration::from_secs(8) {
+        assert_eq!(kind(x.lock(&briefly())), ErrorKind::TimedOut);
+    }
+    server.start_again().unwrap();
+    let begun = Instant::now();
+    let outcome = x.try_lock(&dsync::Context::timeout(Duration::ZERO));
+    println!("{outcome:?} after {:?}", begun.elapsed());
+    outcome.unwrap();
+}

@@ -70,7 +70,7 @@ WITH RECURSIVE own (oid) AS (
               || '; run ALTER TABLE ' || called || ' DISABLE ROW LEVEL SECURITY, or give the role BYPASSRLS'
     FROM object WHERE relkind = 'r' AND row_security_active(object.oid)
 )
-SELECT problem.text || CASE WHEN problem.rank = 10 THEN
+SELECT problem.text || CASE WHEN problem.rank IN (3, 10) THEN
            '; if it belongs to another application, choose another schema (Config::schema, DSYNC_SCHEMA)'
        WHEN problem.rank < 9 THEN
            ', by which the code of others could run with the rights of ' || quote_ident(current_user)

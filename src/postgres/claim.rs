@@ -2,8 +2,8 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, after, at, bounded, never, select};
@@ -30,6 +30,8 @@ pub(super) struct Claim {
     reach: Mutex<Reach>,
     /// How many threads wait that would rather do the work themselves.
     volunteers: AtomicUsize,
+    /// Somebody wants an attempt at once.
+    hurry: AtomicBool,
 }
 
 /// How to reach the thread that works on a claim.
@@ -48,6 +50,8 @@ struct Status {
     phase: Phase,
     /// Why an attempt failed, most recently, in this phase.
     problem: Option<Error>,
+    /// How many attempts have failed so far.
+    failed_attempts: u64,
     /// The channel of the current term, or of the last one.
     lost: Lost,
     /// Of the current term, or of the last one.
@@ -97,6 +101,7 @@ impl Claim {
         let status = Status {
             phase: Phase::Acquiring,
             problem: None,
+            failed_attempts: 0,
             lost: lost_already(),
             token: None,
             last_loss: None,
@@ -109,6 +114,7 @@ impl Claim {
             status: Mutex::new(status),
             reach: Mutex::new(Reach::Idle),
             volunteers: AtomicUsize::new(0),
+            hurry: AtomicBool::new(false),
         })
     }
 
@@ -133,6 +139,8 @@ impl Claim {
         let _volunteer = volunteers.then(|| Volunteer::new(self));
         // At first nobody else is likely to be at work.
         let mut first = true;
+        // What an attempt came to that was made before this call says nothing of the one that is wanted.
+        let before = if patience == Patience::TryOnce { self.attempts() } else { 0 };
         loop {
             let changed = {
                 let mut status = self.current();
@@ -150,7 +158,7 @@ impl Claim {
                     if problem.kind() != ErrorKind::SessionUnavailable {
                         return Err(problem.clone());
                     }
-                    if patience == Patience::TryOnce {
+                    if patience == Patience::TryOnce && status.failed_attempts > before {
                         drop(status);
                         return Err(self.gave_up(ErrorKind::TimedOut, begun));
                     }
@@ -171,6 +179,21 @@ impl Claim {
                 }
             }
         }
+    }
+
+    /// How many attempts have failed.
+    fn attempts(&self) -> u64 {
+        self.status.lock().failed_attempts
+    }
+
+    /// Whether somebody wants an attempt now, and not after a pause. To be asked by the thread that pauses.
+    pub(super) fn wants_attempt(&self) -> bool {
+        self.hurry.swap(false, SeqCst)
+    }
+
+    /// Has the pause between two attempts ended. The thread that pauses must be woken after this.
+    pub(super) fn hurry(&self) {
+        self.hurry.store(true, SeqCst);
     }
 
     pub(super) fn lost(&self) -> Lost {
@@ -372,6 +395,9 @@ impl Claim {
             (Phase::Queueing, _) => ", which another session holds".to_owned(),
             (_, Some(problem)) => format!("; {problem}"),
             (Phase::Ending { .. }, _) => ", whose former claim is still being released".to_owned(),
+            (Phase::Acquiring, None) if let Some(loss) = &status.last_loss => {
+                format!("; its session was lost ({}), and another one is being opened", loss.reason)
+            }
             (Phase::Acquiring, None) => {
                 "; the server has not answered yet: check host and port, and in pg_locks whether a table of the \
                  catalog is locked"
@@ -457,6 +483,7 @@ impl Claim {
         if status.is_open() {
             status.phase = Phase::Acquiring;
             status.problem = problem;
+            status.failed_attempts += 1;
             status.notify();
         }
     }

@@ -52,6 +52,10 @@ use crate::view::LockView;
 /// until it ends or executes another program: so while a child lives on, a parent that was *killed* is not noticed by the
 /// end of its connection but by the end of its lease.
 ///
+/// Processes are told apart by their ids. A child that is process 1 of a PID namespace of its own, of a parent that is
+/// process 1 too, is taken for its parent. And as with every library that has threads, fork while no other thread is in a
+/// call of it: what such a thread has begun stays unfinished in the child.
+///
 /// ```no_run
 /// use dsync::{Config, Context, Lock, LockOptions, PostgresManager, SyncManager};
 ///
@@ -73,7 +77,8 @@ impl PostgresManager {
     /// Makes a manager. Nothing is connected before [`start`](SyncManager::start).
     ///
     /// # Errors
-    /// [`InvalidConfig`](ErrorKind::InvalidConfig): the text says which setting cannot work and why.
+    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the text says which setting cannot work and why.
+    /// - [`FailedInitialization`](ErrorKind::FailedInitialization): the thread of the pool could not be started.
     pub fn new(config: Config) -> Result<Self> {
         config.validate()?;
         let pool = Pool::new(&config)?;
@@ -94,7 +99,8 @@ impl PostgresManager {
 
     /// Who holds the lock with this key, and who waits for it, in whichever process.
     ///
-    /// It takes a session of the pool for one round trip, and may take as long as `connect_timeout` and the heartbeat's
+    /// It takes a session of the pool for one round trip, and may take as long as `connect_timeout` (three times that, if it is
+    /// the manager's first session) and the heartbeat's
     /// timeout together, when the server does not answer. The same can be seen with `psql` in the views `dsync.locks` and
     /// `dsync.waiters`.
     ///
@@ -110,7 +116,8 @@ impl PostgresManager {
     /// ```
     ///
     /// # Errors
-    /// - [`InvalidKey`](ErrorKind::InvalidKey), [`SyncManagerStopped`](ErrorKind::SyncManagerStopped).
+    /// - [`InvalidKey`](ErrorKind::InvalidKey), [`SyncManagerStopped`](ErrorKind::SyncManagerStopped),
+    ///   [`OtherProcess`](ErrorKind::OtherProcess).
     /// - [`PoolExhausted`](ErrorKind::PoolExhausted): claims have all the sessions.
     /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable), [`SessionRefused`](ErrorKind::SessionRefused).
     pub fn inspect(&self, key: impl Into<Key>) -> Result<LockView> {
@@ -161,7 +168,8 @@ impl SyncManager for PostgresManager {
     /// Begins the manager's work, after a look at the server.
     ///
     /// A server that cannot be reached now, or has no free connection, is no failure: a warning is logged, and claims keep
-    /// trying. It may take as long as `connect_timeout`, and three times that with a check of the server and the catalog.
+    /// trying. Blocks for three times `connect_timeout` at the most: to open two sessions, to check the server by them, and to
+    /// look for the catalog or make it.
     /// While another thread is in `start`, this call waits for it and gives the same outcome.
     ///
     /// # Errors

@@ -25,7 +25,7 @@ use super::watchdog::Watchdog;
 use super::wire::Failure;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::loss::LossReason;
-use crate::process::nonce;
+use crate::process::{PerProcess, nonce};
 
 /// The sessions of a manager.
 ///
@@ -124,12 +124,12 @@ fn thread_pool() -> Result<ScheduledThreadPool> {
     /// The system counts a thread that has ended for a moment longer, so one more than is needed.
     const SPARE: usize = 2;
     /// What one thread has found to be spare another one must not use up meanwhile.
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    static ONE_AT_A_TIME: PerProcess<Mutex<()>> = PerProcess::new();
     let failed = || {
         let message = "the thread of the session pool could not be started; is the limit of threads reached?";
         Error::new(ErrorKind::FailedInitialization, message)
     };
-    let _turn = ONE_AT_A_TIME.lock();
+    let _turn = ONE_AT_A_TIME.get(|_| Mutex::default()).lock();
     // The pool's maker panics where there is no thread to be had, so that is tried before.
     let (hold, held) = bounded::<Infallible>(0);
     let spare = [(); SPARE].map(|()| {

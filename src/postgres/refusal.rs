@@ -6,7 +6,7 @@ use std::io;
 use std::iter;
 use std::time::Duration;
 
-use super::stream::{DialError, HookError, Local, PasswordError, TimedOut};
+use super::stream::{DialError, Ended, HookError, Local, PasswordError, TimedOut};
 use super::wire::Failure;
 use crate::error::{Error, ErrorKind, chain};
 use crate::loss::LossReason;
@@ -131,7 +131,12 @@ impl Refusal {
     pub(super) fn from_failure(failure: Failure) -> Self {
         match failure {
             Failure::Lost { reason, cause } => {
-                let message = format!("the session did not come to be: {reason}");
+                let message = match reason {
+                    LossReason::HeartbeatTimedOut => {
+                        "the session could not be opened: a statement was not answered in time".to_owned()
+                    }
+                    reason => format!("the session could not be opened: {reason}"),
+                };
                 Self {
                     cause: cause.map(Into::into),
                     is_late: reason == LossReason::HeartbeatTimedOut,
@@ -186,6 +191,8 @@ impl Refusal {
 const SHARED_SESSIONS: &str = "a pooler in transaction or statement mode stands before the server: sessions share a \
                                backend, so a lock would exclude nobody; connect to the server directly, or use \
                                session mode";
+const NOT_POSTGRES: &str =
+    "the server does not speak PostgreSQL's protocol; check host and port, and what stands in front of it";
 const UNREACHABLE: &str = "check host and port, and that the server runs";
 const SLOW_LINK: &str = "if the link is slow, raise connect_timeout";
 const UNREACHABLE_OR_SLOW: &str =
@@ -335,7 +342,13 @@ fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
     if io.is_some_and(|io| io.kind() == io::ErrorKind::InvalidData && io.to_string().contains("alert")) {
         return (SessionRefused, TLS);
     }
+    // It was ended by this process; nothing is wrong with the server.
+    if Ended::find(error) == Some(Ended::Killed) {
+        return (SessionUnavailable, "");
+    }
     match io.map(io::Error::kind) {
+        // An answer that is no message of PostgreSQL's, or an endless one.
+        Some(io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput) => (SessionRefused, NOT_POSTGRES),
         // The driver's own, of the right session to the wrong kind of server.
         Some(io::ErrorKind::PermissionDenied) => (
             SessionUnavailable,
@@ -349,15 +362,16 @@ fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
 
 /// Whose limit of connections has been reached. PostgreSQL has one code for all of them.
 fn more_connections(text: &str) -> &'static str {
-    if text.contains("for role") {
+    // "… are reserved for roles with …", says 16.
+    if text.contains("reserved") {
+        "all connections but the reserved ones are taken: raise the server's max_connections, or lower max_sessions of \
+         the services"
+    } else if text.contains("for role") {
         "raise the role's limit (ALTER ROLE ... CONNECTION LIMIT), or lower max_sessions of the services"
     } else if text.contains("for database") {
         "raise the database's limit (ALTER DATABASE ... CONNECTION LIMIT), or lower max_sessions of the services"
     } else if text.contains("no more connections") {
         "raise the pooler's max_client_conn, or lower max_sessions of the services"
-    } else if text.contains("reserved") {
-        "all connections but the reserved ones are taken: raise the server's max_connections, or lower max_sessions of \
-         the services"
     } else {
         "raise the server's max_connections, or lower max_sessions of the services"
     }

@@ -28,7 +28,7 @@ pub(super) struct Session {
     schema: Arc<Schema>,
     cancel: Arc<CancelToken>,
     backend_pid: i32,
-    /// The server is at the other end of the socket, and no pooler: its client has our port.
+    /// The server is at the other end of the socket, and no pooler.
     is_direct: bool,
     /// What this session, and no other, has written into its backend.
     mark: u64,
@@ -175,7 +175,7 @@ impl Session {
         }
         self.backend_pid = backend_pid;
         let port = column(4).and_then(|port| port.parse().ok());
-        self.is_direct = self.control().socket().is_some_and(|socket| socket.local_port() == port);
+        self.is_direct = self.control().socket().is_some_and(|socket| socket.leads_to(backend_pid, port));
         for (name, value) in niceties.iter().filter(|_| !all) {
             match self.simple_query(&sql::set(name, value), by) {
                 Ok(_) => {}
@@ -429,7 +429,14 @@ impl Session {
 
     /// Renews the lease, and proves that the session is what it was, and holds what it took.
     pub(super) fn heartbeat(&mut self, by: Instant) -> Result<(), Failure> {
-        self.heartbeat_with("", "", by).map(drop)
+        loop {
+            match self.heartbeat_with("", "", by) {
+                // Somebody's cancel request hit it, which says nothing of the session.
+                Err(Failure::Refused(error))
+                    if error.code() == Some(&SqlState::QUERY_CANCELED) && Instant::now() < by => {}
+                outcome => return outcome.map(drop),
+            }
+        }
     }
 
     /// A heartbeat which asks for the lock `key` as well, without waiting; whether it was granted.

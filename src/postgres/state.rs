@@ -143,7 +143,7 @@ pub(super) enum End {
 pub(super) enum Action {
     /// Take a session from the pool, and open it if need be: `Connected` or `ConnectFailed`.
     Connect,
-    /// Do nothing until then: `Quiet`.
+    /// Do nothing until then: `Quiet`, `Wanted`.
     Pause { until: Time },
     /// Ask for the lock without waiting: `Granted`, `Busy`.
     Try,
@@ -189,6 +189,8 @@ pub(super) enum Event {
     },
     /// Nothing happened until the time given.
     Quiet,
+    /// Somebody wants an attempt now.
+    Wanted,
     SessionLost(LossReason),
     /// The lock was given back; `held` is whether the server says that it had been held.
     Unlocked {
@@ -270,6 +272,7 @@ impl Machine {
                 Some(Notice::Failed)
             }
             (State::BackingOff { until }, Event::Quiet) if now >= until => self.become_(State::Connecting),
+            (State::BackingOff { .. }, Event::Wanted) => self.become_(State::Connecting),
 
             (State::Trying, Event::Busy) => {
                 self.failing_since = None;

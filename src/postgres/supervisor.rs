@@ -164,6 +164,10 @@ impl Supervisor {
         context: &Context,
     ) -> crate::Result<()> {
         let patient = patience == Patience::Lock;
+        if patience == Patience::TryOnce {
+            claim.hurry();
+            self.alarm.ring();
+        }
         if context.can_be_cancelled() || !may_drive() {
             // To be woken by a cancellation this thread must wait for one.
             self.alarm.ring();
@@ -291,6 +295,9 @@ impl Supervisor {
                 Action::Finish(_) => self.finish(&mut bench),
                 Action::Pause { until } | Action::Watch { until } if work.is_due(until) => {
                     self.guarded(&mut bench, Work::wait_is_over);
+                }
+                Action::Pause { .. } if work.claim().wants_attempt() => {
+                    self.guarded(&mut bench, Work::is_wanted);
                 }
                 Action::Pause { until } => return Next::Sleep { until: work.at(until), watch: None },
                 Action::Watch { .. } if readable || work.is_cut_off() => {

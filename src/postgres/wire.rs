@@ -12,7 +12,7 @@ use postgres::fallible_iterator::FallibleIterator;
 
 use super::stream::{Ended, SHORT_ANSWER, StreamControl};
 use crate::loss::LossReason;
-use crate::process::{Origin, may_drive};
+use crate::process::{Origin, PerProcess, may_drive};
 
 /// How long a session that is closed may take to say so to the server.
 pub(super) const GOODBYE: Duration = Duration::from_millis(100);
@@ -129,13 +129,14 @@ impl Drop for Wire {
 /// Closes a session on a thread of its own, since this one cannot.
 fn close_elsewhere(wire: Wire) {
     /// Where sessions wait for a thread that closes them: if none could be started, the next one takes these along.
-    static LEFT: Mutex<Vec<Wire>> = Mutex::new(Vec::new());
+    static LEFT: PerProcess<Mutex<Vec<Wire>>> = PerProcess::new();
+    let left = LEFT.get(|_| Mutex::default());
     // The server must not wait for that.
     wire.control.kill();
-    LEFT.lock().push(wire);
+    left.lock().push(wire);
     let close = || {
-        let left = mem::take(&mut *LEFT.lock());
-        drop(left);
+        let closed = mem::take(&mut *left.lock());
+        drop(closed);
     };
     if let Err(error) = thread::Builder::new().name("dsync-close".to_owned()).spawn(close) {
         log::warn!("a session is cut off, and its memory kept, for want of a thread: {error}");

@@ -24,7 +24,7 @@ use crate::loss::LossReason;
 pub(super) struct Terms {
     pub(super) request: Request,
     pub(super) valuer: Option<LockValuer>,
-    /// Whether it was when it was last called.
+    /// Whether the last call of the valuer took less than 1 ms.
     pub(super) valuer_is_fast: AtomicBool,
     pub(super) plan: LeasePlan,
     pub(super) wait_slice: Duration,
@@ -217,6 +217,11 @@ impl Work {
 
     pub(super) fn wait_is_over(&mut self) {
         self.take_in(Event::Quiet);
+    }
+
+    /// Somebody does not want to wait for the end of a pause.
+    pub(super) fn is_wanted(&mut self) {
+        self.take_in(Event::Wanted);
     }
 
     /// Takes in what the server has said by itself. To be called when there is something to read.
@@ -488,7 +493,7 @@ impl Work {
             End::Unconfirmed => {
                 let message = format!(
                     "the session for {key:?} was lost before the server confirmed the release; \
-                     it frees the lock when it notices, after {:?} at the latest",
+                     the server frees the lock when it notices, after {:?} at the latest",
                     self.terms.doubt()
                 );
                 let error = Error::new(ErrorKind::UnlockFailed, message);

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use tokio::runtime;
 
+use crate::process::PerProcess;
+
 /// Descriptors beyond those of a runtime that must be free: the driver's own socket, that of the session, and one that
 /// another thread of the application may take at this moment.
 const SPARE: usize = 3;
@@ -17,9 +19,18 @@ const SPARE: usize = 3;
 /// After this time the next thread goes on all the same. The driver takes microseconds to make its runtime.
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// Until when a thread has the turn; `None` if nobody has it.
-static TAKEN_UNTIL: Mutex<Option<Instant>> = Mutex::new(None);
-static FREED: Condvar = Condvar::new();
+/// Who has the turn.
+#[derive(Default)]
+struct Turns {
+    /// Until when a thread has it; `None` if nobody has it.
+    taken_until: Mutex<Option<Instant>>,
+    freed: Condvar,
+}
+
+fn turns() -> &'static Turns {
+    static TURNS: PerProcess<Turns> = PerProcess::new();
+    TURNS.get(|_| Turns::default())
+}
 
 /// The right to let the driver make a runtime. One thread of the process has it at a time, or else several would each
 /// find the same descriptors free. Given back when dropped.
@@ -44,13 +55,13 @@ pub(super) fn reserve(any: impl AsFd) -> io::Result<Turn> {
 
 impl Turn {
     fn take() -> Self {
-        let mut taken_until = TAKEN_UNTIL.lock();
+        let turns = turns();
+        let mut taken_until = turns.taken_until.lock();
         loop {
             let now = Instant::now();
             match *taken_until {
-                // A child process inherits the turn of a thread that it does not have.
-                Some(until) if now < until && until <= now + LONGEST => {
-                    FREED.wait_until(&mut taken_until, until);
+                Some(until) if now < until => {
+                    turns.freed.wait_until(&mut taken_until, until);
                 }
                 _ => {
                     let until = now + LONGEST;
@@ -64,11 +75,12 @@ impl Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let mut taken_until = TAKEN_UNTIL.lock();
+        let turns = turns();
+        let mut taken_until = turns.taken_until.lock();
         // Whoever came too late to give it back leaves the next one's alone.
         if *taken_until == Some(self.0) {
             *taken_until = None;
-            FREED.notify_one();
+            turns.freed.notify_one();
         }
     }
 }

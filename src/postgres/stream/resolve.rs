@@ -6,14 +6,14 @@ use std::error::Error;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, ToSocketAddrs};
-use std::process;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::control::StreamControl;
+use crate::process::PerProcess;
 
 /// How soon a kill is noticed while a name is being resolved.
 const SLICE: Duration = Duration::from_millis(20);
@@ -27,12 +27,14 @@ struct LookUp {
     done: Condvar,
 }
 
-/// By the id of the process and the name: a child process has none of its parent's threads.
-type LookUps = HashMap<(u32, String), Arc<LookUp>>;
+type LookUps = HashMap<String, Arc<LookUp>>;
 
 /// One for each name at the most, in the whole process: the system's resolver can hang for minutes and cannot be
 /// interrupted, so each look-up has a thread, which is left to itself when the time is up.
-static UNDER_WAY: Mutex<Option<LookUps>> = Mutex::new(None);
+fn under_way() -> MutexGuard<'static, LookUps> {
+    static UNDER_WAY: PerProcess<Mutex<LookUps>> = PerProcess::new();
+    UNDER_WAY.get(|_| Mutex::default()).lock()
+}
 
 /// The addresses of a host name, at least one; not later than `by`.
 ///
@@ -84,14 +86,13 @@ fn look_up(
     name: &str,
     resolver: impl FnOnce(&str) -> io::Result<Vec<IpAddr>> + Send + 'static,
 ) -> io::Result<Arc<LookUp>> {
-    let key = (process::id(), name.to_owned());
-    let look_up = match UNDER_WAY.lock().get_or_insert_default().entry(key.clone()) {
+    let look_up = match under_way().entry(name.to_owned()) {
         Entry::Occupied(entry) => return Ok(Arc::clone(entry.get())),
         Entry::Vacant(entry) => Arc::clone(entry.insert(Arc::default())),
     };
-    let ending = Ending { key, look_up: Arc::clone(&look_up) };
+    let ending = Ending { name: name.to_owned(), look_up: Arc::clone(&look_up) };
     thread::Builder::new().name("dsync-resolve".into()).spawn(move || {
-        let outcome = resolver(&ending.key.1);
+        let outcome = resolver(&ending.name);
         *ending.look_up.outcome.lock() = Some(outcome.map_err(Arc::new));
     })?;
     Ok(look_up)
@@ -99,16 +100,14 @@ fn look_up(
 
 /// Ends a look-up when dropped: with its thread, or because there is no thread to be had.
 struct Ending {
-    key: (u32, String),
+    name: String,
     look_up: Arc<LookUp>,
 }
 
 impl Drop for Ending {
     fn drop(&mut self) {
         // First off the list, so that nobody joins one that is over.
-        if let Some(under_way) = &mut *UNDER_WAY.lock() {
-            under_way.remove(&self.key);
-        }
+        under_way().remove(&self.name);
         let unanswered = || Err(Arc::new(io::Error::other("the look-up of the host name failed")));
         self.look_up.outcome.lock().get_or_insert_with(unanswered);
         self.look_up.done.notify_all();
@@ -174,8 +173,8 @@ mod tests {
             let waiter =
                 scope.spawn(|| resolve_with(name, &control, in_(60_000), |_| Ok(Vec::new())).unwrap());
             let waits = || {
-                let under_way = UNDER_WAY.lock();
-                let look_up = under_way.as_ref().and_then(|all| all.get(&(process::id(), name.to_owned())));
+                let under_way = under_way();
+                let look_up = under_way.get(name);
                 look_up.is_some_and(|look_up| Arc::strong_count(look_up) > 2)
             };
             while !waits() {

@@ -96,11 +96,18 @@ impl Socket {
         }
     }
 
-    /// The port at this end, if it is TCP.
-    pub(crate) fn local_port(&self) -> Option<u16> {
+    /// Whether the server's process `backend` is at the other end, and no pooler. By its word its client has the port
+    /// `client_port`, or none if it is a Unix socket. `false` also where that cannot be known.
+    pub(crate) fn leads_to(&self, backend: i32, client_port: Option<u16>) -> bool {
         match &*self.inner {
-            Inner::Tcp(stream) => stream.local_addr().ok().map(|address| address.port()),
-            Inner::Unix(_) => None,
+            Inner::Tcp(stream) => {
+                stream.local_addr().is_ok_and(|address| Some(address.port()) == client_port)
+            }
+            // A pooler may have Unix sockets at both sides. The one that listens here must have started the backend.
+            Inner::Unix(stream) => {
+                let listener = stream.peer_cred().ok().and_then(|peer| peer.pid());
+                client_port.is_none() && listener.is_some() && listener == parent_of(backend)
+            }
         }
     }
 
@@ -136,6 +143,13 @@ impl Socket {
         // It fails when the connection has ended before.
         let _ = either!(self, stream => SockRef::from(stream).shutdown(std::net::Shutdown::Both));
     }
+}
+
+/// The process that has started another one, where `/proc` tells: on Linux, and not of one in another container.
+fn parent_of(process: i32) -> Option<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The name before that, in brackets, may have anything in it.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
 impl AsFd for Socket {
