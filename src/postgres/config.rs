@@ -438,7 +438,9 @@ impl Config {
             )));
         }
         if self.max_sessions == 0 {
-            return Err(invalid("max_sessions is 0; each claim needs a session".to_owned()));
+            return Err(invalid(
+                "max_sessions is 0; set at least 1, since each claim needs a session".to_owned(),
+            ));
         }
         if self.max_sessions > MOST_SESSIONS {
             return Err(invalid(format!(

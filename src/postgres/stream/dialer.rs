@@ -288,7 +288,7 @@ fn routes(config: &Config) -> Result<Vec<Route>, String> {
     let (hosts, addresses, ports) = (config.get_hosts(), config.get_hostaddrs(), config.get_ports());
     let count = hosts.len().max(addresses.len());
     if count == 0 {
-        return Err("both host and hostaddr are missing".into());
+        return Err("no host is named: name one, or the folder of the server's Unix socket".into());
     }
     if !hosts.is_empty() && !addresses.is_empty() && hosts.len() != addresses.len() {
         return Err(format!(
