@@ -132,6 +132,9 @@ pub(crate) fn no_thread(error: io::Error) -> Error {
 mod tests {
     use super::*;
 
+    use fork::Fork;
+    use parking_lot::Mutex;
+
     #[test]
     fn an_object_of_another_process_is_refused_by_both_numbers() {
         let ours = Origin::here();
@@ -140,6 +143,23 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::OtherProcess);
         let text = error.to_string();
         assert!(text.contains("process 1,") && text.contains(&ours.to_string()), "{text}");
+    }
+
+    #[test]
+    fn a_forked_child_does_not_wait_for_what_a_thread_of_its_parent_has_locked() {
+        static STATE: PerProcess<Mutex<bool>> = PerProcess::new();
+        let get = || STATE.get(Mutex::new);
+        let locked = get().lock();
+        match fork::fork().unwrap() {
+            Fork::Child => {
+                // It is told that its parent had a state, and has its own, which it keeps.
+                let inherited = get().try_lock().is_some_and(|mut inherited| std::mem::take(&mut *inherited));
+                let kept = get().try_lock().is_some_and(|inherited| !*inherited);
+                std::process::exit(if inherited && kept { 0 } else { 1 });
+            }
+            Fork::Parent(child) => assert_eq!(fork::waitpid(child).unwrap(), 0),
+        }
+        assert!(!*locked, "the parent had none to inherit");
     }
 
     #[test]

@@ -166,56 +166,6 @@ fn a_forked_child_may_have_a_manager_of_its_own() {
     play("its own manager");
 }
 
-/// What the whole process shares must not be locked for ever in the child.
-#[test]
-fn a_child_that_is_forked_while_other_threads_use_the_library_can_make_a_manager_of_its_own() {
-    let database = Database::fresh().unwrap();
-    let mut command = common::process("busy_scene", "forks");
-    command.env("DATABASE_URL", database.url());
-    Process::start(&mut command).succeeds();
-}
-
-/// Not a test: the body of that process.
-#[test]
-fn busy_scene() {
-    if common::role().is_none() {
-        return;
-    }
-    let config = Config::from_env().unwrap();
-    // Refused at once, so that its threads do nothing but to take and give back what the process shares.
-    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let busy: Vec<_> = (0..2)
-        .map(|_| {
-            let (config, stop) = (config.clone(), Arc::clone(&stop));
-            std::thread::spawn(move || {
-                while !stop.load(std::sync::atomic::Ordering::SeqCst) {
-                    drop(PostgresManager::new(config.clone()).unwrap());
-                    let _ = dsync::shutdown();
-                }
-            })
-        })
-        .collect();
-    for round in 0..60 {
-        match fork::fork().unwrap() {
-            Fork::Child => {
-                let manager = PostgresManager::new(config.clone()).unwrap();
-                std::mem::forget(manager);
-                let _ = dsync::shutdown();
-                std::process::exit(0);
-            }
-            Fork::Parent(child) => {
-                let begun = Instant::now();
-                while support::process::is_alive(child) {
-                    assert!(begun.elapsed() < common::PATIENCE, "round {round}: the child hangs");
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-            }
-        }
-    }
-    stop.store(true, std::sync::atomic::Ordering::SeqCst);
-    busy.into_iter().for_each(|thread| thread.join().unwrap());
-}
-
 /// What a pooler does that resets a session, or a child that speaks on the parent's socket.
 #[test]
 fn a_lock_that_something_else_unlocked_in_its_session_is_lost_with_the_next_heartbeat() {
