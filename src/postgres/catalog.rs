@@ -56,7 +56,7 @@ pub fn catalog_sql(schema: &str) -> Result<String> {
 /// of the object. This is looked at in PostgreSQL's own tables before the first statement on the schema: with the manager's
 /// first session, and again when a part of the catalog was found missing.
 ///
-/// Those who are trusted may change it all at any time: so who drops the schema while managers run should let nobody make
+/// Those who are trusted may change it all at any time: so an operator who drops the schema while managers run should let nobody make
 /// schemas meanwhile. Fenced transactions rely on the managers' look; they are for connections to the very same database.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]

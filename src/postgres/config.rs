@@ -238,7 +238,7 @@ impl Config {
     /// takes the place of the connection's password. Defaults to none. A manager's first session asks for it twice, and
     /// claims that cannot connect ask again and again, some 80 times in the first 2 s: keep what is dear to get.
     ///
-    /// It runs on a thread of the library's, one call at a time; whoever asks meanwhile gets the answer of the next call.
+    /// It runs on a thread of the library's, one call at a time; an attempt that begins meanwhile gets the answer of the next call.
     /// Its time is a part of the connect's: a call that takes longer fails that attempt, and a later attempt waits for it
     /// to end. An error, a panic or a call that takes too long makes the attempt fail as an unreachable server does, so that
     /// claims try again; its text stands in theirs and in the log, so it should not contain the password.

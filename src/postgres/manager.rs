@@ -174,7 +174,7 @@ impl SyncManager for PostgresManager {
     ///
     /// # Errors
     /// - [`FailedInitialization`](ErrorKind::FailedInitialization): the server refuses us, or cannot keep locks: a
-    ///   transaction pooler, a hot standby, a version before 14. Whatever is not known to pass by itself counts as refused.
+    ///   transaction pooler, a hot standby, a version before 14. An error of the server that is not known to be temporary counts as a refusal.
     ///   The source says which.
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped): at once, if [`stop`](SyncManager::stop) comes meanwhile.
     /// - [`OtherProcess`](ErrorKind::OtherProcess): the manager was made before a `fork`.

@@ -265,7 +265,7 @@ fn broken_connection(error: &(dyn StdError + 'static)) -> bool {
 
 /// What kind of trouble an error of the driver is, and what to do about it.
 ///
-/// What is not known to pass by itself is refused. [`SessionUnavailable`](ErrorKind::SessionUnavailable) is for what does:
+/// An error that is not known to be temporary is a refusal. [`SessionUnavailable`](ErrorKind::SessionUnavailable) is for those that are:
 /// the server starts, stops, fails over, or is asked for the catalog at a bad moment; there `try_lock` waits, since it is
 /// soon over. A server without a free connection is [`PoolExhausted`](ErrorKind::PoolExhausted): it passes when somebody
 /// leaves, but that may be never, so `lock` waits for it, and `try_lock` does not.

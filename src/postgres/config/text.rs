@@ -109,10 +109,7 @@ fn host_and_port(text: &str) -> Result<(Vec<u8>, Vec<u8>), Problem> {
     }
     let is_folder = name.first() == Some(&b'/');
     if !name.is_empty() && !is_folder && !std::str::from_utf8(&name).is_ok_and(is_host_name) {
-        return Err(format!(
-            "what stands in the place of a host has characters that none has; {CREDENTIALS}"
-        )
-        .into());
+        return Err(format!("the host has characters that no host name has; {CREDENTIALS}").into());
     }
     Ok((name, port))
 }
@@ -325,7 +322,7 @@ mod tests {
             ("postgres://ada@[::1/engine", "without its ]"),
             ("postgres://ada@::1:5432/engine", "[ ]"),
             ("postgres://ada@a:70000/engine", "place of a port"),
-            ("postgres://ada@a b/engine", "place of a host"),
+            ("postgres://ada@a b/engine", "no host name has"),
             ("postgres://ada@a/engine?schema=public&connection_limit=5", "schema is not one of PostgreSQL's"),
             ("postgres://ada@a/engine?ssl=no", "ssl can only be true"),
             ("host=a sslmode=verify-full", "the parameter sslmode of the connection string"),
