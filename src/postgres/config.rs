@@ -236,7 +236,7 @@ impl Config {
     /// A hook that gives the password of each session, for passwords that expire: tokens of a cloud's identity service,
     /// leases of a vault, a file that is mounted anew. It is asked before each attempt to connect, and its answer
     /// takes the place of the connection's password. Defaults to none. A manager's first session asks for it twice, and
-    /// claims that cannot connect ask again and again, some 80 times in the first 2 s: keep what is dear to get.
+    /// claims that cannot connect ask again after each pause, of 5 ms to 2 s: keep a password that is costly to get.
     ///
     /// It runs on a thread of the library's, one call at a time; an attempt that begins meanwhile gets the answer of the next call.
     /// Its time is a part of the connect's: a call that takes longer fails that attempt, and a later attempt waits for it

@@ -450,7 +450,7 @@ pub(super) fn settle(lost: &[i32]) -> String {
 ///
 /// A session counts how often it has taken a lock. A term's is taken twice; so to give it back once and to take it again shows
 /// that it is held, and it is not free in between. That looks at the session's own memory only. (To read `pg_locks` copies the
-/// whole server's table of locks: with 5,000 of them, whoever has them, it took 2 ms for each heartbeat.) Nothing can
+/// whole server's table of locks, whoever has them, for each heartbeat of each lock.) Nothing can
 /// interrupt the server between the two calls.
 pub(super) fn heartbeat(held: Option<AdvisoryKey>) -> String {
     let holds = held.map_or_else(
