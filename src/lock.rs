@@ -1,22 +1,15 @@
 //! The contract of a lock, its options, and the guard for scoped use.
 
-use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::Sender;
 use serde::Serialize;
 
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::loss::Loss;
+use crate::loss::{Loss, Lost, lost_already};
 use crate::term::Term;
-
-/// Signals the end of a term: it never carries a message and disconnects when the lock is no longer held.
-///
-/// Use it in `select!`, block on `recv()` (which returns an error at the end of the term), or ask `try_recv()`. Clone it
-/// for any number of listeners. A channel that has disconnected stays so: the next term has a channel of its own.
-pub type Lost = Receiver<Infallible>;
 
 /// A distributed lock, shared by all processes that use the same key on the same database.
 ///
@@ -251,7 +244,7 @@ impl LockGuard {
 
     fn held(lock: Arc<dyn Lock>, outcome: Result<()>) -> Result<Self> {
         // A term that was lost in this very moment is one all the same: over.
-        let term = lock.term().unwrap_or_else(|| Term::new(lost_already(), None));
+        let term = lock.term().unwrap_or_else(|| Term::new(lost_already(), None, None));
         let guard = Self { lock: Some(lock), term };
         outcome.map(|()| guard)
     }
@@ -285,9 +278,4 @@ impl Drop for LockGuard {
             log::warn!("lock {:?}: {}", lock.key(), crate::error::chain(&error));
         }
     }
-}
-
-/// A channel that has disconnected already: that of a lock which is not held.
-pub(crate) fn lost_already() -> Lost {
-    crossbeam_channel::bounded(0).1
 }

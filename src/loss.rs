@@ -1,7 +1,21 @@
 //! How a term ended that the application did not end.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::time::{Duration, SystemTime};
+
+use crossbeam_channel::Receiver;
+
+/// Signals the end of a term: it never carries a message and disconnects when the lock is no longer held.
+///
+/// Use it in `select!`, block on `recv()` (which returns an error at the end of the term), or ask `try_recv()`. Clone it
+/// for any number of listeners. A channel that has disconnected stays so: the next term has a channel of its own.
+pub type Lost = Receiver<Infallible>;
+
+/// A channel that has disconnected already: that of a lock which is not held.
+pub(crate) fn lost_already() -> Lost {
+    crossbeam_channel::bounded(0).1
+}
 
 /// A term that was lost: why, and when this process knew.
 #[derive(Clone, PartialEq, Eq)]

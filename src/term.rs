@@ -2,15 +2,13 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
-use postgres::{GenericClient, Transaction};
+use postgres::types::ToSql;
+use postgres::{GenericClient, Row, Transaction};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::expiry::Expiry;
-use crate::lock::Lost;
-use crate::postgres::fence;
-use crate::postgres::schema::Schema;
+use crate::loss::Lost;
 use crate::process::Origin;
 
 /// A term: from the moment that the lock was acquired to the moment that it is released or lost.
@@ -49,29 +47,33 @@ pub struct Term {
     lost: Lost,
     token: Option<i64>,
     /// When the term ends unless it is renewed; `None` where nothing has to be renewed.
-    deadline: Option<Arc<Expiry>>,
-    /// Where the token is kept; `None` where no database keeps it.
-    row: Option<Row>,
+    expiry: Option<Arc<Expiry>>,
+    /// What knows of later terms; `None` where nothing does.
+    fence: Option<Arc<dyn Fence>>,
     /// The process that holds the lock.
     origin: Origin,
 }
 
-/// Where the catalog keeps the newest token of a key, and for how long a fenced transaction may pause.
-#[derive(Clone, Debug)]
-pub(crate) struct Row {
-    pub(crate) id: i64,
-    pub(crate) pair: bool,
-    pub(crate) longest_pause: Duration,
-    pub(crate) schema: Arc<Schema>,
+/// What knows the newest term of a key. Each implementation of the contract gives its terms its own.
+pub(crate) trait Fence: fmt::Debug + Send + Sync {
+    /// Keeps a later term from beginning until the transaction that `ask` speaks in ends; `false` if one has begun.
+    fn hold(&self, ask: &mut Ask<'_>, token: i64) -> Result<bool>;
+
+    /// Whether no later term has begun.
+    fn is_current(&self, ask: &mut Ask<'_>, token: i64) -> Result<bool>;
 }
 
+/// Runs a statement on a connection of the application's; the first row of the answer, if there is one.
+pub(crate) type Ask<'a> =
+    dyn FnMut(&str, &[&(dyn ToSql + Sync)]) -> std::result::Result<Option<Row>, postgres::Error> + 'a;
+
 impl Term {
-    pub(crate) fn new(lost: Lost, token: Option<i64>) -> Self {
-        Self { lost, token, deadline: None, row: None, origin: Origin::here() }
+    pub(crate) fn new(lost: Lost, token: Option<i64>, fence: Option<Arc<dyn Fence>>) -> Self {
+        Self { lost, token, expiry: None, fence, origin: Origin::here() }
     }
 
-    pub(crate) fn with_lease(self, deadline: Arc<Expiry>, row: Option<Row>) -> Self {
-        Self { deadline: Some(deadline), row, ..self }
+    pub(crate) fn with_expiry(self, expiry: Arc<Expiry>) -> Self {
+        Self { expiry: Some(expiry), ..self }
     }
 
     /// The channel that disconnects when this term ends.
@@ -98,7 +100,7 @@ impl Term {
             return false;
         }
         // After a freeze of the process this thread may run before the one that closes the channel.
-        let in_time = self.deadline.as_ref().is_none_or(|deadline| !deadline.has_passed());
+        let in_time = self.expiry.as_ref().is_none_or(|expiry| !expiry.has_passed());
         in_time && self.lost.try_recv().is_err_and(|error| error.is_empty())
     }
 
@@ -129,10 +131,11 @@ impl Term {
         if !self.is_held() {
             return Err(over());
         }
-        let Some(row) = &self.row else { return self.unfenced() };
-        let Some(token) = self.token else { return self.unfenced() };
+        let (fence, token) = self.fenced()?;
+        let mut ask =
+            |text: &str, parameters: &[&(dyn ToSql + Sync)]| transaction.query_opt(text, parameters);
         // Last again: the term may have ended while the server was at it.
-        if fence::hold(transaction, row, token)? && self.is_held() { Ok(()) } else { Err(over()) }
+        if fence.hold(&mut ask, token)? && self.is_held() { Ok(()) } else { Err(over()) }
     }
 
     /// Whether no later term has begun, by the database's word at this moment. It proves nothing of the next moment: for
@@ -142,25 +145,19 @@ impl Term {
     /// As [`fence`](Self::fence), but for `Lost`.
     pub fn is_current(&self, client: &mut impl GenericClient) -> Result<bool> {
         self.origin.check(format_args!("the term"))?;
-        match (&self.row, self.token) {
-            (Some(row), Some(token)) => {
-                Ok(self.is_held() && fence::is_current(client, row, token)? && self.is_held())
-            }
-            _ if !self.is_held() => Ok(false),
-            _ => self.unfenced().map(|()| true),
+        if !self.is_held() {
+            return Ok(false);
         }
+        let (fence, token) = self.fenced()?;
+        let mut ask = |text: &str, parameters: &[&(dyn ToSql + Sync)]| client.query_opt(text, parameters);
+        Ok(fence.is_current(&mut ask, token)? && self.is_held())
     }
 
-    /// There is a token but no database that keeps it: in memory, where the channel is all there is to know.
-    fn unfenced(&self) -> Result<()> {
-        match self.token {
-            Some(_) if self.is_held() => Ok(()),
-            Some(_) => Err(over()),
-            None => Err(Error::new(
-                ErrorKind::InvalidConfig,
-                "fencing needs the catalog, and the manager was told to do without; set the catalog to automatic",
-            )),
-        }
+    fn fenced(&self) -> Result<(&dyn Fence, i64)> {
+        self.fence.as_deref().zip(self.token).ok_or_else(|| {
+            let message = "fencing needs the catalog, and the manager was told to do without; set the catalog to automatic";
+            Error::new(ErrorKind::InvalidConfig, message)
+        })
     }
 }
 
@@ -170,8 +167,8 @@ impl fmt::Debug for Term {
         let mut debug = f.debug_struct("Term");
         debug.field("held", &held).field("token", &self.token);
         // How long the term lasts yet if no heartbeat is answered any more.
-        if let Some(deadline) = self.deadline.as_ref().filter(|_| held) {
-            debug.field("left", &deadline.left());
+        if let Some(expiry) = self.expiry.as_ref().filter(|_| held) {
+            debug.field("left", &expiry.left());
         }
         debug.finish()
     }

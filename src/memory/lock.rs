@@ -12,8 +12,8 @@ use super::state::{Annotated, Sight};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
-use crate::lock::{Lock, LockOptions, Lost, annotate, lost_already};
-use crate::loss::Loss;
+use crate::lock::{Lock, LockOptions, annotate};
+use crate::loss::{Loss, Lost, lost_already};
 use crate::term::Term;
 
 pub(super) struct MemoryLock {

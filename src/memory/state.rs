@@ -13,9 +13,8 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::lock::MemoryLock;
 use crate::error::{Error, Result};
 use crate::key::Key;
-use crate::lock::Lost;
-use crate::loss::{Loss, LossReason};
-use crate::term::Term;
+use crate::loss::{Loss, LossReason, Lost};
+use crate::term::{Ask, Fence, Term};
 
 #[derive(Default)]
 pub(super) struct State {
@@ -210,7 +209,9 @@ impl State {
     /// The term, if there is one.
     pub(super) fn term(&self, manager: u64, key: &Key) -> Option<Term> {
         match &self.find(manager, key)?.stage {
-            Stage::Held(term) => Some(Term::new(term.lost.clone(), i64::try_from(term.token).ok())),
+            Stage::Held(term) => {
+                Some(Term::new(term.lost.clone(), i64::try_from(term.token).ok(), Some(Arc::new(Unfenced))))
+            }
             Stage::Waiting => None,
         }
     }
@@ -327,5 +328,19 @@ impl Change {
     fn new() -> Self {
         let (next, listen) = bounded(0);
         Self { _next: next, listen }
+    }
+}
+
+/// In memory no database keeps the tokens, so the end of the term, which [`Term`] itself looks at, is all there is to know.
+#[derive(Debug)]
+struct Unfenced;
+
+impl Fence for Unfenced {
+    fn hold(&self, _: &mut Ask<'_>, _: i64) -> Result<bool> {
+        Ok(true)
+    }
+
+    fn is_current(&self, _: &mut Ask<'_>, _: i64) -> Result<bool> {
+        Ok(true)
     }
 }

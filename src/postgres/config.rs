@@ -14,12 +14,38 @@ use std::time::Duration;
 use postgres::config::{ChannelBinding, Host, SslMode, SslNegotiation, TargetSessionAttrs};
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 
-use super::catalog::CatalogMode;
-use super::schema::Schema;
-use super::stream::{Password, Socket, Tls};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
+use crate::postgres::sql::schema::Schema;
+use crate::postgres::stream::{Password, Socket, Tls};
 use settings::{Given, Origin, Unless, Unread};
+
+/// Whether tokens and annotations are kept in the database, in the schema `dsync` or the one that
+/// [`Config::schema`](crate::Config::schema) names.
+///
+/// # Whom the catalog is trusted from
+///
+/// Whoever owns a table can attach code to it, which runs with the rights of those who write there. So the schema and what
+/// the catalog has in it must belong to the role of the locks, to one that this role is a member of, to the owner of the
+/// database, or to a superuser; and there must be no triggers, no rules, no inheritance, and nothing that does not come with
+/// PostgreSQL, on the tables. Everything else is [refused](crate::ErrorKind::SessionRefused), with the name of the owner and
+/// of the object. This is looked at in PostgreSQL's own tables before the first statement on the schema: with the manager's
+/// first session, and again when a part of the catalog was found missing.
+///
+/// Those who are trusted may change it all at any time: so an operator who drops the schema while managers run should let nobody make
+/// schemas meanwhile. Fenced transactions rely on the managers' look; they are for connections to the very same database.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CatalogMode {
+    /// The catalog is made at the first use if it is not there, or brought up to date if it is of an older version. The role
+    /// must be allowed to create a schema.
+    #[default]
+    Automatic,
+    /// The catalog must be there, in this library's version: an administrator has run [`CATALOG_SQL`](crate::CATALOG_SQL).
+    MustExist,
+    /// There is none, and so neither fencing tokens nor annotations. All else works.
+    None,
+}
 
 /// How to reach PostgreSQL, and how locks behave there.
 ///
@@ -390,7 +416,7 @@ impl Config {
     }
 
     /// How long an attempt to connect may take, over all hosts.
-    pub(super) fn connect_time(&self) -> Duration {
+    pub(crate) fn connect_time(&self) -> Duration {
         const USUAL: Duration = Duration::from_secs(5);
         let hosts = self.postgres.get_hosts().len().max(self.postgres.get_hostaddrs().len());
         let all = |each: &Duration| each.saturating_mul(hosts.try_into().unwrap_or(u32::MAX));
@@ -398,7 +424,7 @@ impl Config {
     }
 
     /// The durations of the lease, with the defaults filled in.
-    pub(super) fn lease_plan(&self) -> LeasePlan {
+    pub(crate) fn lease_plan(&self) -> LeasePlan {
         LeasePlan {
             lease: self.lease,
             margin: self.margin.unwrap_or(self.lease / 15),
@@ -408,7 +434,7 @@ impl Config {
     }
 
     /// Refuses settings that cannot work, each with what to change.
-    pub(super) fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         /// PostgreSQL keeps its timeouts as a 32-bit number of milliseconds.
         const LONGEST: Duration = Duration::from_millis(i32::MAX as u64);
         /// The largest `max_connections` of PostgreSQL. r2d2 reserves memory for that many at once.
@@ -569,11 +595,11 @@ impl fmt::Debug for Config {
 /// The durations that make a loss known before the lock can be given to another; see the manual's
 /// `idle_session_timeout`.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct LeasePlan {
-    pub(super) lease: Duration,
-    pub(super) margin: Duration,
-    pub(super) heartbeat: Duration,
-    pub(super) heartbeat_timeout: Duration,
+pub(crate) struct LeasePlan {
+    pub(crate) lease: Duration,
+    pub(crate) margin: Duration,
+    pub(crate) heartbeat: Duration,
+    pub(crate) heartbeat_timeout: Duration,
 }
 
 impl LeasePlan {
@@ -582,7 +608,7 @@ impl LeasePlan {
     /// The server frees the lock a lease after the last message that it got, which is later than that sending; or, where
     /// its answers are not acknowledged, a lease less one heartbeat after the first such answer (`tcp_user_timeout`),
     /// which may be the very answer that the holder got. Both must be later than the end of the term, by the margin.
-    pub(super) fn term(&self) -> Duration {
+    pub(crate) fn term(&self) -> Duration {
         self.lease.saturating_sub(self.heartbeat + self.margin)
     }
 }

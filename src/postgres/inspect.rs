@@ -1,34 +1,32 @@
 //! Asks the server who holds and who waits.
 
 use std::net::IpAddr;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use postgres::Row;
-use postgres::types::ToSql;
 
-use super::pool::Pool;
-use super::refusal::Refusal;
+use crate::postgres::pool::Pool;
+use crate::postgres::session::refusal::Refusal;
 
-use super::sql::{self, Scope};
-use super::stream::StreamControl;
-use super::wire::Failure;
-use crate::error::{ErrorKind, Result};
+use crate::error::Result;
 use crate::key::AdvisoryKey;
-use crate::loss::LossReason;
+use crate::postgres::session::wire::Failure;
+use crate::postgres::sql::{self, Scope};
 use crate::view::{Holder, LockView, Waiter};
 
 /// One key, and how the catalog knows it.
 #[derive(Debug)]
-pub(super) struct Named<'a> {
-    pub(super) key: AdvisoryKey,
-    pub(super) namespace: &'a str,
-    pub(super) name: &'a str,
+pub(crate) struct Named<'a> {
+    pub(crate) key: AdvisoryKey,
+    pub(crate) namespace: &'a str,
+    pub(crate) name: &'a str,
 }
 
 /// The view of one lock. Of a free one, too.
-pub(super) fn one(pool: &Pool, named: &Named<'_>, catalog: bool, patience: Duration) -> Result<LockView> {
+pub(crate) fn one(pool: &Pool, named: &Named<'_>, catalog: bool) -> Result<LockView> {
     let (id, pair) = (named.key.id(), named.key.is_pair());
-    let rows = ask(pool, Scope::One { catalog }, &[&id, &pair, &named.namespace, &named.name], patience)?;
+    let statement = sql::inspect(Scope::One { catalog });
+    let rows = pool.ask(&statement, &[&id, &pair, &named.namespace, &named.name])?;
     let mut view = LockView {
         namespace: named.namespace.to_owned(),
         key: named.name.to_owned(),
@@ -42,9 +40,9 @@ pub(super) fn one(pool: &Pool, named: &Named<'_>, catalog: bool, patience: Durat
 }
 
 /// The views of all locks with a name that are held or waited for.
-pub(super) fn all(pool: &Pool, patience: Duration) -> Result<Vec<LockView>> {
+pub(crate) fn all(pool: &Pool) -> Result<Vec<LockView>> {
     let mut views: Vec<LockView> = Vec::new();
-    for row in &ask(pool, Scope::All, &[], patience)? {
+    for row in &pool.ask(&sql::inspect(Scope::All), &[])? {
         let (namespace, key): (String, String) = (get(row, 0)?, get(row, 1)?);
         // The rows of one key come one after another.
         match views.last_mut().filter(|view| view.namespace == namespace && view.key == key) {
@@ -57,39 +55,6 @@ pub(super) fn all(pool: &Pool, patience: Duration) -> Result<Vec<LockView>> {
         }
     }
     Ok(views)
-}
-
-/// Asks on a session of the pool, which goes back there.
-fn ask(
-    pool: &Pool,
-    scope: Scope,
-    parameters: &[&(dyn ToSql + Sync)],
-    patience: Duration,
-) -> Result<Vec<Row>> {
-    let mut slot = pool.take().map_err(Refusal::into_error)?;
-    pool.open(&mut slot, &StreamControl::new()).map_err(Refusal::into_error)?;
-    let Some(session) = slot.session() else { return Err(Refusal::not_postgres().into_error()) };
-    let statement = session.schema().apply(&sql::inspect(scope));
-    session.query(&statement, parameters, Instant::now() + patience).map_err(|failure| {
-        if let Failure::Lost { .. } = failure {
-            slot.taint();
-        }
-        let refusal = match failure {
-            // It waits for nothing but a table.
-            Failure::Lost { reason: LossReason::HeartbeatTimedOut, .. } => Refusal::new(
-                ErrorKind::SessionUnavailable,
-                format!(
-                    "the server has not answered within {patience:?}; see whether it runs, and in pg_locks whether a table \
-                     of the catalog is locked by another session"
-                ),
-            ),
-            failure => Refusal::from_failure(failure),
-        };
-        if refusal.is_about_catalog() {
-            pool.catalog_is_gone();
-        }
-        refusal.into_error()
-    })
 }
 
 /// Adds a holder or a waiter. Only a foreign application can hold a lock with several sessions (`pg_advisory_lock_shared`);

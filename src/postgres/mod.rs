@@ -1,31 +1,19 @@
-//! Locks on PostgreSQL. `ARCHITECTURE.md` draws how the parts work together.
+//! Locks on PostgreSQL. `ARCHITECTURE.md` draws how the rooms fit together.
 
-mod alarm;
 mod catalog;
 mod claim;
 mod config;
-pub(crate) mod fence;
+mod handle;
 mod inspect;
-mod link;
-mod lock;
 mod manager;
-#[cfg(test)]
-mod model;
 mod pool;
-mod quiet;
-mod refusal;
-mod resting;
-pub(crate) mod schema;
+mod registry;
 mod session;
 mod sql;
-mod state;
 mod stream;
-mod supervisor;
 mod watchdog;
-mod wire;
-mod work;
 
-pub use catalog::{CATALOG_SQL, CatalogMode, catalog_sql};
-pub use config::Config;
+pub use catalog::{CATALOG_SQL, catalog_sql};
+pub use config::{CatalogMode, Config};
 pub use manager::PostgresManager;
 pub use stream::Socket;

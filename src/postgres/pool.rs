@@ -10,21 +10,24 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use parking_lot::Mutex;
+use postgres::Row;
 use postgres::config::TargetSessionAttrs;
+use postgres::types::ToSql;
 use r2d2::{ManageConnection, NopErrorHandler, PooledConnection};
 use scheduled_thread_pool::{OnPoolDropBehavior, ScheduledThreadPool};
 
-use super::catalog::{self, CatalogMode};
-use super::config::Config;
-use super::refusal::Refusal;
-use super::schema::Schema;
-use super::session::Session;
-use super::state::Rhythm;
-use super::stream::{Dialer, StreamControl};
-use super::watchdog::Watchdog;
-use super::wire::Failure;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::loss::LossReason;
+use crate::postgres::catalog;
+use crate::postgres::claim::machine::Rhythm;
+use crate::postgres::config::CatalogMode;
+use crate::postgres::config::Config;
+use crate::postgres::session::open::Session;
+use crate::postgres::session::refusal::Refusal;
+use crate::postgres::session::wire::Failure;
+use crate::postgres::sql::schema::Schema;
+use crate::postgres::stream::{Dialer, StreamControl};
+use crate::postgres::watchdog::Watchdog;
 use crate::process::{PerProcess, nonce};
 
 /// The sessions of a manager.
@@ -33,13 +36,14 @@ use crate::process::{PerProcess, nonce};
 /// thread of the claim that wants it, not on r2d2's: there its error is a value and not a text, it ends at a deadline,
 /// it can be killed, and a server that is down is not called again and again for claims that have ended. The session
 /// itself is made by `r2d2_postgres`.
-pub(super) struct Pool {
+pub(crate) struct Pool {
     slots: r2d2::Pool<Slots>,
     dialer: Arc<Dialer>,
     watchdog: Arc<Watchdog>,
     wait_slice: Duration,
     lease: Duration,
     heartbeat: Duration,
+    heartbeat_timeout: Duration,
     connect_timeout: Duration,
     catalog: CatalogMode,
     schema: Arc<Schema>,
@@ -53,15 +57,15 @@ pub(super) struct Pool {
 }
 
 /// A checked-out slot. Back in the pool when dropped; its session only if it is open and not [tainted](Slot::taint).
-pub(super) type PooledSlot = PooledConnection<Slots>;
+pub(crate) type PooledSlot = PooledConnection<Slots>;
 
 /// What the pool manages: see [`Pool`].
 #[derive(Debug)]
-pub(super) struct Slots;
+pub(crate) struct Slots;
 
 /// The right to one session, and the session.
 #[derive(Default)]
-pub(super) struct Slot {
+pub(crate) struct Slot {
     session: Option<Session>,
 }
 
@@ -85,17 +89,17 @@ impl ManageConnection for Slots {
 
 impl Slot {
     /// The session, if it is open.
-    pub(super) fn session(&mut self) -> Option<&mut Session> {
+    pub(crate) fn session(&mut self) -> Option<&mut Session> {
         self.session.as_mut()
     }
 
     /// Whether there is a session, and it is not known to be useless.
-    pub(super) fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         self.session.as_ref().is_some_and(|session| !session.is_over())
     }
 
     /// Closes the session and says so to the server, which takes no longer than a goodbye may; after `by`, without a word.
-    pub(super) fn close(&mut self, by: Instant) {
+    pub(crate) fn close(&mut self, by: Instant) {
         if Instant::now() >= by {
             self.taint();
         }
@@ -103,7 +107,7 @@ impl Slot {
     }
 
     /// Marks the session as one that must never be used again, and closes it.
-    pub(super) fn taint(&mut self) {
+    pub(crate) fn taint(&mut self) {
         if let Some(session) = self.session.take() {
             session.kill();
         }
@@ -157,7 +161,7 @@ fn thread_pool() -> Result<ScheduledThreadPool> {
 const TURNS: u32 = 10;
 
 impl Pool {
-    pub(super) fn new(config: &Config) -> Result<Self> {
+    pub(crate) fn new(config: &Config) -> Result<Self> {
         let mut postgres = config.postgres.clone();
         if postgres.get_application_name().is_none() {
             postgres.application_name("dsync");
@@ -191,6 +195,7 @@ impl Pool {
             wait_slice: config.wait_slice,
             lease: config.lease,
             heartbeat: config.lease_plan().heartbeat,
+            heartbeat_timeout: config.lease_plan().heartbeat_timeout,
             connect_timeout: config.connect_time(),
             catalog: config.catalog,
             schema: Arc::clone(&config.schema),
@@ -202,22 +207,22 @@ impl Pool {
     }
 
     /// Enforces the deadlines of the sessions and terms.
-    pub(super) fn watchdog(&self) -> &Arc<Watchdog> {
+    pub(crate) fn watchdog(&self) -> &Arc<Watchdog> {
         &self.watchdog
     }
 
     /// A slot with an open session, if there is one at hand.
-    pub(super) fn take_open(&self) -> Option<PooledSlot> {
+    pub(crate) fn take_open(&self) -> Option<PooledSlot> {
         self.slots.try_get().filter(|slot| slot.is_open())
     }
 
     /// How many slots nobody has taken.
-    pub(super) fn idle(&self) -> usize {
+    pub(crate) fn idle(&self) -> usize {
         self.slots.state().idle_connections.try_into().unwrap_or(usize::MAX)
     }
 
     /// Closes the sessions that nobody uses. Several threads may do it at once, each a part of them.
-    pub(super) fn close_idle(&self, by: Instant) {
+    pub(crate) fn close_idle(&self, by: Instant) {
         // A slot without a session does not go back, so there are fewer each time.
         while let Some(mut slot) = self.slots.try_get() {
             slot.close(by);
@@ -225,18 +230,18 @@ impl Pool {
     }
 
     /// The rhythm of heartbeats, for a claim whose time begins at `epoch`.
-    pub(super) fn rhythm(&self, epoch: Instant) -> Rhythm {
+    pub(crate) fn rhythm(&self, epoch: Instant) -> Rhythm {
         Rhythm::of(self.heartbeat, epoch.saturating_duration_since(self.made))
     }
 
     /// How long it may take to have a slot and to open its session.
-    pub(super) fn takes_at_most(&self) -> Duration {
+    pub(crate) fn takes_at_most(&self) -> Duration {
         let attempts = if self.catalog_ready.load(Ordering::Relaxed) { 2 } else { 3 };
         PATIENCE * TURNS + self.connect_timeout * attempts
     }
 
     /// Whether a slot that is free in all but name is to be given back at once, since others want one.
-    pub(super) fn is_crowded(&self) -> bool {
+    pub(crate) fn is_crowded(&self) -> bool {
         const LASTS: u64 = 1_000;
         let at = self.crowded_at.load(Ordering::Relaxed);
         at > 0 && self.now() - at.min(self.now()) < LASTS
@@ -248,7 +253,7 @@ impl Pool {
     }
 
     /// Takes a slot, waiting for one until the pool's patience ends.
-    pub(super) fn take(&self) -> std::result::Result<PooledSlot, Refusal> {
+    pub(crate) fn take(&self) -> std::result::Result<PooledSlot, Refusal> {
         if let Some(slot) = self.slots.try_get() {
             return Ok(slot);
         }
@@ -276,7 +281,7 @@ impl Pool {
     ///
     /// It takes `connect_timeout`; as long again for the probe, and once more where the catalog is looked for, which may have
     /// to be made.
-    pub(super) fn open(&self, slot: &mut Slot, control: &StreamControl) -> std::result::Result<(), Refusal> {
+    pub(crate) fn open(&self, slot: &mut Slot, control: &StreamControl) -> std::result::Result<(), Refusal> {
         if slot.is_open() {
             return Ok(());
         }
@@ -399,18 +404,47 @@ impl Pool {
         Ok(session)
     }
 
+    /// Asks something on a session of the pool, which goes back there. The statement is written for the schema `dsync`.
+    pub(crate) fn ask(&self, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
+        let (pool, patience) = (self, self.heartbeat_timeout);
+        let mut slot = pool.take().map_err(Refusal::into_error)?;
+        pool.open(&mut slot, &StreamControl::new()).map_err(Refusal::into_error)?;
+        let Some(session) = slot.session() else { return Err(Refusal::not_postgres().into_error()) };
+        let statement = session.schema().apply(statement);
+        session.query(&statement, parameters, Instant::now() + patience).map_err(|failure| {
+        if let Failure::Lost { .. } = failure {
+            slot.taint();
+        }
+        let refusal = match failure {
+            // It waits for nothing but a table.
+            Failure::Lost { reason: LossReason::HeartbeatTimedOut, .. } => Refusal::new(
+                ErrorKind::SessionUnavailable,
+                format!(
+                    "the server has not answered within {patience:?}; see whether it runs, and in pg_locks whether a table \
+                     of the catalog is locked by another session"
+                ),
+            ),
+            failure => Refusal::from_failure(failure),
+        };
+        if refusal.is_about_catalog() {
+            pool.catalog_is_gone();
+        }
+        refusal.into_error()
+    })
+    }
+
     /// Says of a refusal for want of time what the time was spent on.
     fn during(&self, step: &str, refusal: Refusal) -> Refusal {
         refusal.during(step, self.connect_timeout)
     }
 
     /// A session has turned out to be shared, so a pooler has come after the probe: the next session asks again.
-    pub(super) fn sessions_are_shared(&self) {
+    pub(crate) fn sessions_are_shared(&self) {
         self.probed.store(false, Ordering::Relaxed);
     }
 
     /// A statement has found the catalog missing: someone dropped it, or the whole database.
-    pub(super) fn catalog_is_gone(&self) {
+    pub(crate) fn catalog_is_gone(&self) {
         self.catalog_ready.store(false, Ordering::Relaxed);
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 /// Something with a deadline.
-pub(super) trait Watched: Send + Sync {
+pub(crate) trait Watched: Send + Sync {
     /// When it is to be looked at; `None` while nothing is bounded.
     fn deadline(&self) -> Option<Instant>;
 
@@ -27,7 +27,7 @@ pub(super) trait Watched: Send + Sync {
 /// To set a deadline costs two atomics. The thread looks at all of them every [interval](Self::new), and says when it
 /// will look next; only an earlier deadline wakes it. It starts with the first thing to watch and ends when it is
 /// [closed](Self::close) and nothing is bounded any more.
-pub(super) struct Watchdog {
+pub(crate) struct Watchdog {
     /// Times are kept as nanoseconds since then, so that they fit an atomic.
     base: Instant,
     interval: Duration,
@@ -44,7 +44,7 @@ const NEVER: u64 = u64::MAX;
 
 impl Watchdog {
     /// `interval` should be well below the usual deadlines: each one that is nearer wakes the thread.
-    pub(super) fn new(interval: Duration) -> Arc<Self> {
+    pub(crate) fn new(interval: Duration) -> Arc<Self> {
         Arc::new(Self {
             base: Instant::now(),
             interval,
@@ -60,7 +60,7 @@ impl Watchdog {
     ///
     /// # Errors
     /// If the thread could not be started.
-    pub(super) fn watch(self: &Arc<Self>, something: Weak<dyn Watched>) -> io::Result<()> {
+    pub(crate) fn watch(self: &Arc<Self>, something: Weak<dyn Watched>) -> io::Result<()> {
         if self.closed.load(SeqCst) {
             return Ok(());
         }
@@ -87,19 +87,19 @@ impl Watchdog {
     }
 
     /// Whether deadlines are looked at. To be asked after a deadline was set.
-    pub(super) fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         self.on.load(SeqCst)
     }
 
     /// A deadline was set: sees to it that it is looked at in time.
-    pub(super) fn look_by(&self, at: Instant) {
+    pub(crate) fn look_by(&self, at: Instant) {
         if self.ticks(at) < self.looks_at.load(SeqCst) {
             self.wake();
         }
     }
 
     /// Lets the thread go when nothing is bounded any more.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         self.closed.store(true, SeqCst);
         self.wake();
     }

@@ -14,7 +14,7 @@ use rustls::pki_types::CertificateDer;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::*;
-use crate::postgres::alarm::{Alarm, Woken};
+use crate::postgres::claim::alarm::{Alarm, Woken};
 use crate::postgres::watchdog::Watchdog;
 use server::Server;
 

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use postgres::CancelToken;
 
-use super::stream::{Dialer, StreamControl};
 use crate::error::chain;
+use crate::postgres::stream::{Dialer, StreamControl};
 
 /// The lever of one claim on one session.
 ///
@@ -16,7 +16,7 @@ use crate::error::chain;
 /// only, and the slice is not over before its fate is known; and a link is closed before the session goes back to the
 /// pool, so that a late hand on the lever moves nothing.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(crate) struct Link {
     control: StreamControl,
     dialer: Arc<Dialer>,
     token: Token,
@@ -48,7 +48,7 @@ enum Slice {
 }
 
 impl Link {
-    pub(super) fn new(control: StreamControl, dialer: Arc<Dialer>, token: Arc<CancelToken>) -> Arc<Self> {
+    pub(crate) fn new(control: StreamControl, dialer: Arc<Dialer>, token: Arc<CancelToken>) -> Arc<Self> {
         Arc::new(Self {
             control,
             dialer,
@@ -59,7 +59,7 @@ impl Link {
     }
 
     /// A thread is about to wait for the lock; `false` if it should not.
-    pub(super) fn begin_slice(&self) -> bool {
+    pub(crate) fn begin_slice(&self) -> bool {
         let mut state = self.state.lock();
         if state.interrupted {
             return false;
@@ -71,7 +71,7 @@ impl Link {
     /// The wait is over; `false` if a cancel request may still be on its way.
     ///
     /// Blocks while another thread is sending one, but not longer than until `by`, should that thread have come to grief.
-    pub(super) fn end_slice(&self, by: Instant) -> bool {
+    pub(crate) fn end_slice(&self, by: Instant) -> bool {
         let mut state = self.state.lock();
         while state.slice == Slice::Cancelling {
             if self.changed.wait_until(&mut state, by).timed_out() {
@@ -85,7 +85,7 @@ impl Link {
     }
 
     /// Ends the wait for the lock, if there is one, and lets no other begin. Blocks until `by` at the latest.
-    pub(super) fn interrupt(&self, by: Instant) {
+    pub(crate) fn interrupt(&self, by: Instant) {
         /// A request that finds the session idle has no effect, and the slice may not have reached the server yet.
         const AGAIN_AFTER: Duration = Duration::from_millis(20);
         let mut state = self.state.lock();
@@ -116,19 +116,19 @@ impl Link {
     }
 
     /// The stream of the session, to look at.
-    pub(super) fn control(&self) -> &StreamControl {
+    pub(crate) fn control(&self) -> &StreamControl {
         &self.control
     }
 
     /// Ends the session, if it is the claim's still.
-    pub(super) fn kill(&self) {
+    pub(crate) fn kill(&self) {
         if self.state.lock().slice != Slice::Closed {
             self.control.kill();
         }
     }
 
     /// The session leaves the claim.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         self.state.lock().slice = Slice::Closed;
     }
 }

@@ -1,14 +1,17 @@
-//! The SQL of the library, with the reasons; what a wait is wrapped in is in [`quiet`](super::quiet).
+//! The SQL of the library, with the reasons; what a wait is wrapped in is in [`quiet`].
 //!
 //! A role may come with any `search_path`. The lock sessions set one of their own, so their statements need not care; what
 //! runs on a connection of the application's names schemas, types and operators in full.
 
 use std::time::Duration;
 
+pub(crate) mod quiet;
+pub(crate) mod schema;
+
 use crate::key::AdvisoryKey;
 
 /// Makes the catalog's tables, sequence and views; or brings them up to date, or refuses what somebody else has made there.
-pub(super) const CATALOG: &str = concat!(
+pub(crate) const CATALOG: &str = concat!(
     include_str!("catalog.sql"),
     "DO $check$\nDECLARE problem text := (SELECT found.text FROM (\n",
     include_str!("catalog_check.sql"),
@@ -21,7 +24,7 @@ pub(super) const CATALOG: &str = concat!(
 /// What speaks against the schema, if anything does, whether that is about trust, and whether all of this version's catalog is
 /// there. It reads nothing but `pg_catalog`, and so neither runs anybody's code nor puts an error into the server's log
 /// where there is no catalog.
-pub(super) const CATALOG_CHECK: &str = concat!(
+pub(crate) const CATALOG_CHECK: &str = concat!(
     "WITH found AS MATERIALIZED (",
     include_str!("catalog_check.sql"),
     ") SELECT (SELECT text FROM found), (SELECT about_trust FROM found), \
@@ -34,7 +37,7 @@ pub(super) const CATALOG_CHECK: &str = concat!(
 /// Whether there is the schema, and whether all that is there is this very role's own and as the library makes it, which is
 /// how it mostly is. It takes less than half of the time that [`CATALOG_CHECK`] does, most of which a new backend spends on
 /// looking things up; what this does not say yes to, that decides.
-pub(super) const CATALOG_IS_OWN: &str = "WITH object AS MATERIALIZED ( \
+pub(crate) const CATALOG_IS_OWN: &str = "WITH object AS MATERIALIZED ( \
          SELECT class.*, schema.nspowner FROM pg_namespace AS schema LEFT JOIN pg_class AS class \
          ON class.relnamespace = schema.oid AND class.relname IN ('version', 'token', 'era', 'lock', 'locks', 'waiters') \
          WHERE schema.nspname = 'dsync') \
@@ -57,7 +60,7 @@ pub(super) const CATALOG_IS_OWN: &str = "WITH object AS MATERIALIZED ( \
      FROM object";
 
 /// The version of the catalog.
-pub(super) const CATALOG_VERSION: &str = "SELECT version FROM dsync.version";
+pub(crate) const CATALOG_VERSION: &str = "SELECT version FROM dsync.version";
 
 /// The setting that tells our sessions apart, of no meaning to the server.
 const MARK: &str = "dsync.session";
@@ -95,7 +98,7 @@ fn settings(slice: Duration) -> Vec<(&'static str, String)> {
 ///
 /// `client_connection_check_interval` lets a *waiting* session notice that its client died, so that it leaves the
 /// queue: <https://www.postgresql.org/docs/current/runtime-config-connection.html>.
-pub(super) fn notice_dead_clients(lease: Duration, heartbeat: Duration) -> Vec<(&'static str, String)> {
+pub(crate) fn notice_dead_clients(lease: Duration, heartbeat: Duration) -> Vec<(&'static str, String)> {
     // A silent client is given up after two of these. That must not be before the lease is over, or the lock would be
     // free while its holder may still believe in it.
     let seconds = lease.as_secs() / 2 + 1;
@@ -113,7 +116,7 @@ pub(super) fn notice_dead_clients(lease: Duration, heartbeat: Duration) -> Vec<(
 }
 
 /// Sets one setting, in a statement of its own.
-pub(super) fn set(name: &str, value: &str) -> String {
+pub(crate) fn set(name: &str, value: &str) -> String {
     format!("SELECT pg_catalog.set_config('{name}', '{value}', false)")
 }
 
@@ -125,7 +128,7 @@ pub(super) fn set(name: &str, value: &str) -> String {
 /// mark is null: a pooler has lent us one that another session of ours uses, or used. Then it is to be done again,
 /// `by_locks`, which tells the two apart: one that holds a lock is not ours alone. Not at once, since merely to read the
 /// question for its locks takes a new backend a millisecond.
-pub(super) fn prepare_session(
+pub(crate) fn prepare_session(
     slice: Duration,
     more: &[(&'static str, String)],
     mark: u64,
@@ -162,16 +165,16 @@ pub(super) fn prepare_session(
 
 /// What the statements of a claim depend on, beside their parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(crate) struct Shape {
     /// The key is a pair of 32-bit numbers. It is given as one number all the same: the first is its upper half.
-    pub(super) pair: bool,
+    pub(crate) pair: bool,
     /// Each term is written into the catalog.
-    pub(super) catalog: bool,
+    pub(crate) catalog: bool,
 }
 
 /// The statements of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verb {
+pub(crate) enum Verb {
     /// Asks for the lock without waiting, and puts the lease on the session. Gives: granted, token, namespace and name of another key.
     ///
     /// It does not wait for fenced transactions of a former holder either: then there is no token, and the session queues,
@@ -203,7 +206,7 @@ pub(super) enum Verb {
 /// The text of a statement. Parameters: `$1` key; for `Try` and `Queue` also `$2` lease in milliseconds, as text, `$3`
 /// application name, and with the catalog `$4` namespace, `$5` name of the key, `$6` annotation; for `Again` and
 /// `QueueAgain` with the catalog `$2` to `$4` are the last three.
-pub(super) fn statement(verb: Verb, shape: Shape) -> String {
+pub(crate) fn statement(verb: Verb, shape: Shape) -> String {
     if shape.catalog && matches!(verb, Verb::Again | Verb::QueueAgain) {
         return take_known(verb, shape);
     }
@@ -375,7 +378,7 @@ fn take_known(verb: Verb, shape: Shape) -> String {
 }
 
 /// Where [`new_era`] is to ask for the timeline, which a promotion raises. Some services refuse it; without, it is 1.
-pub(super) const TIMELINE: &str =
+pub(crate) const TIMELINE: &str =
     "('x' || left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8))::bit(32)::int8";
 
 /// Makes tokens go on above all that were given out before, once for all sessions.
@@ -397,7 +400,7 @@ pub(super) const TIMELINE: &str =
 ///
 /// The jump itself is safe before anybody sees the row of the era. Who comes while another session makes it waits for that,
 /// however short the slices are.
-pub(super) fn new_era(timeline: &str) -> String {
+pub(crate) fn new_era(timeline: &str) -> String {
     const JUMP: i64 = 1 << 20;
     const CLOCK: &str = "(extract(epoch FROM pg_catalog.clock_timestamp()) * 1000000)::int8";
     format!(
@@ -424,7 +427,7 @@ pub(super) fn new_era(timeline: &str) -> String {
 /// `pg_advisory_unlock` it does not put a warning into the server's log if it had not.
 ///
 /// Tells whether the server has none of the `lost` backends any more, with whatever they held or queued for.
-pub(super) fn settle(lost: &[i32]) -> String {
+pub(crate) fn settle(lost: &[i32]) -> String {
     let clear = if lost.is_empty() {
         "true".to_owned()
     } else {
@@ -452,7 +455,7 @@ pub(super) fn settle(lost: &[i32]) -> String {
 /// that it is held, and it is not free in between. That looks at the session's own memory only. (To read `pg_locks` copies the
 /// whole server's table of locks, whoever has them, for each heartbeat of each lock.) Nothing can
 /// interrupt the server between the two calls.
-pub(super) fn heartbeat(held: Option<AdvisoryKey>) -> String {
+pub(crate) fn heartbeat(held: Option<AdvisoryKey>) -> String {
     let holds = held.map_or_else(
         || "true".to_owned(),
         |key| {
@@ -470,7 +473,7 @@ pub(super) fn heartbeat(held: Option<AdvisoryKey>) -> String {
 }
 
 /// Whether the role has the rights on the catalog, whether the era has begun, and whether there are rows of old terms.
-pub(super) const CATALOG_STATE: &str = concat!(
+pub(crate) const CATALOG_STATE: &str = concat!(
     "SELECT \
      pg_catalog.has_table_privilege('dsync.lock', 'SELECT') AND \
      pg_catalog.has_table_privilege('dsync.lock', 'INSERT') AND \
@@ -486,7 +489,7 @@ pub(super) const CATALOG_STATE: &str = concat!(
 );
 
 /// How long a statement that looks at the catalog waits for a table that somebody has locked.
-pub(super) fn wait_for_tables(patience: Duration) -> String {
+pub(crate) fn wait_for_tables(patience: Duration) -> String {
     format!("SET LOCAL lock_timeout = {}; ", patience.as_millis().max(1))
 }
 
@@ -494,7 +497,7 @@ pub(super) fn wait_for_tables(patience: Duration) -> String {
 ///
 /// A row that is taken up again meanwhile has a new `since` when the deletion comes to it, and stays; one that a fenced
 /// transaction has is left for another day. It waits for nobody for long, and ends by itself if we do not.
-pub(super) const CATALOG_CLEANING: &str = "SET LOCAL lock_timeout = '100ms'; SET LOCAL statement_timeout = '2s'; \
+pub(crate) const CATALOG_CLEANING: &str = "SET LOCAL lock_timeout = '100ms'; SET LOCAL statement_timeout = '2s'; \
      DELETE FROM dsync.lock AS gone USING ( \
          SELECT lock.id, lock.pair FROM dsync.lock AS lock \
          WHERE lock.since < now() - interval '1 day' AND NOT EXISTS ( \
@@ -508,7 +511,7 @@ pub(super) const CATALOG_CLEANING: &str = "SET LOCAL lock_timeout = '100ms'; SET
 ///
 /// A process that is frozen or cut off between two of its statements must not hold up the others: its session ends after a
 /// pause of 2 s. No statement takes longer than `patience`, so that the server says what is in the way before we give up.
-pub(super) fn begin_creation(patience: Duration) -> String {
+pub(crate) fn begin_creation(patience: Duration) -> String {
     let patience = patience.as_millis().max(1);
     format!(
         "BEGIN; SET LOCAL client_min_messages = warning; SET LOCAL synchronous_commit = on; \
@@ -520,7 +523,7 @@ pub(super) fn begin_creation(patience: Duration) -> String {
 
 /// Ends the making of the catalog, in one message with the script. The script takes the `search_path` back to the role's;
 /// ours is another one.
-pub(super) const END_CREATION: &str = "SET search_path = pg_catalog, pg_temp; COMMIT";
+pub(crate) const END_CREATION: &str = "SET search_path = pg_catalog, pg_temp; COMMIT";
 
 /// Holds the row of a term while the caller's transaction lasts, if the term's token is still the newest: `$1` key,
 /// `$2` whether it is a pair, `$3` token, `$4` the longest pause between two statements, in milliseconds.
@@ -532,7 +535,7 @@ pub(super) const END_CREATION: &str = "SET search_path = pg_catalog, pg_temp; CO
 /// is refused, and lets its transaction stand open, holds up nobody.
 ///
 /// Runs on a connection of the application's, whose `search_path` may be anything.
-pub(super) fn fence(pair: bool) -> String {
+pub(crate) fn fence(pair: bool) -> String {
     let gate = Shape { pair, catalog: true }.gate();
     format!(
         "SELECT true FROM dsync.lock AS lock, \
@@ -552,17 +555,17 @@ pub(super) fn fence(pair: bool) -> String {
 
 /// Whether the term with this token is the newest: `$1` key, `$2` whether it is a pair, `$3` token. And whether row security
 /// may hide its row. Runs where [`fence`] does.
-pub(super) const IS_CURRENT: &str = "SELECT EXISTS (SELECT FROM dsync.lock AS lock \
+pub(crate) const IS_CURRENT: &str = "SELECT EXISTS (SELECT FROM dsync.lock AS lock \
      WHERE lock.id OPERATOR(pg_catalog.=) $1::pg_catalog.int8 AND lock.pair OPERATOR(pg_catalog.=) $2::pg_catalog.bool \
        AND lock.token OPERATOR(pg_catalog.=) $3::pg_catalog.int8), \
      pg_catalog.row_security_active('dsync.lock')";
 
 /// Whether row security may have hidden the row for which [`fence`] looked in vain. Runs where that does.
-pub(super) const IS_HIDDEN: &str = "SELECT pg_catalog.row_security_active('dsync.lock')";
+pub(crate) const IS_HIDDEN: &str = "SELECT pg_catalog.row_security_active('dsync.lock')";
 
 /// Whose locks are asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Scope {
+pub(crate) enum Scope {
     /// All keys that have a row in the catalog, and whose lock is held or waited for.
     All,
     /// One key: `$1` the key, `$2` whether it is a pair, `$3` namespace and `$4` name, by which its row is known.
@@ -577,7 +580,7 @@ pub(super) enum Scope {
 ///
 /// `pg_locks` is looked at once, so that what comes is the state of one moment. A row whose holder is not the one that
 /// has the lock tells nothing of this term; nor does one that is older than the backend, whose process id is used again.
-pub(super) fn inspect(scope: Scope) -> String {
+pub(crate) fn inspect(scope: Scope) -> String {
     const THIS_KEY: &str =
         "AND (locks.classid::int8 << 32 | locks.objid::int8) = $1::int8 AND (locks.objsubid = 2) = $2::bool";
     let (which, row) = match scope {
@@ -616,7 +619,7 @@ pub(super) fn inspect(scope: Scope) -> String {
 ///
 /// The server keeps 63 bytes of ASCII. It would send a notice with every lock if it had to cut off the rest itself, and an
 /// error if it could not write a character in the database's encoding.
-pub(super) fn application_name(own: &str, key: &str) -> String {
+pub(crate) fn application_name(own: &str, key: &str) -> String {
     let letters = own.chars().chain([' ']).chain(key.chars());
     letters.take(63).map(|letter| if (' '..='~').contains(&letter) { letter } else { '?' }).collect()
 }

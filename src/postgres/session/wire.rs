@@ -10,16 +10,16 @@ use postgres::Client;
 use postgres::error::{Severity, SqlState};
 use postgres::fallible_iterator::FallibleIterator;
 
-use super::stream::{Ended, SHORT_ANSWER, StreamControl};
 use crate::loss::LossReason;
+use crate::postgres::stream::{Ended, SHORT_ANSWER, StreamControl};
 use crate::process::{Origin, PerProcess, may_drive};
 
 /// How long a session that is closed may take to say so to the server.
-pub(super) const GOODBYE: Duration = Duration::from_millis(100);
+pub(crate) const GOODBYE: Duration = Duration::from_millis(100);
 
 /// Why a call on a session failed.
 #[derive(Debug)]
-pub(super) enum Failure {
+pub(crate) enum Failure {
     /// The session is of no use any more.
     Lost { reason: LossReason, cause: Option<postgres::Error> },
     /// The server refused the statement; the session lives.
@@ -30,7 +30,7 @@ pub(super) enum Failure {
 ///
 /// Nothing reaches the driver's client but through [`call`](Self::call), so no call can be without a deadline. Dropping it
 /// closes the session, which takes no longer than [`GOODBYE`] whatever the server does.
-pub(super) struct Wire {
+pub(crate) struct Wire {
     /// `None` once closed.
     client: Option<Client>,
     control: StreamControl,
@@ -38,21 +38,21 @@ pub(super) struct Wire {
 }
 
 impl Wire {
-    pub(super) fn new(client: Client, control: StreamControl) -> Self {
+    pub(crate) fn new(client: Client, control: StreamControl) -> Self {
         Self { client: Some(client), control, origin: Origin::here() }
     }
 
-    pub(super) fn control(&self) -> &StreamControl {
+    pub(crate) fn control(&self) -> &StreamControl {
         &self.control
     }
 
     /// Whether the connection is known to be over, without asking the server.
-    pub(super) fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         self.control.is_dead() || self.client.as_ref().is_none_or(Client::is_closed)
     }
 
     /// Runs a statement, which fails if it is not over `by` then. The server may answer with [`SHORT_ANSWER`] bytes.
-    pub(super) fn call<T>(
+    pub(crate) fn call<T>(
         &mut self,
         by: Instant,
         call: impl FnOnce(&mut Client) -> Result<T, postgres::Error>,
@@ -61,7 +61,7 @@ impl Wire {
     }
 
     /// As [`call`](Self::call), for an answer of at most `bytes`.
-    pub(super) fn call_for<T>(
+    pub(crate) fn call_for<T>(
         &mut self,
         bytes: u64,
         by: Instant,
@@ -90,7 +90,7 @@ impl Wire {
     /// Takes in what the server has said by itself, which is above all that the session is over.
     ///
     /// To be called when there is something to read: it waits a millisecond for it. After `by` it ends in any case.
-    pub(super) fn listen(&mut self, by: Instant) -> Result<(), Failure> {
+    pub(crate) fn listen(&mut self, by: Instant) -> Result<(), Failure> {
         self.call(by, |client| client.notifications().timeout_iter(Duration::from_millis(1)).next())?;
         // Silence stands for a timeout, and for a connection that was closed without a word.
         if self.is_over() {
@@ -150,7 +150,7 @@ impl fmt::Debug for Wire {
 }
 
 impl Failure {
-    pub(super) fn of(cause: postgres::Error) -> Self {
+    pub(crate) fn of(cause: postgres::Error) -> Self {
         if let Some(error) = cause.as_db_error() {
             let ends_session = matches!(error.parsed_severity(), Some(Severity::Fatal | Severity::Panic))
                 || cause.is_closed();

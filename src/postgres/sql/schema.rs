@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use super::sql::{IS_CURRENT, fence};
 use crate::error::{Error, ErrorKind, Result};
+use crate::postgres::sql::{IS_CURRENT, fence};
 
 /// The schema of the catalog. All statements are written for the one called `dsync`.
 #[derive(Clone, PartialEq, Eq)]
@@ -16,9 +16,9 @@ pub(crate) struct Schema {
 }
 
 impl Schema {
-    pub(super) const DEFAULT: &str = "dsync";
+    pub(crate) const DEFAULT: &str = "dsync";
 
-    pub(super) fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         // The others always in quotes: they may be keywords.
         let identifier = if name == Self::DEFAULT {
             name.to_owned()
@@ -33,7 +33,7 @@ impl Schema {
     }
 
     /// Refuses a name that PostgreSQL does not take, or cuts off.
-    pub(super) fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         const LONGEST: usize = 63;
         let name = &self.name;
         let problem = if name.is_empty() {
@@ -55,12 +55,12 @@ impl Schema {
     }
 
     /// The name as SQL has it.
-    pub(super) fn identifier(&self) -> &str {
+    pub(crate) fn identifier(&self) -> &str {
         &self.identifier
     }
 
     /// Makes a statement that is written for the schema `dsync` one for this schema.
-    pub(super) fn apply(&self, statement: &str) -> String {
+    pub(crate) fn apply(&self, statement: &str) -> String {
         let (mut applied, mut rest) = (String::with_capacity(statement.len()), statement);
         while let Some((before, after)) = rest.split_once(Self::DEFAULT) {
             if let Some(before) = before.strip_suffix('\'') {
@@ -81,12 +81,12 @@ impl Schema {
     }
 
     /// See [`fence`].
-    pub(super) fn fence(&self, pair: bool) -> &str {
+    pub(crate) fn fence(&self, pair: bool) -> &str {
         &self.fences[usize::from(pair)]
     }
 
     /// See [`IS_CURRENT`].
-    pub(super) fn is_current(&self) -> &str {
+    pub(crate) fn is_current(&self) -> &str {
         &self.is_current
     }
 }

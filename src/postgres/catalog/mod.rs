@@ -1,13 +1,16 @@
 //! The catalog: sees that it is there, and is nobody else's, before it is needed.
 
+pub(crate) mod fence;
+
 use std::time::{Duration, Instant};
 
-use super::refusal::Refusal;
-use super::schema::Schema;
-use super::session::Session;
-use super::sql;
-use super::wire::Failure;
 use crate::error::{ErrorKind, Result, chain};
+use crate::postgres::config::CatalogMode;
+use crate::postgres::session::open::Session;
+use crate::postgres::session::refusal::Refusal;
+use crate::postgres::session::wire::Failure;
+use crate::postgres::sql;
+use crate::postgres::sql::schema::Schema;
 
 /// The version of the catalog that this library works with.
 const VERSION: i32 = 2;
@@ -44,38 +47,11 @@ pub fn catalog_sql(schema: &str) -> Result<String> {
     Ok(schema.apply(sql::CATALOG))
 }
 
-/// Whether tokens and annotations are kept in the database, in the schema `dsync` or the one that
-/// [`Config::schema`](crate::Config::schema) names.
-///
-/// # Whom the catalog is trusted from
-///
-/// Whoever owns a table can attach code to it, which runs with the rights of those who write there. So the schema and what
-/// the catalog has in it must belong to the role of the locks, to one that this role is a member of, to the owner of the
-/// database, or to a superuser; and there must be no triggers, no rules, no inheritance, and nothing that does not come with
-/// PostgreSQL, on the tables. Everything else is [refused](crate::ErrorKind::SessionRefused), with the name of the owner and
-/// of the object. This is looked at in PostgreSQL's own tables before the first statement on the schema: with the manager's
-/// first session, and again when a part of the catalog was found missing.
-///
-/// Those who are trusted may change it all at any time: so an operator who drops the schema while managers run should let nobody make
-/// schemas meanwhile. Fenced transactions rely on the managers' look; they are for connections to the very same database.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum CatalogMode {
-    /// The catalog is made at the first use if it is not there, or brought up to date if it is of an older version. The role
-    /// must be allowed to create a schema.
-    #[default]
-    Automatic,
-    /// The catalog must be there, in this library's version: an administrator has run [`CATALOG_SQL`].
-    MustExist,
-    /// There is none, and so neither fencing tokens nor annotations. All else works.
-    None,
-}
-
 /// What an administrator is to run, for messages.
 const SCRIPT: &str = "dsync::CATALOG_SQL (for another schema than dsync: dsync::catalog_sql)";
 
 /// Sees that the catalog is there and can be used.
-pub(super) fn ensure(
+pub(crate) fn ensure(
     session: &mut Session,
     mode: CatalogMode,
     by: Instant,

@@ -498,7 +498,7 @@ fn success_makes_the_next_back_off_short_again() {
 
 #[test]
 fn the_machine_has_neither_driver_nor_channel_nor_clock() {
-    let source = include_str!("../state.rs");
+    let source = include_str!("../machine.rs");
     for word in
         ["Instant", "SystemTime", "postgres::", "crossbeam", "parking_lot", "thread", "sleep", "std::net"]
     {

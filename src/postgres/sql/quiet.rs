@@ -10,12 +10,12 @@
 //! it). The answer is set by the statement that waits, as one more column of it: what is planned after the grant is what
 //! makes a hand-over slow.
 
-use super::session::Entry;
-use super::sql::{Shape, Verb};
+use crate::postgres::session::open::Entry;
+use crate::postgres::sql::{Shape, Verb};
 
 /// What came of a slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Told {
+pub(crate) enum Told {
     /// The slice is over.
     Over,
     /// The lock is held, and so is the row, if there is a catalog: the token.
@@ -31,7 +31,7 @@ const WITHOUT_TOKEN: &str = "granted";
 ///
 /// So nothing of it is planned while somebody waits. And a server that logs long waits logs the name of the statement with
 /// each, and not its text twice.
-pub(super) fn preparation(verb: Verb, shape: Shape, statement: &str) -> String {
+pub(crate) fn preparation(verb: Verb, shape: Shape, statement: &str) -> String {
     let (token, types) = match (shape.catalog, verb) {
         (false, _) => (format!("'{WITHOUT_TOKEN}'"), "int8"),
         (true, Verb::QueueAgain) => ("lock.token::text".to_owned(), "int8, text, text, bytea"),
@@ -57,7 +57,7 @@ fn name(verb: Verb, shape: Shape) -> String {
 /// The message that runs a slice, for which there must have been a [`preparation`]. Its last row is the answer.
 ///
 /// Only the two errors that end a wait are caught. Whatever else fails is an error of the message.
-pub(super) fn message(verb: Verb, shape: Shape, id: i64, entry: Option<&Entry>) -> String {
+pub(crate) fn message(verb: Verb, shape: Shape, id: i64, entry: Option<&Entry>) -> String {
     const NAMES: &str = "pg_catalog.current_setting('dsync.namespace'), pg_catalog.current_setting('dsync.key'), \
          pg_catalog.decode(pg_catalog.substr(nullif(pg_catalog.current_setting('dsync.annotation'), ''), 2), 'hex')";
     let mut settings = vec![("answer", String::new()), ("id", id.to_string())];
@@ -93,7 +93,7 @@ pub(super) fn message(verb: Verb, shape: Shape, id: i64, entry: Option<&Entry>) 
 }
 
 /// What the last row of the message says; `None` if that is no answer.
-pub(super) fn told(answer: &str) -> Option<Told> {
+pub(crate) fn told(answer: &str) -> Option<Told> {
     match answer {
         "" => Some(Told::Nothing),
         OVER => Some(Told::Over),
@@ -104,7 +104,7 @@ pub(super) fn told(answer: &str) -> Option<Told> {
 
 /// Whether an error says that there are no such blocks here: without PL/pgSQL, without the right to use it, or on a
 /// server that has none, or where somebody has taken the prepared statement away.
-pub(super) fn is_unknown_here(code: &str) -> bool {
+pub(crate) fn is_unknown_here(code: &str) -> bool {
     matches!(code, "42704" | "42501" | "0A000" | "26000")
 }
 

@@ -5,15 +5,15 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::supervisor::Supervisor;
 use crate::key::AdvisoryKey;
+use crate::postgres::claim::supervisor::Supervisor;
 
 /// The supervisors of a manager that have no claim.
 ///
 /// To start a thread takes longer than a claim. So one whose claim has ended waits here for the next, on whatever key and
 /// by whatever handle; after a second it leaves, and takes itself off the list. A supervisor knows the list only weakly.
 #[derive(Debug, Default)]
-pub(super) struct Resting {
+pub(crate) struct Resting {
     list: Mutex<List>,
 }
 
@@ -27,7 +27,7 @@ struct List {
 
 impl Resting {
     /// Takes in a supervisor whose claim has ended, if it is free for another one.
-    pub(super) fn add(&self, key: AdvisoryKey, supervisor: &Arc<Supervisor>) {
+    pub(crate) fn add(&self, key: AdvisoryKey, supervisor: &Arc<Supervisor>) {
         {
             let mut list = self.list.lock();
             if !list.closed {
@@ -43,7 +43,7 @@ impl Resting {
 
     /// The one that served `key` last, which may have its session still; else the one that has rested for the shortest
     /// time, so that those who are too many come to leave. It may be about to leave.
-    pub(super) fn take(&self, key: AdvisoryKey) -> Option<Arc<Supervisor>> {
+    pub(crate) fn take(&self, key: AdvisoryKey) -> Option<Arc<Supervisor>> {
         let supervisors = &mut self.list.lock().supervisors;
         let same = supervisors.iter().rposition(|(former, _)| *former == key);
         let index = same.or(supervisors.len().checked_sub(1))?;
@@ -51,7 +51,7 @@ impl Resting {
     }
 
     /// Takes one off the list that takes no more claims.
-    pub(super) fn remove(&self, supervisor: &Supervisor) {
+    pub(crate) fn remove(&self, supervisor: &Supervisor) {
         let removed = {
             let supervisors = &mut self.list.lock().supervisors;
             let index = supervisors.iter().position(|(_, resting)| ptr::eq(&raw const **resting, supervisor));
@@ -67,12 +67,12 @@ impl Resting {
     }
 
     /// How many there are.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.list.lock().supervisors.len()
     }
 
     /// Lets all go, and whoever comes later.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         let supervisors = {
             let mut list = self.list.lock();
             list.closed = true;

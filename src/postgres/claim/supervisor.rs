@@ -7,15 +7,15 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::alarm::{Alarm, Woken};
-use super::claim::{Claim, Patience};
-use super::pool::{Pool, PooledSlot};
-use super::resting::Resting;
-use super::state::Action;
-use super::stream::Socket;
-use super::watchdog::Watched;
-use super::work::{Help, Terms, Work};
 use crate::context::Context;
+use crate::postgres::claim::alarm::{Alarm, Woken};
+use crate::postgres::claim::engine::{Help, Terms, Work};
+use crate::postgres::claim::idle::Resting;
+use crate::postgres::claim::machine::Action;
+use crate::postgres::claim::shared::{Claim, Patience};
+use crate::postgres::pool::{Pool, PooledSlot};
+use crate::postgres::stream::Socket;
+use crate::postgres::watchdog::Watched;
 use crate::process::may_drive;
 
 /// How long what other threads do is left alone; and so how old a term of theirs may be when its watch begins. More often
@@ -42,7 +42,7 @@ const ROUND: Duration = Duration::from_millis(500);
 /// threads, which take longer than the statement. The work is under a mutex, and whoever has it works. All that takes its
 /// time is the supervisor's: to connect, to pause, to watch, to renew; and to wait for the lock for a caller whose patience
 /// may end before.
-pub(super) struct Supervisor {
+pub(crate) struct Supervisor {
     pool: Arc<Pool>,
     /// How long the server may take to answer a short statement.
     heartbeat_timeout: Duration,
@@ -102,7 +102,7 @@ impl Supervisor {
     ///
     /// # Errors
     /// When the process has no descriptor or no thread left.
-    pub(super) fn start(
+    pub(crate) fn start(
         claim: &Arc<Claim>,
         terms: &Arc<Terms>,
         resting: &Arc<Resting>,
@@ -127,7 +127,7 @@ impl Supervisor {
     }
 
     /// Gives it another claim; `false` if it is not free for one.
-    pub(super) fn assign(&self, claim: &Arc<Claim>, terms: &Arc<Terms>) -> bool {
+    pub(crate) fn assign(&self, claim: &Arc<Claim>, terms: &Arc<Terms>) -> bool {
         let mut desk = self.desk.0.lock();
         let free = matches!(*desk, Assignment::Free);
         if free {
@@ -137,12 +137,12 @@ impl Supervisor {
     }
 
     /// Whether it takes another claim.
-    pub(super) fn is_free(&self) -> bool {
+    pub(crate) fn is_free(&self) -> bool {
         matches!(*self.desk.0.lock(), Assignment::Free)
     }
 
     /// Lets the thread go if it has no claim: the manager has stopped.
-    pub(super) fn dismiss(&self) {
+    pub(crate) fn dismiss(&self) {
         {
             let mut desk = self.desk.0.lock();
             if !matches!(*desk, Assignment::Free) {
@@ -156,7 +156,7 @@ impl Supervisor {
     // What application threads do.
 
     /// Blocks until the lock is held, or it is known that it will not be.
-    pub(super) fn acquire(
+    pub(crate) fn acquire(
         &self,
         claim: &Claim,
         terms: &Terms,
@@ -180,12 +180,12 @@ impl Supervisor {
     }
 
     /// Makes the thread look at a claim that nobody waits for.
-    pub(super) fn wake(&self) {
+    pub(crate) fn wake(&self) {
         self.alarm.ring();
     }
 
     /// Gives back what there is; `false` if another thread is at work, which must be interrupted.
-    pub(super) fn release(&self, claim: &Claim) -> bool {
+    pub(crate) fn release(&self, claim: &Claim) -> bool {
         let ended = may_drive() && self.help(claim, Help::Release);
         if !ended {
             self.alarm.ring();

@@ -15,8 +15,8 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::time::{Duration, Instant};
 
-use super::state::{Action, End, Event, Machine, Notice, Rhythm, Time, Timing};
 use crate::loss::LossReason;
+use crate::postgres::claim::machine::{Action, End, Event, Machine, Notice, Rhythm, Time, Timing};
 
 /// Ticks from the last word of a client until the server ends its session.
 const LEASE: u8 = 4;

@@ -6,14 +6,14 @@ use std::io;
 use std::iter;
 use std::time::Duration;
 
-use super::stream::{DialError, Ended, HookError, Local, PasswordError, TimedOut};
-use super::wire::Failure;
 use crate::error::{Error, ErrorKind, chain};
 use crate::loss::LossReason;
+use crate::postgres::session::wire::Failure;
+use crate::postgres::stream::{DialError, Ended, HookError, Local, PasswordError, TimedOut};
 
 /// Why there is no session: an error in the making, with the kind that decides how to go on.
 #[derive(Debug)]
-pub(super) struct Refusal {
+pub(crate) struct Refusal {
     kind: ErrorKind,
     message: String,
     cause: Option<Box<dyn StdError + Send + Sync>>,
@@ -34,12 +34,12 @@ impl StdError for Refusal {
 }
 
 impl Refusal {
-    pub(super) fn new(kind: ErrorKind, message: String) -> Self {
+    pub(crate) fn new(kind: ErrorKind, message: String) -> Self {
         Self { kind, message, cause: None, is_late: false }
     }
 
     /// Says of a refusal for want of time what the time was spent on.
-    pub(super) fn during(mut self, step: &str, time: Duration) -> Self {
+    pub(crate) fn during(mut self, step: &str, time: Duration) -> Self {
         if self.is_late {
             let text = format!(", while we {step}, which may take {time:?}; {SLOW_LINK}");
             self.message.push_str(&text);
@@ -47,33 +47,33 @@ impl Refusal {
         self
     }
 
-    pub(super) fn because(self, cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+    pub(crate) fn because(self, cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         Self { cause: Some(cause.into()), ..self }
     }
 
     /// Whether trying again does not help, whatever another session is told.
-    pub(super) fn is_final(&self) -> bool {
+    pub(crate) fn is_final(&self) -> bool {
         self.kind == ErrorKind::SessionRefused
     }
 
     /// Whether waiting may help, without anyone changing a setting.
-    pub(super) fn is_curable(&self) -> bool {
+    pub(crate) fn is_curable(&self) -> bool {
         self.kind == ErrorKind::SessionUnavailable
             || self.kind == ErrorKind::PoolExhausted && self.cause.is_some()
     }
 
     /// Whether all slots are taken.
-    pub(super) fn is_about_slots(&self) -> bool {
+    pub(crate) fn is_about_slots(&self) -> bool {
         self.kind == ErrorKind::PoolExhausted && self.cause.is_none()
     }
 
     /// Whether the next attempt need not hurry.
-    pub(super) fn is_patient(&self) -> bool {
+    pub(crate) fn is_patient(&self) -> bool {
         matches!(self.kind, ErrorKind::SessionRefused | ErrorKind::InvalidKey)
     }
 
     /// Whether a part of the catalog was found missing: a table, or a column that an older version does not have.
-    pub(super) fn is_about_catalog(&self) -> bool {
+    pub(crate) fn is_about_catalog(&self) -> bool {
         let database = self.cause.as_ref().and_then(|cause| cause.downcast_ref::<postgres::Error>());
         matches!(
             database.and_then(postgres::Error::code).map(|code| code.code()),
@@ -81,7 +81,7 @@ impl Refusal {
         )
     }
 
-    pub(super) fn into_error(self) -> Error {
+    pub(crate) fn into_error(self) -> Error {
         let error = Error::new(self.kind, self.message);
         match self.cause {
             Some(cause) => error.with_source(cause),
@@ -90,7 +90,7 @@ impl Refusal {
     }
 
     /// Two keys have one hash.
-    pub(super) fn collision(key: &str, other: &str) -> Self {
+    pub(crate) fn collision(key: &str, other: &str) -> Self {
         let message = format!(
             "{key:?} has the same hash as {other:?} (namespace:key), so the two would exclude each other; \
              rename one of them, or put it into another namespace"
@@ -99,12 +99,12 @@ impl Refusal {
     }
 
     /// This process is short of something.
-    pub(super) fn system(error: Error) -> Self {
+    pub(crate) fn system(error: Error) -> Self {
         Self::new(ErrorKind::SessionUnavailable, "no session can be opened here".to_owned()).because(error)
     }
 
     /// What was refused at one address is told, whatever happened at the others: waiting for those would hide it.
-    pub(super) fn from_dial(error: DialError) -> Self {
+    pub(crate) fn from_dial(error: DialError) -> Self {
         let verdicts: Vec<_> = error.failures().map(verdict).collect();
         let is = |wanted| move |(kind, _): &(ErrorKind, _)| *kind == wanted;
         let number = (verdicts.iter().position(is(ErrorKind::SessionRefused)))
@@ -128,7 +128,7 @@ impl Refusal {
         Self { cause, ..Self::new(kind, message) }
     }
 
-    pub(super) fn from_failure(failure: Failure) -> Self {
+    pub(crate) fn from_failure(failure: Failure) -> Self {
         match failure {
             Failure::Lost { reason, cause } => {
                 let message = match reason {
@@ -155,18 +155,18 @@ impl Refusal {
         Self::new(ErrorKind::SessionRefused, message)
     }
 
-    pub(super) fn not_postgres() -> Self {
+    pub(crate) fn not_postgres() -> Self {
         Self::refused("the server does not answer as PostgreSQL does; check host and port".to_owned())
     }
 
-    pub(super) fn too_old(major: i32) -> Self {
+    pub(crate) fn too_old(major: i32) -> Self {
         Self::refused(format!(
             "the server is PostgreSQL {major}, which has no idle_session_timeout to bound a lease; \
              upgrade it to 14 or newer"
         ))
     }
 
-    pub(super) fn standby() -> Self {
+    pub(crate) fn standby() -> Self {
         Self::refused(
             "the server is a hot standby, whose locks exclude nobody on the primary; connect to the primary, \
              or name all hosts and say target_session_attrs=read-write"
@@ -174,12 +174,12 @@ impl Refusal {
         )
     }
 
-    pub(super) fn pooler() -> Self {
+    pub(crate) fn pooler() -> Self {
         Self::refused(SHARED_SESSIONS.to_owned())
     }
 
     /// Two sessions had one lock at once.
-    pub(super) fn stub() -> Self {
+    pub(crate) fn stub() -> Self {
         Self::refused(
             "two sessions were granted one advisory lock at the same time, so locks of this server exclude nobody: it \
              only looks like PostgreSQL; connect to a PostgreSQL server"

@@ -9,18 +9,17 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, after, at, bounded, never, select};
 use parking_lot::Mutex;
 
-use super::link::Link;
-use super::stream::StreamControl;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::expiry::Expiry;
-use crate::lock::{Lost, lost_already};
-use crate::loss::{Loss, LossReason};
-use crate::term::{Row, Term};
+use crate::loss::{Loss, LossReason, Lost, lost_already};
+use crate::postgres::session::cancel::Link;
+use crate::postgres::stream::StreamControl;
+use crate::term::{Fence, Term};
 
 /// A claim, from the first attempt until its end is over.
 #[derive(Debug)]
-pub(super) struct Claim {
+pub(crate) struct Claim {
     /// For messages.
     key: String,
     /// How long the server may keep a lock that it cannot be told of.
@@ -82,14 +81,14 @@ enum Phase {
 
 /// Why a claim ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Why {
+pub(crate) enum Why {
     Released,
     Stopped,
 }
 
 /// Whether a call waits for the lock while another session holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Patience {
+pub(crate) enum Patience {
     Lock,
     TryLock,
     /// As `TryLock`, and an attempt that fails since the server could not be asked is the last.
@@ -97,7 +96,7 @@ pub(super) enum Patience {
 }
 
 impl Claim {
-    pub(super) fn new(key: String, doubt: Duration) -> Arc<Self> {
+    pub(crate) fn new(key: String, doubt: Duration) -> Arc<Self> {
         let status = Status {
             phase: Phase::Acquiring,
             problem: None,
@@ -119,7 +118,7 @@ impl Claim {
     }
 
     /// The lock's key, in text.
-    pub(super) fn key(&self) -> &str {
+    pub(crate) fn key(&self) -> &str {
         &self.key
     }
 
@@ -128,7 +127,7 @@ impl Claim {
     /// Blocks until the lock is held, or it is known that it will not be, as [`Lock`](crate::Lock) says.
     ///
     /// `help` does what can be done on this thread, and says whether there was anything; `volunteers` is whether it might.
-    pub(super) fn acquire(
+    pub(crate) fn acquire(
         &self,
         patience: Patience,
         context: &Context,
@@ -187,21 +186,21 @@ impl Claim {
     }
 
     /// Whether somebody wants an attempt now, and not after a pause. To be asked by the thread that pauses.
-    pub(super) fn wants_attempt(&self) -> bool {
+    pub(crate) fn wants_attempt(&self) -> bool {
         self.hurry.swap(false, SeqCst)
     }
 
     /// Has the pause between two attempts ended. The thread that pauses must be woken after this.
-    pub(super) fn hurry(&self) {
+    pub(crate) fn hurry(&self) {
         self.hurry.store(true, SeqCst);
     }
 
-    pub(super) fn lost(&self) -> Lost {
+    pub(crate) fn lost(&self) -> Lost {
         self.current().lost.clone()
     }
 
     /// When the term ends by its lease, if there is one.
-    pub(super) fn term_ends_at(&self) -> Option<Instant> {
+    pub(crate) fn term_ends_at(&self) -> Option<Instant> {
         match &self.status.lock().phase {
             Phase::Held { until, .. } => until.at(),
             _ => None,
@@ -209,38 +208,38 @@ impl Claim {
     }
 
     /// Closes the lost channel of a term that is over by its time. Blocks for nothing, and calls nobody.
-    pub(super) fn expire(&self) {
+    pub(crate) fn expire(&self) {
         drop(self.current());
     }
 
     /// The current term, if there is one.
-    pub(super) fn term(&self, row: Option<Row>) -> Option<Term> {
+    pub(crate) fn term(&self, fence: Option<Arc<dyn Fence>>) -> Option<Term> {
         let status = self.current();
         let Phase::Held { until, .. } = &status.phase else { return None };
-        Some(Term::new(status.lost.clone(), status.token).with_lease(Arc::clone(until), row))
+        Some(Term::new(status.lost.clone(), status.token, fence).with_expiry(Arc::clone(until)))
     }
 
-    pub(super) fn last_loss(&self) -> Option<Loss> {
+    pub(crate) fn last_loss(&self) -> Option<Loss> {
         self.current().last_loss.clone()
     }
 
     /// Whether the application has ended this claim.
-    pub(super) fn is_ending(&self) -> bool {
+    pub(crate) fn is_ending(&self) -> bool {
         !self.status.lock().is_open()
     }
 
     /// Whether all is done for the claim.
-    pub(super) fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         matches!(self.status.lock().phase, Phase::Ended { .. })
     }
 
     /// Whether the claim has ended for this reason.
-    pub(super) fn ends_for(&self, reason: Why) -> bool {
+    pub(crate) fn ends_for(&self, reason: Why) -> bool {
         matches!(self.status.lock().phase, Phase::Ending { why, .. } | Phase::Ended { why, .. } if why == reason)
     }
 
     /// By when the claim must have ended, if the application has ended it.
-    pub(super) fn ends_by(&self) -> Option<Instant> {
+    pub(crate) fn ends_by(&self) -> Option<Instant> {
         match self.status.lock().phase {
             Phase::Ending { by, .. } => Some(by),
             // Nobody waits any more; there is an end to be made all the same.
@@ -251,7 +250,7 @@ impl Claim {
 
     /// Ends the claim: closes the term. Only the first call does something, and returns `true`: then somebody must give
     /// back what there is, by `by`, or whoever is at work must be [interrupted](Self::interrupt).
-    pub(super) fn end(&self, why: Why, by: Instant) -> bool {
+    pub(crate) fn end(&self, why: Why, by: Instant) -> bool {
         let mut status = self.status.lock();
         if !status.is_open() {
             return false;
@@ -265,7 +264,7 @@ impl Claim {
     ///
     /// Sends a cancel request if it waits for the lock, and so takes as long as that does, but no longer than half of the
     /// time until `by`.
-    pub(super) fn interrupt(&self, by: Instant) {
+    pub(crate) fn interrupt(&self, by: Instant) {
         let link = match &*self.reach.lock() {
             Reach::Idle => None,
             // Under the mutex, so that it is the attempt of this claim still: a moment later the session may be another's.
@@ -283,7 +282,7 @@ impl Claim {
 
     /// Blocks until what there was has been given back, and says whether it could be. After `by` whoever is at it is left
     /// alone.
-    pub(super) fn wait_ended(&self, by: Instant) -> Result<()> {
+    pub(crate) fn wait_ended(&self, by: Instant) -> Result<()> {
         // What a thread gets that was cut off from its session in the midst of a call to finish by itself.
         let grace = by.saturating_duration_since(Instant::now()) / 10;
         if let Some(outcome) = self.ended_by(by - grace) {
@@ -321,7 +320,7 @@ impl Claim {
 
     /// Blocks until another thread's release of this claim is over; fails if `context` ends before. After `by` it is, even
     /// if that thread is gone.
-    pub(super) fn wait_released(&self, context: &Context, by: Instant) -> Result<()> {
+    pub(crate) fn wait_released(&self, context: &Context, by: Instant) -> Result<()> {
         let begun = Instant::now();
         let cancelled = context.cancelled();
         let deadline = context.expires_at().map_or_else(never, at);
@@ -389,7 +388,7 @@ impl Claim {
     }
 
     /// What a call fails with whose context has ended.
-    pub(super) fn gave_up(&self, kind: ErrorKind, begun: Instant) -> Error {
+    pub(crate) fn gave_up(&self, kind: ErrorKind, begun: Instant) -> Error {
         let status = self.status.lock();
         let obstacle = match (&status.phase, &status.problem) {
             (Phase::Queueing, _) => ", which another session holds".to_owned(),
@@ -416,7 +415,7 @@ impl Claim {
     // What the thread does that works on the claim.
 
     /// Whether a thread waits that would do the work itself; then it is told to.
-    pub(super) fn call_volunteer(&self) -> bool {
+    pub(crate) fn call_volunteer(&self) -> bool {
         let there = self.volunteers.load(SeqCst) > 0;
         if there {
             self.status.lock().notify();
@@ -425,7 +424,7 @@ impl Claim {
     }
 
     /// Another session holds the lock.
-    pub(super) fn announce_queueing(&self) {
+    pub(crate) fn announce_queueing(&self) {
         let mut status = self.status.lock();
         if status.is_open() {
             status.phase = Phase::Queueing;
@@ -435,7 +434,7 @@ impl Claim {
     }
 
     /// The lock is held until `until` at least.
-    pub(super) fn announce_acquired(&self, until: Instant, token: Option<i64>) {
+    pub(crate) fn announce_acquired(&self, until: Instant, token: Option<i64>) {
         let mut status = self.status.lock();
         if status.is_open() {
             let (term, lost) = bounded(0);
@@ -448,7 +447,7 @@ impl Claim {
     }
 
     /// The term goes on until `until` at least; `false` if it has ended here meanwhile.
-    pub(super) fn announce_renewed(&self, until: Instant) -> bool {
+    pub(crate) fn announce_renewed(&self, until: Instant) -> bool {
         let mut status = self.status.lock();
         match &status.phase {
             Phase::Held { until: expiry, .. } if !expiry.has_passed() && expiry.move_to(until) => true,
@@ -463,7 +462,7 @@ impl Claim {
     }
 
     /// The term is over; `false` if that was known already.
-    pub(super) fn announce_lost(&self, reason: LossReason) -> bool {
+    pub(crate) fn announce_lost(&self, reason: LossReason) -> bool {
         let mut status = self.status.lock();
         let held = matches!(status.phase, Phase::Held { .. });
         if held {
@@ -473,12 +472,12 @@ impl Claim {
     }
 
     /// Until when the server may hold something for a session of this claim that was lost.
-    pub(super) fn announce_doubt(&self, until: Option<Instant>) {
+    pub(crate) fn announce_doubt(&self, until: Option<Instant>) {
         self.status.lock().in_doubt_until = until;
     }
 
     /// An attempt failed.
-    pub(super) fn announce_problem(&self, problem: Option<Error>) {
+    pub(crate) fn announce_problem(&self, problem: Option<Error>) {
         let mut status = self.status.lock();
         if status.is_open() {
             status.phase = Phase::Acquiring;
@@ -489,17 +488,17 @@ impl Claim {
     }
 
     /// A session is being opened that obeys `control`; `false` if it should not.
-    pub(super) fn announce_connecting(&self, control: StreamControl) -> bool {
+    pub(crate) fn announce_connecting(&self, control: StreamControl) -> bool {
         self.set_reach(Reach::Connecting(control))
     }
 
     /// The work is on the session behind `link`; `false` if it should not.
-    pub(super) fn announce_session(&self, link: Arc<Link>) -> bool {
+    pub(crate) fn announce_session(&self, link: Arc<Link>) -> bool {
         self.set_reach(Reach::Session(link))
     }
 
     /// There is no session.
-    pub(super) fn announce_no_session(&self) {
+    pub(crate) fn announce_no_session(&self) {
         self.set_reach(Reach::Idle);
     }
 
@@ -511,7 +510,7 @@ impl Claim {
     }
 
     /// All has been done that could be. Only the first call does something.
-    pub(super) fn finish(&self, outcome: Result<()>) {
+    pub(crate) fn finish(&self, outcome: Result<()>) {
         let mut status = self.status.lock();
         let why = match status.phase {
             Phase::Ended { .. } => return,

@@ -8,20 +8,20 @@ use postgres::error::SqlState;
 use postgres::types::{ToSql, Type};
 use postgres::{CancelToken, Client, Row, SimpleQueryMessage, SimpleQueryRow, Statement};
 
-use super::link::Link;
-use super::quiet::{self, Told};
-use super::refusal::Refusal;
-use super::schema::Schema;
-use super::sql::{self, Shape, Verb};
-use super::stream::{Dialer, NotReady, StreamControl};
-use super::watchdog::Watchdog;
-use super::wire::{Failure, GOODBYE, Wire};
 use crate::key::AdvisoryKey;
 use crate::loss::LossReason;
+use crate::postgres::session::cancel::Link;
+use crate::postgres::session::refusal::Refusal;
+use crate::postgres::session::wire::{Failure, GOODBYE, Wire};
+use crate::postgres::sql::quiet::{self, Told};
+use crate::postgres::sql::schema::Schema;
+use crate::postgres::sql::{self, Shape, Verb};
+use crate::postgres::stream::{Dialer, NotReady, StreamControl};
+use crate::postgres::watchdog::Watchdog;
 use crate::process::nonce;
 
 /// An open session. It is closed when dropped.
-pub(super) struct Session {
+pub(crate) struct Session {
     wire: Wire,
     dialer: Arc<Dialer>,
     /// Where the catalog is, or would be.
@@ -58,27 +58,27 @@ const BRIEF: Duration = Duration::from_millis(100);
 
 /// What a claim asks for.
 #[derive(Clone, Debug)]
-pub(super) struct Request {
-    pub(super) key: AdvisoryKey,
+pub(crate) struct Request {
+    pub(crate) key: AdvisoryKey,
     /// How long the server is to keep the lock for a silent holder.
-    pub(super) lease: Duration,
+    pub(crate) lease: Duration,
     /// What the session is called while it serves the claim.
-    pub(super) application_name: String,
+    pub(crate) application_name: String,
     /// What the catalog is told; `None` without a catalog.
-    pub(super) entry: Option<Entry>,
+    pub(crate) entry: Option<Entry>,
 }
 
 /// What the catalog is told of a term.
 #[derive(Clone, Debug)]
-pub(super) struct Entry {
-    pub(super) namespace: String,
-    pub(super) key: String,
-    pub(super) annotation: Option<Vec<u8>>,
+pub(crate) struct Entry {
+    pub(crate) namespace: String,
+    pub(crate) key: String,
+    pub(crate) annotation: Option<Vec<u8>>,
 }
 
 /// What came of asking for the lock.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Answer {
+pub(crate) enum Answer {
     /// It is ours; the token, if there is a catalog.
     Granted { token: Option<i64> },
     /// Another session holds it. Or it was granted in the last moment of a slice without our knowing, or a transaction of
@@ -97,7 +97,7 @@ enum Answered {
 
 impl Session {
     /// Opens a session, prepares it and checks that it can keep locks.
-    pub(super) fn open(
+    pub(crate) fn open(
         dialer: Arc<Dialer>,
         schema: Arc<Schema>,
         control: StreamControl,
@@ -189,22 +189,22 @@ impl Session {
     }
 
     /// The process that serves this session, by its own word at the start.
-    pub(super) fn backend_pid(&self) -> i32 {
+    pub(crate) fn backend_pid(&self) -> i32 {
         self.backend_pid
     }
 
     /// Where the catalog is, or would be.
-    pub(super) fn schema(&self) -> &Schema {
+    pub(crate) fn schema(&self) -> &Schema {
         &self.schema
     }
 
     /// What other threads may do to this session while a claim uses it.
-    pub(super) fn link(&self) -> Arc<Link> {
+    pub(crate) fn link(&self) -> Arc<Link> {
         Link::new(self.control().clone(), Arc::clone(&self.dialer), Arc::clone(&self.cancel))
     }
 
     /// Whether the session is known to be useless, without asking the server.
-    pub(super) fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         self.wire.is_over()
     }
 
@@ -216,17 +216,17 @@ impl Session {
     ///
     /// # Errors
     /// If its thread could not be started.
-    pub(super) fn watch_by(&self, watchdog: &Arc<Watchdog>) -> io::Result<()> {
+    pub(crate) fn watch_by(&self, watchdog: &Arc<Watchdog>) -> io::Result<()> {
         self.control().watch_by(watchdog)
     }
 
     /// Whether it kept lease and name from a claim before.
-    pub(super) fn is_leased(&self) -> bool {
+    pub(crate) fn is_leased(&self) -> bool {
         self.leased.is_some()
     }
 
     /// Asks for the lock. An error may come after the grant, and takes the lease back: then the session must be discarded.
-    pub(super) fn try_lock(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
+    pub(crate) fn try_lock(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
         // Whatever comes of it; who is refused discards the session.
         self.leased = Some(Leased { key: request.key, token: None });
         self.acquire(Verb::Try, request, by)
@@ -234,7 +234,7 @@ impl Session {
 
     /// As [`try_lock`](Self::try_lock), for a session that has the lease from a claim before. Whoever `waits` anyway
     /// is not told why there is no lock, which would take another statement.
-    pub(super) fn lock_again(
+    pub(crate) fn lock_again(
         &mut self,
         request: &Request,
         waits: bool,
@@ -282,7 +282,7 @@ impl Session {
     }
 
     /// Queues for the lock until the slice is over or `link` is interrupted.
-    pub(super) fn queue(&mut self, request: &Request, link: &Link, by: Instant) -> Result<Answer, Failure> {
+    pub(crate) fn queue(&mut self, request: &Request, link: &Link, by: Instant) -> Result<Answer, Failure> {
         if !link.begin_slice() {
             return Ok(Answer::NotGranted);
         }
@@ -398,7 +398,7 @@ impl Session {
     }
 
     /// Lets tokens go on after a crash. Does nothing where that has been done. It may take a second more than a statement.
-    pub(super) fn new_era(&mut self, by: Instant) -> Result<(), Failure> {
+    pub(crate) fn new_era(&mut self, by: Instant) -> Result<(), Failure> {
         let outcome = self.simple_query(&self.schema.apply(&sql::new_era(sql::TIMELINE)), by);
         match outcome {
             // The timeline is not for this role, or the catalog is not, as the next attempt tells.
@@ -410,7 +410,7 @@ impl Session {
     }
 
     /// Gives the lock back; whether it was held. If it `stays` with the key, it keeps lease and name.
-    pub(super) fn unlock(&mut self, key: AdvisoryKey, stays: bool, by: Instant) -> Result<bool, Failure> {
+    pub(crate) fn unlock(&mut self, key: AdvisoryKey, stays: bool, by: Instant) -> Result<bool, Failure> {
         let shape = Shape { pair: key.is_pair(), catalog: false };
         let verb = if stays { Verb::UnlockOnly } else { Verb::Unlock };
         let rows = self.run(verb, shape, &[(&key.id(), Type::INT8)], by)?;
@@ -421,14 +421,14 @@ impl Session {
     }
 
     /// Leaves the session without any lock, lease and name; whether the server has none of the `lost` backends any more.
-    pub(super) fn settle(&mut self, lost: &[i32], by: Instant) -> Result<bool, Failure> {
+    pub(crate) fn settle(&mut self, lost: &[i32], by: Instant) -> Result<bool, Failure> {
         let row = self.simple_query(&sql::settle(lost), by)?;
         self.leased = None;
         Ok(row.and_then(|row| row.try_get(3).ok().flatten().map(|clear| clear == "t")).unwrap_or(false))
     }
 
     /// Renews the lease, and proves that the session is what it was, and holds what it took.
-    pub(super) fn heartbeat(&mut self, by: Instant) -> Result<(), Failure> {
+    pub(crate) fn heartbeat(&mut self, by: Instant) -> Result<(), Failure> {
         loop {
             match self.heartbeat_with("", "", by) {
                 // Somebody's cancel request hit it, which says nothing of the session.
@@ -440,14 +440,14 @@ impl Session {
     }
 
     /// A heartbeat which asks for the lock `key` as well, without waiting; whether it was granted.
-    pub(super) fn heartbeat_and_try(&mut self, key: i64, by: Instant) -> Result<bool, Failure> {
+    pub(crate) fn heartbeat_and_try(&mut self, key: i64, by: Instant) -> Result<bool, Failure> {
         let row = self.heartbeat_with("", &format!(", pg_catalog.pg_try_advisory_lock({key})"), by)?;
         Ok(row.is_some_and(|row| row.try_get(4).is_ok_and(|granted| granted == Some("t"))))
     }
 
     /// As [`heartbeat_and_try`](Self::heartbeat_and_try), in a transaction that is left open: the lock goes with it, also if a
     /// pooler gives the next statement to another backend. The server ends it when it stands idle for `longest`.
-    pub(super) fn begin_with_lock(
+    pub(crate) fn begin_with_lock(
         &mut self,
         key: i64,
         longest: Duration,
@@ -489,7 +489,7 @@ impl Session {
     /// Takes in what the server has said by itself, which is above all that the session is over.
     ///
     /// To be called when there is something to read: it waits a millisecond for it. After `by` it ends in any case.
-    pub(super) fn listen(&mut self, by: Instant) -> Result<(), Failure> {
+    pub(crate) fn listen(&mut self, by: Instant) -> Result<(), Failure> {
         // Whatever the server says here, it says of the session, since there is no statement.
         self.wire.listen(by).map_err(|failure| match failure {
             Failure::Refused(cause) => Failure::Lost { reason: LossReason::ServerError, cause: Some(cause) },
@@ -499,12 +499,12 @@ impl Session {
 
     /// Whether the server has ended its side of the connection `by` then, and with it the process that served the session:
     /// so it holds nothing any more. PostgreSQL says that it ends a session before it lets go of the locks.
-    pub(super) fn wait_gone(&self, by: Instant) -> bool {
+    pub(crate) fn wait_gone(&self, by: Instant) -> bool {
         self.is_direct && self.control().wait_closed(by)
     }
 
     /// Asks the server something that is not of a claim.
-    pub(super) fn query(
+    pub(crate) fn query(
         &mut self,
         text: &str,
         parameters: &[&(dyn ToSql + Sync)],
@@ -516,7 +516,7 @@ impl Session {
     }
 
     /// Runs one of the catalog's statements in text; the first row, if there is one.
-    pub(super) fn simple_query(
+    pub(crate) fn simple_query(
         &mut self,
         text: &str,
         by: Instant,
@@ -538,7 +538,7 @@ impl Session {
     }
 
     /// Ends the session for whoever uses it. What was sent is left unanswered.
-    pub(super) fn kill(&self) {
+    pub(crate) fn kill(&self) {
         self.control().kill();
     }
 

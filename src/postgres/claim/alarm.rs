@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{read, write};
 
-use super::stream::Socket;
+use crate::postgres::stream::Socket;
 
 /// A supervisor's alarm clock.
 ///
@@ -17,7 +17,7 @@ use super::stream::Socket;
 /// [`looks_by`](Self::looks_by) tells whether the supervisor comes to see it in time by itself. One of the two threads
 /// sees what the other did: the supervisor says when it will look *before* it asks for news a last time.
 #[derive(Debug)]
-pub(super) struct Alarm {
+pub(crate) struct Alarm {
     /// Times are kept as nanoseconds since then, so that they fit an atomic.
     base: Instant,
     /// Counts the news.
@@ -31,7 +31,7 @@ pub(super) struct Alarm {
 
 /// What ended a sleep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Woken {
+pub(crate) enum Woken {
     /// There is something to read, or the connection is over.
     Socket,
     Bell,
@@ -42,7 +42,7 @@ pub(super) enum Woken {
 impl Alarm {
     /// # Errors
     /// When the process has no file descriptor left.
-    pub(super) fn new() -> std::io::Result<Self> {
+    pub(crate) fn new() -> std::io::Result<Self> {
         Ok(Self {
             base: Instant::now(),
             news: AtomicU64::new(0),
@@ -54,17 +54,17 @@ impl Alarm {
     }
 
     /// Leaves word that something has changed. It wakes nobody.
-    pub(super) fn stir(&self) {
+    pub(crate) fn stir(&self) {
         self.news.fetch_add(1, SeqCst);
     }
 
     /// Whether the supervisor looks by then. To be asked after [`stir`](Self::stir).
-    pub(super) fn looks_by(&self, by: Instant) -> bool {
+    pub(crate) fn looks_by(&self, by: Instant) -> bool {
         self.looks_at.load(SeqCst) <= self.ticks(by)
     }
 
     /// Wakes the supervisor.
-    pub(super) fn ring(&self) {
+    pub(crate) fn ring(&self) {
         self.stir();
         if !self.ringing.swap(true, SeqCst) {
             self.bell.ring();
@@ -72,13 +72,13 @@ impl Alarm {
     }
 
     /// How much there has been told so far.
-    pub(super) fn news(&self) -> u64 {
+    pub(crate) fn news(&self) -> u64 {
         self.news.load(SeqCst)
     }
 
     /// Sleeps until then, or until the bell is rung, or there is something to read on `socket`. If there has been news
     /// since `seen`, not at all.
-    pub(super) fn sleep(&self, seen: u64, socket: Option<&Socket>, until: Instant) -> Woken {
+    pub(crate) fn sleep(&self, seen: u64, socket: Option<&Socket>, until: Instant) -> Woken {
         self.looks_at.store(self.ticks(until), SeqCst);
         if self.news() != seen {
             return Woken::Time;

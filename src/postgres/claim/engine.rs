@@ -7,34 +7,34 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use super::claim::{Claim, Why};
-use super::config::LeasePlan;
-use super::link::Link;
-use super::pool::{Pool, PooledSlot};
-use super::refusal::Refusal;
-use super::session::{Answer, Request, Session};
-use super::state::{Action, End, Event, Machine, Notice, Time, Timing};
-use super::stream::{Socket, StreamControl};
-use super::wire::Failure;
 use crate::error::{Error, ErrorKind, chain};
 use crate::lock::{LockValuer, annotate};
 use crate::loss::LossReason;
+use crate::postgres::claim::machine::{Action, End, Event, Machine, Notice, Time, Timing};
+use crate::postgres::claim::shared::{Claim, Why};
+use crate::postgres::config::LeasePlan;
+use crate::postgres::pool::{Pool, PooledSlot};
+use crate::postgres::session::cancel::Link;
+use crate::postgres::session::open::{Answer, Request, Session};
+use crate::postgres::session::refusal::Refusal;
+use crate::postgres::session::wire::Failure;
+use crate::postgres::stream::{Socket, StreamControl};
 
 /// What all the claims of one lock have in common.
-pub(super) struct Terms {
-    pub(super) request: Request,
-    pub(super) valuer: Option<LockValuer>,
+pub(crate) struct Terms {
+    pub(crate) request: Request,
+    pub(crate) valuer: Option<LockValuer>,
     /// Whether the last call of the valuer took less than 1 ms.
-    pub(super) valuer_is_fast: AtomicBool,
-    pub(super) plan: LeasePlan,
-    pub(super) wait_slice: Duration,
-    pub(super) release_timeout: Duration,
-    pub(super) pool: Arc<Pool>,
+    pub(crate) valuer_is_fast: AtomicBool,
+    pub(crate) plan: LeasePlan,
+    pub(crate) wait_slice: Duration,
+    pub(crate) release_timeout: Duration,
+    pub(crate) pool: Arc<Pool>,
 }
 
 impl Terms {
     /// How long the server may hold something for a session that was lost without its knowing.
-    pub(super) fn doubt(&self) -> Duration {
+    pub(crate) fn doubt(&self) -> Duration {
         // A slice may wait twice: for the lock, and at the gate for a predecessor's fenced transactions.
         self.plan.lease + 2 * self.wait_slice
     }
@@ -45,7 +45,7 @@ impl Terms {
     }
 
     /// Whether a thread whose patience lasts `until` may try for the lock, and wait for it, itself.
-    pub(super) fn may_wait(&self, until: Option<Instant>) -> bool {
+    pub(crate) fn may_wait(&self, until: Option<Instant>) -> bool {
         until.is_none_or(|until| self.after_slice() <= until)
     }
 
@@ -67,7 +67,7 @@ impl fmt::Debug for Terms {
 }
 
 /// One claim at work.
-pub(super) struct Work {
+pub(crate) struct Work {
     terms: Arc<Terms>,
     request: Request,
     claim: Arc<Claim>,
@@ -99,7 +99,7 @@ pub(super) struct Work {
 
 /// What a thread may do that helps out.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Help {
+pub(crate) enum Help {
     /// What is over, even at a server that does not answer, before the time is up, if there is one; and waiting for the lock
     /// only if it is `patient`.
     Acquire { until: Option<Instant>, patient: bool },
@@ -109,7 +109,7 @@ pub(super) enum Help {
 
 impl Work {
     /// Takes up a claim, with a session if one is at hand.
-    pub(super) fn begin(
+    pub(crate) fn begin(
         terms: &Arc<Terms>,
         claim: Arc<Claim>,
         slot: Option<PooledSlot>,
@@ -143,12 +143,12 @@ impl Work {
         }
     }
 
-    pub(super) fn claim(&self) -> &Arc<Claim> {
+    pub(crate) fn claim(&self) -> &Arc<Claim> {
         &self.claim
     }
 
     /// What is to be done next.
-    pub(super) fn next(&mut self) -> Action {
+    pub(crate) fn next(&mut self) -> Action {
         if self.release_by.is_none()
             && let Some(by) = self.claim.ends_by()
         {
@@ -159,7 +159,7 @@ impl Work {
     }
 
     /// By when `action` is over, whatever the server does, if a thread that helps out may do it.
-    pub(super) fn allows(&mut self, help: Help, action: Action) -> Option<Instant> {
+    pub(crate) fn allows(&mut self, help: Help, action: Action) -> Option<Instant> {
         match (action, help) {
             (Action::Connect, Help::Acquire { until, .. }) => {
                 let by = Instant::now() + self.terms.pool.takes_at_most();
@@ -191,7 +191,7 @@ impl Work {
     }
 
     /// Does what `action` says.
-    pub(super) fn perform(&mut self, action: Action) {
+    pub(crate) fn perform(&mut self, action: Action) {
         let event = self.act(action);
         self.take_in(event);
     }
@@ -211,21 +211,21 @@ impl Work {
     }
 
     /// The time for a heartbeat has come, or for another attempt.
-    pub(super) fn is_due(&self, until: Time) -> bool {
+    pub(crate) fn is_due(&self, until: Time) -> bool {
         self.now() >= until
     }
 
-    pub(super) fn wait_is_over(&mut self) {
+    pub(crate) fn wait_is_over(&mut self) {
         self.take_in(Event::Quiet);
     }
 
     /// Somebody does not want to wait for the end of a pause.
-    pub(super) fn is_wanted(&mut self) {
+    pub(crate) fn is_wanted(&mut self) {
         self.take_in(Event::Wanted);
     }
 
     /// Takes in what the server has said by itself. To be called when there is something to read.
-    pub(super) fn listen(&mut self) {
+    pub(crate) fn listen(&mut self) {
         let by = self.terms.soon();
         if let Err(lost) = self.on_session(|session, _, _| session.listen(by)) {
             self.take_in(lost);
@@ -233,12 +233,12 @@ impl Work {
     }
 
     /// Whether the session is known to be over.
-    pub(super) fn is_cut_off(&mut self) -> bool {
+    pub(crate) fn is_cut_off(&mut self) -> bool {
         self.session().is_none_or(|session| session.is_over())
     }
 
     /// The socket of the session.
-    pub(super) fn socket(&self) -> Option<Socket> {
+    pub(crate) fn socket(&self) -> Option<Socket> {
         self.link.as_ref().and_then(|link| link.control().socket())
     }
 
@@ -470,7 +470,7 @@ impl Work {
     }
 
     /// Ends the claim: tells those who wait for it, after `before_told`. What it does not give back is for the next claim.
-    pub(super) fn finish(mut self, end: End, before_told: impl FnOnce(Option<PooledSlot>)) {
+    pub(crate) fn finish(mut self, end: End, before_told: impl FnOnce(Option<PooledSlot>)) {
         if let Some(link) = self.link.take() {
             link.close();
         }
@@ -510,7 +510,7 @@ impl Work {
         self.epoch.elapsed()
     }
 
-    pub(super) fn at(&self, time: Time) -> Instant {
+    pub(crate) fn at(&self, time: Time) -> Instant {
         // `Time::MAX` stands for no limit; every use takes the earlier of it and another.
         self.epoch.checked_add(time).unwrap_or_else(|| self.terms.soon())
     }

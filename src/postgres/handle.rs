@@ -7,29 +7,32 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::catalog::CatalogMode;
-use super::claim::{Claim, Patience, Why};
-use super::manager::Core;
-use super::pool::Pool;
-use super::session::{Entry, Request};
-use super::sql;
-use super::supervisor::Supervisor;
-use super::work::Terms;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
-use crate::lock::{Lock, LockOptions, Lost, lost_already};
-use crate::loss::Loss;
-use crate::term::{Row, Term};
+use crate::lock::{Lock, LockOptions};
+use crate::loss::{Loss, Lost, lost_already};
+use crate::postgres::catalog::fence::RowFence;
+use crate::postgres::claim::engine::Terms;
+use crate::postgres::claim::shared::{Claim, Patience, Why};
+use crate::postgres::claim::supervisor::Supervisor;
+use crate::postgres::config::CatalogMode;
+use crate::postgres::pool::Pool;
+use crate::postgres::registry::Registry;
+use crate::postgres::session::open::{Entry, Request};
+use crate::postgres::sql;
+use crate::term::{Fence, Term};
 
 /// The lock with one key of one manager.
-pub(super) struct PostgresLock {
+pub(crate) struct PostgresLock {
     /// Itself, so that a claim can keep it.
     this: Weak<Self>,
     key: Key,
     text: String,
+    /// Of all its terms; `None` without a catalog.
+    fence: Option<Arc<dyn Fence>>,
     options: LockOptions,
-    core: Arc<Core>,
+    registry: Arc<Registry>,
     state: Mutex<LockState>,
 }
 
@@ -44,16 +47,29 @@ struct LockState {
 
 /// A claim, what it is made on, and who works on it.
 #[derive(Clone, Debug)]
-pub(super) struct Active {
-    pub(super) claim: Arc<Claim>,
+pub(crate) struct Active {
+    pub(crate) claim: Arc<Claim>,
     terms: Arc<Terms>,
-    pub(super) supervisor: Arc<Supervisor>,
+    pub(crate) supervisor: Arc<Supervisor>,
 }
 
 impl PostgresLock {
-    pub(super) fn new(key: Key, options: LockOptions, core: Arc<Core>) -> Arc<Self> {
-        let text = key.to_string();
-        Arc::new_cyclic(|this| Self { this: this.clone(), key, text, options, core, state: Mutex::default() })
+    pub(crate) fn new(key: Key, options: LockOptions, registry: Arc<Registry>) -> Arc<Self> {
+        let (text, config) = (key.to_string(), registry.config());
+        let fence = (config.catalog != CatalogMode::None).then(|| {
+            let key = key.advisory(&config.namespace);
+            let schema = Arc::clone(&config.schema);
+            Arc::new(RowFence { key, longest_pause: config.lease, schema }) as Arc<dyn Fence>
+        });
+        Arc::new_cyclic(|this| Self {
+            this: this.clone(),
+            key,
+            text,
+            fence,
+            options,
+            registry,
+            state: Mutex::default(),
+        })
     }
 
     /// Begins the claim where there is none, and waits as long as `patience` and `context` say. If `context` has ended,
@@ -64,7 +80,7 @@ impl PostgresLock {
             (_, None) => self.claim(context)?.acquire(patience, context),
             (_, Some(_)) if self.term().is_some() => Ok(()),
             (Patience::TryLock, Some(ErrorKind::TimedOut)) => {
-                let context = context.with_deadline_instead(self.core.attempt_by());
+                let context = context.with_deadline_instead(self.registry.attempt_by());
                 self.claim(&context)?.acquire(Patience::TryOnce, &context)
             }
             (_, Some(kind)) => Err(self.claim(context)?.left(kind)),
@@ -73,12 +89,12 @@ impl PostgresLock {
 
     /// Before any mutex: after a fork it may be locked by a thread that is not there.
     fn check_process(&self) -> Result<()> {
-        self.core.origin().check(format_args!("the lock {:?}", self.text))
+        self.registry.origin().check(format_args!("the lock {:?}", self.text))
     }
 
     /// The claim that goes on, unless this is another process.
     fn current(&self) -> Option<Active> {
-        if !self.core.origin().is_here() {
+        if !self.registry.origin().is_here() {
             return None;
         }
         self.state.lock().claim.clone()
@@ -100,26 +116,26 @@ impl PostgresLock {
                     }
                 }
             };
-            ending.wait_released(context, self.core.release_by())?;
+            ending.wait_released(context, self.registry.release_by())?;
             self.forget(&ending);
         }
     }
 
     /// Begins a claim, with a supervisor that rests if there is one.
     fn begin(&self, terms: &mut Option<Arc<Terms>>) -> Result<Active> {
-        let pool = self.core.pool()?;
-        let config = self.core.config();
+        let pool = self.registry.pool()?;
+        let config = self.registry.config();
         let claim = Claim::new(self.text.clone(), config.lease + 2 * config.wait_slice);
         // A stop that comes in between would not see this claim.
         if let Some(this) = self.this.upgrade()
-            && !self.core.keep(&self.key, this)
+            && !self.registry.keep(&self.key, this)
         {
             return Err(Error::stopped());
         }
         // After that, so that a stop finds them and takes them away.
         let terms = terms.get_or_insert_with(|| Arc::new(self.terms(pool)));
         let active = |supervisor| Active { claim: Arc::clone(&claim), terms: Arc::clone(terms), supervisor };
-        let resting = self.core.resting();
+        let resting = self.registry.resting();
         while let Some(supervisor) = resting.take(terms.request.key) {
             if supervisor.assign(&claim, terms) {
                 return Ok(active(supervisor));
@@ -128,7 +144,7 @@ impl PostgresLock {
         match Supervisor::start(&claim, terms, resting) {
             Ok(supervisor) => Ok(active(supervisor)),
             Err(error) => {
-                drop(self.core.let_go(&self.key));
+                drop(self.registry.let_go(&self.key));
                 let message = "the thread for the lock could not be started; is the limit of threads, or of open files, reached?";
                 Err(Error::new(ErrorKind::SessionUnavailable, message).with_source(error))
             }
@@ -137,7 +153,7 @@ impl PostgresLock {
 
     /// What all the claims of this lock have in common.
     fn terms(&self, pool: Arc<Pool>) -> Terms {
-        let config = self.core.config();
+        let config = self.registry.config();
         Terms {
             request: self.request(),
             valuer: self.options.valuer.clone().filter(|_| config.catalog != CatalogMode::None),
@@ -151,7 +167,7 @@ impl PostgresLock {
 
     /// What the claims of this lock ask for.
     fn request(&self) -> Request {
-        let config = self.core.config();
+        let config = self.registry.config();
         let namespace = self.key.namespace(&config.namespace);
         let entry = (config.catalog != CatalogMode::None).then(|| Entry {
             namespace: namespace.to_owned(),
@@ -167,38 +183,29 @@ impl PostgresLock {
         }
     }
 
-    /// Where the catalog keeps the newest token of this lock.
-    fn row(&self) -> Option<Row> {
-        let config = self.core.config();
-        let key = self.key.advisory(&config.namespace);
-        let schema = Arc::clone(&config.schema);
-        let row = Row { id: key.id(), pair: key.is_pair(), longest_pause: config.lease, schema };
-        Some(row).filter(|_| config.catalog != CatalogMode::None)
-    }
-
     /// Begins the end of the claim, if there is one. `by` is when it must be over.
     ///
     /// Gives `true` with it if this is the first call: then the caller must [give back](Self::give_back) what there is.
-    pub(super) fn end(&self, why: Why, by: Instant) -> Option<(bool, Active)> {
+    pub(crate) fn end(&self, why: Why, by: Instant) -> Option<(bool, Active)> {
         let active = self.state.lock().claim.clone()?;
         Some((active.claim.end(why, by), active))
     }
 
     /// Gives back what an ended claim has, or makes the thread do so that is at work on it.
-    pub(super) fn give_back(active: &Active, by: Instant) {
+    pub(crate) fn give_back(active: &Active, by: Instant) {
         if !active.supervisor.release(&active.claim) {
             active.claim.interrupt(by);
         }
     }
 
     /// Lets go of the pool: the manager has stopped, and there will be no other claim.
-    pub(super) fn leave_pool(&self) {
+    pub(crate) fn leave_pool(&self) {
         let terms = self.state.lock().terms.take();
         drop(terms);
     }
 
     /// Forgets a claim that has ended, unless another thread did so before. Its supervisor is there for the next one.
-    pub(super) fn forget(&self, ended: &Arc<Claim>) {
+    pub(crate) fn forget(&self, ended: &Arc<Claim>) {
         let dropped = {
             let mut state = self.state.lock();
             let Some(active) = state.claim.take_if(|active| Arc::ptr_eq(&active.claim, ended)) else {
@@ -206,8 +213,8 @@ impl PostgresLock {
             };
             state.last_loss = ended.last_loss().or(state.last_loss.take());
             // Under the mutex, so that the next claim of this very lock finds it.
-            self.core.resting().add(active.terms.request.key, &active.supervisor);
-            (active, self.core.let_go(&self.key))
+            self.registry.resting().add(active.terms.request.key, &active.supervisor);
+            (active, self.registry.let_go(&self.key))
         };
         // The one may be the last that knows the pool, the other the last that knows this lock, so they must not be dropped
         // under a mutex.
@@ -247,14 +254,14 @@ impl Lock for PostgresLock {
                 Err(active.left(kind))
             }
             (Some(active), _) => active.acquire(Patience::Lock, context),
-            (None, _) if self.core.is_stopped() => Err(Error::stopped()),
+            (None, _) if self.registry.is_stopped() => Err(Error::stopped()),
             (None, _) => Err(Error::not_claimed(&self.text)),
         }
     }
 
     fn release(&self) -> Result<()> {
         self.check_process()?;
-        let by = self.core.release_by();
+        let by = self.registry.release_by();
         let Some((first, active)) = self.end(Why::Released, by) else { return Ok(()) };
         if first {
             Self::give_back(&active, by);
@@ -269,11 +276,11 @@ impl Lock for PostgresLock {
     }
 
     fn term(&self) -> Option<Term> {
-        self.current()?.claim.term(self.row())
+        self.current()?.claim.term(self.fence.clone())
     }
 
     fn last_loss(&self) -> Option<Loss> {
-        if !self.core.origin().is_here() {
+        if !self.registry.origin().is_here() {
             return None;
         }
         let (active, before) = {
@@ -286,12 +293,12 @@ impl Lock for PostgresLock {
 
 impl Drop for PostgresLock {
     fn drop(&mut self) {
-        if self.core.origin().is_here() {
-            self.core.forget(&self.key);
+        if self.registry.origin().is_here() {
+            self.registry.forget(&self.key);
             return;
         }
         let LockState { claim, terms, .. } = std::mem::take(self.state.get_mut());
-        std::mem::forget((claim, terms, Arc::clone(&self.core)));
+        std::mem::forget((claim, terms, Arc::clone(&self.registry)));
     }
 }
 

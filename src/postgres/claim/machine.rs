@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::loss::LossReason;
 
 /// A moment, as the time since the supervisor began. The machine never asks what time it is: it is told.
-pub(super) type Time = Duration;
+pub(crate) type Time = Duration;
 
 /// One claim on one lock, from its first attempt to its release.
 ///
@@ -29,7 +29,7 @@ pub(super) type Time = Duration;
 /// Inputs: [`handle`](Self::handle), which takes what happened and gives what is to be announced. Output:
 /// [`action`](Self::action), what is to be done next; it changes nothing, so it may be asked any number of times.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Machine {
+pub(crate) struct Machine {
     timing: Timing,
     state: State,
     /// When the attempts began to fail, `None` while they succeed.
@@ -42,17 +42,17 @@ pub(super) struct Machine {
 
 /// The durations that govern a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Timing {
+pub(crate) struct Timing {
     /// How long a term lasts, at the most, after the sending of the last heartbeat that was answered: the server's
     /// lease less one heartbeat and the margin.
-    pub(super) term: Duration,
+    pub(crate) term: Duration,
     /// How long the server may hold something for a session that was lost without its knowing: a wait, at the end of
     /// which it may be granted the lock, and a lease from then on.
-    pub(super) doubt: Duration,
+    pub(crate) doubt: Duration,
     /// A heartbeat is sent this long after the one before, at the latest.
-    pub(super) heartbeat: Duration,
+    pub(crate) heartbeat: Duration,
     /// At which times.
-    pub(super) rhythm: Rhythm,
+    pub(crate) rhythm: Rhythm,
 }
 
 /// The times at which heartbeats are sent: at `offset`, and from then on once each `period`.
@@ -61,7 +61,7 @@ pub(super) struct Timing {
 /// of them. Measured with a hundred locks, that halves the processor time: what follows on something alike finds all it
 /// needs in the processor's caches, and what is done alone does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Rhythm {
+pub(crate) struct Rhythm {
     offset: Time,
     /// Not zero.
     period: Duration,
@@ -73,7 +73,7 @@ impl Rhythm {
     const TIMES: u32 = 16;
 
     /// The rhythm of all that send a heartbeat that often, for a claim that begins `late`.
-    pub(super) fn of(heartbeat: Duration, late: Duration) -> Self {
+    pub(crate) fn of(heartbeat: Duration, late: Duration) -> Self {
         let period = (heartbeat / Self::TIMES).max(Duration::from_nanos(1));
         Self { offset: period - remainder(late, period), period }
     }
@@ -129,7 +129,7 @@ enum After {
 
 /// How a claim ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum End {
+pub(crate) enum End {
     /// The server holds nothing for this claim.
     Released,
     /// The server says that the lock was not held when it was given back.
@@ -140,7 +140,7 @@ pub(super) enum End {
 
 /// What the supervisor does next. Each is followed by one event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Action {
+pub(crate) enum Action {
     /// Take a session from the pool, and open it if need be: `Connected` or `ConnectFailed`.
     Connect,
     /// Do nothing until then: `Quiet`, `Wanted`.
@@ -165,7 +165,7 @@ pub(super) enum Action {
 
 /// What happened. `SessionLost` may follow each action that uses a session, `Release` may come at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Event {
+pub(crate) enum Event {
     Connected,
     /// No session. `patient` if the cause will not go away by itself, so that the next attempt need not hurry.
     ConnectFailed {
@@ -210,7 +210,7 @@ pub(super) enum Event {
 
 /// What is to be announced to the application, before the next action begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Notice {
+pub(crate) enum Notice {
     /// The lock is held, until `until` at least.
     Acquired { until: Time },
     /// The term goes on until `until` at least.
@@ -225,12 +225,12 @@ pub(super) enum Notice {
 
 impl Machine {
     /// Begins a claim. `seed` decides the jitter of its back-off.
-    pub(super) fn new(timing: Timing, seed: u64) -> Self {
+    pub(crate) fn new(timing: Timing, seed: u64) -> Self {
         Self { timing, state: State::Connecting, failing_since: None, in_doubt_until: Time::ZERO, seed }
     }
 
     /// What to do next.
-    pub(super) fn action(&self) -> Action {
+    pub(crate) fn action(&self) -> Action {
         match self.state {
             State::Connecting => Action::Connect,
             State::BackingOff { until } => Action::Pause { until },
@@ -248,7 +248,7 @@ impl Machine {
     }
 
     /// Takes in what happened, at `now`; says what to announce. An event that does not fit the state changes nothing.
-    pub(super) fn handle(&mut self, event: Event, now: Time) -> Option<Notice> {
+    pub(crate) fn handle(&mut self, event: Event, now: Time) -> Option<Notice> {
         // Whatever the event says: a term does not outlive its time. An answer that comes later does not prolong it.
         let term_over = matches!(self.state, State::Held { renewed } | State::Renewing { renewed }
             if now >= self.term_end(renewed) && event != Event::Release);
@@ -347,7 +347,7 @@ impl Machine {
     }
 
     /// Until when the server may hold something for a session that was lost.
-    pub(super) fn in_doubt_until(&self) -> Time {
+    pub(crate) fn in_doubt_until(&self) -> Time {
         self.in_doubt_until
     }
 

@@ -1,0 +1,10 @@
+//! The life of a claim: from the first attempt at a lock to the end of its release.
+
+pub(crate) mod alarm;
+pub(crate) mod engine;
+pub(crate) mod idle;
+pub(crate) mod machine;
+#[cfg(test)]
+mod model;
+pub(crate) mod shared;
+pub(crate) mod supervisor;

@@ -1,0 +1,351 @@
+//! Which locks a manager has, which of them are claimed, and how all of them end when it stops.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::fmt;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use parking_lot::Mutex;
+
+use crate::error::{Error, ErrorKind, Result, chain};
+use crate::key::Key;
+use crate::lock::LockOptions;
+use crate::postgres::claim::idle::Resting;
+use crate::postgres::claim::shared::Why;
+use crate::postgres::config::Config;
+use crate::postgres::handle::{Active, PostgresLock};
+use crate::postgres::pool::Pool;
+use crate::postgres::pool::Slot;
+use crate::postgres::session::refusal::Refusal;
+use crate::postgres::stream::StreamControl;
+use crate::process::{Origin, drive, no_thread};
+
+/// What a manager's handles share; it outlives the manager where they do.
+pub(crate) struct Registry {
+    config: Config,
+    origin: Origin,
+    state: Mutex<State>,
+    resting: Arc<Resting>,
+}
+
+struct State {
+    stage: Stage,
+    /// `None` once stopped.
+    pool: Option<Arc<Pool>>,
+    locks: HashMap<Key, Entry>,
+}
+
+#[derive(Debug)]
+enum Stage {
+    New,
+    /// The first look at the server is under way. Claims need not wait for it.
+    Starting(Arc<Start>),
+    Running,
+    Stopped,
+}
+
+/// A call of `start` that is under way.
+struct Start {
+    /// Ends it.
+    control: StreamControl,
+    /// What came of it, for all who called meanwhile; nothing if it panicked.
+    outcome: OnceLock<Result<()>>,
+    /// Disconnects when it is over.
+    over: Receiver<Infallible>,
+}
+
+impl Start {
+    /// And what is dropped at its end.
+    fn new() -> (Arc<Self>, Sender<Infallible>) {
+        let (under_way, over) = bounded(0);
+        (Arc::new(Self { control: StreamControl::new(), outcome: OnceLock::new(), over }), under_way)
+    }
+
+    /// Waits for its end, and gives its outcome.
+    fn wait(&self, by: Instant) -> Result<()> {
+        // A little later, so that a call that takes all its time still has the word.
+        const GRACE: Duration = Duration::from_secs(1);
+        let _ = self.over.recv_deadline(by + GRACE);
+        self.outcome.get().cloned().unwrap_or_else(|| {
+            let message = "another thread's start(), which this one waited for, came to no end; see its log";
+            Err(Error::new(ErrorKind::FailedInitialization, message))
+        })
+    }
+}
+
+impl fmt::Debug for Start {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Start")
+    }
+}
+
+/// Ends a call of `start`, also one that panics.
+struct StartGuard<'a> {
+    registry: &'a Registry,
+    start: &'a Start,
+    /// Dropped after the rest, which wakes those who wait.
+    _under_way: Sender<Infallible>,
+}
+
+impl Drop for StartGuard<'_> {
+    fn drop(&mut self) {
+        let mut state = self.registry.state.lock();
+        // A stop in between stays a stop.
+        if let Stage::Starting(_) = state.stage {
+            let started = matches!(self.start.outcome.get(), Some(Ok(())));
+            state.stage = if started { Stage::Running } else { Stage::New };
+        }
+    }
+}
+
+/// A lock that somebody has a handle of, or that is claimed, or both.
+struct Entry {
+    handle: Weak<PostgresLock>,
+    /// Keeps the lock while it is claimed.
+    claimed: Option<Arc<PostgresLock>>,
+}
+
+/// A claim that ends since the manager stops.
+struct Stopping {
+    lock: Arc<PostgresLock>,
+    active: Active,
+    /// Whether the stop was the first to end it.
+    first: bool,
+}
+
+impl Registry {
+    pub(crate) fn new(config: Config) -> Result<Arc<Self>> {
+        config.validate()?;
+        let pool = Arc::new(Pool::new(&config)?);
+        let state = Mutex::new(State { stage: Stage::New, pool: Some(pool), locks: HashMap::new() });
+        Ok(Arc::new(Self { config, origin: Origin::here(), state, resting: Arc::default() }))
+    }
+
+    /// Looks at the server: see [`PostgresManager`](crate::PostgresManager).
+    pub(crate) fn start(&self) -> Result<()> {
+        let (pool, start, under_way) = {
+            let mut state = self.state.lock();
+            match (&state.stage, &state.pool) {
+                (Stage::Stopped, _) | (_, None) => return Err(Error::stopped()),
+                (Stage::Running, _) => return Ok(()),
+                (Stage::Starting(start), Some(pool)) => {
+                    let (start, by) = (Arc::clone(start), Instant::now() + pool.takes_at_most());
+                    drop(state);
+                    return start.wait(by);
+                }
+                (Stage::New, Some(pool)) => {
+                    let (pool, (start, under_way)) = (Arc::clone(pool), Start::new());
+                    state.stage = Stage::Starting(Arc::clone(&start));
+                    (pool, start, under_way)
+                }
+            }
+        };
+        let _ending = StartGuard { registry: self, start: &start, _under_way: under_way };
+        let look = || pool.open(&mut pool.take()? as &mut Slot, &start.control);
+        let refusal = match drive(look) {
+            Ok(outcome) => outcome.err(),
+            Err(error) => Some(Refusal::system(no_thread(error))),
+        };
+        // The session, which a stop that waits for this wants to be over, is closed or in the pool.
+        drop(pool);
+        let outcome = match refusal {
+            None => Ok(()),
+            // The claims of other threads were faster.
+            Some(refusal) if refusal.is_about_slots() => Ok(()),
+            Some(refusal) if refusal.is_curable() => {
+                let error = refusal.into_error();
+                if !self.is_stopped() {
+                    log::warn!(
+                        "the lock server cannot be reached yet; locks will wait for it: {}",
+                        chain(&error)
+                    );
+                }
+                Ok(())
+            }
+            Some(refusal) => {
+                let error = refusal.into_error();
+                Err(Error::new(ErrorKind::FailedInitialization, error.to_string()).with_source(error))
+            }
+        };
+        let outcome = if self.is_stopped() { Err(Error::stopped()) } else { outcome };
+        start.outcome.get_or_init(|| outcome).clone()
+    }
+
+    /// The state, for a `Debug` text.
+    pub(crate) fn describe(&self, f: &mut fmt::DebugStruct<'_, '_>) -> fmt::Result {
+        let state = self.state.lock();
+        f.field("stage", &state.stage)
+            .field("locks", &state.locks.len())
+            .field("resting", &self.resting.len())
+            .field("pool", &state.pool)
+            .finish()
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The process that made the manager.
+    pub(crate) fn origin(&self) -> Origin {
+        self.origin
+    }
+
+    /// The supervisors without a claim.
+    pub(crate) fn resting(&self) -> &Arc<Resting> {
+        &self.resting
+    }
+
+    /// When a release that begins now must be over.
+    pub(crate) fn release_by(&self) -> Instant {
+        Instant::now() + self.config.release_timeout
+    }
+
+    /// When an attempt at a lock that begins now must be over.
+    pub(crate) fn attempt_by(&self) -> Instant {
+        Instant::now() + self.config.connect_time() + self.config.lease_plan().heartbeat_timeout
+    }
+
+    /// The pool, for a claim that begins now.
+    pub(crate) fn pool(&self) -> Result<Arc<Pool>> {
+        let state = self.state.lock();
+        match (&state.stage, &state.pool) {
+            (Stage::Running | Stage::Starting(_), Some(pool)) => Ok(Arc::clone(pool)),
+            (Stage::New, _) => Err(Error::not_started()),
+            _ => Err(Error::stopped()),
+        }
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        matches!(self.state.lock().stage, Stage::Stopped)
+    }
+
+    /// The one handle for `key`.
+    pub(crate) fn lock(self: &Arc<Self>, key: Key, options: LockOptions) -> Result<Arc<PostgresLock>> {
+        let mut state = self.state.lock();
+        if let Stage::Stopped = state.stage {
+            return Err(Error::stopped());
+        }
+        if let Some(lock) = state.locks.get(&key).and_then(|entry| entry.handle.upgrade()) {
+            return Ok(lock);
+        }
+        let lock = PostgresLock::new(key.clone(), options, Arc::clone(self));
+        state.locks.insert(key, Entry { handle: Arc::downgrade(&lock), claimed: None });
+        Ok(lock)
+    }
+
+    /// Keeps `lock` while it is claimed; `false` if the manager has stopped.
+    pub(crate) fn keep(&self, key: &Key, lock: Arc<PostgresLock>) -> bool {
+        let mut state = self.state.lock();
+        if !matches!(state.stage, Stage::Running | Stage::Starting(_)) {
+            return false;
+        }
+        if let Some(entry) = state.locks.get_mut(key) {
+            entry.claimed = Some(lock);
+        }
+        true
+    }
+
+    /// The claim on `key` is over. The caller drops what it gets, outside of any mutex.
+    pub(crate) fn let_go(&self, key: &Key) -> Option<Arc<PostgresLock>> {
+        self.state.lock().locks.get_mut(key)?.claimed.take()
+    }
+
+    /// A handle is gone. Its entry goes too, unless there is a new handle for the key.
+    pub(crate) fn forget(&self, key: &Key) {
+        let mut state = self.state.lock();
+        if state.locks.get(key).is_some_and(|entry| entry.handle.strong_count() == 0) {
+            state.locks.remove(key);
+            // A service that used a million keys once must not keep room for them for ever.
+            if state.locks.len() < state.locks.capacity() / 4 {
+                state.locks.shrink_to_fit();
+            }
+        }
+    }
+
+    /// Ends all claims, and then the pool.
+    pub(crate) fn stop(&self) -> Result<()> {
+        let by = self.release_by();
+        let (former, pool, claimed, known) = {
+            let mut state = self.state.lock();
+            let former = std::mem::replace(&mut state.stage, Stage::Stopped);
+            let claimed: Vec<_> = state.locks.values().filter_map(|entry| entry.claimed.clone()).collect();
+            let known: Vec<_> = state.locks.values().filter_map(|entry| entry.handle.upgrade()).collect();
+            (former, state.pool.take(), claimed, known)
+        };
+        if let Stage::Starting(start) = &former {
+            start.control.kill();
+        }
+        // First all are told, so that no holder hears of the end late because a waiter's cancel request takes its time.
+        let claims: Vec<_> = claimed
+            .into_iter()
+            .filter_map(|lock| {
+                let (first, active) = lock.end(Why::Stopped, by)?;
+                Some(Stopping { lock, active, first })
+            })
+            .collect();
+        self.resting.close();
+        let next = AtomicUsize::new(0);
+        by_many_hands(claims.len(), || {
+            while let Some(stopping) = claims.get(next.fetch_add(1, Relaxed)) {
+                if stopping.first {
+                    PostgresLock::give_back(&stopping.active, by);
+                }
+                if stopping.active.claim.is_over() {
+                    // Lets the supervisor go before it waits for a next claim.
+                    stopping.lock.forget(&stopping.active.claim);
+                }
+            }
+        });
+        // Not before: the server is busy with each session that ends, and the last locks would wait for it.
+        let close_idle = || {
+            if let Some(pool) = &pool {
+                by_many_hands(pool.idle(), || pool.close_idle(by));
+            }
+        };
+        close_idle();
+        let mut outcome = Ok(());
+        for Stopping { lock, active, .. } in &claims {
+            outcome = outcome.and(active.claim.wait_ended(by));
+            lock.forget(&active.claim);
+        }
+        known.iter().for_each(|lock| lock.leave_pool());
+        if let Stage::Starting(start) = &former {
+            let _ = start.over.recv_deadline(by);
+        }
+        // What came back meanwhile: of claims that waited, or that others had ended.
+        close_idle();
+        if let Some(pool) = pool {
+            pool.watchdog().close();
+        }
+        outcome
+    }
+}
+
+/// Runs `work` on as many threads as there are `pieces`, up to a limit: to give a lock back takes a round trip, and to end a
+/// wait a cancel request, which is a connection of its own.
+fn by_many_hands(pieces: usize, work: impl Fn() + Sync) {
+    const AT_ONCE: usize = 32;
+    if pieces == 0 {
+        return;
+    }
+    thread::scope(|scope| {
+        for _ in 1..pieces.min(AT_ONCE) {
+            // Without a thread to spare it is done by fewer.
+            if thread::Builder::new().spawn_scoped(scope, &work).is_err() {
+                break;
+            }
+        }
+        work();
+    });
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registry").field("config", &self.config).finish_non_exhaustive()
+    }
+}

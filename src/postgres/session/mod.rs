@@ -1,0 +1,6 @@
+//! The life of a session: how it is opened, watched, given deadlines, cancelled, and closed.
+
+pub(crate) mod cancel;
+pub(crate) mod open;
+pub(crate) mod refusal;
+pub(crate) mod wire;
