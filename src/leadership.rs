@@ -1,6 +1,7 @@
 //! Leader election on top of a lock: one process of a service leads.
 
 use std::convert::Infallible;
+use std::ffi::CStr;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -33,7 +34,7 @@ impl Campaign {
         let (begun, claims) = bounded(1);
         let annotation = json!({
             "service": service,
-            "host": whoami::hostname().unwrap_or_else(|_| "unknown".to_owned()),
+            "host": host_name(rustix::system::uname().nodename()),
             "pid": std::process::id(),
             "build": build,
         });
@@ -83,6 +84,11 @@ impl Drop for Campaign {
     }
 }
 
+/// The name of a host as an annotation gives it, which is text.
+fn host_name(name: &CStr) -> &str {
+    name.to_str().unwrap_or("unknown")
+}
+
 /// Begins the claim, and does not wait for what becomes of it. Here and not in the thread that observes it: a release that
 /// came before that thread had its turn would be undone by it.
 fn stand(lock: &dyn Lock) -> Result<()> {
@@ -129,5 +135,18 @@ fn observe(lock: &dyn Lock, claims: &Receiver<()>, service: &str, context: &Cont
             recv(lost) -> _ => log::info!("this process leads service {service:?} no longer"),
             recv(cancelled) -> _ => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_named_as_the_system_names_it_unless_that_is_no_text() {
+        assert_eq!(host_name(c"db-7"), "db-7");
+        assert_eq!(host_name(c"bücher"), "bücher");
+        assert_eq!(host_name(c""), "");
+        assert_eq!(host_name(c"db-\xff"), "unknown");
     }
 }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crossbeam_channel::Sender;
-use serde::Serialize;
+use serde_core::Serialize;
 
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};

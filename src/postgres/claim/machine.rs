@@ -85,7 +85,9 @@ impl Rhythm {
 }
 
 fn remainder(time: Duration, divisor: Duration) -> Duration {
-    Duration::from_nanos_u128(time.as_nanos() % divisor.as_nanos())
+    const SECOND: u128 = 1_000_000_000;
+    let nanos = time.as_nanos() % divisor.as_nanos();
+    Duration::new((nanos / SECOND) as u64, (nanos % SECOND) as u32)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

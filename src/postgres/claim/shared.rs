@@ -390,14 +390,14 @@ impl Claim {
     /// What a call fails with whose context has ended.
     pub(crate) fn gave_up(&self, kind: ErrorKind, begun: Instant) -> Error {
         let status = self.status.lock();
-        let obstacle = match (&status.phase, &status.problem) {
-            (Phase::Queueing, _) => ", which another session holds".to_owned(),
-            (_, Some(problem)) => format!("; {problem}"),
-            (Phase::Ending { .. }, _) => ", whose former claim is still being released".to_owned(),
-            (Phase::Acquiring, None) if let Some(loss) = &status.last_loss => {
+        let obstacle = match (&status.phase, &status.problem, &status.last_loss) {
+            (Phase::Queueing, ..) => ", which another session holds".to_owned(),
+            (_, Some(problem), _) => format!("; {problem}"),
+            (Phase::Ending { .. }, ..) => ", whose former claim is still being released".to_owned(),
+            (Phase::Acquiring, None, Some(loss)) => {
                 format!("; its session was lost ({}), and another one is being opened", loss.reason)
             }
-            (Phase::Acquiring, None) => {
+            (Phase::Acquiring, None, None) => {
                 "; the server has not answered yet: check host and port, and in pg_locks whether a table of the \
                  catalog is locked"
                     .to_owned()
