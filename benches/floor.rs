@@ -1,7 +1,8 @@
 //! What the library costs above the driver used by hand: lock and release, and the hand-over to a waiter.
 //!
 //! Each round measures every contender once, so that whatever else the machine does hits all of them alike; the figures
-//! to look at are the ratios.
+//! to look at are the ratios. All is measured on one processor, where they do not depend on which contender the scheduler
+//! wakes on which one; then the main rows again on all, for comparison, without a target.
 
 mod kit;
 
@@ -10,9 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
-use dsync::{CatalogMode, Context, Lock, LockOptions, PostgresManager, json_valuer};
+use dsync::{Canceller, CatalogMode, Context, Lock, LockGuard, PostgresManager};
 use kit::raw::{self, Raw, Watcher};
-use kit::{Bench, Contender, Plan, Row, Target, interleave, micros, time};
+use kit::{Bench, Contender, Place, Plan, Row, Series, Target, interleave_list, micros, processors, time};
 
 /// Keys of the driver by hand.
 const KEY: i64 = 4711;
@@ -21,106 +22,159 @@ const KEY_WITH_ROW: i64 = 4712;
 /// Long enough never to end a call here.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What a pair is to reach without the catalog, and with it. The hand-over is to reach the first, catalog or not.
-const PLAIN: Target = Target::Ratio(1.10);
-const WITH_ROW: Target = Target::Ratio(1.5);
+/// What a pair is to reach without the catalog, and with it; each beside the same by hand.
+const PAIR: [Target; 2] = [Target::Ratio(1.05), Target::Ratio(1.10)];
+/// What a hand-over is to reach, beside the same by hand.
+const HAND_OVER: Target = Target::Ratio(1.10);
+
+/// Without the catalog, and with it: the order of everything that there is two of.
+const MODES: [CatalogMode; 2] = [CatalogMode::None, CatalogMode::Automatic];
+const NAMES: [&str; 2] = ["no catalog", "with token and row"];
 
 /// How an application begins to hold the lock.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Call {
     Lock,
-    LockWithDeadline,
+    Deadline,
+    Cancellable,
+    CancellableDeadline,
     TryLock,
+    Guard,
 }
 
 impl Call {
-    /// The context is made each time, as an application makes it.
-    fn make(self, lock: &Arc<dyn Lock>) {
+    const OF_A_PAIR: [Self; 6] = [
+        Self::Lock,
+        Self::Deadline,
+        Self::Cancellable,
+        Self::CancellableDeadline,
+        Self::TryLock,
+        Self::Guard,
+    ];
+    const OF_A_WAITER: [Self; 4] = [Self::Lock, Self::Deadline, Self::Cancellable, Self::CancellableDeadline];
+
+    /// Those that are measured a second time on all processors: the plain one, and what a service does.
+    fn is_main(self) -> bool {
+        matches!(self, Self::Lock | Self::CancellableDeadline)
+    }
+
+    fn name_of_pair(self) -> &'static str {
         match self {
-            Self::Lock => lock.lock(&Context::background()),
-            Self::LockWithDeadline => lock.lock(&Context::timeout(PATIENCE)),
-            Self::TryLock => lock.try_lock(&Context::timeout(PATIENCE)),
+            Self::Lock => "lock + release",
+            Self::Deadline => "lock with a deadline + release",
+            Self::Cancellable => "lock with a cancellable context + release",
+            Self::CancellableDeadline => "lock with a deadline in a cancellable context + release",
+            Self::TryLock => "try_lock + release",
+            Self::Guard => "LockGuard::lock + release",
+        }
+    }
+
+    fn name_of_hand_over(self) -> &'static str {
+        match self {
+            Self::Deadline => "hand-over to a waiter with a deadline",
+            Self::Cancellable => "hand-over to a waiter with a cancellable context",
+            Self::CancellableDeadline => "hand-over to a waiter with a deadline in a cancellable context",
+            _ => "hand-over",
+        }
+    }
+
+    /// Takes the lock, does `held`, and gives it back.
+    fn pair(self, lock: &Arc<dyn Lock>, shutdown: &Shutdown, held: impl FnOnce()) {
+        // Made each time, as an application makes it.
+        let context = match self {
+            Self::Lock | Self::Guard => Context::background(),
+            Self::Deadline | Self::TryLock => Context::timeout(PATIENCE),
+            Self::Cancellable => shutdown.context.clone(),
+            Self::CancellableDeadline => shutdown.context.with_timeout(PATIENCE),
+        };
+        if self == Self::Guard {
+            let guard = LockGuard::lock(Arc::clone(lock), &context).expect("the lock");
+            held();
+            guard.release().expect("the release");
+            return;
+        }
+        match self {
+            Self::TryLock => lock.try_lock(&context),
+            _ => lock.lock(&context),
         }
         .expect("the lock");
+        held();
+        lock.release().expect("the release");
+    }
+}
+
+/// By which a service tells all its threads to end: made once, and never used here.
+struct Shutdown {
+    context: Context,
+    _canceller: Canceller,
+}
+
+impl Shutdown {
+    fn new() -> Self {
+        let (context, canceller) = Context::background().with_cancel();
+        Self { context, _canceller: canceller }
     }
 }
 
 fn main() {
     let mut bench = Bench::start("floor");
-    let server = kit::server();
-    let database = server.database().expect("a database");
-    pairs(&mut bench, &database.url());
-    hand_overs(&mut bench, &database.url());
+    let bound = processors::on_one(|| measure(&mut bench, Place::OneProcessor));
+    if !bound || processors::are_several() {
+        measure(&mut bench, Place::AllProcessors);
+    }
     bench.finish();
 }
 
+/// The server, too, is started at the place.
+fn measure(bench: &mut Bench, place: Place) {
+    let server = kit::server();
+    let database = server.database().expect("a database");
+    pairs(bench, place, &database.url());
+    hand_overs(bench, place, &database.url());
+}
+
 fn managers(url: &str) -> [PostgresManager; 2] {
-    [CatalogMode::None, CatalogMode::Automatic].map(|mode| kit::manager(url, mode, 2))
+    MODES.map(|mode| kit::manager(url, mode, 2))
 }
 
-/// The lock of the bench. With a catalog it has an annotation: a row is to hold all that a row can.
 fn lock(manager: &PostgresManager) -> Arc<dyn Lock> {
-    let annotation = json_valuer(&serde_json::json!({ "host": "db-7", "pid": 4711 })).expect("a valuer");
-    manager.lock("bench", LockOptions::new().valuer(annotation)).expect("a lock")
+    manager.lock("bench", kit::annotated()).expect("a lock")
 }
 
-fn pairs(bench: &mut Bench, url: &str) {
+fn pairs(bench: &mut Bench, place: Place, url: &str) {
     let plan = bench.choose(
         Plan { repetitions: 7, rounds: 1_000, warm_up: 200 },
         Plan { repetitions: 3, rounds: 50, warm_up: 20 },
     );
     let managers = managers(url);
-    let [plain, with_row] = managers.each_ref().map(lock);
-    let by_hand = |mut raw: Raw, key: i64| {
-        move || {
+    let locks = managers.each_ref().map(lock);
+    let shutdown = Shutdown::new();
+    let by_hand = |name, mut raw: Raw, key: i64| {
+        Contender::new(name, move || {
             let taken = time(|| {
                 raw.lock(key);
                 raw.unlock(key);
             });
             [micros(taken)]
-        }
+        })
     };
-    let ours = |lock: &Arc<dyn Lock>, call: Call| {
-        let lock = Arc::clone(lock);
-        move || {
-            let taken = time(|| {
-                call.make(&lock);
-                lock.release().expect("the release");
-            });
-            [micros(taken)]
-        }
-    };
-    let [[floor], [row_floor], [plain], [plain_deadline], [plain_try], [row], [row_deadline], [row_try]] =
-        interleave(
-            plan,
-            [
-                Contender::new(raw::NAME, by_hand(Raw::connect(url), KEY)),
-                Contender::new(raw::NAME_WITH_ROW, by_hand(Raw::with_row(url, KEY_WITH_ROW), KEY_WITH_ROW)),
-                Contender::new("dsync", ours(&plain, Call::Lock)),
-                Contender::new("dsync", ours(&plain, Call::LockWithDeadline)),
-                Contender::new("dsync", ours(&plain, Call::TryLock)),
-                Contender::new("dsync", ours(&with_row, Call::Lock)),
-                Contender::new("dsync", ours(&with_row, Call::LockWithDeadline)),
-                Contender::new("dsync", ours(&with_row, Call::TryLock)),
-            ],
-        );
-    bench.heading("lock and release, nobody else there");
-    for (what, ours, target) in [
-        ("lock + release, no catalog", &plain, PLAIN),
-        ("lock with a deadline + release, no catalog", &plain_deadline, PLAIN),
-        ("try_lock + release, no catalog", &plain_try, PLAIN),
-        ("lock + release, with token and row", &row, WITH_ROW),
-        ("lock with a deadline + release, with token and row", &row_deadline, WITH_ROW),
-        ("try_lock + release, with token and row", &row_try, WITH_ROW),
-    ] {
-        bench.row(Row::compared(what, "µs", &floor, ours, Some(target)));
+    let mut contenders = vec![
+        by_hand(raw::NAME, Raw::connect(url), KEY),
+        by_hand(raw::NAME_WITH_ROW, Raw::with_row(url, KEY_WITH_ROW), KEY_WITH_ROW),
+    ];
+    for lock in &locks {
+        contenders.extend(Call::OF_A_PAIR.map(|call| {
+            let shutdown = &shutdown;
+            Contender::new("dsync", move || [micros(time(|| call.pair(lock, shutdown, || ())))])
+        }));
     }
-    // What of it is the row, and what is ours.
-    let what = "lock + release, with token and row, beside the least that writes them";
-    bench.row(Row::compared(what, "µs", &row_floor, &row, None));
+    let series = interleave_list(plan, contenders);
+    let (floors, ours) = series.split_at(MODES.len());
+    bench.heading(&place.heading("lock and release, nobody else there"));
+    compare(bench, place, floors, ours, &Call::OF_A_PAIR, Call::name_of_pair, PAIR);
 }
 
-fn hand_overs(bench: &mut Bench, url: &str) {
+fn hand_overs(bench: &mut Bench, place: Place, url: &str) {
     let plan = bench.choose(
         Plan { repetitions: 7, rounds: 150, warm_up: 20 },
         Plan { repetitions: 3, rounds: 10, warm_up: 3 },
@@ -128,23 +182,10 @@ fn hand_overs(bench: &mut Bench, url: &str) {
     // Holder and waiter are two processes in life, so they have a manager each.
     let pairs_of_managers = [managers(url), managers(url)];
     let [holders, waiters] = pairs_of_managers.each_ref().map(|managers| managers.each_ref().map(lock));
-    let ours = |mode: usize, call: Call| {
-        let (holder, waiter) = (Arc::clone(&holders[mode]), Arc::clone(&waiters[mode]));
+    let shutdown = Shutdown::new();
+    let by_hand = |name, [mut holder, mut waiter]: [Raw; 2], key: i64| {
         let mut watcher = Watcher::connect(url);
-        move || {
-            call.make(&holder);
-            let wait = |granted: &dyn Fn()| {
-                call.make(&waiter);
-                granted();
-                waiter.release().expect("the release");
-            };
-            let taken = hand_over(&mut watcher, || holder.release().expect("the release"), wait);
-            [micros(taken)]
-        }
-    };
-    let by_hand = |[mut holder, mut waiter]: [Raw; 2], key: i64| {
-        let mut watcher = Watcher::connect(url);
-        move || {
+        Contender::new(name, move || {
             holder.lock(key);
             let waiter = &mut waiter;
             let wait = move |granted: &dyn Fn()| {
@@ -154,33 +195,58 @@ fn hand_overs(bench: &mut Bench, url: &str) {
             };
             let taken = hand_over(&mut watcher, || holder.unlock(key), wait);
             [micros(taken)]
-        }
+        })
     };
-    let [[floor], [row_floor], [plain], [plain_deadline], [row], [row_deadline]] = interleave(
-        plan,
-        [
-            Contender::new(raw::NAME, by_hand([(); 2].map(|()| Raw::connect(url)), KEY)),
-            Contender::new(
-                raw::NAME_WITH_ROW,
-                by_hand([(); 2].map(|()| Raw::with_row(url, KEY_WITH_ROW)), KEY_WITH_ROW),
-            ),
-            Contender::new("dsync", ours(0, Call::Lock)),
-            Contender::new("dsync", ours(0, Call::LockWithDeadline)),
-            Contender::new("dsync", ours(1, Call::Lock)),
-            Contender::new("dsync", ours(1, Call::LockWithDeadline)),
-        ],
-    );
-    bench.heading("hand-over: the holder's release is called -> the waiter's lock has returned");
-    for (what, ours) in [
-        ("hand-over, no catalog", &plain),
-        ("hand-over to a waiter with a deadline, no catalog", &plain_deadline),
-        ("hand-over, with token and row", &row),
-        ("hand-over to a waiter with a deadline, with token and row", &row_deadline),
-    ] {
-        bench.row(Row::compared(what, "µs", &floor, ours, Some(PLAIN)));
+    let mut contenders = vec![
+        by_hand(raw::NAME, [(); 2].map(|()| Raw::connect(url)), KEY),
+        by_hand(raw::NAME_WITH_ROW, [(); 2].map(|()| Raw::with_row(url, KEY_WITH_ROW)), KEY_WITH_ROW),
+    ];
+    for (holder, waiter) in holders.iter().zip(&waiters) {
+        contenders.extend(Call::OF_A_WAITER.map(|call| {
+            let shutdown = &shutdown;
+            let mut watcher = Watcher::connect(url);
+            Contender::new("dsync", move || {
+                holder.lock(&Context::background()).expect("the lock");
+                let wait = |granted: &dyn Fn()| call.pair(waiter, shutdown, granted);
+                let taken = hand_over(&mut watcher, || holder.release().expect("the release"), wait);
+                [micros(taken)]
+            })
+        }));
     }
-    let what = "hand-over, with token and row, beside the least that writes them";
-    bench.row(Row::compared(what, "µs", &row_floor, &row, None));
+    let series = interleave_list(plan, contenders);
+    let (floors, ours) = series.split_at(MODES.len());
+    bench.heading(
+        &place.heading("hand-over: the holder's release is called -> the waiter's lock has returned"),
+    );
+    compare(bench, place, floors, ours, &Call::OF_A_WAITER, Call::name_of_hand_over, [HAND_OVER; 2]);
+}
+
+/// The rows: each mode beside its floor, and what the row adds to the plain floor. `ours` has all calls of the one mode, and
+/// then all of the other.
+fn compare(
+    bench: &mut Bench,
+    place: Place,
+    floors: &[[Series; 1]],
+    ours: &[[Series; 1]],
+    calls: &[Call],
+    name: impl Fn(Call) -> &'static str,
+    targets: [Target; 2],
+) {
+    // Judged is what does not depend on luck.
+    let is_judged = place == Place::OneProcessor;
+    for (mode, ours) in ours.chunks(calls.len()).enumerate() {
+        for (&call, [ours]) in calls.iter().zip(ours) {
+            if !is_judged && !call.is_main() {
+                continue;
+            }
+            let what = place.name(&format!("{}, {}", name(call), NAMES[mode]));
+            let target = is_judged.then_some(targets[mode]);
+            bench.row(Row::compared(what, "µs", &floors[mode][0], ours, target));
+        }
+    }
+    let what =
+        place.name(&format!("{}, with token and row, beside the plain lock by hand", name(Call::Lock)));
+    bench.row(Row::compared(what, "µs", &floors[0][0], &ours[calls.len()][0], None));
 }
 
 /// The time from the holder's release to the waiter's lock. The lock is held when this begins, and free at its end.

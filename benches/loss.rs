@@ -1,9 +1,12 @@
 //! How soon the loss of a lock is told: the time from `pg_terminate_backend` to a closed channel, over TCP and over a
-//! Unix socket, and to the lock in hand again. The floor is a thread that does nothing but wait for its session's end.
+//! Unix socket, and to the lock in hand again; on a machine at rest, and with all its processors kept busy. The floor is a
+//! thread that does nothing but wait for its session's end.
 
 mod kit;
 
+use std::hint::spin_loop;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,18 +27,49 @@ const SETTLING: Duration = Duration::from_millis(3);
 
 /// For the closed channel.
 const TARGET: Target = Target::P99(5.0);
+const TARGET_WHEN_BUSY: Target = Target::P99(10.0);
+
+/// The processors are not kept busy for longer, whatever happens.
+const BUSY_AT_MOST: Duration = Duration::from_secs(300);
 
 fn main() {
     let mut bench = Bench::start("loss");
     let server: Server = kit::server();
     let database = server.database().expect("a database");
     for (way, url) in [("TCP", database.url()), ("Unix socket", database.unix_url())] {
-        losses(&mut bench, &database, way, &url);
+        losses(&mut bench, &database, way, &url, TARGET);
+        let way = format!("{way}, all processors busy");
+        with_busy_processors(|| losses(&mut bench, &database, &way, &url, TARGET_WHEN_BUSY));
     }
     bench.finish();
 }
 
-fn losses(bench: &mut Bench, database: &Database<'_>, way: &str, url: &str) {
+/// Does it while a thread for each processor does nothing but to use it up.
+fn with_busy_processors(run: impl FnOnce()) {
+    /// Also after a panic.
+    struct Over<'a>(&'a AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let is_over = AtomicBool::new(false);
+    let until = Instant::now() + BUSY_AT_MOST;
+    thread::scope(|scope| {
+        let _over = Over(&is_over);
+        for _ in 0..thread::available_parallelism().map_or(1, |count| count.get()) {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) && Instant::now() < until {
+                    spin_loop();
+                }
+            });
+        }
+        run();
+        assert!(Instant::now() < until, "the processors were busy to the end");
+    });
+}
+
+fn losses(bench: &mut Bench, database: &Database<'_>, way: &str, url: &str, target: Target) {
     let plan = bench.choose(
         Plan { repetitions: 5, rounds: 100, warm_up: 10 },
         Plan { repetitions: 3, rounds: 5, warm_up: 2 },
@@ -56,12 +90,10 @@ fn losses(bench: &mut Bench, database: &Database<'_>, way: &str, url: &str) {
         ],
     );
     bench.heading(&format!("from pg_terminate_backend, over {way}"));
-    let told_row =
-        Row::compared(format!("backend terminated → loss told, {way}"), "ms", &raw_told, &told, Some(TARGET));
-    bench.row(told_row);
-    let back_row =
-        Row::compared(format!("backend terminated → lock held again, {way}"), "ms", &raw_back, &back, None);
-    bench.row(back_row);
+    let what = format!("backend terminated → loss told, {way}");
+    bench.row(Row::compared(what, "ms", &raw_told, &told, Some(target)));
+    let what = format!("backend terminated → lock held again, {way}");
+    bench.row(Row::compared(what, "ms", &raw_back, &back, None));
 }
 
 /// From the call that ends the session to the end of a read that waits, and to the lock in another session.

@@ -17,7 +17,7 @@ use support::{Server, Shutdown};
 const PROBE_KEY: i64 = 1;
 
 /// For the lock in hand again after a plain restart.
-const TARGET: Target = Target::Median(100.0);
+const TARGET: Target = Target::Median(20.0);
 
 /// What one restart shows, counted from when the server was gone.
 struct Restart {

@@ -58,7 +58,7 @@ fn main() {
             .map(|(who, threads)| contender(&database, who, most, threads)),
     );
     bench.heading(&format!("{most} held locks"));
-    let target = Some(Target::Ratio(1.5));
+    let target = Some(Target::Ratio(1.4));
     let what = format!("{most} locks acquired, one after the other");
     bench.row(Row::compared(what, "s", &floor[0], &ours[0], target));
     let what = format!("{most} locks acquired, one after the other, no catalog");
@@ -66,7 +66,7 @@ fn main() {
     let what = format!("{most} locks acquired, by {TOGETHER} threads");
     bench.row(Row::compared(what, "s", &floor_together[0], &ours_together[0], target));
     let what = format!("{most} locks stopped");
-    let target = Some(Target::Median(2.0));
+    let target = Some(Target::Ratio(1.3));
     bench.row(Row::compared(what, "s", &floor_together[5], &ours_together[5], target));
     costs(&mut bench, most, &floor, &ours, false);
     bench.finish();
@@ -77,7 +77,7 @@ fn costs(bench: &mut Bench, locks: u32, floor: &[Series; FIGURES], ours: &[Serie
     let [_, memory, descriptors, threads, processor, _] = floor;
     let [_, our_memory, our_descriptors, our_threads, our_processor, _] = ours;
     // The targets name the locks that they are about: a hundred for the processor, and each lock for the rest.
-    let target = judged.then_some(Target::Median(0.5));
+    let target = judged.then_some(Target::Median(0.4));
     let what = format!("processor time of {locks} idle locks");
     bench.row(Row::compared(what, "% of one core", processor, our_processor, target));
     for (what, unit, floor, ours, target) in [

@@ -4,7 +4,7 @@
 mod kit;
 
 use kit::statistics::{median, quantile};
-use kit::{Contender, Plan, Row, Series, Target, interleave, text};
+use kit::{Contender, Place, Plan, Row, Series, Target, interleave, processors, text};
 
 fn series(name: &str, blocks: &[&[f64]]) -> Series {
     let mut series = Series::new(name);
@@ -44,7 +44,7 @@ fn ratios_are_taken_block_by_block() {
     let ours = series("ours", &[&[11.0], &[22.0], &[24.0]]);
     let row = Row::compared("pair", "µs", &floor, &ours, Some(Target::Ratio(1.10)));
     assert_eq!((row.ratio, row.ratio_spread, row.reached), (Some(1.1), Some([1.1, 1.2]), Some(true)));
-    assert_eq!(row.target.as_deref(), Some("≤ 1.10 × raw"));
+    assert_eq!(row.target.as_deref(), Some("≤ 1.10 × floor"));
 }
 
 #[test]
@@ -55,6 +55,9 @@ fn a_target_is_reached_or_missed_by_what_it_names() {
     assert_eq!(judge(Target::Median(5.0)), Some(true));
     assert_eq!(judge(Target::P99(5.0)), Some(false));
     assert_eq!(judge(Target::Ratio(1.10)), Some(false));
+    assert_eq!(judge(Target::Ratio(4.0)), Some(true));
+    assert_eq!(judge(Target::RatioAtLeast(4.1)), Some(false));
+    assert_eq!(judge(Target::RatioAtLeast(4.0)), Some(true));
 }
 
 #[test]
@@ -71,7 +74,7 @@ fn a_table_has_every_row_and_a_verdict_names_what_was_missed() {
         lines,
         [
             "| pair | µs | **1,100** (1,000 – 1,200) (by hand) | **2,200** (2,000 – 2,400) | 2.00 (2.00 – 2.00) \
-             | ≤ 1.10 × raw | **missed** |",
+             | ≤ 1.10 × floor | **missed** |",
             "| alone | KiB | – | **0.500** (0.500 – 0.500) | – | – |  |",
         ]
     );
@@ -99,4 +102,25 @@ fn every_contender_is_measured_once_a_round_and_warming_up_does_not_count() {
     assert_eq!((first.summary().samples, second.summary().samples), (12, 12));
     // The first that counts is the sixth.
     assert_eq!(first.summary().spread, [7.5, 15.5]);
+}
+
+#[test]
+fn a_bench_bound_to_one_processor_starts_everything_there_and_stays_as_it_was_itself() {
+    let count = || std::thread::available_parallelism().expect("a number").get();
+    let before = count();
+    let (mut own, mut of_a_thread) = (0, 0);
+    let bound = processors::on_one(|| {
+        own = count();
+        of_a_thread = std::thread::spawn(count).join().expect("a thread");
+    });
+    if cfg!(target_os = "linux") {
+        assert_eq!((bound, own, of_a_thread), (true, 1, 1));
+    }
+    assert_eq!(count(), before);
+}
+
+#[test]
+fn a_row_tells_on_what_it_was_measured() {
+    assert_eq!(Place::OneProcessor.name("pair"), "pair");
+    assert_eq!(Place::AllProcessors.name("pair"), "pair, on all processors");
 }

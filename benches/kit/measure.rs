@@ -34,16 +34,26 @@ impl<'a, const K: usize> Contender<'a, K> {
 /// the caches as that one leaves them.
 pub(crate) fn interleave<const K: usize, const N: usize>(
     plan: Plan,
-    mut contenders: [Contender<'_, K>; N],
+    contenders: [Contender<'_, K>; N],
 ) -> [[Series; K]; N] {
-    let mut series: [[Series; K]; N] = std::array::from_fn(|contender| {
-        std::array::from_fn(|_| Series::new(contenders[contender].name.clone()))
-    });
+    let series = interleave_list(plan, contenders.into());
+    series.try_into().expect("one for each")
+}
+
+/// As [`interleave`], for as many as there are.
+pub(crate) fn interleave_list<const K: usize>(
+    plan: Plan,
+    mut contenders: Vec<Contender<'_, K>>,
+) -> Vec<[Series; K]> {
+    let mut series: Vec<[Series; K]> = contenders
+        .iter()
+        .map(|contender| std::array::from_fn(|_| Series::new(contender.name.clone())))
+        .collect();
     let mut lots = Rng::with_seed(SEED);
-    let mut order: [usize; N] = std::array::from_fn(|place| place);
+    let mut order: Vec<usize> = (0..contenders.len()).collect();
     for _ in 0..plan.warm_up {
         lots.shuffle(&mut order);
-        for place in order {
+        for &place in &order {
             (contenders[place].run)();
         }
     }
@@ -51,7 +61,7 @@ pub(crate) fn interleave<const K: usize, const N: usize>(
         series.iter_mut().flatten().for_each(Series::begin_block);
         for _ in 0..plan.rounds {
             lots.shuffle(&mut order);
-            for place in order {
+            for &place in &order {
                 let figures = (contenders[place].run)();
                 series[place].iter_mut().zip(figures).for_each(|(series, figure)| series.push(figure));
             }

@@ -9,6 +9,7 @@
 pub(crate) mod environment;
 pub(crate) mod measure;
 pub(crate) mod pgbench;
+pub(crate) mod processors;
 pub(crate) mod raw;
 pub(crate) mod results;
 pub(crate) mod statistics;
@@ -17,10 +18,11 @@ pub(crate) mod worker;
 
 use std::time::{Duration, Instant};
 
-use dsync::{CatalogMode, Config, PostgresManager, SyncManager};
+use dsync::{CatalogMode, Config, LockOptions, PostgresManager, SyncManager, json_valuer};
 use support::{Builder, Server};
 
-pub(crate) use measure::{Contender, Plan, interleave};
+pub(crate) use measure::{Contender, Plan, interleave, interleave_list};
+pub(crate) use processors::Place;
 pub(crate) use results::{Row, Target};
 pub(crate) use statistics::Series;
 
@@ -106,6 +108,12 @@ pub(crate) fn manager(url: &str, mode: CatalogMode, sessions: u32) -> PostgresMa
     let manager = PostgresManager::new(config).expect("a manager");
     manager.start().expect("a server");
     manager
+}
+
+/// For a lock with an annotation, as the driver by hand has one: with a catalog, a row is to hold all that a row can.
+pub(crate) fn annotated() -> LockOptions {
+    let annotation = serde_json::json!({ "host": "db-7", "pid": 4711 });
+    LockOptions::new().valuer(json_valuer(&annotation).expect("a valuer"))
 }
 
 pub(crate) fn time(run: impl FnOnce()) -> Duration {

@@ -1,6 +1,7 @@
 //! The driver used by hand: the floor of all that the library does.
 
 use std::hint::black_box;
+use std::ops::RangeInclusive;
 
 use postgres::types::Type;
 use postgres::{Client, NoTls, Statement};
@@ -19,6 +20,10 @@ pub(crate) const LOCK_WITH_ROW: &str = "UPDATE dsync.lock SET token = nextval('d
      WHERE id = $1 AND NOT pair AND (pg_advisory_lock($1))::text = '' RETURNING token";
 const UNLOCK: &str = "SELECT pg_advisory_unlock($1)";
 
+/// Where others want the lock too. Who has waited for it finds the row written meanwhile, so the server tries the condition
+/// on the new version of the row, and takes the lock once more.
+const UNLOCK_ALL: &str = "SELECT pg_advisory_unlock($1), pg_advisory_unlock_all()";
+
 /// A warm session with prepared statements.
 pub(crate) struct Raw {
     pub(crate) client: Client,
@@ -28,24 +33,24 @@ pub(crate) struct Raw {
 
 impl Raw {
     pub(crate) fn connect(url: &str) -> Self {
-        let mut client = connect(url);
-        let lock = client.prepare(LOCK).expect("a statement");
-        let unlock = client.prepare(UNLOCK).expect("a statement");
-        Self { client, lock, unlock }
+        Self::prepare(connect(url), LOCK, UNLOCK)
     }
 
-    /// One whose locks draw a token and write the row of the `key`. The catalog must be there.
+    /// One whose locks draw a token and write the row of the `key`, which nobody else wants at the same time. The catalog must
+    /// be there.
     pub(crate) fn with_row(url: &str, key: i64) -> Self {
-        let mut client = connect(url);
-        // As the library has it: nobody waits for a disk.
-        client
-            .batch_execute("SET synchronous_commit = off; SET plan_cache_mode = force_generic_plan")
-            .expect("it");
-        let row = "INSERT INTO dsync.lock VALUES ($1, false, 'by hand', 'bench', 0, NULL, 0, now()) \
-                   ON CONFLICT DO NOTHING";
-        client.execute(row, &[&key]).expect("a row");
-        let lock = client.prepare(LOCK_WITH_ROW).expect("a statement");
-        let unlock = client.prepare(UNLOCK).expect("a statement");
+        Self::prepare(connect_for_rows(url, key..=key), LOCK_WITH_ROW, UNLOCK)
+    }
+
+    /// As `with_row`, for any number of `keys` and of sessions that want one at the same time. They must not be keys of the
+    /// library's, whose rows look different.
+    pub(crate) fn with_rows(url: &str, keys: RangeInclusive<i64>) -> Self {
+        Self::prepare(connect_for_rows(url, keys), LOCK_WITH_ROW, UNLOCK_ALL)
+    }
+
+    fn prepare(mut client: Client, lock: &str, unlock: &str) -> Self {
+        let lock = client.prepare(lock).expect("a statement");
+        let unlock = client.prepare(unlock).expect("a statement");
         Self { client, lock, unlock }
     }
 
@@ -58,10 +63,28 @@ impl Raw {
         let row = self.client.query_one(&self.unlock, &[&key]).expect("the unlock");
         assert!(black_box(row.get::<_, bool>(0)), "the lock was held");
     }
+
+    pub(crate) fn pair(&mut self, key: i64) {
+        self.lock(key);
+        self.unlock(key);
+    }
 }
 
 pub(crate) fn connect(url: &str) -> Client {
     Client::connect(url, NoTls).expect("a session")
+}
+
+/// A session with the settings that the library gives its own, and the rows of the keys.
+fn connect_for_rows(url: &str, keys: RangeInclusive<i64>) -> Client {
+    let mut client = connect(url);
+    // Nobody waits for a disk.
+    client
+        .batch_execute("SET synchronous_commit = off; SET plan_cache_mode = force_generic_plan")
+        .expect("it");
+    let rows = "INSERT INTO dsync.lock SELECT key, false, 'by hand', 'bench', 0, NULL, 0, now() \
+                FROM generate_series($1::int8, $2) AS key ON CONFLICT DO NOTHING";
+    client.execute(rows, &[keys.start(), keys.end()]).expect("the rows");
+    client
 }
 
 /// A new session with the lock in hand, in as few round trips as there can be.

@@ -35,8 +35,10 @@ pub(crate) struct Row {
 /// What a row is to reach.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Target {
-    /// The ratio to the floor is at most this.
+    /// The ratio to the row's floor is at most this: of times, and of amounts.
     Ratio(f64),
+    /// The ratio to the row's floor is at least this: of what is done in a second.
+    RatioAtLeast(f64),
     /// The median is at most this.
     Median(f64),
     /// The 99th percentile is at most this.
@@ -82,18 +84,21 @@ impl Row {
     }
 
     fn judged(mut self, target: Target) -> Self {
-        let (value, limit) = match target {
-            Target::Ratio(limit) => (self.ratio, limit),
-            Target::Median(limit) => (Some(self.ours.median), limit),
-            Target::P99(limit) => (self.ours.p99, limit),
-        };
         let unit = &self.unit;
-        self.target = Some(match target {
-            Target::Ratio(limit) => format!("≤ {limit:.2} × raw"),
-            Target::Median(limit) => format!("≤ {limit} {unit}"),
-            Target::P99(limit) => format!("p99 ≤ {limit} {unit}"),
-        });
-        self.reached = Some(value.is_some_and(|value| value <= limit));
+        let (text, reached) = match target {
+            Target::Ratio(limit) => {
+                (format!("≤ {limit:.2} × floor"), self.ratio.is_some_and(|ratio| ratio <= limit))
+            }
+            Target::RatioAtLeast(limit) => {
+                (format!("≥ {limit:.2} × floor"), self.ratio.is_some_and(|ratio| ratio >= limit))
+            }
+            Target::Median(limit) => (format!("≤ {limit} {unit}"), self.ours.median <= limit),
+            Target::P99(limit) => {
+                (format!("p99 ≤ {limit} {unit}"), self.ours.p99.is_some_and(|p99| p99 <= limit))
+            }
+        };
+        self.target = Some(text);
+        self.reached = Some(reached);
         self
     }
 
