@@ -1,4 +1,4 @@
-//! What is special to this implementation; `tests/contract.rs` has what it shares with the other.
+//! What is special to this implementation; `tests/claims/contract.rs` has what it shares with the other.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,13 +1,6 @@
 //! What the server's answers mean: what waiting does not cure is told at once, by `start` and by a `try_lock` without a
 //! deadline, with advice that fits the cause.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::error::Error as _;
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -15,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::thread;
 
-use common::{begin, lock, started};
+use crate::common::{self, begin, lock, started};
 use dsync::{
     CATALOG_SQL, CatalogMode, Config, Context, Error, ErrorKind, LockOptions, PostgresManager, SyncManager,
 };

@@ -1,17 +1,10 @@
 //! When a stop is over, so are the sessions, which its threads have closed, and not whoever is the last to know the pool.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::fs;
 use std::sync::Arc;
 use std::time::Instant;
 
-use common::{becomes, lock, soon, started};
+use crate::common::{becomes, lock, soon, started};
 use dsync::{CatalogMode, Config, Lock, PostgresManager, SyncManager};
 use support::Server;
 

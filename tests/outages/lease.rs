@@ -3,25 +3,17 @@
 //!
 //! Each test has a server of its own. `partition.rs` has the same cuts in real networks.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-mod cutoff;
-
 use std::sync::{Arc, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{
+use crate::common::{
     PATIENCE, becomes, begin, eventually, hear, is_held, is_open, kind, lock, role, soon, started,
     wait_in_thread,
 };
-use cutoff::proxy::Proxy;
-use cutoff::witness::{Event, Role, WITNESS, Witness, testify};
-use cutoff::{
+use crate::cutoff::proxy::Proxy;
+use crate::cutoff::witness::{Event, Role, WITNESS, Witness, testify};
+use crate::cutoff::{
     GRACE, LEASE, Party, all_queue, config, gets_all_back, granted, holds, last_of, length, micros, ms,
     nothing_is_left, now, queues,
 };
@@ -278,7 +270,7 @@ fn a_witness() {
 
 fn witness(server: &Server, count: usize) -> Witness {
     let role = Role { url: server.url(), count, lease: LEASE, wait_slice: ONE_SLICE };
-    Witness::start(&role, &mut role.command("a_witness"))
+    Witness::start(&role, &mut role.command("lease::a_witness"))
 }
 
 #[test]

@@ -1,12 +1,8 @@
 //! The end of a claim, while the server cannot be told of it: what is said of it, and who has to wait for it.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
-mod common;
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{SilentHost, becomes, begin, eventually, hear, kind, lock, soon, started};
+use crate::common::{SilentHost, becomes, begin, eventually, hear, kind, lock, soon, started};
 use dsync::{CatalogMode, Config, Context, ErrorKind, LockOptions};
 use support::{Database, Server};
 

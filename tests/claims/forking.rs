@@ -1,18 +1,11 @@
 //! A process that forks while it holds locks: the child is told, and disturbs nothing.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::io::Write;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Process, hear, is_open, kind, lock, soon, started};
+use crate::common::{self, Process, hear, is_open, kind, lock, soon, started};
 use dsync::{Config, Context, Error, ErrorKind, LockGuard, LockOptions, PostgresManager, SyncManager, Term};
 use fork::Fork;
 use support::Database;
@@ -130,7 +123,7 @@ fn play(role: &str) {
     let rival = started(Config::from_url(&database.url()).unwrap());
     let busy = lock(&rival, "busy");
     busy.lock(&soon()).unwrap();
-    let mut command = common::process("scene", role);
+    let mut command = common::process("forking::scene", role);
     command.env("DATABASE_URL", database.url()).stdin(Stdio::piped());
     let mut process = Process::start(&mut command);
     process.says("child: done");

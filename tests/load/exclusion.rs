@@ -1,19 +1,12 @@
 //! No two are inside at once: four processes of four threads each want three locks, 10,000 times in all.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::fs::{self, OpenOptions};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use common::{Process, lock, soon, started};
+use crate::common::{self, Process, lock, soon, started};
 use dsync::{Config, Context, ErrorKind, Lock, LockGuard, SyncManager};
 use support::Database;
 
@@ -27,7 +20,7 @@ fn no_two_are_inside_at_once() {
     let database = Database::fresh().unwrap();
     let room = Room::make(&database);
     let role = format!("{} {}", database.url(), room.0.display());
-    let workers = [(); PROCESSES].map(|()| Process::start(&mut common::process("worker", &role)));
+    let workers = [(); PROCESSES].map(|()| Process::start(&mut common::process("exclusion::worker", &role)));
     for worker in workers {
         // It takes less than 20 s on two cores that have nothing else to do.
         worker.succeeds_within(Duration::from_secs(300));

@@ -1,17 +1,12 @@
 //! Locks among other users of the server: waiters hold up neither vacuum nor index builds for longer than a slice, take no
 //! more sessions than they were given, and are served in their order.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Outcome, PATIENCE, becomes, begin, eventually, is_held, lock, soon, started, wait_in_thread};
+use crate::common::{
+    Outcome, PATIENCE, becomes, begin, eventually, is_held, lock, soon, started, wait_in_thread,
+};
 use crossbeam_channel::unbounded;
 use dsync::{CatalogMode, Config, Error, Lock, PostgresManager, SyncManager};
 use postgres::Client;

@@ -3,20 +3,12 @@
 //!
 //! Linux, as root. Elsewhere the tests say that they were skipped; with `CI=true` in the environment they fail.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-mod cutoff;
-
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{becomes, role};
-use cutoff::witness::{Event, Role, WITNESS, Witness, testify};
-use cutoff::{
+use crate::common::{becomes, role};
+use crate::cutoff::witness::{Event, Role, WITNESS, Witness, testify};
+use crate::cutoff::{
     GRACE, LEASE, Party, all_queue, granted, holds, last_of, length, ms, nothing_is_left, now, queues,
 };
 use support::Server;
@@ -71,7 +63,7 @@ fn pull_the_cable(direction: Direction, lease: Duration) {
     let operator = &mut server.client().unwrap();
     let url = server.url_at(&netns.host_address(), server.port());
     let role = Role { url, count: COUNT, lease, wait_slice: LEASE };
-    let mut witness = Witness::start(&role, &mut role.command_inside(&netns, "a_witness"));
+    let mut witness = Witness::start(&role, &mut role.command_inside(&netns, "partition::a_witness"));
     witness.says_of_all("held", Event::held);
     let competitor = Party::new("competitor", &server.url(), COUNT);
     let had = competitor.wait_for_all();
@@ -137,7 +129,7 @@ fn a_waiter_whose_cable_is_pulled_is_passed_over_and_queues_again() {
         let holder = Party::new("holder", &server.url(), COUNT);
         holder.lock_all();
         let role = Role { url: url.clone(), count: COUNT, lease: LEASE, wait_slice: LEASE };
-        let mut witness = Witness::start(&role, &mut role.command_inside(&netns, "a_witness"));
+        let mut witness = Witness::start(&role, &mut role.command_inside(&netns, "partition::a_witness"));
         becomes("the queue of the witness", &COUNT, || queues(operator, WITNESS));
         let next = Party::new("next", &server.url(), COUNT);
         let had = next.wait_for_all();

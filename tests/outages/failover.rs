@@ -3,17 +3,10 @@
 //!
 //! What befalls a single server is in `recovery.rs`.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::sync::Arc;
 
-use common::{
-    becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
+use crate::common::{
+    self, becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
 };
 use dsync::{CatalogMode, Config, ErrorKind, Lock, LossReason, PostgresManager};
 use postgres::Client;

@@ -1,13 +1,6 @@
 //! The process-wide manager, each time in a process of its own: before `init`, between the two, and after `shutdown`; made
 //! from code or from the environment; and processes that stand for the leadership of one service.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::net::TcpListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
@@ -16,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Process, becomes, begin, eventually, hear, is_held, kind, lock, soon, started};
+use crate::common::{self, Process, becomes, begin, eventually, hear, is_held, kind, lock, soon, started};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use dsync::{
     CatalogMode, Config, Context, Error, ErrorKind, Key, Lock, LockOptions, MemoryManager, SyncManager,
@@ -29,7 +22,7 @@ const LEADERSHIP: &str = "service/billing/leadership";
 
 /// A process that does what `scenario` says, on this database.
 fn scenario(name: &str, database: &Database<'_>) -> Command {
-    let mut command = common::process("scene", name);
+    let mut command = common::process("instance::scene", name);
     command.env("DATABASE_URL", database.url());
     command
 }

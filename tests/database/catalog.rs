@@ -1,12 +1,5 @@
 //! The catalog: how it comes to be, what stands in it, and the tokens that it gives out.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
@@ -17,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, Process, becomes, briefly, eventually, kind, lock, soon, started};
+use crate::common::{self, PATIENCE, Process, becomes, briefly, eventually, kind, lock, soon, started};
 use dsync::{
     CATALOG_SQL, CatalogMode, Config, Context, ErrorKind, Key, Lock, LockGuard, LockOptions, LockValuer,
     MAX_ANNOTATION, PostgresManager, SyncManager,
@@ -633,7 +626,8 @@ fn two_hundred_processes_make_one_catalog() {
     let database = server.database().unwrap();
     let gate = server.folder().join("gate");
     let role = format!("start {} {}", database.url(), gate.display());
-    let crowd: Vec<_> = (0..MANY).map(|_| Process::start(&mut common::process("worker", &role))).collect();
+    let crowd: Vec<_> =
+        (0..MANY).map(|_| Process::start(&mut common::process("catalog::worker", &role))).collect();
     for process in &crowd {
         process.says("ready");
     }
@@ -714,7 +708,7 @@ fn ten_thousand_terms_of_many_processes_have_growing_tokens() {
     let database = Database::fresh().unwrap();
     let folder = Folder::make();
     let role = format!("terms {} {} {}", database.url(), folder.0.display(), 10_000 / PROCESSES);
-    let workers = [(); PROCESSES].map(|()| Process::start(&mut common::process("worker", &role)));
+    let workers = [(); PROCESSES].map(|()| Process::start(&mut common::process("catalog::worker", &role)));
     for worker in workers {
         worker.succeeds_within(Duration::from_secs(300));
     }

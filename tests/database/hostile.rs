@@ -1,16 +1,9 @@
 //! Roles and databases that bring settings along which could break a lock. Locks behave as always, and a session that goes
 //! from claim to claim takes nothing along.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::time::Duration;
 
-use common::{becomes, eventually, is_held, is_open, kind, lock, soon, started, wait_in_thread};
+use crate::common::{becomes, eventually, is_held, is_open, kind, lock, soon, started, wait_in_thread};
 use dsync::{Config, ErrorKind, LockOptions, PostgresManager, SyncManager, json_valuer};
 use postgres::{Client, NoTls};
 use support::{Database, Server};

@@ -1,13 +1,6 @@
 //! What a connection string, the environment and the hook for the password lead to: the server that `psql` would reach, or an
 //! error that names what is in the way. And no text of any kind gives a password away.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::collections::HashSet;
 use std::error::Error as StdError;
 use std::fmt::Write;
@@ -15,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
 
-use common::{begin, briefly, eventually, hear, is_held, lock, soon, started};
+use crate::common::{self, begin, briefly, eventually, hear, is_held, lock, soon, started};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use dsync::{CatalogMode, Config, Context, Error, ErrorKind, PostgresManager, SyncManager};
 use support::Server;
@@ -211,7 +204,7 @@ fn locker_of_the_environment() {
 type Variables<'a> = &'a [(&'a str, &'a str)];
 
 fn lock_in(variables: Variables<'_>) -> String {
-    let mut process = common::process("locker_of_the_environment", "locker");
+    let mut process = common::process("connection::locker_of_the_environment", "locker");
     common::Process::start(process.envs(variables.iter().copied())).succeeds()
 }
 

@@ -1,19 +1,12 @@
 //! Races, a thousand times each: a release with a loss, and the end of a wait with the grant. Whichever wins, the server
 //! keeps nothing, nobody believes to hold what is not held, and the next one has the lock at once.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::collections::BTreeMap;
 use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{begin, is_open, soon, started};
+use crate::common::{self, begin, is_open, soon, started};
 use dsync::{Config, Context, Error, ErrorKind, Lock, LockGuard, LockOptions, PostgresManager};
 use postgres::{Client, NoTls};
 use support::{Database, Server};

@@ -1,19 +1,12 @@
 //! What the manager and the views tell of who holds and who waits.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use common::{PATIENCE, Process, eventually, kind, lock, soon, started};
+use crate::common::{self, PATIENCE, Process, eventually, kind, lock, soon, started};
 use dsync::{
     CatalogMode, Config, ErrorKind, Key, Lock, LockGuard, LockOptions, LockView, PostgresManager, SyncManager,
 };
@@ -311,7 +304,7 @@ const THREADS: usize = 12;
 fn what_is_told_agrees_with_the_server_s_own_list_of_locks() {
     let database = Database::fresh().unwrap();
     let manager = started(config(&database));
-    let child = Process::start(&mut common::process("worker", &database.url()));
+    let child = Process::start(&mut common::process("introspection::worker", &database.url()));
     child.says("loading");
     let mut client = database.client().unwrap();
     let (mut held, mut waited) = (0, 0);

@@ -1,16 +1,9 @@
 //! What waiting writes into the server's log, which at default settings holds every error with its statement: nothing.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Outcome, becomes, eventually, hear, is_held, kind, lock, soon, started, wait_in_thread};
+use crate::common::{Outcome, becomes, eventually, hear, is_held, kind, lock, soon, started, wait_in_thread};
 use dsync::{CatalogMode, Config, Error, ErrorKind, Key, Lock, LockOptions, PostgresManager};
 use postgres::Client;
 use support::{Database, Server};

@@ -3,13 +3,6 @@
 //!
 //! What is refused by the server itself (passwords, rights, TLS) is in `bad_input.rs`.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::error::Error as _;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -18,7 +11,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::{
+use crate::common::{
     becomes, begin, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
 };
 use dsync::{CatalogMode, Config, Error, ErrorKind, LossReason, PostgresManager, SyncManager, json_valuer};

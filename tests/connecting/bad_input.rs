@@ -1,13 +1,6 @@
 //! What is wrong with settings, keys, servers and rights is told in time, by an error that says what to change; and what
 //! was put right works, mostly with the very manager that refused.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::error::Error as _;
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -17,7 +10,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use common::{SilentHost, begin, briefly, eventually, is_held, kind, lock, soon, started};
+use crate::common::{self, SilentHost, begin, briefly, eventually, is_held, kind, lock, soon, started};
 use dsync::{
     CATALOG_SQL, CatalogMode, Config, Context, Error, ErrorKind, Key, Lock, LockOptions, PostgresManager,
     SyncManager,
@@ -167,7 +160,7 @@ fn reader_of_the_environment() {
 #[test]
 fn variables_that_cannot_be_understood_are_named() {
     let read = |name: &str, value: OsString| {
-        let mut process = common::process("reader_of_the_environment", "reader");
+        let mut process = common::process("bad_input::reader_of_the_environment", "reader");
         common::Process::start(process.env(name, value)).succeeds()
     };
     let not_utf8 = || OsString::from_vec(b"caf\xe9".to_vec());

@@ -1,21 +1,14 @@
 //! What a process is told that can start no thread, and that a manager's threads end with it. Each in a process of its own.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-use common::{Process, becomes, is_open, kind, lock, soon, started};
+use crate::common::{self, Process, becomes, is_open, kind, lock, soon, started};
 use dsync::{Config, ErrorKind, PostgresManager, SyncManager};
 use support::{Database, process};
 
 fn play(name: &str, stack: &str) {
     let database = Database::fresh().unwrap();
-    let mut command = common::process("scene", name);
+    let mut command = common::process("threads::scene", name);
     command.env("DATABASE_URL", database.url()).env("RUST_MIN_STACK", stack);
     Process::start(&mut command).succeeds();
 }

@@ -1,18 +1,13 @@
 //! The way to the server: several hosts of which some are dead, in each way that a host can be dead; and a slow link.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{SilentHost, becomes, begin, briefly, hear, is_held, kind, lock, soon, started, wait_in_thread};
+use crate::common::{
+    self, SilentHost, becomes, begin, briefly, hear, is_held, kind, lock, soon, started, wait_in_thread,
+};
 use crossbeam_channel::unbounded;
 use dsync::{Config, Context, ErrorKind, PostgresManager, SyncManager};
 use socket2::{Domain, SockAddr, Socket, Type};

@@ -1,13 +1,8 @@
 //! What [`Lock`], [`LockGuard`] and [`SyncManager`] promise, on each implementation: every behaviour is one test named
-//! `memory::…` and one named `postgres::…`.
+//! `contract::memory::…` and one named `contract::postgres::…`.
 //!
 //! Each test has a server to itself and managers that play the part of one process each. A call that should end has
 //! half a minute for it, so that a fault is a failed test and not a hung one.
-
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};

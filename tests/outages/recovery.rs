@@ -3,18 +3,11 @@
 //!
 //! Each test has a server of its own.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{
+use crate::common::{
     Outcome, becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
 };
 use dsync::{Config, ErrorKind, Lock, LossReason, Lost, PostgresManager, SyncManager};

@@ -1,12 +1,5 @@
 //! Fenced transactions: what a former holder writes is refused, and a successor waits for what is being written.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,7 +7,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, Process, eventually, hear, kind, lock, soon, started, wait_in_thread};
+use crate::common::{self, PATIENCE, Process, eventually, hear, kind, lock, soon, started, wait_in_thread};
 use dsync::{Config, Error, ErrorKind, Lock, PostgresManager, SyncManager, Term};
 use postgres::{Client, IsolationLevel, NoTls, Transaction};
 use support::Database;
@@ -85,7 +78,7 @@ fn a_holder_that_was_frozen_past_its_lease_cannot_write() {
     client.batch_execute("CREATE TABLE story (id serial, writer text, fenced bool)").unwrap();
     let gate = database.server().folder().join(format!("gate-{}", database.name()));
     let role = format!("paused {} {}", database.url(), gate.display());
-    let child = Process::start(&mut common::process("worker", &role));
+    let child = Process::start(&mut common::process("fencing::worker", &role));
     child.says("held");
 
     support::process::signal(child.id(), Signal::Stop).unwrap();
@@ -115,7 +108,8 @@ fn a_writer_that_is_frozen_in_its_transaction_holds_up_nobody_for_longer_than_th
     let database = Database::fresh().unwrap();
     let mut client = database.client().unwrap();
     client.batch_execute("CREATE TABLE story (id serial, writer text, fenced bool)").unwrap();
-    let child = Process::start(&mut common::process("worker", &format!("inside {} -", database.url())));
+    let child =
+        Process::start(&mut common::process("fencing::worker", &format!("inside {} -", database.url())));
     let manager = started(config(&database));
     let successor = lock(&manager, "x");
     child.says("inside");
@@ -409,7 +403,7 @@ fn a_successor_that_waited_for_a_fenced_transaction_has_a_lease() {
 
     // Slices so short that several end while it waits, with the lock in its hand.
     let url = database.url();
-    let child = Process::start(&mut common::process("worker_waits", &url));
+    let child = Process::start(&mut common::process("fencing::worker_waits", &url));
     child.says("asking");
     let mut operator = database.client().unwrap();
     let mut slice = || -> Option<String> {
@@ -444,7 +438,7 @@ fn a_successor_that_freezes_while_it_waits_for_a_fenced_transaction_is_replaced(
     let mut transaction = client.transaction().unwrap();
     first.term().unwrap().fence(&mut transaction).unwrap();
     first.release().unwrap();
-    let child = Process::start(&mut common::process("worker_waits", &database.url()));
+    let child = Process::start(&mut common::process("fencing::worker_waits", &database.url()));
     child.says("asking");
     eventually("the child to have the advisory lock", || manager.inspect("x").unwrap().holder.is_some());
     support::process::signal(child.id(), Signal::Stop).unwrap();

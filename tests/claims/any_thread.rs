@@ -1,20 +1,13 @@
 //! Calls and drops on threads that cannot call the driver: one that drives an async runtime, and one whose thread-local
 //! variables are being destroyed. Nothing panics there, and everything works.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this is test code, in which a panic is the report of a failure"
-)]
-
-mod common;
-
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
-use common::{Process, becomes, hear, is_held, kind, lock, soon, started};
+use crate::common::{self, Process, becomes, hear, is_held, kind, lock, soon, started};
 use dsync::{Config, Context, ErrorKind, LockGuard, PostgresManager, SyncManager};
 use support::Database;
 use tokio::runtime::{Builder, Runtime};
@@ -30,7 +23,7 @@ fn in_async_code<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -
 
 fn play(name: &str) {
     let database = Database::fresh().unwrap();
-    let mut command = common::process("scene", name);
+    let mut command = common::process("any_thread::scene", name);
     command.env("DATABASE_URL", database.url());
     Process::start(&mut command).succeeds();
 }
