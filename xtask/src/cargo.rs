@@ -1,0 +1,56 @@
+//! Calls of cargo, in the folder of the workspace.
+
+use std::env;
+use std::path::Path;
+use std::process::Command;
+
+/// The folder of the workspace.
+pub(crate) fn root() -> &'static Path {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    own.parent().unwrap_or(own)
+}
+
+/// Cargo, with variables of the environment.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Cargo {
+    variables: Vec<(&'static str, &'static str)>,
+}
+
+impl Cargo {
+    pub(crate) fn env(mut self, name: &'static str, value: &'static str) -> Self {
+        self.variables.push((name, value));
+        self
+    }
+
+    /// Says what it runs, and fails as that fails.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Result<(), String> {
+        let line = line(arguments);
+        eprintln!("xtask: {line}");
+        let status = self
+            .command(arguments)
+            .status()
+            .map_err(|error| format!("`{line}` cannot be started: {error}"))?;
+        if status.success() { Ok(()) } else { Err(format!("`{line}` failed ({status})")) }
+    }
+
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        // Cargo tells us of our own package by them. Build scripts that look at them would run anew with each change between
+        // `cargo` and `cargo xtask`.
+        for (name, _) in env::vars_os() {
+            let text = name.to_string_lossy();
+            if ["CARGO_MANIFEST_", "CARGO_PKG_"].iter().any(|start| text.starts_with(start)) {
+                command.env_remove(&name);
+            }
+        }
+        command.args(arguments).envs(self.variables.iter().copied()).current_dir(root());
+        command
+    }
+}
+
+/// The call as one would type it.
+pub(crate) fn line(arguments: &[&str]) -> String {
+    arguments.iter().fold("cargo".to_owned(), |line, argument| {
+        if argument.contains(' ') { format!("{line} '{argument}'") } else { format!("{line} {argument}") }
+    })
+}
