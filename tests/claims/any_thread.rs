@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
-use crate::common::{self, Process, becomes, hear, is_held, kind, lock, soon, started};
 use dsync::{Config, Context, ErrorKind, LockGuard, PostgresManager, SyncManager};
 use support::Database;
 use tokio::runtime::{Builder, Runtime};
+
+use crate::common::{self, Process, becomes, hear, is_held, kind, lock, soon, started};
 
 fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()

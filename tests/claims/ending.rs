@@ -2,9 +2,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::common::{SilentHost, becomes, begin, eventually, hear, kind, lock, soon, started};
 use dsync::{CatalogMode, Config, Context, ErrorKind, LockOptions};
 use support::{Database, Server};
+
+use crate::common::{SilentHost, becomes, begin, eventually, hear, kind, lock, soon, started};
 
 /// The driver's own connect cannot be interrupted, so the release does not wait for it. But the session before it was lost
 /// without a word of the server's, which may keep the lock still.

@@ -5,10 +5,11 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::common::{self, Process, hear, is_open, kind, lock, soon, started};
 use dsync::{Config, Context, Error, ErrorKind, LockGuard, LockOptions, PostgresManager, SyncManager, Term};
 use fork::Fork;
 use support::Database;
+
+use crate::common::{self, Process, hear, is_open, kind, lock, soon, started};
 
 /// What the parent has when it forks.
 struct Inherited {

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{self, Process, becomes, begin, eventually, hear, is_held, kind, lock, soon, started};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use dsync::{
     CatalogMode, Config, Context, Error, ErrorKind, Key, Lock, LockOptions, MemoryManager, SyncManager,
@@ -17,6 +16,8 @@ use dsync::{
 use postgres::Client;
 use serde_json::Value;
 use support::{Database, process};
+
+use crate::common::{self, Process, becomes, begin, eventually, hear, is_held, kind, lock, soon, started};
 
 const LEADERSHIP: &str = "service/billing/leadership";
 

@@ -2,9 +2,10 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-use crate::common::{self, Process, becomes, is_open, kind, lock, soon, started};
 use dsync::{Config, ErrorKind, PostgresManager, SyncManager};
 use support::{Database, process};
+
+use crate::common::{self, Process, becomes, is_open, kind, lock, soon, started};
 
 fn play(name: &str, stack: &str) {
     let database = Database::fresh().unwrap();

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use crate::common::{self, SilentHost, begin, briefly, eventually, is_held, kind, lock, soon, started};
 use dsync::{
     CATALOG_SQL, CatalogMode, Config, Context, Error, ErrorKind, Key, Lock, LockOptions, PostgresManager,
     SyncManager,
@@ -18,6 +17,8 @@ use dsync::{
 use postgres::NoTls;
 use socket2::{Domain, SockAddr, Socket, Type};
 use support::{Database, Server, Shutdown};
+
+use crate::common::{self, SilentHost, begin, briefly, eventually, is_held, kind, lock, soon, started};
 
 /// For all that has to end by itself, whatever the other side does. Generous: the machine may be busy.
 const BOUND: Duration = Duration::from_secs(15);

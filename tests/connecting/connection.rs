@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
 
-use crate::common::{self, begin, briefly, eventually, hear, is_held, lock, soon, started};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use dsync::{CatalogMode, Config, Context, Error, ErrorKind, PostgresManager, SyncManager};
 use support::Server;
+
+use crate::common::{self, begin, briefly, eventually, hear, is_held, lock, soon, started};
 
 /// For all that has to end by itself, whatever the hook does. Generous: the machine may be busy.
 const BOUND: Duration = Duration::from_secs(15);

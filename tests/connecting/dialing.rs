@@ -5,13 +5,14 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{
-    self, SilentHost, becomes, begin, briefly, hear, is_held, kind, lock, soon, started, wait_in_thread,
-};
 use crossbeam_channel::unbounded;
 use dsync::{Config, Context, ErrorKind, PostgresManager, SyncManager};
 use socket2::{Domain, SockAddr, Socket, Type};
 use support::{Frozen, Server};
+
+use crate::common::{
+    self, SilentHost, becomes, begin, briefly, hear, is_held, kind, lock, soon, started, wait_in_thread,
+};
 
 /// The time for a session. Every host has its share of it.
 const CONNECT: Duration = Duration::from_secs(2);

@@ -11,15 +11,16 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crate::common::{
-    becomes, begin, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
-};
 use dsync::{CatalogMode, Config, Error, ErrorKind, LossReason, PostgresManager, SyncManager, json_valuer};
 use parking_lot::Mutex;
 use postgres::{Client, NoTls, SimpleQueryMessage};
 use support::pgbouncer::{self, PoolMode};
 use support::process::{self, Signal};
 use support::{Replication, Server};
+
+use crate::common::{
+    becomes, begin, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
+};
 
 fn config(url: &str) -> Config {
     Config::from_url(url).unwrap()

@@ -8,7 +8,6 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::thread;
 
-use crate::common::{self, begin, lock, started};
 use dsync::{
     CATALOG_SQL, CatalogMode, Config, Context, Error, ErrorKind, LockOptions, PostgresManager, SyncManager,
 };
@@ -16,6 +15,8 @@ use postgres::{Client, NoTls};
 use support::pgbouncer::{self, PoolMode};
 use support::{Database, Server};
 use tokio_postgres_rustls::MakeRustlsConnect;
+
+use crate::common::{self, begin, lock, started};
 
 fn config(url: &str) -> Config {
     Config::from_url(url).unwrap()

@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{self, PATIENCE, Process, becomes, briefly, eventually, kind, lock, soon, started};
 use dsync::{
     CATALOG_SQL, CatalogMode, Config, Context, ErrorKind, Key, Lock, LockGuard, LockOptions, LockValuer,
     MAX_ANNOTATION, PostgresManager, SyncManager,
@@ -18,6 +17,8 @@ use dsync::{
 use postgres::Client;
 use support::process::Signal;
 use support::{Database, Replication, Server, Shutdown};
+
+use crate::common::{self, PATIENCE, Process, becomes, briefly, eventually, kind, lock, soon, started};
 
 fn config(database: &Database<'_>) -> Config {
     Config::from_url(&database.url()).unwrap()

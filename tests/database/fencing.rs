@@ -7,11 +7,12 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{self, PATIENCE, Process, eventually, hear, kind, lock, soon, started, wait_in_thread};
 use dsync::{Config, Error, ErrorKind, Lock, PostgresManager, SyncManager, Term};
 use postgres::{Client, IsolationLevel, NoTls, Transaction};
 use support::Database;
 use support::process::Signal;
+
+use crate::common::{self, PATIENCE, Process, eventually, hear, kind, lock, soon, started, wait_in_thread};
 
 fn config(database: &Database<'_>) -> Config {
     Config::from_url(&database.url()).unwrap()

@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
-use crate::common::{becomes, eventually, is_held, is_open, kind, lock, soon, started, wait_in_thread};
 use dsync::{Config, ErrorKind, LockOptions, PostgresManager, SyncManager, json_valuer};
 use postgres::{Client, NoTls};
 use support::{Database, Server};
+
+use crate::common::{becomes, eventually, is_held, is_open, kind, lock, soon, started, wait_in_thread};
 
 /// Longer than the timeouts that the roles have, several times.
 const LONG: &str = "1.2 s";

@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::common::{self, PATIENCE, Process, eventually, kind, lock, soon, started};
 use dsync::{
     CatalogMode, Config, ErrorKind, Key, Lock, LockGuard, LockOptions, LockView, PostgresManager, SyncManager,
 };
 use postgres::Client;
 use support::Database;
 use support::process::Signal;
+
+use crate::common::{self, PATIENCE, Process, eventually, kind, lock, soon, started};
 
 fn config(database: &Database<'_>) -> Config {
     Config::from_url(&database.url()).unwrap()

@@ -4,13 +4,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::common::{
-    Outcome, PATIENCE, becomes, begin, eventually, is_held, lock, soon, started, wait_in_thread,
-};
 use crossbeam_channel::unbounded;
 use dsync::{CatalogMode, Config, Error, Lock, PostgresManager, SyncManager};
 use postgres::Client;
 use support::Database;
+
+use crate::common::{
+    Outcome, PATIENCE, becomes, begin, eventually, is_held, lock, soon, started, wait_in_thread,
+};
 
 const SLICE: Duration = Duration::from_millis(400);
 

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::common::{Outcome, becomes, eventually, hear, is_held, kind, lock, soon, started, wait_in_thread};
 use dsync::{CatalogMode, Config, Error, ErrorKind, Key, Lock, LockOptions, PostgresManager};
 use postgres::Client;
 use support::{Database, Server};
+
+use crate::common::{Outcome, becomes, eventually, hear, is_held, kind, lock, soon, started, wait_in_thread};
 
 /// As short as a busy machine allows, since a wait is to go on over several.
 const SLICE: Duration = Duration::from_millis(100);

@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use crate::common::{self, Process, lock, soon, started};
 use dsync::{Config, Context, ErrorKind, Lock, LockGuard, SyncManager};
 use support::Database;
+
+use crate::common::{self, Process, lock, soon, started};
 
 const PROCESSES: usize = 4;
 const THREADS: usize = 4;

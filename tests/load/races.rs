@@ -6,10 +6,11 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{self, begin, is_open, soon, started};
 use dsync::{Config, Context, Error, ErrorKind, Lock, LockGuard, LockOptions, PostgresManager};
 use postgres::{Client, NoTls};
 use support::{Database, Server};
+
+use crate::common::{self, begin, is_open, soon, started};
 
 const ROUNDS: usize = 1_000;
 

@@ -4,9 +4,10 @@ use std::fs;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::common::{becomes, lock, soon, started};
 use dsync::{CatalogMode, Config, Lock, PostgresManager, SyncManager};
 use support::Server;
+
+use crate::common::{becomes, lock, soon, started};
 
 const LOCKS: usize = 96;
 

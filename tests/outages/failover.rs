@@ -5,12 +5,13 @@
 
 use std::sync::Arc;
 
-use crate::common::{
-    self, becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
-};
 use dsync::{CatalogMode, Config, ErrorKind, Lock, LossReason, PostgresManager};
 use postgres::Client;
 use support::{Replication, Server, Shutdown};
+
+use crate::common::{
+    self, becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
+};
 
 const KEYS: [&str; 3] = ["a", "b", "c"];
 

@@ -7,6 +7,13 @@ use std::sync::{Arc, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use dsync::{Context, ErrorKind, Lock, LockGuard, LockOptions, LossReason, PostgresManager, SyncManager};
+use parking_lot::Mutex;
+use postgres::Client;
+use support::netns::Direction;
+use support::process::{Signal, signal};
+use support::{Server, Shutdown};
+
 use crate::common::{
     PATIENCE, becomes, begin, eventually, hear, is_held, is_open, kind, lock, role, soon, started,
     wait_in_thread,
@@ -17,12 +24,6 @@ use crate::cutoff::{
     GRACE, LEASE, Party, all_queue, config, gets_all_back, granted, holds, last_of, length, micros, ms,
     nothing_is_left, now, queues,
 };
-use dsync::{Context, ErrorKind, Lock, LockGuard, LockOptions, LossReason, PostgresManager, SyncManager};
-use parking_lot::Mutex;
-use postgres::Client;
-use support::netns::Direction;
-use support::process::{Signal, signal};
-use support::{Server, Shutdown};
 
 /// What a machine that is busy may add where a bound is on our own doing.
 const SLACK: Duration = Duration::from_millis(500);

@@ -6,13 +6,14 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use support::Server;
+use support::netns::{Direction, Netns};
+
 use crate::common::{becomes, role};
 use crate::cutoff::witness::{Event, Role, WITNESS, Witness, testify};
 use crate::cutoff::{
     GRACE, LEASE, Party, all_queue, granted, holds, last_of, length, ms, nothing_is_left, now, queues,
 };
-use support::Server;
-use support::netns::{Direction, Netns};
 
 const COUNT: usize = 20;
 

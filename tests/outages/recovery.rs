@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{
-    Outcome, becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
-};
 use dsync::{Config, ErrorKind, Lock, LossReason, Lost, PostgresManager, SyncManager};
 use postgres::{Client, NoTls};
 use support::process::{self, Signal};
 use support::{Server, Shutdown};
+
+use crate::common::{
+    Outcome, becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
+};
 
 /// A process that wants the lock `x`. Its name is that of its sessions.
 struct Rival {
