@@ -12,7 +12,7 @@ use std::error::Error;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use crossbeam_channel::select;
+use dsync::crossbeam_channel::select;
 use dsync::{Config, Context, ErrorKind, LockGuard, LockOptions, PostgresManager, SyncManager};
 
 const STEPS: u32 = 20;

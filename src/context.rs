@@ -2,15 +2,15 @@
 
 use std::convert::Infallible;
 use std::fmt;
-use std::sync::atomic::AtomicUsize;
-use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded, never};
-use parking_lot::Mutex;
+use crossbeam_channel::{Receiver, never};
 
+pub(crate) use crate::cancellation::OnCancel;
+use crate::cancellation::{Child, Node};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::Ordering::SeqCst;
 
 /// Bounds the wait of a call by time, by cancellation, or by both.
 ///
@@ -40,24 +40,6 @@ pub struct Context {
 /// May be cloned and used from any thread. Dropping it cancels nothing.
 pub struct Canceller {
     node: Arc<Node>,
-}
-
-/// A point of cancellation. The sender's end is dropped to cancel, which disconnects every receiver at once.
-///
-/// Contexts may be derived from one another any number of times, so nothing here recurses along a chain of them.
-struct Node {
-    /// Keeps the way down from the ancestors, who know their children weakly only.
-    parent: Option<Arc<Node>>,
-    /// How many cancellers there are. None comes back once they are gone.
-    cancellers: AtomicUsize,
-    state: Mutex<NodeState>,
-    done: Receiver<Infallible>,
-}
-
-struct NodeState {
-    /// `None` once cancelled.
-    alive: Option<Sender<Infallible>>,
-    children: Vec<Weak<Node>>,
 }
 
 impl Context {
@@ -105,7 +87,7 @@ impl Context {
         }
         let node = Node::new(parent.cloned());
         if let Some(parent) = parent {
-            parent.adopt(&node);
+            parent.adopt(Child::Node(Arc::downgrade(&node)));
         }
         (Self { deadline: self.deadline, node: Some(Arc::clone(&node)) }, Canceller { node })
     }
@@ -125,11 +107,18 @@ impl Context {
         self.node.is_some()
     }
 
+    /// Tells `hook` when this context is cancelled, for as long as somebody keeps it; at once if that has happened.
+    pub(crate) fn on_cancel(&self, hook: Weak<dyn OnCancel>) {
+        if let Some(node) = &self.node {
+            node.adopt(Child::Hook(hook));
+        }
+    }
+
     /// A channel that disconnects when this context is cancelled; for use in `select!`. It does not tell of the
     /// deadline. Keep the context for as long as you listen: the channel also disconnects when the context, its clones and
     /// its cancellers are all gone.
     pub fn cancelled(&self) -> Receiver<Infallible> {
-        self.node.as_ref().map_or_else(never, |node| node.done.clone())
+        self.node.as_ref().map_or_else(never, |node| node.done().clone())
     }
 
     /// Fails if this context has ended.
@@ -191,70 +180,6 @@ impl Drop for Canceller {
 impl fmt::Debug for Canceller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Canceller").field("cancelled", &self.node.is_cancelled()).finish()
-    }
-}
-
-impl Node {
-    fn new(parent: Option<Arc<Self>>) -> Arc<Self> {
-        let (alive, done) = bounded(0);
-        Arc::new(Self {
-            parent,
-            cancellers: AtomicUsize::new(1),
-            state: Mutex::new(NodeState { alive: Some(alive), children: Vec::new() }),
-            done,
-        })
-    }
-
-    fn is_cancelled(&self) -> bool {
-        self.state.lock().alive.is_none()
-    }
-
-    /// Whether it was cancelled, or somebody can still cancel it. In this order: the last canceller may cancel and be
-    /// dropped in between.
-    fn may_end_before_its_parent(&self) -> bool {
-        self.cancellers.load(SeqCst) > 0 || self.is_cancelled()
-    }
-
-    /// Makes `child` end with this node; at once, if this one has ended already.
-    fn adopt(&self, child: &Arc<Self>) {
-        let mut state = self.state.lock();
-        if state.alive.is_some() {
-            // A long-lived parent must not keep a word for every short-lived child it ever had: forget the dead ones
-            // whenever the list would grow.
-            if state.children.len() == state.children.capacity() {
-                state.children.retain(|child| child.strong_count() > 0);
-            }
-            state.children.push(Arc::downgrade(child));
-        } else {
-            drop(state);
-            child.cancel();
-        }
-    }
-
-    fn cancel(&self) {
-        let mut descendants = self.end();
-        while let Some(descendant) = descendants.pop() {
-            if let Some(node) = descendant.upgrade() {
-                descendants.append(&mut node.end());
-            }
-        }
-    }
-
-    /// Ends this node alone; gives the children, which are to be ended next.
-    fn end(&self) -> Vec<Weak<Self>> {
-        let mut state = self.state.lock();
-        state.alive = None;
-        std::mem::take(&mut state.children)
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        let mut parent = self.parent.take();
-        while let Some(node) = parent {
-            // The last one to know it takes its parent off it, so that its own drop has nothing to follow.
-            parent = Arc::into_inner(node).and_then(|mut node| node.parent.take());
-        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::key::Key;
 use crate::leadership::Campaign;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
-use crate::postgres::{Config, PostgresManager};
+use crate::pg::{Config, PostgresManager};
 use crate::process::PerProcess;
 
 static INSTANCE: PerProcess<Mutex<Stage>> = PerProcess::new();
@@ -88,7 +88,7 @@ impl Drop for Ending<'_> {
             let mut stage = stage();
             stage.is_of(self.call).then(|| std::mem::replace(&mut *stage, Stage::After(self.why)))
         };
-        // It may be the last that knows the manager.
+        // It may be the last owner of the manager.
         drop(former);
         let _ = self.call.outcome.set(self.outcome.clone());
     }
@@ -313,7 +313,7 @@ pub fn leadership_lock() -> Result<Arc<dyn Lock>> {
     })
 }
 
-/// What `look` sees of the instance, which must not be the last that is known of it.
+/// Runs `look` on the instance, under the mutex. So `look` must not drop the last handle of the manager.
 #[track_caller]
 fn instance<T>(caller: &str, look: impl FnOnce(&Instance) -> T) -> Result<T> {
     let message = match &*stage() {

@@ -110,7 +110,7 @@ pub trait Lock: Send + Sync + fmt::Debug {
 ///
 /// It is called on a thread of the library's, or on one that waits for this lock in this process, if it does so without a
 /// limit or if the last call took less than a millisecond; in memory on the one that begins the claim or waits, or that calls
-/// [`MemoryServer`](crate::MemoryServer), and the wait may then end later than its context. Whoever gives the lock away never calls it. It must not use the lock that it
+/// [`MemoryServer`](crate::MemoryServer), and the wait may then end later than its context. A thread that gives the lock away never calls it. It must not use the lock that it
 /// annotates. What it returns is taken literally, up to [`MAX_ANNOTATION`] bytes; if it returns more, or panics, the term
 /// goes without annotation and the log says so.
 pub type LockValuer = Arc<dyn Fn() -> Vec<u8> + Send + Sync>;

@@ -1,3 +1,5 @@
-//! The atomics of what `tests/interleavings.rs` tries with others.
+//! What threads share, of the kinds that `tests/interleavings` tries with loom's.
 
-pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
+pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+pub(crate) use parking_lot::{Mutex, MutexGuard};

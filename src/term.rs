@@ -26,7 +26,7 @@ use crate::process::Origin;
 ///
 /// ```no_run
 /// # use dsync::{Config, Context, ErrorKind, Lock, LockOptions, PostgresManager, SyncManager};
-/// # fn example(manager: PostgresManager, client: &mut postgres::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// # fn example(manager: PostgresManager, client: &mut dsync::postgres::Client) -> Result<(), Box<dyn std::error::Error>> {
 /// let lock = manager.lock("ledger", LockOptions::new())?;
 /// lock.lock(&Context::background())?;
 /// let term = lock.term().ok_or("lost already")?;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use dsync::{ErrorKind, Term};
 use postgres::{Client, NoTls};
 
-/// Where a leader works. It has a connection of its own: the sessions of the locks are the library's.
-pub(crate) struct Desk {
+/// Writes what a leader does. It has a connection of its own: the sessions of the locks are the library's.
+pub(crate) struct Writer {
     worker: String,
     url: String,
     client: Option<Client>,
@@ -23,7 +23,7 @@ pub(crate) enum Outcome {
     Failed,
 }
 
-impl Desk {
+impl Writer {
     pub(crate) fn new(worker: &str, url: &str) -> Self {
         Self { worker: worker.to_owned(), url: url.to_owned(), client: None }
     }

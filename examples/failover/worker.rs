@@ -8,7 +8,7 @@ use std::time::Duration;
 use crossbeam_channel::select;
 use dsync::{Config, Context, ErrorKind, Term};
 
-use crate::ledger::{Desk, Outcome};
+use crate::ledger::{Outcome, Writer};
 use crate::report::{Report, What, now};
 
 /// How long the server keeps a silent leader. Short, so that nobody has to watch a frozen one for 15 s, the default.
@@ -26,7 +26,7 @@ pub(crate) fn run(name: &str, url: &str) -> Result<(), Box<dyn Error>> {
 
     dsync::init(Config::from_url(url)?.service("demo").namespace(NAMESPACE).lease(LEASE))?;
     tell(What::Standing)?;
-    let outcome = stand(&stop, &mut Desk::new(name, url));
+    let outcome = stand(&stop, &mut Writer::new(name, url));
 
     // Gives the leadership back, so that the next leader need not wait for a lease to end. It must wait if this could not be
     // confirmed; nothing worse comes of it.
@@ -45,7 +45,7 @@ fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
 }
 
 /// Leads whenever it can. The library stands for election all the time, so there is nothing to do but to wait for it.
-fn stand(stop: &Context, desk: &mut Desk) -> Result<(), Box<dyn Error>> {
+fn stand(stop: &Context, writer: &mut Writer) -> Result<(), Box<dyn Error>> {
     let leadership = dsync::leadership_lock()?;
     loop {
         match leadership.lock(stop) {
@@ -56,7 +56,7 @@ fn stand(stop: &Context, desk: &mut Desk) -> Result<(), Box<dyn Error>> {
         // None if it was lost again in between.
         let Some(term) = leadership.term() else { continue };
         tell(What::Gained { token: term.token().unwrap_or_default() })?;
-        match lead(&term, stop, desk)? {
+        match lead(&term, stop, writer)? {
             Ended::Lost => {
                 // Its `Display` is a whole sentence, for a log.
                 let reason = leadership.last_loss().map(|loss| format!("{:?}", loss.reason));
@@ -73,7 +73,7 @@ enum Ended {
 }
 
 /// Works, one unit after the other, until the term is lost or the process is told to stop.
-fn lead(term: &Term, stop: &Context, desk: &mut Desk) -> io::Result<Ended> {
+fn lead(term: &Term, stop: &Context, writer: &mut Writer) -> io::Result<Ended> {
     let stopped = stop.cancelled();
     loop {
         select! {
@@ -85,7 +85,7 @@ fn lead(term: &Term, stop: &Context, desk: &mut Desk) -> io::Result<Ended> {
         if !term.is_held() {
             return Ok(Ended::Lost);
         }
-        if desk.work(term) == Outcome::Refused {
+        if writer.work(term) == Outcome::Refused {
             tell(What::Refused)?;
         }
     }

@@ -79,8 +79,8 @@ fn fight(worker: usize, url: &str, seed: u64, stop: &Context) -> Outcome<()> {
     let outcomes: Vec<Outcome<()>> = thread::scope(|scope| {
         let fighters: Vec<_> = (0..THREADS)
             .map(|_| {
-                let desk = Desk { address: address.clone(), client: None };
-                let mut fighter = Fighter { stop, rng: rng.fork(), desk };
+                let writer = Writer { address: address.clone(), client: None };
+                let mut fighter = Fighter { stop, rng: rng.fork(), writer };
                 let seats = &seats;
                 scope.spawn(move || fighter.fight(seats))
             })
@@ -103,7 +103,7 @@ struct Seat {
 struct Fighter<'a> {
     stop: &'a Context,
     rng: Rng,
-    desk: Desk,
+    writer: Writer,
 }
 
 #[derive(PartialEq, Eq)]
@@ -184,7 +184,7 @@ impl Fighter<'_> {
                 return Ok(Ended::Finished);
             }
             if !idle {
-                self.desk.unit(key, token, term)?;
+                self.writer.unit(key, token, term)?;
             }
             let pause = if idle { end.saturating_duration_since(Instant::now()) } else { self.millis(0..8) };
             select! {
@@ -213,13 +213,13 @@ fn reason(seat: &Seat, term: &Term, begun: Moment) -> Option<(Moment, String)> {
     (at >= begun).then(|| (at, format!("{:?}", loss.reason)))
 }
 
-/// Where a thread works. It has a connection of its own: the sessions of the locks are the library's.
-struct Desk {
+/// Writes what a thread does. It has a connection of its own: the sessions of the locks are the library's.
+struct Writer {
     address: postgres::Config,
     client: Option<Client>,
 }
 
-impl Desk {
+impl Writer {
     /// One unit of work behind the fence. That it fails is no reason to stop; that it cannot be told is.
     fn unit(&mut self, key: usize, token: i64, term: &Term) -> Outcome<()> {
         let outcome = self.transaction(key, token, term);

@@ -16,8 +16,8 @@ use postgres::tls::{MakeTlsConnect, TlsConnect};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
-use crate::postgres::sql::schema::Schema;
-use crate::postgres::stream::{Password, Socket, Tls};
+use crate::pg::sql::schema::Schema;
+use crate::pg::stream::{Password, Socket, Tls};
 use settings::{Given, Origin, Unless, Unread};
 
 /// Whether tokens and annotations are kept in the database, in the schema `dsync` or the one that

@@ -9,18 +9,19 @@ use parking_lot::Mutex;
 
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::key::Key;
+use crate::key::{AdvisoryKey, Key};
 use crate::lock::{Lock, LockOptions};
 use crate::loss::{Loss, Lost, lost_already};
-use crate::postgres::catalog::fence::RowFence;
-use crate::postgres::claim::engine::Terms;
-use crate::postgres::claim::shared::{Claim, Patience, Why};
-use crate::postgres::claim::supervisor::Supervisor;
-use crate::postgres::config::CatalogMode;
-use crate::postgres::pool::Pool;
-use crate::postgres::registry::Registry;
-use crate::postgres::session::open::{Entry, Request};
-use crate::postgres::sql;
+use crate::pg::catalog::fence::RowFence;
+use crate::pg::claim::caller::ActiveClaim;
+use crate::pg::claim::shared::{Claim, EndReason, Patience};
+use crate::pg::claim::spec::LockSpec;
+use crate::pg::claim::supervisor::Supervisor;
+use crate::pg::config::CatalogMode;
+use crate::pg::pool::Pool;
+use crate::pg::registry::Registry;
+use crate::pg::sql;
+use crate::pg::sql::{Entry, Request};
 use crate::term::{Fence, Term};
 
 /// The lock with one key of one manager.
@@ -29,7 +30,9 @@ pub(crate) struct PostgresLock {
     this: Weak<Self>,
     key: Key,
     text: String,
-    /// Of all its terms; `None` without a catalog.
+    /// The number by which the server knows the key.
+    number: AdvisoryKey,
+    /// The fence of all its terms; `None` without a catalog.
     fence: Option<Arc<dyn Fence>>,
     options: LockOptions,
     registry: Arc<Registry>,
@@ -38,33 +41,26 @@ pub(crate) struct PostgresLock {
 
 #[derive(Default)]
 struct LockState {
-    claim: Option<Active>,
+    claim: Option<ActiveClaim>,
     /// Of the last claim, for the next; `None` again when the manager has stopped, since they keep the pool.
-    terms: Option<Arc<Terms>>,
+    spec: Option<Arc<LockSpec>>,
     /// The last loss of the claims that have ended.
     last_loss: Option<Loss>,
-}
-
-/// A claim, what it is made on, and who works on it.
-#[derive(Clone, Debug)]
-pub(crate) struct Active {
-    pub(crate) claim: Arc<Claim>,
-    terms: Arc<Terms>,
-    pub(crate) supervisor: Arc<Supervisor>,
 }
 
 impl PostgresLock {
     pub(crate) fn new(key: Key, options: LockOptions, registry: Arc<Registry>) -> Arc<Self> {
         let (text, config) = (key.to_string(), registry.config());
+        let number = key.advisory(&config.namespace);
         let fence = (config.catalog != CatalogMode::None).then(|| {
-            let key = key.advisory(&config.namespace);
             let schema = Arc::clone(&config.schema);
-            Arc::new(RowFence { key, longest_pause: config.lease, schema }) as Arc<dyn Fence>
+            Arc::new(RowFence { key: number, longest_pause: config.lease, schema }) as Arc<dyn Fence>
         });
         Arc::new_cyclic(|this| Self {
             this: this.clone(),
             key,
             text,
+            number,
             fence,
             options,
             registry,
@@ -77,11 +73,11 @@ impl PostgresLock {
     fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
         self.check_process()?;
         match (patience, context.ended()) {
-            (_, None) => self.claim(context)?.acquire(patience, context),
+            (_, None) => self.claim(context)?.lock(patience, context),
             (_, Some(_)) if self.term().is_some() => Ok(()),
             (Patience::TryLock, Some(ErrorKind::TimedOut)) => {
                 let context = context.with_deadline_instead(self.registry.attempt_by());
-                self.claim(&context)?.acquire(Patience::TryOnce, &context)
+                self.claim(&context)?.lock(Patience::TryOnce, &context)
             }
             (_, Some(kind)) => Err(self.claim(context)?.left(kind)),
         }
@@ -93,7 +89,7 @@ impl PostgresLock {
     }
 
     /// The claim that goes on, unless this is another process.
-    fn current(&self) -> Option<Active> {
+    fn current(&self) -> Option<ActiveClaim> {
         if !self.registry.origin().is_here() {
             return None;
         }
@@ -101,7 +97,7 @@ impl PostgresLock {
     }
 
     /// The claim that goes on, or a new one. Waits for one that is ending, no longer than that takes or `context` allows.
-    fn claim(&self, context: &Context) -> Result<Active> {
+    fn claim(&self, context: &Context) -> Result<ActiveClaim> {
         loop {
             let ending = {
                 let mut state = self.state.lock();
@@ -109,7 +105,7 @@ impl PostgresLock {
                     Some(active) if active.claim.is_ending() => Arc::clone(&active.claim),
                     Some(active) => return Ok(active.clone()),
                     None => {
-                        let active = self.begin(&mut state.terms)?;
+                        let active = self.begin(&mut state.spec)?;
                         state.claim = Some(active.clone());
                         self.options.claim_begun();
                         return Ok(active);
@@ -121,8 +117,8 @@ impl PostgresLock {
         }
     }
 
-    /// Begins a claim, with a supervisor that rests if there is one.
-    fn begin(&self, terms: &mut Option<Arc<Terms>>) -> Result<Active> {
+    /// Begins a claim, with an idle supervisor if there is one.
+    fn begin(&self, spec: &mut Option<Arc<LockSpec>>) -> Result<ActiveClaim> {
         let pool = self.registry.pool()?;
         let config = self.registry.config();
         let claim = Claim::new(self.text.clone(), config.lease + 2 * config.wait_slice);
@@ -133,15 +129,15 @@ impl PostgresLock {
             return Err(Error::stopped());
         }
         // After that, so that a stop finds them and takes them away.
-        let terms = terms.get_or_insert_with(|| Arc::new(self.terms(pool)));
-        let active = |supervisor| Active { claim: Arc::clone(&claim), terms: Arc::clone(terms), supervisor };
-        let resting = self.registry.resting();
-        while let Some(supervisor) = resting.take(terms.request.key) {
-            if supervisor.assign(&claim, terms) {
+        let spec = spec.get_or_insert_with(|| Arc::new(self.spec(pool)));
+        let active = |supervisor| ActiveClaim { claim: Arc::clone(&claim), supervisor };
+        let idle = self.registry.idle();
+        while let Some(supervisor) = idle.take(spec.request.key) {
+            if supervisor.assign(&claim, spec) {
                 return Ok(active(supervisor));
             }
         }
-        match Supervisor::start(&claim, terms, resting) {
+        match Supervisor::start(&claim, spec, idle) {
             Ok(supervisor) => Ok(active(supervisor)),
             Err(error) => {
                 drop(self.registry.let_go(&self.key));
@@ -152,9 +148,9 @@ impl PostgresLock {
     }
 
     /// What all the claims of this lock have in common.
-    fn terms(&self, pool: Arc<Pool>) -> Terms {
+    fn spec(&self, pool: Arc<Pool>) -> LockSpec {
         let config = self.registry.config();
-        Terms {
+        LockSpec {
             request: self.request(),
             valuer: self.options.valuer.clone().filter(|_| config.catalog != CatalogMode::None),
             valuer_is_fast: AtomicBool::new(false),
@@ -176,7 +172,7 @@ impl PostgresLock {
         });
         let own_name = config.postgres.get_application_name().unwrap_or("dsync");
         Request {
-            key: self.key.advisory(&config.namespace),
+            key: self.number,
             lease: config.lease,
             application_name: sql::application_name(own_name, &self.text),
             entry,
@@ -186,22 +182,15 @@ impl PostgresLock {
     /// Begins the end of the claim, if there is one. `by` is when it must be over.
     ///
     /// Gives `true` with it if this is the first call: then the caller must [give back](Self::give_back) what there is.
-    pub(crate) fn end(&self, why: Why, by: Instant) -> Option<(bool, Active)> {
+    pub(crate) fn end(&self, reason: EndReason, by: Instant) -> Option<(bool, ActiveClaim)> {
         let active = self.state.lock().claim.clone()?;
-        Some((active.claim.end(why, by), active))
-    }
-
-    /// Gives back what an ended claim has, or makes the thread do so that is at work on it.
-    pub(crate) fn give_back(active: &Active, by: Instant) {
-        if !active.supervisor.release(&active.claim) {
-            active.claim.interrupt(by);
-        }
+        Some((active.claim.end(reason, by), active))
     }
 
     /// Lets go of the pool: the manager has stopped, and there will be no other claim.
     pub(crate) fn leave_pool(&self) {
-        let terms = self.state.lock().terms.take();
-        drop(terms);
+        let spec = self.state.lock().spec.take();
+        drop(spec);
     }
 
     /// Forgets a claim that has ended, unless another thread did so before. Its supervisor is there for the next one.
@@ -213,24 +202,12 @@ impl PostgresLock {
             };
             state.last_loss = ended.last_loss().or(state.last_loss.take());
             // Under the mutex, so that the next claim of this very lock finds it.
-            self.registry.resting().add(active.terms.request.key, &active.supervisor);
+            self.registry.idle().add(self.number, &active.supervisor);
             (active, self.registry.let_go(&self.key))
         };
         // The one may be the last that knows the pool, the other the last that knows this lock, so they must not be dropped
         // under a mutex.
         drop(dropped);
-    }
-}
-
-impl Active {
-    fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
-        self.supervisor.acquire(&self.claim, &self.terms, patience, context)
-    }
-
-    /// Leaves the claim to its supervisor: the caller's context had ended when the call began.
-    fn left(&self, kind: ErrorKind) -> Error {
-        self.supervisor.wake();
-        self.claim.gave_up(kind, Instant::now())
     }
 }
 
@@ -253,7 +230,7 @@ impl Lock for PostgresLock {
             (Some(active), Some(kind)) if active.claim.term(None).is_none() && !active.claim.is_ending() => {
                 Err(active.left(kind))
             }
-            (Some(active), _) => active.acquire(Patience::Lock, context),
+            (Some(active), _) => active.lock(Patience::Lock, context),
             (None, _) if self.registry.is_stopped() => Err(Error::stopped()),
             (None, _) => Err(Error::not_claimed(&self.text)),
         }
@@ -261,12 +238,8 @@ impl Lock for PostgresLock {
 
     fn release(&self) -> Result<()> {
         self.check_process()?;
-        let by = self.registry.release_by();
-        let Some((first, active)) = self.end(Why::Released, by) else { return Ok(()) };
-        if first {
-            Self::give_back(&active, by);
-        }
-        let outcome = active.claim.wait_ended(by);
+        let Some(active) = self.current() else { return Ok(()) };
+        let outcome = active.release(self.registry.release_by());
         self.forget(&active.claim);
         outcome
     }
@@ -297,8 +270,8 @@ impl Drop for PostgresLock {
             self.registry.forget(&self.key);
             return;
         }
-        let LockState { claim, terms, .. } = std::mem::take(self.state.get_mut());
-        std::mem::forget((claim, terms, Arc::clone(&self.registry)));
+        let LockState { claim, spec, .. } = std::mem::take(self.state.get_mut());
+        std::mem::forget((claim, spec, Arc::clone(&self.registry)));
     }
 }
 

@@ -5,13 +5,12 @@ use std::time::{Duration, SystemTime};
 
 use postgres::Row;
 
-use crate::postgres::pool::Pool;
-use crate::postgres::session::refusal::Refusal;
-
 use crate::error::Result;
 use crate::key::AdvisoryKey;
-use crate::postgres::session::wire::Failure;
-use crate::postgres::sql::{self, Scope};
+use crate::pg::pool::Pool;
+use crate::pg::session::refusal::Refusal;
+use crate::pg::session::wire::Failure;
+use crate::pg::sql::{self, Scope};
 use crate::view::{Holder, LockView, Waiter};
 
 /// One key, and how the catalog knows it.

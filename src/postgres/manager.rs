@@ -1,4 +1,4 @@
-//! The manager on PostgreSQL: which locks there are, and which of them are claimed.
+//! The manager on PostgreSQL: what an application calls.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,10 +7,9 @@ use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
-use crate::postgres::config::CatalogMode;
-use crate::postgres::config::Config;
-use crate::postgres::inspect::{self, Named};
-use crate::postgres::registry::Registry;
+use crate::pg::config::{CatalogMode, Config};
+use crate::pg::inspect::{self, Named};
+use crate::pg::registry::Registry;
 use crate::process::{drive, no_thread};
 use crate::view::LockView;
 
@@ -80,10 +79,9 @@ impl PostgresManager {
 
     /// Who holds the lock with this key, and who waits for it, in whichever process.
     ///
-    /// It takes a session of the pool for one round trip, and may take as long as `connect_timeout` (three times that, if it is
-    /// the manager's first session) and the heartbeat's
-    /// timeout together, when the server does not answer. The same can be seen with `psql` in the views `dsync.locks` and
-    /// `dsync.waiters`.
+    /// It uses a session of the pool for one round trip. If the server does not answer, it takes up to `connect_timeout` (three
+    /// times that, for the manager's first session) plus the heartbeat timeout. `psql` shows the same in the views
+    /// `dsync.locks` and `dsync.waiters`.
     ///
     /// ```no_run
     /// # use dsync::{PostgresManager, Result};
@@ -118,7 +116,7 @@ impl PostgresManager {
     /// All locks of the database, of all namespaces, that are held or waited for. A key that has never been held is not
     /// among them, and neither is one that only managers without catalog use: nothing tells its name.
     ///
-    /// It takes what [`inspect`](Self::inspect) takes.
+    /// It takes as long as [`inspect`](Self::inspect).
     ///
     /// ```no_run
     /// # use dsync::{PostgresManager, Result};

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 use postgres::Row;
 use postgres::config::TargetSessionAttrs;
@@ -18,16 +18,15 @@ use scheduled_thread_pool::{OnPoolDropBehavior, ScheduledThreadPool};
 
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::loss::LossReason;
-use crate::postgres::catalog;
-use crate::postgres::claim::machine::Rhythm;
-use crate::postgres::config::CatalogMode;
-use crate::postgres::config::Config;
-use crate::postgres::session::open::Session;
-use crate::postgres::session::refusal::Refusal;
-use crate::postgres::session::wire::Failure;
-use crate::postgres::sql::schema::Schema;
-use crate::postgres::stream::{Dialer, StreamControl};
-use crate::postgres::watchdog::Watchdog;
+use crate::pg::catalog;
+use crate::pg::config::{CatalogMode, Config};
+use crate::pg::session::machine::Rhythm;
+use crate::pg::session::open::Session;
+use crate::pg::session::refusal::Refusal;
+use crate::pg::session::wire::Failure;
+use crate::pg::sql::schema::Schema;
+use crate::pg::stream::{Dialer, StreamControl};
+use crate::pg::watchdog::Watchdog;
 use crate::process::{PerProcess, nonce};
 
 /// The sessions of a manager.
@@ -38,6 +37,7 @@ use crate::process::{PerProcess, nonce};
 /// itself is made by `r2d2_postgres`.
 pub(crate) struct Pool {
     slots: r2d2::Pool<Slots>,
+    idle_thread: IdleThread,
     dialer: Arc<Dialer>,
     watchdog: Arc<Watchdog>,
     wait_slice: Duration,
@@ -157,6 +157,35 @@ fn thread_pool() -> Result<ScheduledThreadPool> {
     .map_err(|_| failed())
 }
 
+/// Keeps the pool's thread, while it has nothing to do, in a wait of the standard library's; tells it when r2d2 has something.
+///
+/// By itself it would wait in `parking_lot`, which keeps all waiting threads in one table of the process. A forked child inherits
+/// the table and not the thread. If a thread of the child then waits in the same place, at the same address, the table is broken,
+/// and the child crashes or hangs: about one child in a hundred that makes a manager, where its parent had one.
+struct IdleThread(Sender<()>);
+
+impl IdleThread {
+    fn new(threads: &ScheduledThreadPool) -> Self {
+        /// r2d2 closes idle sessions on this thread, which it looks for every 30 s.
+        const AT_MOST: Duration = Duration::from_secs(10);
+        /// Whoever has called gives r2d2 its work a moment later.
+        const FOR_WORK: Duration = Duration::from_millis(20);
+        let (call, called) = bounded(1);
+        threads.execute_with_dynamic_delay(Duration::ZERO, move || match called.recv_timeout(AT_MOST) {
+            Err(RecvTimeoutError::Disconnected) => None,
+            Ok(()) => Some(FOR_WORK),
+            Err(RecvTimeoutError::Timeout) => Some(Duration::ZERO),
+        });
+        Self(call)
+    }
+
+    /// r2d2 is about to have work for the thread.
+    fn call(&self) {
+        // If it is full the thread has been called already.
+        let _ = self.0.try_send(());
+    }
+}
+
 /// r2d2 makes slots on a thread of its own, which may have to wait for its turn on a busy machine.
 const TURNS: u32 = 10;
 
@@ -179,6 +208,8 @@ impl Pool {
             Error::new(ErrorKind::InvalidConfig, "the connection's settings do not fit together")
                 .with_source(error)
         })?;
+        let threads = thread_pool()?;
+        let idle_thread = IdleThread::new(&threads);
         let slots = r2d2::Pool::builder()
             .max_size(config.max_sessions)
             .min_idle(Some(0))
@@ -186,10 +217,11 @@ impl Pool {
             .idle_timeout(Some(config.idle_timeout))
             .test_on_check_out(false)
             .error_handler(Box::new(NopErrorHandler))
-            .thread_pool(Arc::new(thread_pool()?))
+            .thread_pool(Arc::new(threads))
             .build_unchecked(Slots);
         Ok(Self {
             slots,
+            idle_thread,
             dialer: Arc::new(dialer.with_password(config.password.clone())),
             watchdog: Watchdog::new((config.lease_plan().heartbeat_timeout / 8).min(LOOKS_EVERY)),
             wait_slice: config.wait_slice,
@@ -261,6 +293,7 @@ impl Pool {
             self.crowded_at.store(self.now(), Ordering::Relaxed);
         }
         for _ in 0..TURNS {
+            self.idle_thread.call();
             if let Ok(slot) = self.slots.get_timeout(PATIENCE) {
                 return Ok(slot);
             }
@@ -349,7 +382,8 @@ impl Pool {
             other_control.kill();
             return session;
         };
-        match (session, other) {
+        control.take_along(&other_control);
+        let outcome = match (session, other) {
             (Ok(session), Ok(other)) => self.probe(session, other, Instant::now() + self.connect_timeout),
             // A server that is full for a second session is no proof of anything; the next session asks again.
             (Ok(session), Err(refusal)) if refusal.is_curable() => Ok(session),
@@ -357,7 +391,9 @@ impl Pool {
             // Which of the two has the last place is a matter of luck.
             (Err(refusal), Ok(other)) if refusal.is_curable() && !control.is_dead() => Ok(other),
             (Err(refusal), _) => Err(refusal),
-        }
+        };
+        control.leave_behind();
+        outcome
     }
 
     /// Shows once that two sessions which are open at once are two, stay what they are, and exclude each other.

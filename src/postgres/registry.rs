@@ -15,14 +15,15 @@ use parking_lot::Mutex;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
 use crate::lock::LockOptions;
-use crate::postgres::claim::idle::Resting;
-use crate::postgres::claim::shared::Why;
-use crate::postgres::config::Config;
-use crate::postgres::handle::{Active, PostgresLock};
-use crate::postgres::pool::Pool;
-use crate::postgres::pool::Slot;
-use crate::postgres::session::refusal::Refusal;
-use crate::postgres::stream::StreamControl;
+use crate::pg::claim::caller::ActiveClaim;
+use crate::pg::claim::idle::IdleSupervisors;
+use crate::pg::claim::shared::EndReason;
+use crate::pg::config::Config;
+use crate::pg::handle::PostgresLock;
+use crate::pg::pool::Pool;
+use crate::pg::pool::Slot;
+use crate::pg::session::refusal::Refusal;
+use crate::pg::stream::StreamControl;
 use crate::process::{Origin, drive, no_thread};
 
 /// What a manager's handles share; it outlives the manager where they do.
@@ -30,7 +31,7 @@ pub(crate) struct Registry {
     config: Config,
     origin: Origin,
     state: Mutex<State>,
-    resting: Arc<Resting>,
+    idle: Arc<IdleSupervisors>,
 }
 
 struct State {
@@ -60,7 +61,7 @@ struct Start {
 }
 
 impl Start {
-    /// And what is dropped at its end.
+    /// A call that begins, and the sender that is dropped at its end.
     fn new() -> (Arc<Self>, Sender<Infallible>) {
         let (under_way, over) = bounded(0);
         (Arc::new(Self { control: StreamControl::new(), outcome: OnceLock::new(), over }), under_way)
@@ -68,7 +69,7 @@ impl Start {
 
     /// Waits for its end, and gives its outcome.
     fn wait(&self, by: Instant) -> Result<()> {
-        // A little later, so that a call that takes all its time still has the word.
+        // A little longer, so that a call that takes all its time can still leave its outcome.
         const GRACE: Duration = Duration::from_secs(1);
         let _ = self.over.recv_deadline(by + GRACE);
         self.outcome.get().cloned().unwrap_or_else(|| {
@@ -113,7 +114,7 @@ struct Entry {
 /// A claim that ends since the manager stops.
 struct Stopping {
     lock: Arc<PostgresLock>,
-    active: Active,
+    active: ActiveClaim,
     /// Whether the stop was the first to end it.
     first: bool,
 }
@@ -123,7 +124,7 @@ impl Registry {
         config.validate()?;
         let pool = Arc::new(Pool::new(&config)?);
         let state = Mutex::new(State { stage: Stage::New, pool: Some(pool), locks: HashMap::new() });
-        Ok(Arc::new(Self { config, origin: Origin::here(), state, resting: Arc::default() }))
+        Ok(Arc::new(Self { config, origin: Origin::here(), state, idle: Arc::default() }))
     }
 
     /// Looks at the server: see [`PostgresManager`](crate::PostgresManager).
@@ -181,7 +182,7 @@ impl Registry {
         let state = self.state.lock();
         f.field("stage", &state.stage)
             .field("locks", &state.locks.len())
-            .field("resting", &self.resting.len())
+            .field("idle_supervisors", &self.idle.len())
             .field("pool", &state.pool)
             .finish()
     }
@@ -196,8 +197,8 @@ impl Registry {
     }
 
     /// The supervisors without a claim.
-    pub(crate) fn resting(&self) -> &Arc<Resting> {
-        &self.resting
+    pub(crate) fn idle(&self) -> &Arc<IdleSupervisors> {
+        &self.idle
     }
 
     /// When a release that begins now must be over.
@@ -284,16 +285,16 @@ impl Registry {
         let claims: Vec<_> = claimed
             .into_iter()
             .filter_map(|lock| {
-                let (first, active) = lock.end(Why::Stopped, by)?;
+                let (first, active) = lock.end(EndReason::Stopped, by)?;
                 Some(Stopping { lock, active, first })
             })
             .collect();
-        self.resting.close();
+        self.idle.close();
         let next = AtomicUsize::new(0);
-        by_many_hands(claims.len(), || {
+        in_parallel(claims.len(), || {
             while let Some(stopping) = claims.get(next.fetch_add(1, Relaxed)) {
                 if stopping.first {
-                    PostgresLock::give_back(&stopping.active, by);
+                    stopping.active.give_back(by);
                 }
                 if stopping.active.claim.is_over() {
                     // Lets the supervisor go before it waits for a next claim.
@@ -304,7 +305,7 @@ impl Registry {
         // Not before: the server is busy with each session that ends, and the last locks would wait for it.
         let close_idle = || {
             if let Some(pool) = &pool {
-                by_many_hands(pool.idle(), || pool.close_idle(by));
+                in_parallel(pool.idle(), || pool.close_idle(by));
             }
         };
         close_idle();
@@ -328,7 +329,7 @@ impl Registry {
 
 /// Runs `work` on as many threads as there are `pieces`, up to a limit: to give a lock back takes a round trip, and to end a
 /// wait a cancel request, which is a connection of its own.
-fn by_many_hands(pieces: usize, work: impl Fn() + Sync) {
+fn in_parallel(pieces: usize, work: impl Fn() + Sync) {
     const AT_ONCE: usize = 32;
     if pieces == 0 {
         return;

@@ -9,6 +9,7 @@
 mod common;
 
 mod any_thread;
+mod cancelling;
 mod contract;
 mod ending;
 mod forking;

@@ -1,13 +1,15 @@
 //! Calls of cargo, in the folder of the workspace.
 
 use std::env;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The folder of the workspace.
-pub(crate) fn root() -> &'static Path {
-    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
-    own.parent().unwrap_or(own)
+/// The folder of the workspace that cargo runs this for. A copy of the tree has a copy of this program, which cargo takes for
+/// its own: so the folder of the compilation is only for a call without cargo.
+pub(crate) fn root() -> PathBuf {
+    let own = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let own = PathBuf::from(own);
+    own.parent().map(Path::to_owned).unwrap_or(own)
 }
 
 /// Cargo, with variables of the environment.

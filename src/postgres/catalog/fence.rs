@@ -8,8 +8,8 @@ use postgres::error::SqlState;
 
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::AdvisoryKey;
-use crate::postgres::sql;
-use crate::postgres::sql::schema::Schema;
+use crate::pg::sql;
+use crate::pg::sql::schema::Schema;
 use crate::term::{Ask, Fence};
 
 /// Where the catalog keeps the newest token of a key, and for how long a fenced transaction may pause.

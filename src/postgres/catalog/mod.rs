@@ -5,12 +5,12 @@ pub(crate) mod fence;
 use std::time::{Duration, Instant};
 
 use crate::error::{ErrorKind, Result, chain};
-use crate::postgres::config::CatalogMode;
-use crate::postgres::session::open::Session;
-use crate::postgres::session::refusal::Refusal;
-use crate::postgres::session::wire::Failure;
-use crate::postgres::sql;
-use crate::postgres::sql::schema::Schema;
+use crate::pg::config::CatalogMode;
+use crate::pg::session::open::Session;
+use crate::pg::session::refusal::Refusal;
+use crate::pg::session::wire::Failure;
+use crate::pg::sql;
+use crate::pg::sql::schema::Schema;
 
 /// The version of the catalog that this library works with.
 const VERSION: i32 = 2;

@@ -1,144 +1,100 @@
-//! The work on a claim: turns the machine's actions into I/O, and what comes of it into events and signals. Any thread may
-//! do it, one at a time.
+//! The engine of a claim: turns what the machines ask for into I/O, and what comes of it into events and announcements. Any
+//! thread may run it, one at a time.
 
-use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, chain};
-use crate::lock::{LockValuer, annotate};
 use crate::loss::LossReason;
-use crate::postgres::claim::machine::{Action, End, Event, Machine, Notice, Time, Timing};
-use crate::postgres::claim::shared::{Claim, Why};
-use crate::postgres::config::LeasePlan;
-use crate::postgres::pool::{Pool, PooledSlot};
-use crate::postgres::session::cancel::Link;
-use crate::postgres::session::open::{Answer, Request, Session};
-use crate::postgres::session::refusal::Refusal;
-use crate::postgres::session::wire::Failure;
-use crate::postgres::stream::{Socket, StreamControl};
+use crate::pg::claim::lifecycle::{Action, Event, Lifecycle};
+use crate::pg::claim::machine::{self as claim, End, Notice};
+use crate::pg::claim::shared::{Claim, EndReason};
+use crate::pg::claim::spec::LockSpec;
+use crate::pg::pool::PooledSlot;
+use crate::pg::session::control::SessionControl;
+use crate::pg::session::locks::Answer;
+use crate::pg::session::machine::{self as session, Time, Timing};
+use crate::pg::session::open::Session;
+use crate::pg::session::refusal::Refusal;
+use crate::pg::session::wire::Failure;
+use crate::pg::sql::Request;
+use crate::pg::stream::{Socket, StreamControl};
 
-/// What all the claims of one lock have in common.
-pub(crate) struct Terms {
-    pub(crate) request: Request,
-    pub(crate) valuer: Option<LockValuer>,
-    /// Whether the last call of the valuer took less than 1 ms.
-    pub(crate) valuer_is_fast: AtomicBool,
-    pub(crate) plan: LeasePlan,
-    pub(crate) wait_slice: Duration,
-    pub(crate) release_timeout: Duration,
-    pub(crate) pool: Arc<Pool>,
-}
+/// The number of the only claim on a dedicated session.
+const CLAIM: usize = 0;
 
-impl Terms {
-    /// How long the server may hold something for a session that was lost without its knowing.
-    pub(crate) fn doubt(&self) -> Duration {
-        // A slice may wait twice: for the lock, and at the gate for a predecessor's fenced transactions.
-        self.plan.lease + 2 * self.wait_slice
-    }
-
-    /// By when the server must have answered a short statement.
-    fn soon(&self) -> Instant {
-        Instant::now() + self.plan.heartbeat_timeout
-    }
-
-    /// Whether a thread whose patience lasts `until` may try for the lock, and wait for it, itself.
-    pub(crate) fn may_wait(&self, until: Option<Instant>) -> bool {
-        until.is_none_or(|until| self.after_slice() <= until)
-    }
-
-    /// Whether the annotation, if there is one, takes no time to speak of, going by the last one.
-    fn annotates_fast(&self) -> bool {
-        self.valuer.is_none() || self.valuer_is_fast.load(Relaxed)
-    }
-
-    /// By when the server must have answered a statement that waits for a slice.
-    fn after_slice(&self) -> Instant {
-        self.soon() + 2 * self.wait_slice
-    }
-}
-
-impl fmt::Debug for Terms {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Terms").field("request", &self.request).finish_non_exhaustive()
-    }
-}
-
-/// One claim at work.
-pub(crate) struct Work {
-    terms: Arc<Terms>,
+/// One claim on a session of its own.
+pub(crate) struct Engine {
+    spec: Arc<LockSpec>,
     request: Request,
     claim: Arc<Claim>,
-    machine: Machine,
+    lifecycle: Lifecycle,
     epoch: Instant,
-    /// The whole claim's: when a session is lost the next one takes its place.
+    /// The right to a session lasts as long as the claim: when a session is lost the next one takes its place.
     slot: Option<PooledSlot>,
-    link: Option<Arc<Link>>,
-    /// Who served the sessions of this claim that were lost and may be in doubt still, and when that was.
+    control: Option<Arc<SessionControl>>,
+    /// The backends of this claim's lost sessions, whose loss the server may not have noticed yet, and when each was lost.
     lost_backends: Vec<(Instant, i32)>,
-    in_doubt_until: Time,
+    uncertain_until: Time,
     /// The server has said that it ends the session at hand.
     end_announced: bool,
     /// Why the last attempt failed.
     problem: Option<Error>,
-    /// What sort of problem was logged last, so that one that goes on is not logged again and again.
-    warned: Option<ErrorKind>,
+    /// The kind of problem that was logged last, so that one that goes on is not logged again and again.
+    logged: Option<ErrorKind>,
     /// The token of the current term, or of the last one.
     token: Option<i64>,
     /// When the release must be done, from when the machine has been told of it.
     release_by: Option<Instant>,
     /// The claim followed close on another one of its supervisor, so a third may follow on this one: the session stays.
     is_quick: bool,
-    /// The action that is under way waits for the lock only if somebody wants it whatever it takes.
-    is_patient: bool,
+    /// The attempt that is about to be made may wait for the lock.
+    may_wait: bool,
     /// The annotation was made for the statement before, which found the lock taken, and serves for the first slice too.
     is_annotated: bool,
 }
 
-/// What a thread may do that helps out.
+/// What a caller's thread may do.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Help {
-    /// What is over, even at a server that does not answer, before the time is up, if there is one; and waiting for the lock
-    /// only if it is `patient`.
-    Acquire { until: Option<Instant>, patient: bool },
+pub(crate) enum Caller {
+    /// What is over, even at a server that does not answer, before `until`; waiting for the lock only if it `waits`. The
+    /// supervisor makes a caller leave that `is_cancellable`, but not from code of the application's.
+    Acquires { until: Option<Instant>, waits: bool, is_cancellable: bool },
     /// Nothing but what ends the claim.
-    Release,
+    Releases,
 }
 
-impl Work {
+impl Engine {
     /// Takes up a claim, with a session if one is at hand.
     pub(crate) fn begin(
-        terms: &Arc<Terms>,
+        spec: &Arc<LockSpec>,
         claim: Arc<Claim>,
         slot: Option<PooledSlot>,
         is_quick: bool,
     ) -> Self {
         let epoch = Instant::now();
         let timing = Timing {
-            term: terms.plan.term(),
-            doubt: terms.doubt(),
-            heartbeat: terms.plan.heartbeat,
-            rhythm: terms.pool.rhythm(epoch),
+            term: spec.plan.term(),
+            heartbeat: spec.plan.heartbeat,
+            rhythm: spec.pool.rhythm(epoch),
         };
         Self {
-            terms: Arc::clone(terms),
-            request: terms.request.clone(),
+            spec: Arc::clone(spec),
+            request: spec.request.clone(),
             claim,
-            machine: Machine::new(timing, fastrand::u64(..)),
+            lifecycle: Lifecycle::dedicated(timing, spec.uncertainty_window(), fastrand::u64(..)),
             epoch,
             slot,
-            link: None,
+            control: None,
             lost_backends: Vec::new(),
-            in_doubt_until: Time::ZERO,
+            uncertain_until: Time::ZERO,
             end_announced: false,
             problem: None,
-            warned: None,
+            logged: None,
             token: None,
             release_by: None,
             is_quick,
-            is_patient: false,
+            may_wait: false,
             is_annotated: false,
         }
     }
@@ -153,61 +109,62 @@ impl Work {
             && let Some(by) = self.claim.ends_by()
         {
             self.release_by = Some(by);
-            self.take_in(Event::Release);
+            self.take_in(Event::Claim(CLAIM, claim::Event::Release));
         }
-        self.machine.action()
+        self.lifecycle.action()
     }
 
-    /// By when `action` is over, whatever the server does, if a thread that helps out may do it.
-    pub(crate) fn allows(&mut self, help: Help, action: Action) -> Option<Instant> {
-        match (action, help) {
-            (Action::Connect, Help::Acquire { until, .. }) => {
-                let by = Instant::now() + self.terms.pool.takes_at_most();
+    /// True if a caller's thread may do `action`.
+    pub(crate) fn allows(&mut self, caller: Caller, action: Action) -> bool {
+        match (action, caller) {
+            (Action::Session(session::Action::Open), Caller::Acquires { until, .. }) => {
+                let by = Instant::now() + self.spec.pool.takes_at_most();
                 if until.is_some_and(|until| until < by)
                     && !self.slot.as_mut().is_some_and(|slot| slot.is_open())
                 {
-                    self.slot = Some(self.terms.pool.take_open()?);
+                    let open = self.spec.pool.take_open();
+                    let is_open = open.is_some();
+                    self.slot = open.or(self.slot.take());
+                    return is_open;
                 }
-                Some(by)
+                true
             }
             // A slow valuer must not outlast a caller's patience.
-            (Action::Try | Action::Queue, Help::Acquire { until: Some(_), .. })
-                if !self.terms.annotates_fast() =>
-            {
-                None
+            (
+                Action::Claim(_, claim::Action::Try | claim::Action::Queue),
+                Caller::Acquires { until, is_cancellable, .. },
+            ) if (until.is_some() || is_cancellable) && !self.spec.annotates_fast() => false,
+            (Action::Claim(_, claim::Action::Try), Caller::Acquires { until, waits, .. }) => {
+                self.may_wait = waits && until.is_none_or(|until| self.spec.after_slice() <= until);
+                until.is_none_or(|until| self.after_try() <= until)
             }
-            (Action::Try, Help::Acquire { until, patient }) => {
-                self.is_patient = patient;
-                let by = self.after_try();
-                until.is_none_or(|until| by <= until).then_some(by)
+            (Action::Claim(_, claim::Action::Queue), Caller::Acquires { until, waits, .. }) => {
+                waits && until.is_none_or(|until| self.spec.after_slice() <= until)
             }
-            (Action::Queue, Help::Acquire { until, patient: true }) => {
-                let by = self.terms.after_slice();
-                self.terms.may_wait(until).then_some(by)
-            }
-            (Action::Unlock | Action::Settle | Action::Discard, _) => self.release_by,
-            _ => None,
+            // Not a caller that wants the lock: its context does not bound another thread's release.
+            (Action::Claim(_, claim::Action::Unlock | claim::Action::Settle), Caller::Releases)
+            | (Action::Session(session::Action::Close), Caller::Releases) => self.release_by.is_some(),
+            _ => false,
         }
     }
 
-    /// Does what `action` says.
+    /// Does what `action` says, and takes in what came of it.
     pub(crate) fn perform(&mut self, action: Action) {
-        let event = self.act(action);
+        let event = match action {
+            Action::Session(session::Action::Open) => self.open_session(),
+            Action::Session(session::Action::Renew { by }) => self.renew(by),
+            Action::Session(session::Action::Close) => self.close_session(),
+            Action::Claim(_, claim::Action::Try) => self.try_lock(),
+            Action::Claim(_, claim::Action::Queue) => self.queue(),
+            Action::Claim(_, claim::Action::Unlock) => self.unlock(),
+            Action::Claim(_, claim::Action::Settle) => self.settle(),
+            // Nothing is to be done but to wait, and the end is for whoever ends the engine.
+            Action::Session(
+                session::Action::Pause { .. } | session::Action::Serve | session::Action::Watch { .. },
+            )
+            | Action::Claim(_, claim::Action::Wait | claim::Action::Finish(_)) => return,
+        };
         self.take_in(event);
-    }
-
-    /// Gives the machine an event, and tells the application what comes of it.
-    fn take_in(&mut self, event: Event) {
-        let mut notice = self.machine.handle(event, self.now());
-        self.announce_doubt(self.machine.in_doubt_until());
-        while let Some(announced) = notice {
-            notice = if self.announce(announced) {
-                None
-            } else {
-                // The term had run out, and an application thread was the first to see it.
-                self.machine.handle(Event::SessionLost(LossReason::LeaseNotRenewed), self.now())
-            };
-        }
     }
 
     /// The time for a heartbeat has come, or for another attempt.
@@ -215,201 +172,234 @@ impl Work {
         self.now() >= until
     }
 
-    pub(crate) fn wait_is_over(&mut self) {
-        self.take_in(Event::Quiet);
+    pub(crate) fn time_has_passed(&mut self) {
+        self.take_in(Event::Session(session::Event::TimePassed));
     }
 
     /// Somebody does not want to wait for the end of a pause.
     pub(crate) fn is_wanted(&mut self) {
-        self.take_in(Event::Wanted);
+        self.take_in(Event::Session(session::Event::Wanted));
     }
 
     /// Takes in what the server has said by itself. To be called when there is something to read.
     pub(crate) fn listen(&mut self) {
-        let by = self.terms.soon();
+        let by = self.spec.soon();
         if let Err(lost) = self.on_session(|session, _, _| session.listen(by)) {
             self.take_in(lost);
         }
     }
 
-    /// Whether the session is known to be over.
+    /// True if the session is known to be over.
     pub(crate) fn is_cut_off(&mut self) -> bool {
         self.session().is_none_or(|session| session.is_over())
     }
 
     /// The socket of the session.
     pub(crate) fn socket(&self) -> Option<Socket> {
-        self.link.as_ref().and_then(|link| link.control().socket())
+        self.control.as_ref().and_then(|control| control.stream().socket())
     }
 
-    fn session(&mut self) -> Option<&mut Session> {
-        self.slot.as_mut().and_then(|slot| slot.session())
+    pub(crate) fn at(&self, time: Time) -> Instant {
+        // `Time::MAX` stands for no limit; every use takes the earlier of it and another.
+        self.epoch.checked_add(time).unwrap_or_else(|| self.spec.soon())
     }
 
-    fn act(&mut self, action: Action) -> Event {
-        match action {
-            Action::Connect => self.connect(),
-            // Whoever waits does so by other means.
-            Action::Pause { .. } | Action::Watch { .. } | Action::Finish(_) => Event::Quiet,
-            Action::Try => {
-                self.annotate();
-                self.is_annotated = true;
-                let by = self.after_try();
-                let waits = std::mem::take(&mut self.is_patient);
-                self.acquire(Event::Busy, |session, _, request| session.lock_again(request, waits, by))
-            }
-            Action::Queue => {
-                if !std::mem::take(&mut self.is_annotated) {
-                    self.annotate();
-                }
-                let by = self.terms.after_slice();
-                self.acquire(Event::SliceOver, |session, link, request| session.queue(request, link, by))
-            }
-            Action::Renew { by } => {
-                let (sent, by) = (self.now(), self.terms.soon().min(self.at(by)));
-                self.on_session(|session, _, _| session.heartbeat(by))
-                    .map_or_else(|lost| lost, |()| Event::Renewed { sent })
-            }
-            Action::Unlock => {
-                let by = self.release_by();
-                // Nobody comes after a stop, and the session is closed: no need to take lease and name off it.
-                let stays = self.stays() || self.claim.ends_for(Why::Stopped);
-                self.on_session(|session, _, request| session.unlock(request.key, stays, by))
-                    .map_or_else(|lost| lost, |held| Event::Unlocked { held })
-            }
-            Action::Settle => {
-                let by = self.release_by();
-                let lost: Vec<_> = self.lost_backends.iter().map(|(_, pid)| *pid).collect();
-                self.on_session(|session, _, _| session.settle(&lost, by))
-                    .map_or_else(|lost| lost, |clear| Event::Settled { clear })
-            }
-            Action::Discard => self.discard(),
-        }
-    }
-
-    /// Closes the session. If the server has said that it ends it, whether it has.
-    fn discard(&mut self) -> Event {
-        /// The server is seldom busy with that for longer, and the next attempt would only wait for the same.
-        const AT_MOST: Duration = Duration::from_secs(1);
-        let by = (Instant::now() + AT_MOST).min(self.release_by());
-        let announced = std::mem::take(&mut self.end_announced);
-        let gone = announced && self.session().is_some_and(|session| session.wait_gone(by));
-        if let Some(link) = self.link.take() {
-            link.close();
-        }
-        self.claim.announce_no_session();
-        if let Some(slot) = &mut self.slot {
-            if let Some(session) = slot.session()
-                && !gone
-            {
-                let doubt = self.terms.doubt();
-                self.lost_backends.retain(|(since, _)| since.elapsed() <= doubt);
-                self.lost_backends.push((Instant::now(), session.backend_pid()));
-            }
-            slot.taint();
-        }
-        Event::Discarded { gone }
-    }
-
-    /// By when the server must have answered the first statement, which may wait for a foreign lock on the row of the term
-    /// if the session has kept its lease.
-    fn after_try(&mut self) -> Instant {
-        let may_wait = self.is_patient && self.session().is_some_and(|session| session.is_leased());
-        self.terms.soon() + if may_wait { self.terms.wait_slice } else { Duration::ZERO }
-    }
-
-    /// Whether the session is kept for the next claim.
-    fn stays(&self) -> bool {
-        self.is_quick && !self.terms.pool.is_crowded() && !self.claim.ends_for(Why::Stopped)
-    }
+    // The actions on the session.
 
     /// Takes a slot and sees to it that its session is open.
-    fn connect(&mut self) -> Event {
-        let control = StreamControl::new();
-        if !self.claim.announce_connecting(control.clone()) {
+    fn open_session(&mut self) -> Event {
+        let stream = StreamControl::new();
+        if !self.claim.announce_connecting(stream.clone()) {
             return self.released();
         }
-        match self.take_session(&control) {
-            Ok(link) => {
-                self.link = Some(Arc::clone(&link));
-                if !self.claim.announce_session(link) {
+        match self.take_session(&stream) {
+            Ok(control) => {
+                self.control = Some(Arc::clone(&control));
+                if !self.claim.announce_session(control) {
                     return self.released();
                 }
-                Event::Connected
+                Event::Session(session::Event::Opened)
             }
             Err(refusal) => {
                 self.claim.announce_no_session();
                 let patient = refusal.is_patient();
                 self.note(refusal.into_error());
-                Event::ConnectFailed { patient }
+                Event::Session(session::Event::OpenFailed { patient })
             }
         }
     }
 
-    fn take_session(&mut self, control: &StreamControl) -> Result<Arc<Link>, Refusal> {
-        let pool = &self.terms.pool;
+    fn take_session(&mut self, stream: &StreamControl) -> Result<Arc<SessionControl>, Refusal> {
+        let pool = &self.spec.pool;
         let slot = match &mut self.slot {
             Some(slot) => slot,
             None => self.slot.insert(pool.take()?),
         };
-        pool.open(slot, control)?;
-        slot.session().map(|session| session.link()).ok_or_else(Refusal::not_postgres)
+        pool.open(slot, stream)?;
+        slot.session().map(|session| session.control()).ok_or_else(Refusal::not_postgres)
     }
 
-    /// The claim is ending.
-    fn released(&mut self) -> Event {
-        self.release_by = self.claim.ends_by();
-        Event::Release
-    }
-
-    /// The annotation of the term to come.
-    fn annotate(&mut self) {
-        if let (Some(valuer), Some(entry)) = (&self.terms.valuer, &mut self.request.entry) {
-            let begun = Instant::now();
-            entry.annotation = annotate(self.claim.key(), valuer);
-            self.terms.valuer_is_fast.store(begun.elapsed() < Duration::from_millis(1), Relaxed);
+    fn renew(&mut self, by: Time) -> Event {
+        let (sent, by) = (self.now(), self.spec.soon().min(self.at(by)));
+        match self.on_session(|session, _, _| session.heartbeat(by)) {
+            Ok(()) => Event::Session(session::Event::Renewed { sent }),
+            // Nothing is known of a session that does not say whether it holds its lock.
+            Err(Event::Claim(..)) => Event::Session(session::Event::Lost(LossReason::ServerError)),
+            Err(lost) => lost,
         }
     }
 
+    /// Closes the session. The event says whether the server is known to have ended it.
+    fn close_session(&mut self) -> Event {
+        /// The server is seldom busy with that for longer, and the next attempt would only wait for the same.
+        const AT_MOST: Duration = Duration::from_secs(1);
+        let by = (Instant::now() + AT_MOST).min(self.release_by());
+        let announced = std::mem::take(&mut self.end_announced);
+        let gone = announced && self.session().is_some_and(|session| session.wait_gone(by));
+        self.leave_session();
+        if let Some(slot) = &mut self.slot {
+            if let Some(session) = slot.session()
+                && !gone
+            {
+                let window = self.spec.uncertainty_window();
+                self.lost_backends.retain(|(since, _)| since.elapsed() <= window);
+                self.lost_backends.push((Instant::now(), session.backend_pid()));
+            }
+            slot.taint();
+        }
+        Event::Session(session::Event::Closed { gone })
+    }
+
+    /// Takes the session away from the claim: no other thread can reach it any more.
+    fn leave_session(&mut self) {
+        if let Some(control) = self.control.take() {
+            control.close();
+        }
+        self.claim.announce_no_session();
+    }
+
+    // The actions of the claim.
+
+    fn try_lock(&mut self) -> Event {
+        self.annotate();
+        self.is_annotated = true;
+        let by = self.after_try();
+        let waits = std::mem::take(&mut self.may_wait);
+        if waits && self.is_contended() && self.claim.begin_unasked_wait() {
+            // The lock was taken when this session asked last. So one statement does what the try and the first slice would do in
+            // two.
+            let event =
+                self.ask(claim::Event::Busy, |session, control, request| session.queue(request, control, by));
+            self.claim.end_unasked_wait();
+            return event;
+        }
+        self.ask(claim::Event::Busy, |session, _, request| session.try_lock(request, waits, by))
+    }
+
+    fn queue(&mut self) -> Event {
+        if !std::mem::take(&mut self.is_annotated) {
+            self.annotate();
+        }
+        let by = self.spec.after_slice();
+        self.ask(claim::Event::SliceOver, |session, control, request| session.queue(request, control, by))
+    }
+
+    fn unlock(&mut self) -> Event {
+        let by = self.release_by();
+        // Nobody comes after a stop, and the session is closed: no need to take lease and name off it.
+        let stays = self.stays() || self.claim.ends_for(EndReason::Stopped);
+        self.on_session(|session, _, request| session.unlock(request, stays, by))
+            .map_or_else(|failed| failed, |held| Event::Claim(CLAIM, claim::Event::Unlocked { held }))
+    }
+
+    fn settle(&mut self) -> Event {
+        let by = self.release_by();
+        let lost: Vec<_> = self.lost_backends.iter().map(|(_, pid)| *pid).collect();
+        self.on_session(|session, _, _| session.settle(&lost, by))
+            .map_or_else(|failed| failed, |clear| Event::Claim(CLAIM, claim::Event::Settled { clear }))
+    }
+
     /// Asks for the lock, with or without waiting; without it, `otherwise` is what happened.
-    fn acquire(
+    fn ask(
         &mut self,
-        otherwise: Event,
-        ask: impl FnOnce(&mut Session, &Link, &Request) -> Result<Answer, Failure>,
+        otherwise: claim::Event,
+        ask: impl FnOnce(&mut Session, &SessionControl, &Request) -> Result<Answer, Failure>,
     ) -> Event {
         let sent = self.now();
         match self.on_session(ask) {
             Ok(Answer::Granted { token }) => {
                 self.token = token;
                 self.lost_backends.clear();
-                Event::Granted { sent }
+                Event::Claim(CLAIM, claim::Event::Granted { sent })
             }
-            Ok(Answer::NotGranted) => otherwise,
+            Ok(Answer::NotGranted) => Event::Claim(CLAIM, otherwise),
             Ok(Answer::Collision { other }) => self.refused(Refusal::collision(self.claim.key(), &other)),
             Err(failed) => failed,
         }
     }
 
+    /// By when the server must have answered the first statement. It may wait for another transaction's lock on the row of
+    /// the term, if the session has kept its lease; and for the lock, if that is contended.
+    fn after_try(&mut self) -> Instant {
+        if self.may_wait && self.is_contended() {
+            return self.spec.after_slice();
+        }
+        let may_wait = self.may_wait && self.session().is_some_and(|session| session.is_leased());
+        self.spec.soon() + if may_wait { self.spec.wait_slice } else { Duration::ZERO }
+    }
+
+    /// True if this session waited for this very lock the last time, for a short while.
+    fn is_contended(&mut self) -> bool {
+        let key = self.request.key;
+        self.session().is_some_and(|session| session.is_contended(key))
+    }
+
+    /// True if the session is kept for the next claim.
+    fn stays(&self) -> bool {
+        self.is_quick && !self.spec.pool.is_crowded() && !self.claim.ends_for(EndReason::Stopped)
+    }
+
+    /// Makes the annotation of the term to come.
+    fn annotate(&mut self) {
+        if let Some(entry) = &mut self.request.entry
+            && self.spec.valuer.is_some()
+        {
+            entry.annotation = self.spec.annotation(self.claim.key());
+        }
+    }
+
+    /// The claim is ending.
+    fn released(&mut self) -> Event {
+        self.release_by = self.claim.ends_by();
+        Event::Claim(CLAIM, claim::Event::Release)
+    }
+
+    // What both have in common.
+
+    fn session(&mut self) -> Option<&mut Session> {
+        self.slot.as_mut().and_then(|slot| slot.session())
+    }
+
     /// Runs something on the session; what fails becomes an event.
     fn on_session<T>(
         &mut self,
-        run: impl FnOnce(&mut Session, &Link, &Request) -> Result<T, Failure>,
+        run: impl FnOnce(&mut Session, &SessionControl, &Request) -> Result<T, Failure>,
     ) -> Result<T, Event> {
         let session = self.slot.as_mut().and_then(|slot| slot.session());
-        let (Some(session), Some(link)) = (session, &self.link) else {
-            return Err(Event::SessionLost(LossReason::SupervisorFailed));
+        let (Some(session), Some(control)) = (session, &self.control) else {
+            return Err(Event::Session(session::Event::Lost(LossReason::SupervisorFailed)));
         };
-        run(session, link, &self.request).map_err(|failure| match failure {
+        run(session, control, &self.request).map_err(|failure| match failure {
             Failure::Lost { reason, cause } => {
                 self.end_announced = reason.is_announced();
                 if reason == LossReason::SessionChanged {
-                    self.terms.pool.sessions_are_shared();
+                    self.spec.pool.sessions_are_shared();
                 }
                 self.problem = cause.map(|cause| {
                     let message = format!("the session for {:?} was lost: {reason}", self.claim.key());
                     Error::new(ErrorKind::SessionUnavailable, message).with_source(cause)
                 });
-                Event::SessionLost(reason)
+                Event::Session(session::Event::Lost(reason))
             }
             refused @ Failure::Refused(_) => self.refused(Refusal::from_failure(refused)),
         })
@@ -418,45 +408,67 @@ impl Work {
     /// A statement failed for a reason that is not the session's.
     fn refused(&mut self, refusal: Refusal) -> Event {
         if refusal.is_about_catalog() {
-            self.terms.pool.catalog_is_gone();
+            self.spec.pool.catalog_is_gone();
         }
         let patient = refusal.is_patient();
         self.note(refusal.into_error());
-        Event::Refused { patient }
+        Event::Claim(CLAIM, claim::Event::Refused { patient })
     }
 
-    /// Keeps an error for those who ask, and logs it: the first of its kind in a series loud enough to be heard.
+    /// Keeps an error for those who ask, and logs it: the first of its kind in a series as a warning.
     fn note(&mut self, error: Error) {
-        let known = self.warned.replace(error.kind()) == Some(error.kind());
+        let known = self.logged.replace(error.kind()) == Some(error.kind());
         let level = if known { log::Level::Debug } else { log::Level::Warn };
         log::log!(level, "lock {:?}: {}", self.claim.key(), chain(&error));
         self.problem = Some(error);
     }
 
-    /// Tells the claim until when the server may hold something that this thread cannot reach, if that has changed.
-    fn announce_doubt(&mut self, until: Time) {
-        if self.in_doubt_until != until {
-            self.in_doubt_until = until;
-            self.claim.announce_doubt((until > Time::ZERO).then(|| self.at(until)));
+    // Events and announcements.
+
+    /// Gives the machines an event, and tells the application what comes of it.
+    fn take_in(&mut self, event: Event) {
+        let mut notices = self.lifecycle.handle(event, self.now());
+        self.announce_uncertainty();
+        while let Some((_, notice)) = notices.pop() {
+            if let Err(reason) = self.announce(notice) {
+                let lost = session::Event::Lost(reason);
+                notices = self.lifecycle.handle(Event::Session(lost), self.now());
+                self.announce_uncertainty();
+            }
         }
     }
 
-    /// Tells the application; `false` if it knows better.
-    fn announce(&mut self, notice: Notice) -> bool {
+    /// Tells the claim until when the server may hold something that this thread cannot reach, if that has changed.
+    fn announce_uncertainty(&mut self) {
+        let until = self.lifecycle.uncertain_until(CLAIM);
+        if self.uncertain_until != until {
+            self.uncertain_until = until;
+            self.claim.announce_uncertainty((until > Time::ZERO).then(|| self.at(until)));
+        }
+    }
+
+    /// Tells the application. Fails if the term is over for the application already: with the reason to give the session up.
+    fn announce(&mut self, notice: Notice) -> Result<(), LossReason> {
         let claim = &self.claim;
         let key = claim.key();
         match notice {
             Notice::Acquired { until } => {
-                log::debug!("lock {key:?}: acquired");
                 let until = self.at(until);
-                claim.announce_acquired(until, self.token);
-                self.terms.pool.watchdog().look_by(until);
-                (self.problem, self.warned) = (None, None);
+                if !claim.announce_acquired(until, self.token) {
+                    return Err(LossReason::ConnectionClosed);
+                }
+                log::debug!("lock {key:?}: acquired");
+                self.spec.pool.watchdog().look_by(until);
+                (self.problem, self.logged) = (None, None);
             }
-            Notice::Renewed { until } => return claim.announce_renewed(self.at(until)),
+            // The term had run out, and an application thread was the first to see it.
+            Notice::Renewed { until } if !claim.announce_renewed(self.at(until)) => {
+                return Err(LossReason::LeaseNotRenewed);
+            }
+            Notice::Renewed { .. } => {}
             Notice::Busy => {
                 claim.announce_queueing();
-                (self.problem, self.warned) = (None, None);
+                (self.problem, self.logged) = (None, None);
             }
             Notice::Lost(reason) => {
                 claim.announce_lost(reason);
@@ -466,19 +478,17 @@ impl Work {
             }
             Notice::Failed => claim.announce_problem(self.problem.clone()),
         }
-        true
+        Ok(())
     }
 
-    /// Ends the claim: tells those who wait for it, after `before_told`. What it does not give back is for the next claim.
+    /// Ends the claim: first gives `before_told` the slot whose session is kept for the next claim, if any, and then tells those
+    /// who wait for the end.
     pub(crate) fn finish(mut self, end: End, before_told: impl FnOnce(Option<PooledSlot>)) {
-        if let Some(link) = self.link.take() {
-            link.close();
-        }
-        self.claim.announce_no_session();
+        self.leave_session();
         // Before the end is told: whoever claims the lock next finds the session.
         let mut slot = self.slot.take();
         // A stop closes the sessions when they are all in the pool.
-        let stays = !self.claim.ends_for(Why::Stopped)
+        let stays = !self.claim.ends_for(EndReason::Stopped)
             && slot.as_mut().is_some_and(|slot| slot.session().is_some_and(|session| session.is_leased()));
         before_told(slot.filter(|_| stays));
         let key = self.claim.key();
@@ -494,7 +504,7 @@ impl Work {
                 let message = format!(
                     "the session for {key:?} was lost before the server confirmed the release; \
                      the server frees the lock when it notices, after {:?} at the latest",
-                    self.terms.doubt()
+                    self.spec.uncertainty_window()
                 );
                 let error = Error::new(ErrorKind::UnlockFailed, message);
                 Err(match self.problem.take() {
@@ -510,28 +520,18 @@ impl Work {
         self.epoch.elapsed()
     }
 
-    pub(crate) fn at(&self, time: Time) -> Instant {
-        // `Time::MAX` stands for no limit; every use takes the earlier of it and another.
-        self.epoch.checked_add(time).unwrap_or_else(|| self.terms.soon())
-    }
-
     fn release_by(&self) -> Instant {
-        self.release_by.unwrap_or_else(|| Instant::now() + self.terms.release_timeout)
+        self.release_by.unwrap_or_else(|| Instant::now() + self.spec.release_timeout)
     }
 }
 
-impl Drop for Work {
-    /// Only after a panic is there something left to do: nobody must wait for what will not come, and a session in doubt
-    /// must not go back to the pool.
+impl Drop for Engine {
+    /// Only after a panic is there something left to do: nobody must wait for what will not come, and a session whose state
+    /// is not known must not go back to the pool.
     fn drop(&mut self) {
         if let Some(slot) = &mut self.slot {
             slot.taint();
         }
-        if self.claim.is_over() {
-            return;
-        }
-        self.claim.announce_lost(LossReason::SupervisorFailed);
-        let message = format!("the work on {:?} failed; its session was closed", self.claim.key());
-        self.claim.finish(Err(Error::new(ErrorKind::UnlockFailed, message)));
+        self.claim.abandon();
     }
 }

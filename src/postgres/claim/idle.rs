@@ -3,29 +3,28 @@
 use std::ptr;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-
 use crate::key::AdvisoryKey;
-use crate::postgres::claim::supervisor::Supervisor;
+use crate::pg::claim::supervisor::Supervisor;
+use crate::sync::Mutex;
 
 /// The supervisors of a manager that have no claim.
 ///
 /// To start a thread takes longer than a claim. So one whose claim has ended waits here for the next, on whatever key and
 /// by whatever handle; after a second it leaves, and takes itself off the list. A supervisor knows the list only weakly.
 #[derive(Debug, Default)]
-pub(crate) struct Resting {
+pub(crate) struct IdleSupervisors {
     list: Mutex<List>,
 }
 
 #[derive(Debug, Default)]
 struct List {
-    /// With the key that each served last; who began its rest last is at the end.
+    /// With the key that each served last; who became idle last is at the end.
     supervisors: Vec<(AdvisoryKey, Arc<Supervisor>)>,
     /// The manager has stopped: nobody comes for one any more.
     closed: bool,
 }
 
-impl Resting {
+impl IdleSupervisors {
     /// Takes in a supervisor whose claim has ended, if it is free for another one.
     pub(crate) fn add(&self, key: AdvisoryKey, supervisor: &Arc<Supervisor>) {
         {
@@ -41,7 +40,7 @@ impl Resting {
         supervisor.dismiss();
     }
 
-    /// The one that served `key` last, which may have its session still; else the one that has rested for the shortest
+    /// The one that served `key` last, which may have its session still; else the one that has been idle for the shortest
     /// time, so that those who are too many come to leave. It may be about to leave.
     pub(crate) fn take(&self, key: AdvisoryKey) -> Option<Arc<Supervisor>> {
         let supervisors = &mut self.list.lock().supervisors;
@@ -50,11 +49,11 @@ impl Resting {
         Some(supervisors.remove(index).1)
     }
 
-    /// Takes one off the list that takes no more claims.
+    /// Takes a supervisor that accepts no more claims off the list.
     pub(crate) fn remove(&self, supervisor: &Supervisor) {
         let removed = {
             let supervisors = &mut self.list.lock().supervisors;
-            let index = supervisors.iter().position(|(_, resting)| ptr::eq(&raw const **resting, supervisor));
+            let index = supervisors.iter().position(|(_, idle)| ptr::eq(&raw const **idle, supervisor));
             let removed = index.map(|index| supervisors.remove(index));
             // A thousand locks that were released at once must not keep room for their supervisors for ever.
             if supervisors.len() < supervisors.capacity() / 4 {

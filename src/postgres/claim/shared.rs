@@ -1,47 +1,93 @@
-//! One claim: what application threads, and whoever works on it, know of each other.
+//! The state of a claim, shared by application threads and the thread that runs its engine.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, after, at, bounded, never, select};
-use parking_lot::Mutex;
 
-use crate::context::Context;
+use crate::context::{Context, OnCancel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::expiry::Expiry;
 use crate::loss::{Loss, LossReason, Lost, lost_already};
-use crate::postgres::session::cancel::Link;
-use crate::postgres::stream::StreamControl;
+use crate::pg::session::control::SessionControl;
+use crate::pg::stream::{Socket, StreamControl};
+use crate::sync::{AtomicBool, AtomicUsize, Mutex, MutexGuard, Ordering::SeqCst};
 use crate::term::{Fence, Term};
 
-/// A claim, from the first attempt until its end is over.
+/// A claim, from the first attempt to the end of its release.
 #[derive(Debug)]
 pub(crate) struct Claim {
-    /// For messages.
+    /// The lock's key, for messages.
     key: String,
-    /// How long the server may keep a lock that it cannot be told of.
-    doubt: Duration,
+    /// How long the server may keep a lock whose session was lost.
+    uncertainty_window: Duration,
+    // Lock order: `caller` before the others, of which no two are held at once; the mutex of a `SessionControl` after any of
+    // them.
     status: Mutex<Status>,
-    /// How to reach the thread that is busy with the server for this claim.
-    reach: Mutex<Reach>,
-    /// How many threads wait that would rather do the work themselves.
-    volunteers: AtomicUsize,
-    /// Somebody wants an attempt at once.
+    /// How the thread that runs the engine can be interrupted.
+    in_flight: Mutex<InFlight>,
+    /// The caller that runs the engine, if it can be cancelled.
+    caller: Mutex<Option<Caller>>,
+    /// The attempt to connect that is under way was killed for a caller that was cancelled, so its failure tells nothing.
+    attempt_was_killed: AtomicBool,
+    /// Callers that want to know whether the lock can be had, and not to wait for it.
+    try_callers: AtomicUsize,
+    /// A statement is under way that waits for the lock, and the server has not been asked before whether it is taken.
+    waits_unasked: AtomicBool,
+    /// A caller wants an attempt at once.
     hurry: AtomicBool,
 }
 
-/// How to reach the thread that works on a claim.
+/// What the thread that runs the engine is using, and so how it can be interrupted.
 #[derive(Debug, Clone)]
-enum Reach {
-    /// It works on no session, so there is no need.
-    Idle,
-    /// It is opening a session; nothing is held.
+enum InFlight {
+    /// No session, so there is nothing to interrupt.
+    Nothing,
+    /// A session that is being opened; nothing is held.
     Connecting(StreamControl),
-    /// It has a session.
-    Session(Arc<Link>),
+    /// An open session.
+    Session(Arc<SessionControl>),
+}
+
+/// A caller that runs the engine and can be cancelled.
+#[derive(Debug)]
+struct Caller {
+    request: Arc<LeaveRequest>,
+    /// When the supervisor first told it to leave.
+    told_at: Option<Instant>,
+}
+
+/// The cancellation of a caller's context, while that caller runs the engine.
+pub(crate) struct LeaveRequest {
+    requested: AtomicBool,
+    /// Wakes the thread that makes the caller leave. Must not block.
+    wake: Box<dyn Fn() + Send + Sync>,
+}
+
+impl LeaveRequest {
+    pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
+        Arc::new(Self { requested: AtomicBool::new(false), wake: Box::new(wake) })
+    }
+
+    /// True from when the context was cancelled.
+    pub(crate) fn is_made(&self) -> bool {
+        self.requested.load(SeqCst)
+    }
+}
+
+impl OnCancel for LeaveRequest {
+    fn cancelled(&self) {
+        self.requested.store(true, SeqCst);
+        (self.wake)();
+    }
+}
+
+impl fmt::Debug for LeaveRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LeaveRequest").field("requested", &self.requested).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -57,7 +103,9 @@ struct Status {
     token: Option<i64>,
     last_loss: Option<Loss>,
     /// Until when the server may hold something for a session of this claim that was lost.
-    in_doubt_until: Option<Instant>,
+    uncertain_until: Option<Instant>,
+    /// The session at hand was killed while there was no term, so none may begin on it.
+    session_killed: bool,
     /// Disconnects at the next change; there while somebody waits for it.
     changed: Option<(Sender<Infallible>, Receiver<Infallible>)>,
 }
@@ -74,16 +122,25 @@ enum Phase {
         _term: Sender<Infallible>,
     },
     /// The application has ended the claim; what must be said to the server must be said by then.
-    Ending { why: Why, by: Instant },
+    Ending { reason: EndReason, by: Instant },
     /// All is done.
-    Ended { why: Why, outcome: Result<()> },
+    Ended { reason: EndReason, outcome: Result<()> },
 }
 
 /// Why a claim ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Why {
+pub(crate) enum EndReason {
     Released,
     Stopped,
+}
+
+/// How far a claim has come.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    Held,
+    /// The caller's only attempt has failed.
+    GaveUp,
+    Pending(Option<Receiver<Infallible>>),
 }
 
 /// Whether a call waits for the lock while another session holds it.
@@ -91,12 +148,12 @@ pub(crate) enum Why {
 pub(crate) enum Patience {
     Lock,
     TryLock,
-    /// As `TryLock`, and an attempt that fails since the server could not be asked is the last.
+    /// As `TryLock`, but gives up after one attempt in which the server could not be asked.
     TryOnce,
 }
 
 impl Claim {
-    pub(crate) fn new(key: String, doubt: Duration) -> Arc<Self> {
+    pub(crate) fn new(key: String, uncertainty_window: Duration) -> Arc<Self> {
         let status = Status {
             phase: Phase::Acquiring,
             problem: None,
@@ -104,15 +161,19 @@ impl Claim {
             lost: lost_already(),
             token: None,
             last_loss: None,
-            in_doubt_until: None,
+            uncertain_until: None,
+            session_killed: false,
             changed: None,
         };
         Arc::new(Self {
             key,
-            doubt,
+            uncertainty_window,
             status: Mutex::new(status),
-            reach: Mutex::new(Reach::Idle),
-            volunteers: AtomicUsize::new(0),
+            in_flight: Mutex::new(InFlight::Nothing),
+            caller: Mutex::new(None),
+            attempt_was_killed: AtomicBool::new(false),
+            try_callers: AtomicUsize::new(0),
+            waits_unasked: AtomicBool::new(false),
             hurry: AtomicBool::new(false),
         })
     }
@@ -124,73 +185,69 @@ impl Claim {
 
     // What application threads do.
 
-    /// Blocks until the lock is held, or it is known that it will not be, as [`Lock`](crate::Lock) says.
-    ///
-    /// `help` does what can be done on this thread, and says whether there was anything; `volunteers` is whether it might.
-    pub(crate) fn acquire(
-        &self,
-        patience: Patience,
-        context: &Context,
-        volunteers: bool,
-        help: impl Fn() -> bool,
-    ) -> Result<()> {
-        let begun = Instant::now();
-        let _volunteer = volunteers.then(|| Volunteer::new(self));
-        // At first nobody else is likely to be at work.
-        let mut first = true;
-        // What an attempt came to that was made before this call says nothing of the one that is wanted.
-        let before = if patience == Patience::TryOnce { self.attempts() } else { 0 };
-        loop {
-            let changed = {
-                let mut status = self.current();
-                match &status.phase {
-                    Phase::Held { .. } => return Ok(()),
-                    Phase::Ending { why, .. } | Phase::Ended { why, .. } => return Err(self.ended(*why)),
-                    Phase::Queueing if patience != Patience::Lock => {
-                        return Err(Error::lock_unavailable(&self.key));
-                    }
-                    Phase::Queueing | Phase::Acquiring => {}
-                }
-                if patience != Patience::Lock
-                    && let Some(problem) = &status.problem
-                {
-                    if problem.kind() != ErrorKind::SessionUnavailable {
-                        return Err(problem.clone());
-                    }
-                    if patience == Patience::TryOnce && status.failed_attempts > before {
-                        drop(status);
-                        return Err(self.gave_up(ErrorKind::TimedOut, begun));
-                    }
-                }
-                // Before the offer, so that what changes after it was turned down is heard.
-                if first { None } else { Some(status.subscribe()) }
-            };
-            first = false;
-            if help() {
-                continue;
+    /// How far the claim has come, for a thread that wants the lock. `failures` is how many attempts had failed when that thread's
+    /// call began. With `subscribe`, gives a channel that disconnects at the next change.
+    pub(crate) fn progress(&self, patience: Patience, failures: u64, subscribe: bool) -> Result<Progress> {
+        let mut status = self.current();
+        match &status.phase {
+            Phase::Held { .. } => return Ok(Progress::Held),
+            Phase::Ending { reason, .. } | Phase::Ended { reason, .. } => return Err(self.ended(*reason)),
+            Phase::Queueing if patience != Patience::Lock => return Err(Error::lock_unavailable(&self.key)),
+            Phase::Queueing | Phase::Acquiring => {}
+        }
+        if patience != Patience::Lock
+            && let Some(problem) = &status.problem
+        {
+            if problem.kind() != ErrorKind::SessionUnavailable {
+                return Err(problem.clone());
             }
-            let Some(changed) = changed else { continue };
-            select! {
-                recv(changed) -> _ => {}
-                recv(context.cancelled()) -> _ => return Err(self.gave_up(ErrorKind::Cancelled, begun)),
-                recv(context.expires_at().map_or_else(never, at)) -> _ => {
-                    return Err(self.gave_up(ErrorKind::TimedOut, begun));
-                }
+            if patience == Patience::TryOnce && status.failed_attempts > failures {
+                return Ok(Progress::GaveUp);
             }
         }
+        Ok(Progress::Pending(subscribe.then(|| status.subscribe())))
+    }
+
+    /// A caller wants to know whether the lock can be had, and not to wait for it, until what this gives is dropped.
+    pub(crate) fn ask(&self) -> impl Drop {
+        struct Asking<'a>(&'a AtomicUsize);
+        impl Drop for Asking<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, SeqCst);
+            }
+        }
+        self.try_callers.fetch_add(1, SeqCst);
+        Asking(&self.try_callers)
+    }
+
+    /// A statement is about to wait for the lock without that the server was asked before; `false` if somebody wants to know.
+    ///
+    /// Whoever asks says so first, and looks for such a statement then: one of the two sees the other.
+    pub(crate) fn begin_unasked_wait(&self) -> bool {
+        self.waits_unasked.store(true, SeqCst);
+        let nobody_asks = self.try_callers.load(SeqCst) == 0;
+        if !nobody_asks {
+            self.end_unasked_wait();
+        }
+        nobody_asks
+    }
+
+    /// The server has answered.
+    pub(crate) fn end_unasked_wait(&self) {
+        self.waits_unasked.store(false, SeqCst);
     }
 
     /// How many attempts have failed.
-    fn attempts(&self) -> u64 {
+    pub(crate) fn failures(&self) -> u64 {
         self.status.lock().failed_attempts
     }
 
-    /// Whether somebody wants an attempt now, and not after a pause. To be asked by the thread that pauses.
+    /// True if a caller wants the pause between two attempts to end; clears that wish. For the thread that pauses.
     pub(crate) fn wants_attempt(&self) -> bool {
         self.hurry.swap(false, SeqCst)
     }
 
-    /// Has the pause between two attempts ended. The thread that pauses must be woken after this.
+    /// Asks the thread that pauses between two attempts to make the next one. That thread must be woken after this.
     pub(crate) fn hurry(&self) {
         self.hurry.store(true, SeqCst);
     }
@@ -207,7 +264,7 @@ impl Claim {
         }
     }
 
-    /// Closes the lost channel of a term that is over by its time. Blocks for nothing, and calls nobody.
+    /// Closes the lost channel of a term whose time is over. Does not block, and calls no application code.
     pub(crate) fn expire(&self) {
         drop(self.current());
     }
@@ -234,69 +291,68 @@ impl Claim {
     }
 
     /// Whether the claim has ended for this reason.
-    pub(crate) fn ends_for(&self, reason: Why) -> bool {
-        matches!(self.status.lock().phase, Phase::Ending { why, .. } | Phase::Ended { why, .. } if why == reason)
+    pub(crate) fn ends_for(&self, reason: EndReason) -> bool {
+        matches!(self.status.lock().phase, Phase::Ending { reason: known, .. } | Phase::Ended { reason: known, .. } if known == reason)
     }
 
     /// By when the claim must have ended, if the application has ended it.
     pub(crate) fn ends_by(&self) -> Option<Instant> {
         match self.status.lock().phase {
             Phase::Ending { by, .. } => Some(by),
-            // Nobody waits any more; there is an end to be made all the same.
+            // Nobody waits any more, but the engine still has to finish.
             Phase::Ended { .. } => Some(Instant::now()),
             _ => None,
         }
     }
 
-    /// Ends the claim: closes the term. Only the first call does something, and returns `true`: then somebody must give
-    /// back what there is, by `by`, or whoever is at work must be [interrupted](Self::interrupt).
-    pub(crate) fn end(&self, why: Why, by: Instant) -> bool {
+    /// Ends the claim, and closes the lost channel of its term. Only the first call has an effect, and returns `true`: its caller
+    /// must give the lock back by `by`, or [interrupt](Self::interrupt) the thread that runs the engine.
+    pub(crate) fn end(&self, reason: EndReason, by: Instant) -> bool {
         let mut status = self.status.lock();
         if !status.is_open() {
             return false;
         }
-        status.phase = Phase::Ending { why, by };
+        status.phase = Phase::Ending { reason, by };
         status.notify();
         true
     }
 
-    /// Makes the thread that works on the claim come to know that it has ended, whatever it does.
+    /// Interrupts whichever thread is working on this claim.
     ///
-    /// Sends a cancel request if it waits for the lock, and so takes as long as that does, but no longer than half of the
-    /// time until `by`.
+    /// If that thread waits for the lock, this sends a cancel request, which blocks for up to half of the time until `by`.
     pub(crate) fn interrupt(&self, by: Instant) {
-        let link = match &*self.reach.lock() {
-            Reach::Idle => None,
-            // Under the mutex, so that it is the attempt of this claim still: a moment later the session may be another's.
-            Reach::Connecting(control) => {
+        let session = match &*self.in_flight.lock() {
+            InFlight::Nothing => None,
+            // Under the mutex: as soon as that is released, the session may belong to another claim.
+            InFlight::Connecting(control) => {
                 control.kill();
                 None
             }
-            Reach::Session(link) => Some(Arc::clone(link)),
+            InFlight::Session(control) => Some(Arc::clone(control)),
         };
-        if let Some(link) = link {
+        if let Some(session) = session {
             let left = by.saturating_duration_since(Instant::now());
-            link.interrupt(Instant::now() + left / 2);
+            session.interrupt(Instant::now() + left / 2);
         }
     }
 
-    /// Blocks until what there was has been given back, and says whether it could be. After `by` whoever is at it is left
-    /// alone.
+    /// Blocks until the lock has been given back, and returns whether the server confirmed it. Returns at `by`, even if the thread
+    /// that gives it back is still busy.
     pub(crate) fn wait_ended(&self, by: Instant) -> Result<()> {
-        // What a thread gets that was cut off from its session in the midst of a call to finish by itself.
+        // A thread whose session is killed during a call has this long to finish by itself.
         let grace = by.saturating_duration_since(Instant::now()) / 10;
         if let Some(outcome) = self.ended_by(by - grace) {
             return outcome;
         }
-        let reach = self.reach.lock().clone();
-        let outcome = match reach {
-            Reach::Session(link) => {
-                link.kill();
+        let in_flight = self.in_flight.lock().clone();
+        let outcome = match in_flight {
+            InFlight::Session(control) => {
+                control.kill();
                 Err(self.unconfirmed())
             }
-            // It has no session, but may have had one; and ends when the attempt to connect does.
-            Reach::Connecting(_) | Reach::Idle if self.is_in_doubt() => Err(self.unconfirmed()),
-            Reach::Connecting(_) | Reach::Idle => Ok(()),
+            // There is no session now, but there may have been one before.
+            InFlight::Connecting(_) | InFlight::Nothing if self.is_uncertain() => Err(self.unconfirmed()),
+            InFlight::Connecting(_) | InFlight::Nothing => Ok(()),
         };
         if let Some(outcome) = self.ended_by(by) {
             return outcome;
@@ -309,17 +365,17 @@ impl Claim {
         let message = format!(
             "the release of {:?} was not confirmed in time and its session was closed; \
              the server frees the lock when it notices, after {:?} at the latest",
-            self.key, self.doubt
+            self.key, self.uncertainty_window
         );
         Error::new(ErrorKind::UnlockFailed, message)
     }
 
-    fn is_in_doubt(&self) -> bool {
-        self.status.lock().in_doubt_until.is_some_and(|until| Instant::now() < until)
+    fn is_uncertain(&self) -> bool {
+        self.status.lock().uncertain_until.is_some_and(|until| Instant::now() < until)
     }
 
-    /// Blocks until another thread's release of this claim is over; fails if `context` ends before. After `by` it is, even
-    /// if that thread is gone.
+    /// Blocks until another thread's release of this claim is over; fails if `context` ends before. At `by` the claim ends in any
+    /// case, even if that thread is gone.
     pub(crate) fn wait_released(&self, context: &Context, by: Instant) -> Result<()> {
         let begun = Instant::now();
         let cancelled = context.cancelled();
@@ -334,7 +390,7 @@ impl Claim {
             };
             let left = by.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                // How it ended is told to the one who released it.
+                // The outcome is for the thread that released it.
                 let _ = self.wait_ended(Instant::now());
                 return Ok(());
             }
@@ -367,10 +423,10 @@ impl Claim {
         }
     }
 
-    /// The status, in which no term is held that is over by its time.
+    /// The status, after a term whose time is over has been ended.
     ///
-    /// The supervisor sees to that as well, but after a freeze of the whole process any thread may run first.
-    fn current(&self) -> parking_lot::MutexGuard<'_, Status> {
+    /// The supervisor ends it as well, but after a freeze of the whole process any thread may run first.
+    fn current(&self) -> MutexGuard<'_, Status> {
         let mut status = self.status.lock();
         if let Phase::Held { until, .. } = &status.phase
             && until.has_passed()
@@ -380,14 +436,14 @@ impl Claim {
         status
     }
 
-    fn ended(&self, why: Why) -> Error {
-        match why {
-            Why::Released => Error::released(&self.key),
-            Why::Stopped => Error::stopped(),
+    fn ended(&self, reason: EndReason) -> Error {
+        match reason {
+            EndReason::Released => Error::released(&self.key),
+            EndReason::Stopped => Error::stopped(),
         }
     }
 
-    /// What a call fails with whose context has ended.
+    /// The error of a call whose context has ended.
     pub(crate) fn gave_up(&self, kind: ErrorKind, begun: Instant) -> Error {
         let status = self.status.lock();
         let obstacle = match (&status.phase, &status.problem, &status.last_loss) {
@@ -412,16 +468,87 @@ impl Claim {
         }
     }
 
-    // What the thread does that works on the claim.
+    // What the supervisor does while another thread runs the engine.
 
-    /// Whether a thread waits that would do the work itself; then it is told to.
-    pub(crate) fn call_volunteer(&self) -> bool {
-        let there = self.volunteers.load(SeqCst) > 0;
-        if there {
-            self.status.lock().notify();
-        }
-        there
+    /// Sets the caller that runs the engine; `None` when it has stopped.
+    pub(crate) fn set_caller(&self, request: Option<Arc<LeaveRequest>>) {
+        *self.caller.lock() = request.map(|request| Caller { request, told_at: None });
     }
+
+    /// If the caller that runs the engine has been cancelled, ends what its thread waits for: a slice, which takes a cancel
+    /// request and until `by` at most, or an attempt to connect. A slice that does not end, and after `grace` also a short
+    /// statement, is ended with its session. Gives `false` if there is no such caller.
+    pub(crate) fn make_caller_leave(&self, grace: Duration, by: Instant) -> bool {
+        let slice = {
+            // Under the mutex, so that no other caller is hit that comes after this one.
+            let mut caller = self.caller.lock();
+            let Some(caller) = caller.as_mut().filter(|caller| caller.request.is_made()) else {
+                return false;
+            };
+            let insist = caller.told_at.get_or_insert_with(Instant::now).elapsed() >= grace;
+            let session = match &*self.in_flight.lock() {
+                InFlight::Nothing => return true,
+                InFlight::Connecting(stream) => {
+                    self.attempt_was_killed.store(true, SeqCst);
+                    stream.kill();
+                    return true;
+                }
+                InFlight::Session(control) => Arc::clone(control),
+            };
+            match session.slice() {
+                Some(number) => (session, number),
+                None => {
+                    if insist {
+                        self.kill_unless_held(&session);
+                    }
+                    return true;
+                }
+            }
+        };
+        // It may call code of the application's: a logger, a TLS connector.
+        let (session, number) = slice;
+        if !session.cancel_slice(number, by) && session.slice() == Some(number) {
+            self.kill_unless_held(&session);
+        }
+        true
+    }
+
+    /// Kills the session, unless the caller has just got the lock: then the caller leaves by itself, and a kill would free the lock
+    /// while its term is open. If it gets the lock after the kill, no term begins.
+    fn kill_unless_held(&self, session: &SessionControl) {
+        let mut status = self.status.lock();
+        if !matches!(status.phase, Phase::Held { .. }) && session.kill() {
+            status.session_killed = true;
+        }
+    }
+
+    /// True if a caller wants to know whether the lock can be had while a statement waits for it, which does not tell.
+    pub(crate) fn is_asked(&self) -> bool {
+        self.waits_unasked.load(SeqCst) && self.try_callers.load(SeqCst) > 0
+    }
+
+    /// Ends that statement, which takes until `by` at most. The claim goes on to wait.
+    pub(crate) fn find_out(&self, by: Instant) {
+        let session = match &*self.in_flight.lock() {
+            InFlight::Session(control) => Arc::clone(control),
+            InFlight::Nothing | InFlight::Connecting(_) => return,
+        };
+        if let Some(number) = session.slice()
+            && self.is_asked()
+        {
+            session.cancel_slice(number, by);
+        }
+    }
+
+    /// The socket of the session, to watch for its end.
+    pub(crate) fn socket(&self) -> Option<Socket> {
+        match &*self.in_flight.lock() {
+            InFlight::Session(control) => control.stream().socket(),
+            InFlight::Nothing | InFlight::Connecting(_) => None,
+        }
+    }
+
+    // What the thread that runs the engine does.
 
     /// Another session holds the lock.
     pub(crate) fn announce_queueing(&self) {
@@ -433,10 +560,13 @@ impl Claim {
         }
     }
 
-    /// The lock is held until `until` at least.
-    pub(crate) fn announce_acquired(&self, until: Instant, token: Option<i64>) {
+    /// The lock is held until `until` at least; `false` if its session was killed meanwhile.
+    pub(crate) fn announce_acquired(&self, until: Instant, token: Option<i64>) -> bool {
         let mut status = self.status.lock();
         if status.is_open() {
+            if status.session_killed {
+                return false;
+            }
             let (term, lost) = bounded(0);
             status.phase = Phase::Held { until: Arc::new(Expiry::new(until)), _term: term };
             status.problem = None;
@@ -444,6 +574,8 @@ impl Claim {
             status.token = token;
             status.notify();
         }
+        // If the claim has ended, the engine sees the release at its next step.
+        true
     }
 
     /// The term goes on until `until` at least; `false` if it has ended here meanwhile.
@@ -455,7 +587,7 @@ impl Claim {
                 status.lose(LossReason::LeaseNotRenewed);
                 false
             }
-            // The release will be heard in a moment.
+            // The engine sees the release at its next step.
             Phase::Ending { .. } => true,
             _ => false,
         }
@@ -472,74 +604,73 @@ impl Claim {
     }
 
     /// Until when the server may hold something for a session of this claim that was lost.
-    pub(crate) fn announce_doubt(&self, until: Option<Instant>) {
-        self.status.lock().in_doubt_until = until;
+    pub(crate) fn announce_uncertainty(&self, until: Option<Instant>) {
+        self.status.lock().uncertain_until = until;
     }
 
     /// An attempt failed.
     pub(crate) fn announce_problem(&self, problem: Option<Error>) {
+        let was_killed = self.attempt_was_killed.swap(false, SeqCst);
         let mut status = self.status.lock();
         if status.is_open() {
             status.phase = Phase::Acquiring;
-            status.problem = problem;
-            status.failed_attempts += 1;
+            if !was_killed {
+                status.problem = problem;
+                status.failed_attempts += 1;
+            }
             status.notify();
         }
     }
 
-    /// A session is being opened that obeys `control`; `false` if it should not.
+    /// A session that obeys `control` is being opened; `false` if the claim has ended, so that it should not be.
     pub(crate) fn announce_connecting(&self, control: StreamControl) -> bool {
-        self.set_reach(Reach::Connecting(control))
+        self.attempt_was_killed.store(false, SeqCst);
+        self.set_in_flight(InFlight::Connecting(control))
     }
 
-    /// The work is on the session behind `link`; `false` if it should not.
-    pub(crate) fn announce_session(&self, link: Arc<Link>) -> bool {
-        self.set_reach(Reach::Session(link))
+    /// The engine uses the session of `control`; `false` if the claim has ended, so that it should not.
+    pub(crate) fn announce_session(&self, control: Arc<SessionControl>) -> bool {
+        self.set_in_flight(InFlight::Session(control))
     }
 
     /// There is no session.
     pub(crate) fn announce_no_session(&self) {
-        self.set_reach(Reach::Idle);
+        self.set_in_flight(InFlight::Nothing);
+        self.status.lock().session_killed = false;
     }
 
     /// The two mutexes are taken one after the other, here and in [`end`](Self::end), so that one of the two sees what
     /// the other did.
-    fn set_reach(&self, reach: Reach) -> bool {
-        *self.reach.lock() = reach;
+    fn set_in_flight(&self, in_flight: InFlight) -> bool {
+        *self.in_flight.lock() = in_flight;
         !self.is_ending()
     }
 
-    /// All has been done that could be. Only the first call does something.
+    /// The claim's supervisor has failed. Does nothing if the claim is over.
+    pub(crate) fn abandon(&self) {
+        if self.is_over() {
+            return;
+        }
+        self.announce_lost(LossReason::SupervisorFailed);
+        let message = format!("the work on {:?} failed; its session was closed", self.key);
+        self.finish(Err(Error::new(ErrorKind::UnlockFailed, message)));
+    }
+
+    /// The claim is over, with this outcome of its release. Only the first call has an effect.
     pub(crate) fn finish(&self, outcome: Result<()>) {
         let mut status = self.status.lock();
-        let why = match status.phase {
+        let reason = match status.phase {
             Phase::Ended { .. } => return,
-            Phase::Ending { why, .. } => why,
-            _ => Why::Released,
+            Phase::Ending { reason, .. } => reason,
+            _ => EndReason::Released,
         };
-        status.phase = Phase::Ended { why, outcome };
+        status.phase = Phase::Ended { reason, outcome };
         status.notify();
     }
 }
 
-/// A thread that waits for the lock and would rather do the work itself.
-struct Volunteer<'a>(&'a Claim);
-
-impl<'a> Volunteer<'a> {
-    fn new(claim: &'a Claim) -> Self {
-        claim.volunteers.fetch_add(1, SeqCst);
-        Self(claim)
-    }
-}
-
-impl Drop for Volunteer<'_> {
-    fn drop(&mut self) {
-        self.0.volunteers.fetch_sub(1, SeqCst);
-    }
-}
-
 impl Status {
-    /// Whether the application wants the lock still.
+    /// True until the application ends the claim.
     fn is_open(&self) -> bool {
         !matches!(self.phase, Phase::Ending { .. } | Phase::Ended { .. })
     }

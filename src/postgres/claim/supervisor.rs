@@ -1,94 +1,79 @@
-//! The thread of a claim: watches what is held, does what nobody else does, and looks after those who do it themselves.
+//! The thread of a claim: watches and renews what is held, does what callers do not do, and makes cancelled callers leave.
 
 use std::io;
+use std::ptr;
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use crate::pg::claim::alarm::Woken;
+use crate::pg::claim::assignment::{AssignmentCell, Orders};
+use crate::pg::claim::bell::{Attention, PollBell, Watch};
+use crate::pg::claim::engine::{Caller, Engine};
+use crate::pg::claim::idle::IdleSupervisors;
+use crate::pg::claim::lifecycle::Action;
+use crate::pg::claim::machine as claim;
+use crate::pg::claim::shared::{Claim, LeaveRequest};
+use crate::pg::claim::spec::LockSpec;
+use crate::pg::claim::turns::Turns;
+use crate::pg::pool::{Pool, PooledSlot};
+use crate::pg::session::machine as session;
+use crate::pg::watchdog::Watched;
+use crate::sync::MutexGuard;
 
-use crate::context::Context;
-use crate::postgres::claim::alarm::{Alarm, Woken};
-use crate::postgres::claim::engine::{Help, Terms, Work};
-use crate::postgres::claim::idle::Resting;
-use crate::postgres::claim::machine::Action;
-use crate::postgres::claim::shared::{Claim, Patience};
-use crate::postgres::pool::{Pool, PooledSlot};
-use crate::postgres::stream::Socket;
-use crate::postgres::watchdog::Watched;
-use crate::process::may_drive;
-
-/// How long what other threads do is left alone; and so how old a term of theirs may be when its watch begins. More often
-/// would tell sooner of a session that is lost just then, and disturb those who are at work on the same processors.
-const TICK: Duration = Duration::from_millis(1);
-
-/// How long the supervisor goes on ticking after the last thing that happened. A claim that follows within this is quick:
-/// nobody needs to be woken for it, and the session is kept for the next.
+/// A claim that follows within 20 ms on another one is quick: the session is kept for the next. For as long, a
+/// term that has just begun is watched for the end of the connection only, so that no answer to a caller wakes the supervisor.
 const QUICK: Duration = Duration::from_millis(20);
 
-/// How long a thread without a claim waits for the next.
+/// The thread of a supervisor without a claim exits after 1 s.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// How long a thread that waits for the lock has to take over the work.
-const HANDING_OVER: Duration = Duration::from_millis(2);
+/// While another thread runs the engine, the supervisor looks at least every 500 ms; the thread that runs it wakes the
+/// supervisor when there is something to do.
+const LOOKS_EVERY: Duration = Duration::from_millis(500);
 
-/// How often the supervisor looks at least while another thread is at work, which rings when there is something to do.
-const ROUND: Duration = Duration::from_millis(500);
-
-/// The supervisor of one claim, or of none, until the next comes or it has rested for long enough. The claims that it has
-/// one after the other are on whatever keys of one manager.
+/// Serves one claim at a time; exits after 1 s idle. The claims that it serves one after the other are on whatever keys of one
+/// manager.
 ///
-/// An application thread that wants the lock, or gives it back, does the work itself if it can: that spares two changes of
-/// threads, which take longer than the statement. The work is under a mutex, and whoever has it works. All that takes its
-/// time is the supervisor's: to connect, to pause, to watch, to renew; and to wait for the lock for a caller whose patience
-/// may end before.
+/// Who runs the engine of the claim is a matter of [`Turns`]. An application thread that wants the lock, or
+/// gives it back, does so itself where it can. What takes time is left to the supervisor: to pause, to watch, to renew; and
+/// to connect or to wait for a caller whose deadline may come first.
 pub(crate) struct Supervisor {
     pool: Arc<Pool>,
     /// How long the server may take to answer a short statement.
     heartbeat_timeout: Duration,
-    /// Where it waits for the next claim, and is to be found no more when it leaves.
-    resting: Weak<Resting>,
-    alarm: Alarm,
-    desk: Arc<Desk>,
-    work: Mutex<Bench>,
+    /// The list on which it waits for the next claim, and from which it takes itself when it exits.
+    idle: Weak<IdleSupervisors>,
+    // Lock order: `turns` before `assignment`.
+    assignment: Arc<AssignmentCell>,
+    turns: Turns<RunnerState, PollBell>,
 }
 
-/// What a supervisor has to do, for those who give it a claim, and for the watchdog.
-struct Desk(Mutex<Assignment>);
-
-enum Assignment {
-    /// Nothing; the thread waits for a claim.
-    Free,
-    /// A claim that nobody has begun to work on.
-    New { claim: Arc<Claim>, terms: Arc<Terms> },
-    /// A claim that is worked on.
-    Taken(Arc<Claim>),
-    /// The thread takes no more claims.
-    Closed,
-}
-
-/// The claim that is worked on, and what is kept between two.
-#[derive(Default)]
-struct Bench {
-    work: Option<Work>,
+/// The engine of the claim, and what is kept between two claims.
+struct RunnerState {
+    engine: Option<Engine>,
     /// A session that has kept its lease.
     slot: Option<PooledSlot>,
     /// When the last claim ended.
     ended_at: Option<Instant>,
+    /// When a thread of the application last ran the engine.
+    called_at: Instant,
 }
 
 /// What the thread remembers from one look to the next.
-struct Rounds {
-    /// The key of the claim that it looked after last, by which it is called.
-    served: String,
-    /// A thread that waits has been told to take over, and is not to be told again before something was done.
-    handed_over: bool,
+struct LoopState {
+    /// The key of the claim that it served last, after which the thread is named.
+    key: String,
+    /// How long it sleeps if the next look finds another thread running the engine.
+    nap: Duration,
+    /// The claim beside which it napped last.
+    claim: Weak<Claim>,
 }
 
 /// What the supervisor does next.
 enum Next {
-    Sleep { until: Instant, watch: Option<Socket> },
-    Leave,
+    Sleep { until: Instant, watch: Option<Watch> },
+    Exit,
 }
 
 impl Next {
@@ -104,258 +89,233 @@ impl Supervisor {
     /// When the process has no descriptor or no thread left.
     pub(crate) fn start(
         claim: &Arc<Claim>,
-        terms: &Arc<Terms>,
-        resting: &Arc<Resting>,
+        spec: &Arc<LockSpec>,
+        idle: &Arc<IdleSupervisors>,
     ) -> io::Result<Arc<Self>> {
+        let runner = RunnerState { engine: None, slot: None, ended_at: None, called_at: Instant::now() };
         let supervisor = Arc::new(Self {
-            pool: Arc::clone(&terms.pool),
-            heartbeat_timeout: terms.plan.heartbeat_timeout,
-            resting: Arc::downgrade(resting),
-            alarm: Alarm::new()?,
-            desk: Arc::new(Desk(Mutex::new(Assignment::New {
-                claim: Arc::clone(claim),
-                terms: Arc::clone(terms),
-            }))),
-            work: Mutex::default(),
+            pool: Arc::clone(&spec.pool),
+            heartbeat_timeout: spec.plan.heartbeat_timeout,
+            idle: Arc::downgrade(idle),
+            assignment: Arc::new(AssignmentCell::new(Arc::clone(claim), Arc::clone(spec))),
+            turns: Turns::new(runner, PollBell::new()?),
         });
-        let desk = Arc::downgrade(&supervisor.desk);
-        terms.pool.watchdog().watch(desk as Weak<dyn Watched>)?;
+        let assignment = Arc::downgrade(&supervisor.assignment);
+        spec.pool.watchdog().watch(assignment as Weak<dyn Watched>)?;
         let body = Arc::clone(&supervisor);
-        let served = claim.key().to_owned();
-        thread::Builder::new().name(thread_name(&served)).spawn(move || body.run(served))?;
+        let key = claim.key().to_owned();
+        thread::Builder::new().name(thread_name(&key)).spawn(move || body.run(key))?;
         Ok(supervisor)
     }
 
     /// Gives it another claim; `false` if it is not free for one.
-    pub(crate) fn assign(&self, claim: &Arc<Claim>, terms: &Arc<Terms>) -> bool {
-        let mut desk = self.desk.0.lock();
-        let free = matches!(*desk, Assignment::Free);
-        if free {
-            *desk = Assignment::New { claim: Arc::clone(claim), terms: Arc::clone(terms) };
-        }
-        free
+    pub(crate) fn assign(&self, claim: &Arc<Claim>, spec: &Arc<LockSpec>) -> bool {
+        self.assignment.assign(claim, spec)
     }
 
-    /// Whether it takes another claim.
+    /// True if it takes another claim.
     pub(crate) fn is_free(&self) -> bool {
-        matches!(*self.desk.0.lock(), Assignment::Free)
+        self.assignment.is_free()
     }
 
-    /// Lets the thread go if it has no claim: the manager has stopped.
+    /// Lets the thread exit if it has no claim: the manager has stopped.
     pub(crate) fn dismiss(&self) {
-        {
-            let mut desk = self.desk.0.lock();
-            if !matches!(*desk, Assignment::Free) {
-                return;
-            }
-            *desk = Assignment::Closed;
+        if self.assignment.close_if_free() {
+            self.wake();
         }
-        self.alarm.ring();
+    }
+
+    /// Makes the thread look.
+    pub(crate) fn wake(&self) {
+        self.turns.wake();
     }
 
     // What application threads do.
 
-    /// Blocks until the lock is held, or it is known that it will not be.
-    pub(crate) fn acquire(
+    /// Runs the engine of `claim` as far as this thread may; `false` if it did nothing. Returns early when `leave` is
+    /// requested.
+    pub(crate) fn run_engine(
         &self,
         claim: &Claim,
-        terms: &Terms,
-        patience: Patience,
-        context: &Context,
-    ) -> crate::Result<()> {
-        let patient = patience == Patience::Lock;
-        if patience == Patience::TryOnce {
-            claim.hurry();
-            self.alarm.ring();
+        caller: Caller,
+        leave: Option<&Arc<LeaveRequest>>,
+    ) -> bool {
+        let Some(mut runner) = self.turns.take() else { return false };
+        if leave.is_some() {
+            claim.set_caller(leave.cloned());
         }
-        if context.can_be_cancelled() || !may_drive() {
-            // To be woken by a cancellation this thread must wait for one.
-            self.alarm.ring();
-            return claim.acquire(patience, context, false, || false);
-        }
-        let until = context.expires_at();
-        let volunteers = patient && terms.may_wait(until);
-        let help = Help::Acquire { until, patient };
-        claim.acquire(patience, context, volunteers, || self.help(claim, help))
-    }
-
-    /// Makes the thread look at a claim that nobody waits for.
-    pub(crate) fn wake(&self) {
-        self.alarm.ring();
-    }
-
-    /// Gives back what there is; `false` if another thread is at work, which must be interrupted.
-    pub(crate) fn release(&self, claim: &Claim) -> bool {
-        let ended = may_drive() && self.help(claim, Help::Release);
-        if !ended {
-            self.alarm.ring();
-        }
-        ended
-    }
-
-    /// Does what this thread may do now; `false` if there was nothing.
-    fn help(&self, claim: &Claim, help: Help) -> bool {
-        let Some(mut bench) = self.work.try_lock() else {
-            // It may be the supervisor that has it, about to sleep without a look at this claim.
-            self.alarm.ring();
-            return false;
-        };
-        self.take_up(&mut bench);
+        self.take_up(&mut runner);
         let mut helped = false;
-        let wanted: Option<Instant> = loop {
-            // The claim may have ended long ago, and another one be worked on.
-            let Some(work) =
-                bench.work.as_mut().filter(|work| std::ptr::eq(&raw const **work.claim(), claim))
+        let look_by: Option<Instant> = loop {
+            // The claim may be over, and the engine another claim's.
+            let Some(engine) =
+                runner.engine.as_mut().filter(|engine| ptr::eq(&raw const **engine.claim(), claim))
             else {
-                break None;
+                // The supervisor may have been turned away meanwhile, so it is to look at once.
+                break runner.engine.is_some().then(Instant::now);
             };
-            let action = work.next();
-            if let Action::Finish(_) = action {
-                self.finish(&mut bench);
-                self.alarm.stir();
+            let action = engine.next();
+            if let Action::Claim(_, claim::Action::Finish(_)) = action {
+                self.finish(&mut runner);
                 helped = true;
-                // A session that was kept is not kept for longer.
-                break bench.slot.is_some().then(|| Instant::now() + QUICK);
+                // The supervisor gives a session that was kept to the pool then.
+                break runner.slot.is_some().then(|| Instant::now() + QUICK);
             }
-            if work.allows(help, action).is_none() {
+            if leave.is_some_and(|leave| leave.is_made()) || !engine.allows(caller, action) {
                 break match action {
-                    Action::Watch { .. } => Some(Instant::now() + TICK),
+                    Action::Session(session::Action::Watch { until }) => Some(engine.at(until)),
                     _ => Some(Instant::now()),
                 };
             }
-            self.alarm.stir();
-            self.guarded(&mut bench, |work| work.perform(action));
+            self.guarded(&mut runner, |engine| engine.perform(action));
             helped = true;
         };
-        drop(bench);
-        self.alarm.stir();
-        if let Some(by) = wanted
-            && !self.alarm.looks_by(by)
-        {
-            self.alarm.ring();
+        if leave.is_some() {
+            claim.set_caller(None);
         }
+        if helped {
+            runner.called_at = Instant::now();
+        }
+        let socket = runner.engine.as_ref().and_then(Engine::socket);
+        self.turns.leave(runner, look_by, socket.as_ref(), QUICK);
         helped
     }
 
     // What the thread does.
 
-    /// `served` is the key by which the thread is called.
-    fn run(&self, served: String) {
-        /// Whatever becomes of the thread, no further claim is to wait for it, and nobody is to find it.
+    /// `key` is the lock that the thread is named after.
+    fn run(&self, key: String) {
+        /// However the thread ends, it takes no further claim, and leaves the list of idle supervisors.
         struct Closing<'a>(&'a Supervisor);
         impl Drop for Closing<'_> {
             fn drop(&mut self) {
-                let former = std::mem::replace(&mut *self.0.desk.0.lock(), Assignment::Closed);
-                if let Assignment::New { claim, terms } = former {
-                    drop(Work::begin(&terms, claim, None, false));
+                let claim = self.0.assignment.close();
+                // The session is dropped with the engine. A caller that has the turn comes to the end by itself.
+                let engine = self.0.turns.take().and_then(|mut runner| runner.engine.take());
+                drop(engine);
+                if let Some(claim) = claim {
+                    claim.abandon();
                 }
-                if let Some(resting) = self.0.resting.upgrade() {
-                    resting.remove(self.0);
+                if let Some(idle) = self.0.idle.upgrade() {
+                    idle.remove(self.0);
                 }
             }
         }
         let _closing = Closing(self);
-        let mut seen = self.alarm.news();
-        let mut quick_until = Instant::now() + QUICK;
-        let mut woken = Woken::Bell;
-        let mut rounds = Rounds { served, handed_over: false };
+        let mut state = LoopState { key, nap: QUICK, claim: Weak::new() };
+        let mut woken = Woken::Called;
         loop {
-            let news = self.alarm.news();
-            let now = Instant::now();
-            let stirred = std::mem::replace(&mut seen, news) != news;
-            if stirred {
-                quick_until = now + QUICK;
-            }
-            let next = if stirred && woken == Woken::Time {
-                // Others are at it.
-                Next::sleep(TICK)
-            } else {
-                self.look(woken, now < quick_until, &mut rounds)
+            let next = match self.turns.take_to_look() {
+                Some(runner) => self.look(runner, woken, &mut state),
+                None => self.leave_to_other(woken, &mut state),
             };
             match next {
-                Next::Sleep { until, watch } => woken = self.alarm.sleep(seen, watch.as_ref(), until),
-                Next::Leave => return,
+                Next::Sleep { until, watch } => woken = self.turns.sleep(until, watch.as_ref()),
+                Next::Exit => return,
             }
         }
     }
 
-    fn look(&self, woken: Woken, quick: bool, rounds: &mut Rounds) -> Next {
-        let Some(mut bench) = self.work.try_lock() else {
-            // A statement that takes more than a tick waits for something; and who is at it rings when a term begins.
-            return self.leave_to_other(quick && woken != Woken::Time, rounds);
-        };
-        self.take_up(&mut bench);
-        if let Some(work) = &bench.work {
-            rounds.serve(work.claim());
+    /// Does all that is due; returns how long to sleep.
+    fn look(&self, mut runner: MutexGuard<'_, RunnerState>, woken: Woken, state: &mut LoopState) -> Next {
+        state.nap = QUICK;
+        self.take_up(&mut runner);
+        if let Some(engine) = &runner.engine {
+            state.serve(engine.claim());
         }
-        let mut readable = woken == Woken::Socket;
+        let mut readable = woken == Woken::Readable;
         loop {
-            let Some(work) = &mut bench.work else { return self.idle(&mut bench, quick) };
-            match work.next() {
-                Action::Finish(_) => self.finish(&mut bench),
-                Action::Pause { until } | Action::Watch { until } if work.is_due(until) => {
-                    self.guarded(&mut bench, Work::wait_is_over);
+            let called_at = runner.called_at;
+            let Some(engine) = &mut runner.engine else { return self.idle(&mut runner) };
+            match engine.next() {
+                Action::Claim(_, claim::Action::Finish(_)) => self.finish(&mut runner),
+                Action::Session(session::Action::Pause { until } | session::Action::Watch { until })
+                    if engine.is_due(until) =>
+                {
+                    self.guarded(&mut runner, Engine::time_has_passed);
                 }
-                Action::Pause { .. } if work.claim().wants_attempt() => {
-                    self.guarded(&mut bench, Work::is_wanted);
+                Action::Session(session::Action::Pause { .. }) if engine.claim().wants_attempt() => {
+                    self.guarded(&mut runner, Engine::is_wanted);
                 }
-                Action::Pause { until } => return Next::Sleep { until: work.at(until), watch: None },
-                Action::Watch { .. } if readable || work.is_cut_off() => {
+                Action::Session(session::Action::Pause { until }) => {
+                    return Next::Sleep { until: engine.at(until), watch: None };
+                }
+                Action::Session(session::Action::Watch { .. }) if readable || engine.is_cut_off() => {
                     readable = false;
-                    self.guarded(&mut bench, Work::listen);
+                    self.guarded(&mut runner, Engine::listen);
                 }
-                Action::Watch { until } => {
-                    let socket = work.socket();
-                    return Next::Sleep { until: work.at(until), watch: socket };
+                Action::Session(session::Action::Watch { until }) => {
+                    let until = engine.at(until);
+                    let quick_until = called_at + QUICK;
+                    let is_quick = Instant::now() < quick_until;
+                    let attention = if is_quick { Attention::HangUp } else { Attention::Anything };
+                    let watch = engine.socket().map(|socket| Watch { socket, attention });
+                    return Next::Sleep {
+                        until: if is_quick { until.min(quick_until) } else { until },
+                        watch,
+                    };
                 }
-                Action::Try | Action::Queue if !rounds.handed_over && work.claim().call_volunteer() => {
-                    rounds.handed_over = true;
-                    return Next::sleep(HANDING_OVER);
+                // The machines wait for a call or a release.
+                Action::Session(session::Action::Serve) | Action::Claim(_, claim::Action::Wait) => {
+                    return Next::sleep(LOOKS_EVERY);
                 }
-                action => {
-                    rounds.handed_over = false;
-                    self.guarded(&mut bench, |work| work.perform(action));
-                }
+                action => self.guarded(&mut runner, |engine| engine.perform(action)),
             }
         }
     }
 
-    /// Another thread is at work.
-    fn leave_to_other(&self, quick: bool, rounds: &mut Rounds) -> Next {
-        if let Some(claim) = self.desk.claim() {
-            rounds.serve(&claim);
+    /// Another thread runs the engine.
+    fn leave_to_other(&self, woken: Woken, state: &mut LoopState) -> Next {
+        /// A caller that was cancelled has this long to end a short statement, before its session is killed.
+        const GRACE: Duration = Duration::from_millis(100);
+        /// A cancel request that the server does not heed within this time ends the session.
+        const CANCEL_WITHIN: Duration = Duration::from_secs(1);
+        /// How soon to look again.
+        const AGAIN_AFTER: Duration = Duration::from_millis(5);
+        let Some(claim) = self.assignment.claim() else { return Next::sleep(state.nap) };
+        state.serve(&claim);
+        // Where one claim follows on another, their threads count on it to look often.
+        if !ptr::eq(state.claim.as_ptr(), &raw const *claim) {
+            (state.claim, state.nap) = (Arc::downgrade(&claim), QUICK);
         }
-        Next::sleep(if quick { TICK } else { ROUND })
+        if claim.make_caller_leave(GRACE, Instant::now() + CANCEL_WITHIN.min(self.heartbeat_timeout)) {
+            return Next::sleep(AGAIN_AFTER);
+        }
+        if claim.is_asked() {
+            claim.find_out(Instant::now() + CANCEL_WITHIN.min(self.heartbeat_timeout));
+            return Next::sleep(AGAIN_AFTER);
+        }
+        // The thread that runs the engine sees what is on the socket, too.
+        let watch = if woken == Woken::Readable { None } else { claim.socket() };
+        let watch = watch.map(|socket| Watch { socket, attention: Attention::HangUp });
+        let until = Instant::now() + state.nap;
+        state.nap = (2 * state.nap).min(LOOKS_EVERY);
+        Next::Sleep { until, watch }
     }
 
-    fn idle(&self, bench: &mut Bench, quick: bool) -> Next {
-        let since = *bench.ended_at.get_or_insert_with(Instant::now);
-        if bench.slot.is_some() && (since.elapsed() >= QUICK || self.pool.is_crowded()) {
-            self.give_back(bench);
+    /// There is no claim: gives the session back after 20 ms, and exits after 1 s.
+    fn idle(&self, runner: &mut RunnerState) -> Next {
+        let since = *runner.ended_at.get_or_insert_with(Instant::now);
+        if runner.slot.is_some() && (since.elapsed() >= QUICK || self.pool.is_crowded()) {
+            self.give_back(runner);
         }
-        let mut desk = self.desk.0.lock();
-        match *desk {
-            Assignment::Free if since.elapsed() >= LINGER => {
-                *desk = Assignment::Closed;
-                Next::Leave
-            }
-            Assignment::Closed => {
-                drop(desk);
-                if let Some(slot) = &mut bench.slot.take() {
+        match self.assignment.orders(since.elapsed() >= LINGER) {
+            Orders::TakeUp => Next::sleep(Duration::ZERO),
+            Orders::Wait if runner.slot.is_some() => Next::Sleep { until: since + QUICK, watch: None },
+            Orders::Wait => Next::Sleep { until: since + LINGER, watch: None },
+            Orders::Exit => Next::Exit,
+            Orders::ExitNow => {
+                if let Some(slot) = &mut runner.slot.take() {
                     slot.close(Instant::now() + self.heartbeat_timeout);
                 }
-                Next::Leave
+                Next::Exit
             }
-            // It has just come in.
-            Assignment::New { .. } => Next::sleep(Duration::ZERO),
-            _ if quick || bench.slot.is_some() => Next::sleep(TICK),
-            _ => Next::Sleep { until: since + LINGER, watch: None },
         }
     }
 
-    /// Takes lease and name off a session that nobody has come back for, and gives it to the pool.
-    fn give_back(&self, bench: &mut Bench) {
-        let Some(mut slot) = bench.slot.take() else { return };
+    /// Gives the session that was kept for a next claim to the pool, without lease and name.
+    fn give_back(&self, runner: &mut RunnerState) {
+        let Some(mut slot) = runner.slot.take() else { return };
         let by = Instant::now() + self.heartbeat_timeout;
         if let Some(session) = slot.session()
             && session.settle(&[], by).is_err()
@@ -366,76 +326,53 @@ impl Supervisor {
 
     // What both do.
 
-    /// Begins the work on a claim that has come in.
-    fn take_up(&self, bench: &mut Bench) {
-        if bench.work.is_some() {
+    /// Begins the engine of a claim that has come in.
+    fn take_up(&self, runner: &mut RunnerState) {
+        if runner.engine.is_some() {
             return;
         }
-        let (claim, terms) = {
-            let mut desk = self.desk.0.lock();
-            let Assignment::New { claim, terms } = &*desk else { return };
-            let (claim, terms) = (Arc::clone(claim), Arc::clone(terms));
-            *desk = Assignment::Taken(Arc::clone(&claim));
-            (claim, terms)
-        };
-        let is_quick = bench.ended_at.is_some_and(|at| at.elapsed() < QUICK);
-        bench.work = Some(Work::begin(&terms, claim, bench.slot.take(), is_quick));
+        let Some((claim, spec)) = self.assignment.take_up() else { return };
+        let is_quick = runner.ended_at.is_some_and(|at| at.elapsed() < QUICK);
+        runner.engine = Some(Engine::begin(&spec, claim, runner.slot.take(), is_quick));
     }
 
-    /// Runs what might panic, in which case the claim is over.
-    fn guarded(&self, bench: &mut Bench, run: impl FnOnce(&mut Work)) {
-        /// The work is dropped with this, which ends the claim, unless it goes back.
+    /// Runs `run` on the engine. If it panics, the claim is over.
+    fn guarded(&self, runner: &mut RunnerState, run: impl FnOnce(&mut Engine)) {
+        /// Drops the engine, which ends the claim, unless it was put back.
         struct Away<'a> {
             supervisor: &'a Supervisor,
-            work: Option<Work>,
+            engine: Option<Engine>,
         }
         impl Drop for Away<'_> {
             fn drop(&mut self) {
-                if self.work.is_some() {
-                    // No claim comes in between that nobody would watch.
-                    *self.supervisor.desk.0.lock() = Assignment::Closed;
-                    self.supervisor.alarm.ring();
+                if self.engine.is_some() {
+                    // Closed first, so that no claim is assigned that nobody would watch.
+                    self.supervisor.assignment.close();
+                    self.supervisor.wake();
                 }
             }
         }
-        let mut away = Away { supervisor: self, work: bench.work.take() };
-        if let Some(work) = &mut away.work {
-            run(work);
+        let mut away = Away { supervisor: self, engine: runner.engine.take() };
+        if let Some(engine) = &mut away.engine {
+            run(engine);
         }
-        bench.work = away.work.take();
+        runner.engine = away.engine.take();
     }
 
-    /// The claim has come to its end.
-    fn finish(&self, bench: &mut Bench) {
-        let Some(mut work) = bench.work.take() else { return };
-        if let Action::Finish(end) = work.next() {
-            bench.ended_at = Some(Instant::now());
-            work.finish(end, |slot| {
-                bench.slot = slot;
-                self.free();
+    /// Finishes a claim whose machine has ended.
+    fn finish(&self, runner: &mut RunnerState) {
+        let Some(mut engine) = runner.engine.take() else { return };
+        if let Action::Claim(_, claim::Action::Finish(end)) = engine.next() {
+            runner.ended_at = Some(Instant::now());
+            engine.finish(end, |slot| {
+                runner.slot = slot;
+                self.assignment.free();
             });
         }
     }
-
-    /// There is room for another claim.
-    fn free(&self) {
-        let mut desk = self.desk.0.lock();
-        if matches!(*desk, Assignment::Taken(_)) {
-            *desk = Assignment::Free;
-        }
-    }
 }
 
-impl Desk {
-    fn claim(&self) -> Option<Arc<Claim>> {
-        match &*self.0.lock() {
-            Assignment::New { claim, .. } | Assignment::Taken(claim) => Some(Arc::clone(claim)),
-            Assignment::Free | Assignment::Closed => None,
-        }
-    }
-}
-
-impl Watched for Desk {
+impl Watched for AssignmentCell {
     fn deadline(&self) -> Option<Instant> {
         self.claim()?.term_ends_at()
     }
@@ -447,12 +384,12 @@ impl Watched for Desk {
     }
 }
 
-impl Rounds {
-    /// Calls the thread after the lock that it looks after now. Whoever looks at a process sees which lock it is that hangs.
+impl LoopState {
+    /// Names the thread after the lock that it serves now, so that an operator sees which lock hangs.
     fn serve(&mut self, claim: &Claim) {
-        if self.served != claim.key() {
-            claim.key().clone_into(&mut self.served);
-            rename_thread(&self.served);
+        if self.key != claim.key() {
+            claim.key().clone_into(&mut self.key);
+            rename_thread(&self.key);
         }
     }
 }
@@ -461,11 +398,11 @@ fn thread_name(key: &str) -> String {
     format!("dsync:{}", key.replace('\0', ""))
 }
 
-/// Renames this thread, for those who look from outside; what the standard library calls it stays.
+/// Renames this thread for tools such as `ps`; the standard library keeps the former name.
 #[cfg(target_os = "linux")]
 fn rename_thread(key: &str) {
     if let Ok(name) = std::ffi::CString::new(thread_name(key)) {
-        // A name is for people, and the former one does no harm.
+        // If it fails, the thread keeps its former name.
         let _ = rustix::thread::set_name(&name);
     }
 }
@@ -476,6 +413,6 @@ fn rename_thread(_: &str) {}
 
 impl std::fmt::Debug for Supervisor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Supervisor").field("alarm", &self.alarm).finish_non_exhaustive()
+        f.debug_struct("Supervisor").finish_non_exhaustive()
     }
 }

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, chain};
 use crate::loss::LossReason;
-use crate::postgres::session::wire::Failure;
-use crate::postgres::stream::{DialError, Ended, HookError, Local, PasswordError, TimedOut};
+use crate::pg::session::wire::Failure;
+use crate::pg::stream::{DialError, Ended, HookError, Local, PasswordError, TimedOut};
 
 /// Why there is no session: an error in the making, with the kind that decides how to go on.
 #[derive(Debug)]

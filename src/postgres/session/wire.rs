@@ -11,7 +11,7 @@ use postgres::error::{Severity, SqlState};
 use postgres::fallible_iterator::FallibleIterator;
 
 use crate::loss::LossReason;
-use crate::postgres::stream::{Ended, SHORT_ANSWER, StreamControl};
+use crate::pg::stream::{Ended, SHORT_ANSWER, StreamControl};
 use crate::process::{Origin, PerProcess, may_drive};
 
 /// How long a session that is closed may take to say so to the server.

@@ -10,8 +10,8 @@
 //! it). The answer is set by the statement that waits, as one more column of it: what is planned after the grant is what
 //! makes a hand-over slow.
 
-use crate::postgres::session::open::Entry;
-use crate::postgres::sql::{Shape, Verb};
+use crate::pg::sql::Entry;
+use crate::pg::sql::{Shape, Verb};
 
 /// What came of a slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,12 +46,7 @@ pub(crate) fn preparation(verb: Verb, shape: Shape, statement: &str) -> String {
 }
 
 fn name(verb: Verb, shape: Shape) -> String {
-    format!(
-        "dsync_{}{}{}",
-        if verb == Verb::QueueAgain { "again" } else { "queue" },
-        if shape.pair { "_pair" } else { "" },
-        if shape.catalog { "_row" } else { "" }
-    )
+    format!("dsync_{}{}", if verb == Verb::QueueAgain { "again" } else { "queue" }, shape.name())
 }
 
 /// The message that runs a slice, for which there must have been a [`preparation`]. Its last row is the answer.

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::postgres::sql::{IS_CURRENT, fence};
+use crate::pg::sql::{IS_CURRENT, fence};
 
 /// The schema of the catalog. All statements are written for the one called `dsync`.
 #[derive(Clone, PartialEq, Eq)]

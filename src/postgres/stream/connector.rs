@@ -32,7 +32,7 @@ pub(super) struct Plan {
     pub(super) ssl_negotiation: SslNegotiation,
     pub(super) tls: Option<Tls>,
     pub(super) routes: Vec<Route>,
-    pub(super) bait: Bait,
+    pub(super) decoy: Decoy,
     /// With which of the routes the next attempt begins, and with which of its addresses.
     pub(super) begin: parking_lot::Mutex<(usize, Option<SocketAddr>)>,
 }
@@ -70,7 +70,7 @@ impl Route {
 /// The host name that the driver is given for the route `index`, and gives to the hook.
 ///
 /// Never a real name: a cancel token keeps it, and so a cancel request finds the way of its session again without
-/// being told. The real name is in the [`Route`]. The address that goes with it is the [`Bait`]'s.
+/// being told. The real name is in the [`Route`]. The address that goes with it is the [`Decoy`]'s.
 pub(super) fn key(index: usize) -> String {
     format!("route-{index}")
 }
@@ -133,11 +133,11 @@ async fn ask_for_tls(socket: &mut Socket) -> io::Result<bool> {
 /// connected under a watch. So it is led here; the connector drops what it is given and opens the real socket in its
 /// place. The listener never speaks. It is bound on first use and kept, since cancel tokens remember its port.
 #[derive(Debug, Default)]
-pub(super) struct Bait {
+pub(super) struct Decoy {
     listener: Mutex<Option<TcpListener>>,
 }
 
-impl Bait {
+impl Decoy {
     /// Where it listens. The connections that lie in its queue are thrown out first, so that there is room.
     pub(super) fn address(&self) -> io::Result<SocketAddr> {
         self.listening(|listener| {
@@ -199,7 +199,7 @@ pub(super) struct Progress {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub(super) enum Step {
-    /// The driver connects to the bait.
+    /// The driver connects to the decoy.
     Loopback,
     /// The socket is being opened.
     Connect,
@@ -293,7 +293,7 @@ impl TlsConnect<postgres::Socket> for Hook {
         drop(decoy);
         // The driver has its runtime by now.
         drop(connector.progress.turn.lock().take());
-        connector.plan.bait.drain();
+        connector.plan.decoy.drain();
         Box::pin(async move {
             let mut watch = Watch::new(connector.control.clone(), connector.setup);
             let transport = {

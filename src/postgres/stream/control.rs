@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use tokio::time::{Sleep, sleep_until};
 
 use super::socket::Socket;
-use crate::postgres::watchdog::{Watchdog, Watched};
+use crate::pg::watchdog::{Watchdog, Watched};
 
 /// Why a stream was ended from our side.
 ///
@@ -35,7 +35,7 @@ pub(crate) enum Ended {
 }
 
 impl Ended {
-    /// Looks for the mark in an error and all that caused it, so that it is found under the driver's errors.
+    /// Looks for it in an error and all its causes, since the driver wraps it in errors of its own.
     pub(crate) fn find(error: &(dyn Error + 'static)) -> Option<Self> {
         let mut next = Some(error);
         while let Some(error) = next {
@@ -108,6 +108,8 @@ struct Shared {
     waker: AtomicWaker,
     /// The socket, from when it is connected until the session is over.
     socket: Mutex<Option<Socket>>,
+    /// What a kill ends as well.
+    companion: Mutex<Option<StreamControl>>,
 }
 
 const LIVE: u8 = 0;
@@ -135,6 +137,7 @@ impl StreamControl {
                 established: AtomicBool::new(false),
                 waker: AtomicWaker::new(),
                 socket: Mutex::new(None),
+                companion: Mutex::new(None),
             }),
         }
     }
@@ -148,6 +151,24 @@ impl StreamControl {
         if let Some(socket) = self.socket() {
             socket.shut_down();
         }
+        let companion = self.shared.companion.lock().take();
+        if let Some(companion) = companion {
+            companion.kill();
+        }
+    }
+
+    /// A kill ends `other` as well, from now on or, if it has come before, at once.
+    pub(crate) fn take_along(&self, other: &Self) {
+        *self.shared.companion.lock() = Some(other.clone());
+        if self.is_dead() {
+            self.kill();
+        }
+    }
+
+    /// What was taken along goes its own way.
+    pub(crate) fn leave_behind(&self) {
+        let companion = self.shared.companion.lock().take();
+        drop(companion);
     }
 
     /// Sets, moves or clears the time at which a call on the session fails with [`Ended::DeadlinePassed`].

@@ -14,7 +14,7 @@ use postgres::{CancelToken, Client, Config};
 use r2d2::ManageConnection;
 use r2d2_postgres::PostgresConnectionManager;
 
-use super::connector::{Bait, Connector, HookError, Plan, Progress, Route, Step, key};
+use super::connector::{Connector, Decoy, HookError, Plan, Progress, Route, Step, key};
 use super::control::{Ended, SHORT_ANSWER, StreamControl};
 use super::password::Password;
 use super::resolve::resolve;
@@ -53,7 +53,7 @@ impl Dialer {
             ssl_negotiation: config.get_ssl_negotiation(),
             tls,
             routes,
-            bait: Bait::default(),
+            decoy: Decoy::default(),
             begin: parking_lot::Mutex::default(),
         };
         Ok(Self { plan: Arc::new(plan), password: None })
@@ -178,13 +178,13 @@ impl Dialer {
         progress: &mut Option<Arc<Progress>>,
     ) -> Result<Client, BoxedError> {
         let password = self.password.as_ref().map(|hook| hook.ask(control, until)).transpose()?;
-        let bait = self.plan.bait.address().map_err(|error| Local::Loopback(error.into()))?;
-        let turn = self.plan.bait.reserve().map_err(Local::Descriptors)?;
+        let decoy = self.plan.decoy.address().map_err(|error| Local::Loopback(error.into()))?;
+        let turn = self.plan.decoy.reserve().map_err(Local::Descriptors)?;
         let connector =
             Connector::new(Arc::clone(&self.plan), address, control.clone(), Role::Session, until, turn);
         let progress = &**progress.insert(connector.progress());
         let time = until.saturating_duration_since(Instant::now());
-        let mut config = self.single_host(index, bait, time);
+        let mut config = self.single_host(index, decoy, time);
         if let Some(password) = password {
             config.password(password);
         }
@@ -206,13 +206,13 @@ impl Dialer {
         }
     }
 
-    /// The user's configuration with the host `index` alone, at the `bait`, and our hook switched on.
-    fn single_host(&self, index: usize, bait: SocketAddr, connect_timeout: Duration) -> Config {
+    /// The user's configuration with the host `index` alone, at the `decoy`, and our hook switched on.
+    fn single_host(&self, index: usize, decoy: SocketAddr, connect_timeout: Duration) -> Config {
         let from = &self.plan.config;
         let mut to = Config::new();
         to.host(&key(index))
-            .hostaddr(bait.ip())
-            .port(bait.port())
+            .hostaddr(decoy.ip())
+            .port(decoy.port())
             .ssl_mode(SslMode::Require)
             .ssl_negotiation(SslNegotiation::Direct)
             .connect_timeout(connect_timeout)
@@ -256,10 +256,10 @@ impl Dialer {
         // The driver connects for as long as the session's configuration says; a thread of its own keeps us from that.
         let control = StreamControl::new();
         control.set_deadline(Some(deadline));
-        // Makes room in the queue of the bait.
-        self.plan.bait.address().map_err(|error| DialError::one(WHAT, Local::Loopback(error.into())))?;
+        // Makes room in the queue of the decoy.
+        self.plan.decoy.address().map_err(|error| DialError::one(WHAT, Local::Loopback(error.into())))?;
         let turn =
-            self.plan.bait.reserve().map_err(|error| DialError::one(WHAT, Local::Descriptors(error)))?;
+            self.plan.decoy.reserve().map_err(|error| DialError::one(WHAT, Local::Descriptors(error)))?;
         let plan = Arc::clone(&self.plan);
         let connector = Connector::new(plan, session.peer(), control.clone(), Role::Cancel, deadline, turn);
         let (done, outcome) = mpsc::sync_channel(1);
@@ -390,7 +390,7 @@ const DRIVER_PANICKED: &str = "the PostgreSQL driver panicked; it does when it c
 pub(crate) enum Local {
     /// There is no room for the driver's runtime.
     Descriptors(std::io::Error),
-    /// The bait could not be bound or reached.
+    /// The decoy could not be bound or reached.
     Loopback(BoxedError),
 }
 

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!   Dialer ── one address at a time ──▶ postgres::Config::connect(Connector)
-//!                                        │ the driver connects to the bait, on the loopback interface
+//!                                        │ the driver connects to the decoy, on the loopback interface
 //!                                        ▼
 //!                                    Connector: the real Socket, SSLRequest, the user's TLS
 //!                                        │

@@ -56,6 +56,11 @@ macro_rules! either {
 }
 
 impl Socket {
+    /// True if `other` is the same socket, and not another one.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// Connects over TCP, with the options of `config` that are the socket's.
     pub(super) async fn tcp(address: SocketAddr, config: &Config) -> Result<Self, SocketError> {
         let stream = TcpStream::connect(address).await?;
@@ -179,7 +184,7 @@ impl AsyncRead for Socket {
 }
 
 impl Socket {
-    /// Takes the mark off that there is something to read: a read that did not fill its buffer has emptied the socket.
+    /// Tells tokio that there is nothing left to read: a read that did not fill its buffer has emptied the socket.
     /// Without this every answer would cost one more read, which finds nothing.
     fn drained(&self) {
         let nothing = || io::Result::<()>::Err(io::ErrorKind::WouldBlock.into());

@@ -14,8 +14,9 @@ use rustls::pki_types::CertificateDer;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::*;
-use crate::postgres::claim::alarm::{Alarm, Woken};
-use crate::postgres::watchdog::Watchdog;
+use crate::pg::claim::alarm::{Alarm, Woken};
+use crate::pg::claim::bell::{Attention, PollBell, Watch};
+use crate::pg::watchdog::Watchdog;
 use server::Server;
 
 mod server;
@@ -127,15 +128,19 @@ fn the_end_of_a_session_wakes_a_thread_that_watches_its_socket() {
     let server = Server::start(true);
     let mut other = Client::connect(&server.unix_url(), NoTls).unwrap();
     for over_ in ALL {
-        for ends in ["by the server", "by a kill", "by a drop"] {
+        for (attention, ends) in [Attention::Anything, Attention::HangUp]
+            .into_iter()
+            .flat_map(|attention| ["by the server", "by a kill", "by a drop"].map(|ends| (attention, ends)))
+        {
             let (mut client, control) = open(&over(&server, over_));
             let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
             let socket = control.socket().unwrap();
-            let alarm = Alarm::new().unwrap();
+            let alarm = Alarm::new(PollBell::new().unwrap());
+            let watch = Watch { socket: socket.clone(), attention };
             // Nothing is left to read of what the session has said so far.
-            assert_eq!(alarm.sleep(0, Some(&socket), Instant::now() + SECOND / 20), Woken::Time);
+            assert_eq!(alarm.sleep(Instant::now() + SECOND / 20, Some(&watch)), Woken::Time);
             thread::scope(|scope| {
-                let watcher = scope.spawn(|| timed(|| alarm.sleep(0, Some(&socket), soon())));
+                let watcher = scope.spawn(|| timed(|| alarm.sleep(soon(), Some(&watch))));
                 sleep(SECOND / 50);
                 match ends {
                     "by the server" => {
@@ -148,10 +153,33 @@ fn the_end_of_a_session_wakes_a_thread_that_watches_its_socket() {
                     }
                 }
                 let (woken, time) = watcher.join().unwrap();
-                assert_eq!(woken, Woken::Socket, "{over_:?} {ends}");
+                assert_eq!(woken, Woken::Readable, "{over_:?} {ends}");
                 assert!(time < AT_ONCE, "{over_:?} {ends}: {time:?}");
             });
         }
+    }
+}
+
+/// So a thread that takes and gives back a lock many times a second disturbs no other one.
+#[cfg(target_os = "linux")]
+#[test]
+fn an_answer_does_not_wake_a_thread_that_watches_for_the_end_of_the_connection() {
+    let server = Server::start(true);
+    for over_ in ALL {
+        let (mut client, control) = open(&over(&server, over_));
+        let alarm = Alarm::new(PollBell::new().unwrap());
+        let watch = Watch { socket: control.socket().unwrap(), attention: Attention::HangUp };
+        let until = Instant::now() + SECOND / 5;
+        thread::scope(|scope| {
+            let watcher = scope.spawn(|| alarm.sleep(until, Some(&watch)));
+            let mut answers = 0;
+            while Instant::now() < until {
+                client.query_one("SELECT 1", &[]).unwrap();
+                answers += 1;
+            }
+            assert_eq!(watcher.join().unwrap(), Woken::Time, "{over_:?}, {answers} answers");
+            assert!(answers > 0);
+        });
     }
 }
 
@@ -426,7 +454,7 @@ fn a_unix_socket_that_cannot_be_opened_is_named_with_the_cause() {
 }
 
 #[test]
-fn many_unix_sessions_do_not_fill_the_queue_of_the_bait() {
+fn many_unix_sessions_do_not_fill_the_queue_of_the_decoy() {
     let server = Server::start(false);
     let dialer = over(&server, Over::Unix);
     thread::scope(|scope| {

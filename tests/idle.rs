@@ -81,13 +81,13 @@ fn one_supervisor_serves_a_hundred_keys_and_is_called_after_each_and_leaves() {
         assert_eq!(names, [format!("dsync key {number}")]);
         lock.release().unwrap();
     }
-    assert!(format!("{manager:?}").contains("resting: 1,"), "{manager:?}");
+    assert!(format!("{manager:?}").contains("idle_supervisors: 1,"), "{manager:?}");
 
     let begun = Instant::now();
     becomes("the supervisors", &0, || supervisors().len());
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     becomes("the descriptors", &before, descriptors);
-    assert!(format!("{manager:?}").contains("resting: 0,"), "it is remembered: {manager:?}");
+    assert!(format!("{manager:?}").contains("idle_supervisors: 0,"), "it is remembered: {manager:?}");
     claim_and_release(&manager, "key");
 }
 
@@ -119,7 +119,7 @@ fn claims_at_one_time_have_a_supervisor_each() {
     white.lock(&soon()).unwrap();
     becomes("the names", &named(&["blue", "white"]), names);
     assert!(supervisors().into_keys().eq(both.into_keys()));
-    assert!(format!("{manager:?}").contains("resting: 0,"), "{manager:?}");
+    assert!(format!("{manager:?}").contains("idle_supervisors: 0,"), "{manager:?}");
     blue.release().unwrap();
     white.release().unwrap();
 }
@@ -150,7 +150,7 @@ fn a_stop_lets_those_go_that_rest() {
     assert!(begun.elapsed() < Duration::from_millis(800), "they linger: {:?}", begun.elapsed());
     becomes("the sessions", &0, &mut sessions);
     assert!(begun.elapsed() < Duration::from_millis(800), "they linger: {:?}", begun.elapsed());
-    assert!(format!("{manager:?}").contains("resting: 0,"), "{manager:?}");
+    assert!(format!("{manager:?}").contains("idle_supervisors: 0,"), "{manager:?}");
     assert_eq!(held.lock(&soon()).unwrap_err().kind(), ErrorKind::SyncManagerStopped);
     assert_eq!(supervisors().len(), 0);
 }
@@ -344,7 +344,7 @@ fn a_stop_in_the_midst_ends_all_and_leaves_nothing() {
         let begun = Instant::now();
         becomes("the supervisors", &0, || supervisors().len());
         assert!(begun.elapsed() < Duration::from_millis(800), "they linger: {:?}", begun.elapsed());
-        assert!(format!("{:?}", service.manager).contains("resting: 0,"));
+        assert!(format!("{:?}", service.manager).contains("idle_supervisors: 0,"));
         becomes("the sessions", &0, || -> i64 {
             let query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
                          AND application_name LIKE 'dsync%' AND application_name <> 'dsync-test-support'";

@@ -8,29 +8,31 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use postgres::CancelToken;
 
 use crate::error::chain;
-use crate::postgres::stream::{Dialer, StreamControl};
+use crate::pg::stream::{Dialer, StreamControl};
 
-/// The lever of one claim on one session.
+/// The hold of one claim on one session, for other threads than the one that uses it.
 ///
 /// A cancel request names a session and hits whatever that runs when it arrives. So a request is sent during a slice
-/// only, and the slice is not over before its fate is known; and a link is closed before the session goes back to the
-/// pool, so that a late hand on the lever moves nothing.
+/// only, and the slice is not over before its fate is known; and the hold is closed before the session goes back to the
+/// pool, so that a thread that comes late changes nothing.
 #[derive(Debug)]
-pub(crate) struct Link {
-    control: StreamControl,
+pub(crate) struct SessionControl {
+    stream: StreamControl,
     dialer: Arc<Dialer>,
     token: Token,
-    state: Mutex<LinkState>,
+    state: Mutex<ControlState>,
     changed: Condvar,
 }
 
 struct Token(Arc<CancelToken>);
 
 #[derive(Debug)]
-struct LinkState {
+struct ControlState {
     /// The claim is to end: no further slice begins.
     interrupted: bool,
     slice: Slice,
+    /// How many slices have begun.
+    slices: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,13 +49,13 @@ enum Slice {
     Closed,
 }
 
-impl Link {
-    pub(crate) fn new(control: StreamControl, dialer: Arc<Dialer>, token: Arc<CancelToken>) -> Arc<Self> {
+impl SessionControl {
+    pub(crate) fn new(stream: StreamControl, dialer: Arc<Dialer>, token: Arc<CancelToken>) -> Arc<Self> {
         Arc::new(Self {
-            control,
+            stream,
             dialer,
             token: Token(token),
-            state: Mutex::new(LinkState { interrupted: false, slice: Slice::None }),
+            state: Mutex::new(ControlState { interrupted: false, slice: Slice::None, slices: 0 }),
             changed: Condvar::new(),
         })
     }
@@ -65,6 +67,7 @@ impl Link {
             return false;
         }
         state.slice = Slice::Running;
+        state.slices += 1;
         true
     }
 
@@ -86,45 +89,68 @@ impl Link {
 
     /// Ends the wait for the lock, if there is one, and lets no other begin. Blocks until `by` at the latest.
     pub(crate) fn interrupt(&self, by: Instant) {
+        let slice = {
+            let mut state = self.state.lock();
+            state.interrupted = true;
+            state.slices
+        };
+        self.cancel_slice(slice, by);
+    }
+
+    /// The number of the slice that is under way, if one is.
+    pub(crate) fn slice(&self) -> Option<u64> {
+        let state = self.state.lock();
+        (!matches!(state.slice, Slice::None | Slice::Closed)).then_some(state.slices)
+    }
+
+    /// Ends this wait for the lock, and no later one. Blocks until `by` at the latest; if the wait is not over then, it can be
+    /// ended by a kill only. Gives `false` in that case.
+    pub(crate) fn cancel_slice(&self, number: u64, by: Instant) -> bool {
         /// A request that finds the session idle has no effect, and the slice may not have reached the server yet.
         const AGAIN_AFTER: Duration = Duration::from_millis(20);
         let mut state = self.state.lock();
-        state.interrupted = true;
         match state.slice {
-            Slice::Running => {}
-            // Whatever else it does ends soon.
-            Slice::None | Slice::Cancelling | Slice::Cancelled { .. } | Slice::Closed => return,
+            Slice::Running if state.slices == number => {}
+            // It is over, and whatever else the session does ends soon; or another thread is at it.
+            _ => return true,
         }
         loop {
             state.slice = Slice::Cancelling;
             let outcome =
-                MutexGuard::unlocked(&mut state, || self.dialer.cancel(&self.control, &self.token.0, by));
+                MutexGuard::unlocked(&mut state, || self.dialer.cancel(&self.stream, &self.token.0, by));
             state.slice = Slice::Cancelled { known: outcome.is_ok() };
             self.changed.notify_all();
             if let Err(error) = outcome {
                 // Under the mutex, as in `kill`; the logger, which is the application's, not.
-                self.control.kill();
+                self.stream.kill();
                 drop(state);
                 log::debug!("could not cancel a wait, so its session will be closed: {}", chain(&error));
-                return;
+                return true;
             }
             self.changed.wait_for(&mut state, AGAIN_AFTER);
-            if !matches!(state.slice, Slice::Cancelled { .. }) || Instant::now() >= by {
-                return;
+            if state.slices != number || !matches!(state.slice, Slice::Cancelled { .. }) {
+                return true;
+            }
+            if Instant::now() >= by {
+                return false;
             }
         }
     }
 
     /// The stream of the session, to look at.
-    pub(crate) fn control(&self) -> &StreamControl {
-        &self.control
+    pub(crate) fn stream(&self) -> &StreamControl {
+        &self.stream
     }
 
-    /// Ends the session, if it is the claim's still.
-    pub(crate) fn kill(&self) {
-        if self.state.lock().slice != Slice::Closed {
-            self.control.kill();
+    /// Ends the session, if it is the claim's still; whether it was.
+    pub(crate) fn kill(&self) -> bool {
+        // Under the mutex, so that it is not another claim's when the stream ends.
+        let state = self.state.lock();
+        let is_ours = state.slice != Slice::Closed;
+        if is_ours {
+            self.stream.kill();
         }
+        is_ours
     }
 
     /// The session leaves the claim.

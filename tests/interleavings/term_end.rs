@@ -1,19 +1,9 @@
-//! All interleavings of threads that share an atomic state, by loom. The files are the library's own, with loom's atomics
-//! in the place of the standard library's.
-
-#![allow(dead_code, reason = "the files are used in part")]
+//! The end of a term by its time, and its renewal.
 
 use loom::sync::Arc;
 use loom::thread;
 
-#[path = "../src/expiry.rs"]
-mod expiry;
-
-mod sync {
-    pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
-}
-
-use expiry::End;
+use crate::expiry::End;
 
 #[test]
 fn a_term_that_was_seen_as_over_never_comes_back() {

@@ -1,0 +1,359 @@
+//! The life of a session: a pure state machine, without driver, channel or clock.
+
+use std::time::Duration;
+
+use crate::loss::LossReason;
+
+/// A moment, as the time since the engine began. A machine never asks what time it is: it is told.
+pub(crate) type Time = Duration;
+
+/// One session, from when it is wanted, over all the connections that it takes to have one.
+///
+/// ```text
+///                ┌───────── back-off over, or wanted ─────────┐
+///                ▼                                            │
+///   start ──► Opening ─────────────── failed ────────────► BackingOff
+///                │ ▲                                          ▲
+///         opened │ └── had served ──┐          ┌── had not ───┘
+///                ▼                  │          │
+///              Open ─── lost, or retired ──► Closing
+///                │ ▲                            ▲
+///     lock taken │ │ last lock given back       │
+///                ▼ │                            │
+///              Leased ⇄ Renewing ─── lost, or the lease not renewed in time
+/// ```
+///
+/// A claim uses the session while it is `Open`, `Leased` or `Renewing`: see [`claim::machine`](super::super::claim::machine).
+/// The lease is the session's, so it is renewed once for all the locks that are held by it.
+///
+/// Inputs: [`handle`](Self::handle), which takes what happened and gives what the claims must be told. Output:
+/// [`action`](Self::action), what is to be done next; it changes nothing, so it may be asked any number of times.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Machine {
+    timing: Timing,
+    state: State,
+    /// When the attempts began to fail; `None` while they succeed.
+    failing_since: Option<Time>,
+    /// A claim was told that the lock is free or taken, since this connection was opened.
+    has_served: bool,
+    /// The session refused a claim something, and is to be closed when that claim has left it; `patient` as in
+    /// [`Event::OpenFailed`].
+    retiring: Option<Retirement>,
+    /// Seeds the jitter of the back-off.
+    seed: u64,
+}
+
+/// The durations that govern a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Timing {
+    /// A term lasts this long, at the most, after the sending of the last heartbeat that was answered: the server's lease
+    /// less one heartbeat and the margin.
+    pub(crate) term: Duration,
+    /// A heartbeat is sent this long after the one before, at the latest.
+    pub(crate) heartbeat: Duration,
+    /// The times at which heartbeats are sent.
+    pub(crate) rhythm: Rhythm,
+}
+
+/// The times at which heartbeats are sent: at `offset`, and from then on once each `period`.
+///
+/// All sessions of a manager have one rhythm. So a process that holds many locks wakes up a few times, each time for several
+/// of them. With 100 locks, that halves the processor time: the second heartbeat finds in the caches what the first has
+/// loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Rhythm {
+    offset: Time,
+    /// Not zero.
+    period: Duration,
+}
+
+impl Rhythm {
+    /// 16 slots between two heartbeats of one session: coarse enough to batch wake-ups, fine enough to spread 1,000 locks.
+    const SLOTS: u32 = 16;
+
+    /// The rhythm of all that send a heartbeat that often, for an engine that begins `late`.
+    pub(crate) fn of(heartbeat: Duration, late: Duration) -> Self {
+        let period = (heartbeat / Self::SLOTS).max(Duration::from_nanos(1));
+        Self { offset: period - remainder(late, period), period }
+    }
+
+    /// The last of its times until `by`; if there is none, `by`.
+    fn last_until(self, by: Time) -> Time {
+        by.checked_sub(self.offset).map_or(by, |since| by - remainder(since, self.period))
+    }
+}
+
+fn remainder(time: Duration, divisor: Duration) -> Duration {
+    const SECOND: u128 = 1_000_000_000;
+    let nanos = time.as_nanos() % divisor.as_nanos();
+    Duration::new((nanos / SECOND) as u64, (nanos % SECOND) as u32)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum State {
+    /// A connection is being opened, or taken from the pool.
+    Opening,
+    /// None could be had; the next attempt is at this time.
+    BackingOff { until: Time },
+    /// It is open, and holds no lock.
+    Open,
+    /// It holds a lock; `renewed` is when the last statement was sent that showed so.
+    Leased { renewed: Time },
+    /// It holds a lock, and a heartbeat is due. Without a time the lock was granted so long ago that its term would be over:
+    /// a heartbeat must show that it is held still.
+    Renewing { renewed: Option<Time> },
+    /// The connection is of no use any more and must be closed.
+    Closing { then: Next },
+}
+
+/// What follows when a connection has been closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Next {
+    Open,
+    BackOff { patient: bool },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Retirement {
+    patient: bool,
+}
+
+/// What is to be done next for the session itself. Each is followed by one event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Action {
+    /// Take a session from the pool, and open it if need be: `Opened` or `OpenFailed`.
+    Open,
+    /// Do nothing until then: `TimePassed`, `Wanted`.
+    Pause { until: Time },
+    /// Whatever the claims ask for.
+    Serve,
+    /// The same, and watch the session until then: `TimePassed`, `Lost`.
+    Watch { until: Time },
+    /// Prove that the session is alive and holds its locks, by then at the latest: `Renewed`, `Lost`.
+    Renew { by: Time },
+    /// Close the session without ceremony; if the server has said that it ends it, see whether it has: `Closed`.
+    Close,
+}
+
+/// What happened to the session. `Lost` may follow each action, and each statement of a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Event {
+    /// There is a connection.
+    Opened,
+    /// There is none. `patient` if the cause will not go away by itself, so that the next attempt need not hurry.
+    OpenFailed { patient: bool },
+    /// The time that an action was given has passed.
+    TimePassed,
+    /// Somebody wants an attempt now.
+    Wanted,
+    /// A claim was told that the lock is taken.
+    Served,
+    /// A claim holds a lock; `sent` is when it was asked for.
+    LockTaken { sent: Time },
+    /// No claim holds a lock any more.
+    LastLockLeft,
+    /// The heartbeat sent at `sent` was answered.
+    Renewed { sent: Time },
+    /// The connection is over.
+    Lost(LossReason),
+    /// A claim was refused something, and is leaving the session.
+    Refused { patient: bool },
+    /// After `Refused`: no claim uses the session any more.
+    Retired,
+    /// The connection was closed; `gone` is whether the server has let go of all that it held, as far as is known.
+    Closed { gone: bool },
+}
+
+/// What the claims on the session must be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Notice {
+    /// There is a session.
+    Ready,
+    /// There was none to be had.
+    Unavailable,
+    /// What is held by it is held until then at least.
+    LeasedUntil(Time),
+    /// It is over, and everything that was held by it is lost.
+    Lost(LossReason),
+    /// No claim uses it any more, and it is being closed since it refused one something.
+    Retired,
+    /// The lost or retired one was closed.
+    Closed { gone: bool },
+}
+
+impl Machine {
+    /// Begins with a session that is wanted. `seed` decides the jitter of its back-off.
+    pub(crate) fn new(timing: Timing, seed: u64) -> Self {
+        Self { timing, state: State::Opening, failing_since: None, has_served: false, retiring: None, seed }
+    }
+
+    /// What to do next.
+    pub(crate) fn action(&self) -> Action {
+        match self.state {
+            State::Opening => Action::Open,
+            State::BackingOff { until } => Action::Pause { until },
+            State::Open => Action::Serve,
+            State::Leased { renewed } => Action::Watch { until: self.heartbeat_after(renewed) },
+            State::Renewing { renewed: Some(renewed) } => Action::Renew { by: self.term_end(renewed) },
+            // There is no term to lose yet, so the answer has the heartbeat's whole time, whenever the sending is.
+            State::Renewing { renewed: None } => Action::Renew { by: Time::MAX },
+            State::Closing { .. } => Action::Close,
+        }
+    }
+
+    /// Takes in what happened, at `now`; says what the claims must be told.
+    ///
+    /// An event that cannot follow the state changes nothing, and is reported: see [`misplaced`].
+    pub(crate) fn handle(&mut self, event: Event, now: Time) -> Option<Notice> {
+        match (self.state, event) {
+            (State::Opening, Event::Opened) => {
+                self.has_served = false;
+                self.retiring = None;
+                self.state = State::Open;
+                Some(Notice::Ready)
+            }
+            (State::Opening, Event::OpenFailed { patient }) => {
+                self.back_off(patient, now);
+                Some(Notice::Unavailable)
+            }
+
+            (State::BackingOff { until }, Event::TimePassed) if now >= until => self.go_to(State::Opening),
+            (State::BackingOff { .. }, Event::Wanted) => self.go_to(State::Opening),
+
+            (State::Open | State::Leased { .. } | State::Renewing { .. }, Event::Served) => {
+                self.failing_since = None;
+                self.has_served = true;
+                None
+            }
+            (State::Open | State::Leased { .. } | State::Renewing { .. }, Event::LockTaken { sent }) => {
+                self.lock_taken(sent, now)
+            }
+            (State::Leased { .. } | State::Renewing { .. }, Event::LastLockLeft) => self.go_to(State::Open),
+
+            (State::Leased { renewed }, Event::TimePassed) if now >= self.heartbeat_after(renewed) => {
+                self.go_to(State::Renewing { renewed: Some(renewed) })
+            }
+            (State::Renewing { .. }, Event::Renewed { sent }) => self.renewed(sent, now),
+
+            (State::Open | State::Leased { .. } | State::Renewing { .. }, Event::Lost(reason)) => {
+                self.lose(reason)
+            }
+            (State::Open | State::Leased { .. } | State::Renewing { .. }, Event::Refused { patient }) => {
+                self.retiring = Some(Retirement { patient });
+                None
+            }
+            (State::Open | State::Leased { .. } | State::Renewing { .. }, Event::Retired) => {
+                self.state = State::Closing { then: self.after_closing() };
+                Some(Notice::Retired)
+            }
+
+            (State::Closing { then }, Event::Closed { gone }) => {
+                match then {
+                    Next::Open => self.state = State::Opening,
+                    Next::BackOff { patient } => self.back_off(patient, now),
+                }
+                Some(Notice::Closed { gone })
+            }
+
+            // Too early: whoever has slept looks again.
+            (State::BackingOff { .. } | State::Leased { .. }, Event::TimePassed) => None,
+            // The pause is over already, or has not begun.
+            (State::Opening | State::Open | State::Leased { .. } | State::Renewing { .. }, Event::Wanted) => {
+                None
+            }
+            // Its connection is being closed for another reason already.
+            (State::Closing { .. }, Event::Wanted | Event::Lost(_) | Event::LastLockLeft) => None,
+            (state, event) => {
+                misplaced(&state, &event);
+                None
+            }
+        }
+    }
+
+    /// Whether it is to be closed when no claim uses it any more.
+    pub(crate) fn is_retiring(&self) -> bool {
+        self.retiring.is_some()
+            && !matches!(self.state, State::Opening | State::BackingOff { .. } | State::Closing { .. })
+    }
+
+    /// True if the time of a term on this session is over, whatever else has happened.
+    pub(crate) fn lease_is_over(&self, now: Time) -> bool {
+        matches!(self.state, State::Leased { renewed } | State::Renewing { renewed: Some(renewed) } if now >= self.term_end(renewed))
+    }
+
+    /// When a heartbeat is due after one that was sent at `renewed`.
+    fn heartbeat_after(&self, renewed: Time) -> Time {
+        self.timing.rhythm.last_until(renewed + self.timing.heartbeat)
+    }
+
+    /// When a term ends that was renewed by a heartbeat sent at `renewed`.
+    fn term_end(&self, renewed: Time) -> Time {
+        renewed + self.timing.term
+    }
+
+    fn go_to(&mut self, state: State) -> Option<Notice> {
+        self.state = state;
+        None
+    }
+
+    /// A lock was asked for at `sent` and is ours, which renews the lease as a heartbeat does. If that was too long ago (the
+    /// wait took its time, the process was frozen before it read the answer) the server may have taken the lock away again:
+    /// then a heartbeat must ask first.
+    fn lock_taken(&mut self, sent: Time, now: Time) -> Option<Notice> {
+        self.failing_since = None;
+        self.has_served = true;
+        let renewed = match self.state {
+            State::Leased { renewed } | State::Renewing { renewed: Some(renewed) } => renewed.max(sent),
+            _ => sent,
+        };
+        if now >= self.term_end(renewed) {
+            return self.go_to(State::Renewing { renewed: None });
+        }
+        self.state = State::Leased { renewed };
+        Some(Notice::LeasedUntil(self.term_end(renewed)))
+    }
+
+    fn renewed(&mut self, sent: Time, now: Time) -> Option<Notice> {
+        if now >= self.term_end(sent) {
+            return self.go_to(State::Renewing { renewed: None });
+        }
+        self.state = State::Leased { renewed: sent };
+        Some(Notice::LeasedUntil(self.term_end(sent)))
+    }
+
+    fn lose(&mut self, reason: LossReason) -> Option<Notice> {
+        self.state = State::Closing { then: self.after_closing() };
+        Some(Notice::Lost(reason))
+    }
+
+    /// A session that was refused something may be refused it again, and one that was of no use was perhaps a stale one of
+    /// the pool, or the server is going down.
+    fn after_closing(&self) -> Next {
+        match self.retiring {
+            Some(Retirement { patient }) => Next::BackOff { patient },
+            None if self.has_served => Next::Open,
+            None => Next::BackOff { patient: false },
+        }
+    }
+
+    /// Waits for a fraction of the time that the attempts have been failing: quick after a short outage, considerate in
+    /// a long one. That is exponential growth, with a pace that does not depend on how long an attempt takes.
+    fn back_off(&mut self, patient: bool, now: Time) {
+        const SHORTEST: Duration = Duration::from_millis(5);
+        const SHORTEST_IF_PATIENT: Duration = Duration::from_millis(200);
+        const LONGEST: Duration = Duration::from_secs(2);
+        let since = *self.failing_since.get_or_insert(now);
+        let shortest = if patient { SHORTEST_IF_PATIENT } else { SHORTEST };
+        let pause = ((now - since) / 8).clamp(shortest, LONGEST);
+        // Between one half and the whole of it, so that many sessions do not come back in step.
+        let jitter = fastrand::Rng::with_seed(self.seed ^ now.subsec_nanos() as u64).f32();
+        self.state = State::BackingOff { until: now + pause.mul_f32(0.5 + jitter / 2.0) };
+    }
+}
+
+/// Reports an event that cannot follow the state: a fault of the library. It stops a debug build; in a release build the
+/// machine stays where it is, which the deadlines of its claims bound.
+pub(crate) fn misplaced(state: &dyn std::fmt::Debug, event: &dyn std::fmt::Debug) {
+    log::error!("{event:?} cannot happen in {state:?}; please report this");
+    debug_assert!(false, "{event:?} cannot happen in {state:?}");
+}

@@ -1,0 +1,53 @@
+//! The statement that tells who holds and who waits.
+
+/// Whose locks are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// All keys that have a row in the catalog, and whose lock is held or waited for.
+    All,
+    /// One key: `$1` the key, `$2` whether it is a pair, `$3` namespace and `$4` name, by which its row is known.
+    One {
+        /// Whether there is a catalog to look into.
+        catalog: bool,
+    },
+}
+
+/// Who holds and who waits: namespace, key, granted, backend, address, application name, token, annotation, since, seconds
+/// of waiting. Of each key, first the holder, then the waiters in their order.
+///
+/// `pg_locks` is looked at once, so that what comes is the state of one moment. A row whose holder is not the one that
+/// has the lock tells nothing of this term; nor does one that is older than the backend, whose process id is used again.
+pub(crate) fn inspect(scope: Scope) -> String {
+    const THIS_KEY: &str =
+        "AND (locks.classid::int8 << 32 | locks.objid::int8) = $1::int8 AND (locks.objsubid = 2) = $2::bool";
+    let (which, row) = match scope {
+        Scope::All => ("", "JOIN dsync.lock AS lock ON lock.id = found.id AND lock.pair = found.pair"),
+        Scope::One { catalog: true } => (
+            THIS_KEY,
+            "LEFT JOIN dsync.lock AS lock ON lock.id = found.id AND lock.pair = found.pair \
+             AND lock.namespace = $3::text AND lock.key = $4::text",
+        ),
+        Scope::One { catalog: false } => (
+            THIS_KEY,
+            "CROSS JOIN (SELECT $3::text AS namespace, $4::text AS key, NULL::int8 AS token, \
+                                NULL::bytea AS annotation, NULL::int4 AS pid, NULL::timestamptz AS since) AS lock",
+        ),
+    };
+    format!(
+        "WITH found AS MATERIALIZED ( \
+             SELECT locks.pid, locks.granted, locks.waitstart, pg_catalog.clock_timestamp() AS now, \
+                    (locks.classid::int8 << 32 | locks.objid::int8) AS id, (locks.objsubid = 2) AS pair \
+             FROM pg_locks AS locks WHERE locks.locktype = 'advisory' \
+             AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database()) {which}) \
+         SELECT lock.namespace, lock.key, found.granted, found.pid, activity.client_addr, activity.application_name, \
+                CASE WHEN term.holds THEN lock.token END, CASE WHEN term.holds THEN lock.annotation END, \
+                CASE WHEN term.holds THEN lock.since END, \
+                coalesce(greatest(extract(epoch FROM found.now - found.waitstart)::float8, 0), 0) \
+         FROM found {row} \
+         LEFT JOIN pg_stat_activity AS activity ON activity.pid = found.pid \
+         CROSS JOIN LATERAL (SELECT found.granted AND found.pid = lock.pid \
+                                    AND coalesce(activity.backend_start <= lock.since, true) AS holds) AS term \
+         ORDER BY lock.namespace, lock.key, found.id, found.pair, found.granted DESC, \
+                  term.holds DESC NULLS LAST, found.waitstart NULLS LAST, found.pid"
+    )
+}

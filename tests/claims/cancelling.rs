@@ -1,0 +1,325 @@
+//! Callers whose context is cancelled while they ask the server themselves: they leave at once, and the claim goes on.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::bounded;
+use dsync::{Config, Context, ErrorKind, Lock, LockOptions, SyncManager};
+use support::Server;
+use support::process::{Signal, signal};
+
+use crate::common::{PATIENCE, SilentHost, becomes, begin, kind, lock, soon, started};
+
+/// A caller that is in the midst of a short statement is given 100 ms to end it; the rest is for a busy machine.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+fn waiters(server: &Server) -> usize {
+    let statement = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+    let count: i64 = server.client().unwrap().query_one(statement, &[]).unwrap().get(0);
+    count.try_into().unwrap()
+}
+
+#[test]
+fn a_cancelled_wait_ends_at_once_and_the_claim_goes_on() {
+    let server = Server::start().unwrap();
+    let config = || Config::from_url(&server.url()).unwrap().wait_slice(Duration::from_secs(30));
+    let (holding, waiting) = (started(config()), started(config()));
+    let (holder, waiter) = (lock(&holding, "x"), lock(&waiting, "x"));
+    for round in 0..5 {
+        holder.lock(&soon()).unwrap();
+        let (context, canceller) = Context::background().with_cancel();
+        let call = {
+            let waiter = Arc::clone(&waiter);
+            begin(move || waiter.lock(&context))
+        };
+        becomes("the queue", &1, || waiters(&server));
+        let begun = Instant::now();
+        canceller.cancel();
+        assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+        assert!(begun.elapsed() < AT_ONCE, "round {round}: {:?}", begun.elapsed());
+        // In the background, by the thread that ended the call's wait.
+        becomes("the queue", &1, || waiters(&server));
+        holder.release().unwrap();
+        waiter.wait(&soon()).unwrap();
+        waiter.release().unwrap();
+    }
+}
+
+#[test]
+fn a_cancelled_caller_does_not_end_the_wait_of_another_one() {
+    let server = Server::start().unwrap();
+    let config = || Config::from_url(&server.url()).unwrap();
+    let (holding, waiting) = (started(config()), started(config()));
+    let (holder, waiter) = (lock(&holding, "x"), lock(&waiting, "x"));
+    holder.lock(&soon()).unwrap();
+    let mut cancellers = Vec::new();
+    let calls: Vec<_> = (0..4)
+        .map(|_| {
+            let (context, canceller) = soon().with_cancel();
+            cancellers.push(canceller);
+            let waiter = Arc::clone(&waiter);
+            begin(move || waiter.lock(&context))
+        })
+        .collect();
+    becomes("the queue", &1, || waiters(&server));
+    let patient = {
+        let waiter = Arc::clone(&waiter);
+        begin(move || waiter.lock(&soon()))
+    };
+    for (call, canceller) in calls.into_iter().zip(cancellers) {
+        let begun = Instant::now();
+        canceller.cancel();
+        assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+        assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
+        assert!(!patient.is_ready());
+    }
+    holder.release().unwrap();
+    patient.get().unwrap();
+    waiter.release().unwrap();
+}
+
+/// A statement that the server does not answer cannot be cancelled at the server, so the session goes.
+#[test]
+fn a_call_is_cancelled_while_the_server_does_not_answer() {
+    let server = Server::start().unwrap();
+    let manager = started(Config::from_url(&server.url()).unwrap());
+    let lock = lock(&manager, "x");
+    lock.lock(&soon()).unwrap();
+    lock.release().unwrap();
+    let frozen = server.freeze().unwrap();
+    let (context, canceller) = Context::background().with_cancel();
+    let call = {
+        let lock = Arc::clone(&lock);
+        begin(move || lock.lock(&context))
+    };
+    // There is nothing to be seen of a statement that nobody answers.
+    thread::sleep(Duration::from_millis(50));
+    let begun = Instant::now();
+    canceller.cancel();
+    assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+    assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
+    frozen.thaw();
+    lock.wait(&soon()).unwrap();
+    lock.release().unwrap();
+}
+
+/// Nor does it heed the cancel request that is to end a wait.
+#[test]
+fn a_wait_is_cancelled_while_the_server_does_not_answer() {
+    let server = Server::start().unwrap();
+    let config = || Config::from_url(&server.url()).unwrap();
+    let (holding, waiting) = (started(config()), started(config()));
+    let (holder, waiter) = (lock(&holding, "x"), lock(&waiting, "x"));
+    holder.lock(&soon()).unwrap();
+    let (context, canceller) = Context::background().with_cancel();
+    let call = {
+        let waiter = Arc::clone(&waiter);
+        begin(move || waiter.lock(&context))
+    };
+    becomes("the queue", &1, || waiters(&server));
+    let frozen = server.freeze().unwrap();
+    let begun = Instant::now();
+    canceller.cancel();
+    assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+    // The request has a second.
+    assert!(begun.elapsed() < 2 * AT_ONCE, "{:?}", begun.elapsed());
+    frozen.thaw();
+    let _ = holder.release();
+    waiter.wait(&soon()).unwrap();
+    waiter.release().unwrap();
+}
+
+#[test]
+fn a_call_is_cancelled_while_it_connects() {
+    let silent = SilentHost::new();
+    let server = Server::start().unwrap();
+    let url = format!(
+        "host=127.0.0.1,127.0.0.1 port={},{} user=postgres dbname=postgres",
+        silent.port(),
+        server.port()
+    );
+    let config = Config::from_url(&url).unwrap().connect_timeout(Duration::from_secs(20));
+    let manager = dsync::PostgresManager::new(config).unwrap();
+    let manager = Arc::new(manager);
+    let starting = {
+        let manager = Arc::clone(&manager);
+        begin(move || manager.start())
+    };
+    becomes("the start", &true, || {
+        manager.lock("x", LockOptions::new()).unwrap().try_lock(&cancelled()).is_err()
+    });
+    let lock = lock(&manager, "x");
+    let (context, canceller) = Context::background().with_cancel();
+    let call = {
+        let lock = Arc::clone(&lock);
+        begin(move || lock.lock(&context))
+    };
+    thread::sleep(Duration::from_millis(50));
+    let begun = Instant::now();
+    canceller.cancel();
+    assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+    assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
+    manager.stop().unwrap();
+    let _ = starting.get();
+}
+
+fn cancelled() -> Context {
+    let (context, canceller) = Context::background().with_cancel();
+    canceller.cancel();
+    context
+}
+
+/// Whenever the cancellation comes: before the call, at the beginning of a statement, at its end, or too late.
+#[test]
+fn a_cancellation_is_heard_whenever_it_comes() {
+    let server = Server::start().unwrap();
+    let config = || Config::from_url(&server.url()).unwrap();
+    let (holding, waiting) = (started(config()), started(config()));
+    let (holder, waiter) = (lock(&holding, "x"), lock(&waiting, "x"));
+    for round in 0..300_u64 {
+        holder.lock(&soon()).unwrap();
+        let (context, canceller) = Context::background().with_cancel();
+        let call = {
+            let waiter = Arc::clone(&waiter);
+            begin(move || waiter.lock(&context))
+        };
+        let until = Instant::now() + Duration::from_micros(round * 7);
+        while Instant::now() < until {
+            std::hint::spin_loop();
+        }
+        let begun = Instant::now();
+        canceller.cancel();
+        assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+        assert!(begun.elapsed() < AT_ONCE, "round {round}: {:?}", begun.elapsed());
+        // On a machine that is so busy that the caller could not leave by itself, its session was closed.
+        if let Err(error) = waiter.release() {
+            assert_eq!(error.kind(), ErrorKind::UnlockFailed, "{error}");
+        }
+        holder.release().unwrap();
+    }
+    waiter.lock(&soon()).unwrap();
+    waiter.release().unwrap();
+}
+
+/// The server takes the request, and the session that it is for does not answer.
+#[test]
+fn a_wait_is_cancelled_while_only_its_own_session_does_not_answer() {
+    let server = Server::start().unwrap();
+    let config = || Config::from_url(&server.url()).unwrap();
+    let (holding, waiting) = (started(config()), started(config()));
+    let (holder, waiter) = (lock(&holding, "x"), lock(&waiting, "x"));
+    holder.lock(&soon()).unwrap();
+    let (context, canceller) = Context::background().with_cancel();
+    let call = {
+        let waiter = Arc::clone(&waiter);
+        begin(move || waiter.lock(&context))
+    };
+    becomes("the queue", &1, || waiters(&server));
+    let statement = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+    let pid: i32 = server.client().unwrap().query_one(statement, &[]).unwrap().get(0);
+    signal(pid, Signal::Stop).unwrap();
+    let begun = Instant::now();
+    canceller.cancel();
+    let outcome = kind(call.get());
+    let took = begun.elapsed();
+    signal(pid, Signal::Continue).unwrap();
+    assert_eq!(outcome, ErrorKind::Cancelled);
+    assert!(took < 2 * AT_ONCE, "{took:?}");
+    holder.release().unwrap();
+    waiter.wait(&soon()).unwrap();
+    waiter.release().unwrap();
+}
+
+#[test]
+fn a_slow_valuer_does_not_outlast_a_cancellation() {
+    let server = Server::start().unwrap();
+    let manager = started(Config::from_url(&server.url()).unwrap());
+    let (entered, enters) = bounded(1);
+    let (leave, left) = bounded::<()>(0);
+    let valuer = Arc::new(move || {
+        let _ = entered.try_send(());
+        let _ = left.recv();
+        Vec::new()
+    });
+    let lock = manager.lock("x", LockOptions::new().valuer(valuer)).unwrap();
+    let (context, canceller) = Context::background().with_cancel();
+    let call = {
+        let lock = Arc::clone(&lock);
+        begin(move || lock.lock(&context))
+    };
+    enters.recv_timeout(PATIENCE).unwrap();
+    let begun = Instant::now();
+    canceller.cancel();
+    assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+    assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
+    drop(leave);
+    lock.wait(&soon()).unwrap();
+    lock.release().unwrap();
+}
+
+#[test]
+fn a_cancellation_does_not_use_up_the_one_attempt_of_another_caller() {
+    let server = Server::start().unwrap();
+    let manager = started(Config::from_url(&server.url()).unwrap().connect_timeout(Duration::from_secs(20)));
+    // It takes the session of the start.
+    let other = lock(&manager, "other");
+    other.lock(&soon()).unwrap();
+    let lock = lock(&manager, "x");
+    let frozen = server.freeze().unwrap();
+    let (context, canceller) = Context::background().with_cancel();
+    let cancelled = {
+        let lock = Arc::clone(&lock);
+        begin(move || lock.lock(&context))
+    };
+    // Nothing is to be seen of an attempt to connect to a server that does not answer.
+    thread::sleep(Duration::from_millis(100));
+    let once = {
+        let lock = Arc::clone(&lock);
+        begin(move || lock.try_lock(&Context::timeout(Duration::ZERO)))
+    };
+    thread::sleep(Duration::from_millis(100));
+    canceller.cancel();
+    assert_eq!(kind(cancelled.get()), ErrorKind::Cancelled);
+    frozen.thaw();
+    once.get().unwrap();
+    lock.release().unwrap();
+}
+
+/// A thread that has had to wait for the lock asks by a statement that waits. Who asks beside it is told the truth.
+#[test]
+fn try_lock_beside_a_thread_that_has_waited_before_is_not_told_of_a_holder_that_is_not_there() {
+    let server = Server::start().unwrap();
+    let config = || Config::from_url(&server.url()).unwrap();
+    let (ours, theirs) = (started(config()), started(config()));
+    let (lock, rival) = (lock(&ours, "x"), lock(&theirs, "x"));
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let taking_turns = |lock: Arc<dyn Lock>, until: &'static str| {
+            let done = &done;
+            scope.spawn(move || {
+                for turn in 0.. {
+                    match lock.lock(&soon()) {
+                        Ok(()) => drop(lock.release()),
+                        Err(error) => assert_eq!(error.kind(), ErrorKind::Released),
+                    }
+                    if done.load(SeqCst) || (until == "fifty" && turn == 50) {
+                        break;
+                    }
+                }
+            })
+        };
+        let mine = taking_turns(Arc::clone(&lock), "done");
+        taking_turns(rival, "fifty").join().unwrap();
+        theirs.stop().unwrap();
+        // From here on nobody else wants the key.
+        for _ in 0..2_000 {
+            let outcome = lock.try_lock(&soon()).map_err(|error| error.kind());
+            assert!(matches!(outcome, Ok(()) | Err(ErrorKind::Released)), "{outcome:?}");
+        }
+        done.store(true, SeqCst);
+        mine.join().unwrap();
+    });
+}

@@ -1,0 +1,54 @@
+//! All interleavings of threads that share something, by loom. The files are the library's own, with loom's mutexes and atomics
+//! in the place of the real ones.
+//!
+//! Loom interrupts each run twice at the most. A wake-up that is missed is a
+//! sleep that nothing ends, which loom reports as a deadlock.
+
+#![allow(dead_code, unused_imports, unreachable_pub, reason = "the files are used in part")]
+#![allow(clippy::unwrap_used, reason = "all of it is a test")]
+
+#[path = "../../src/postgres/claim/alarm.rs"]
+mod alarm;
+#[path = "../../src/postgres/claim/assignment.rs"]
+mod assignment;
+mod bell;
+mod cancel;
+#[path = "../../src/cancellation.rs"]
+mod cancellation;
+#[path = "../../src/error.rs"]
+mod error;
+#[path = "../../src/expiry.rs"]
+mod expiry;
+mod hand_over;
+#[path = "../../src/postgres/claim/idle.rs"]
+mod idle;
+mod idle_list;
+#[path = "../../src/loss.rs"]
+mod loss;
+#[path = "../../src/postgres/claim/shared.rs"]
+mod shared;
+mod stand_in;
+mod sync;
+mod term_end;
+#[path = "../../src/postgres/claim/turns.rs"]
+mod turns;
+mod wake_up;
+
+/// Where the library has its files, and what of the library is not tried here.
+mod pg {
+    pub(crate) use crate::stand_in::{session, stream};
+
+    pub(crate) mod claim {
+        pub(crate) use crate::idle_list as supervisor;
+        pub(crate) use crate::stand_in::spec;
+        pub(crate) use crate::{alarm, assignment, idle, shared};
+    }
+}
+pub(crate) use stand_in::{context, key, term};
+
+/// Runs `model` in all orders in which its threads can, with at most two interruptions that no wait calls for.
+fn explore(model: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound.get_or_insert(2);
+    builder.check(model);
+}
