@@ -189,6 +189,11 @@ impl Engine {
         }
     }
 
+    /// True if there is an open session at hand.
+    pub(crate) fn has_session(&self) -> bool {
+        self.slot.as_ref().is_some_and(|slot| slot.is_open())
+    }
+
     /// True if the session is known to be over.
     pub(crate) fn is_cut_off(&mut self) -> bool {
         self.session().is_none_or(|session| session.is_over())

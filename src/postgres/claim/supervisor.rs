@@ -1,6 +1,7 @@
 //! The thread of a claim: watches and renews what is held, does what callers do not do, and makes cancelled callers leave.
 
 use std::io;
+use std::mem;
 use std::ptr;
 use std::sync::{Arc, Weak};
 use std::thread;
@@ -24,6 +25,9 @@ use crate::sync::MutexGuard;
 /// A claim that follows within 20 ms on another one is quick: the session is kept for the next. For as long, a
 /// term that has just begun is watched for the end of the connection only, so that no answer to a caller wakes the supervisor.
 const QUICK: Duration = Duration::from_millis(20);
+
+/// A term that is left alone is watched for whatever the server says from 1 ms after its beginning.
+const SHORTEST_NAP: Duration = Duration::from_millis(1);
 
 /// The thread of a supervisor without a claim exits after 1 s.
 const LINGER: Duration = Duration::from_secs(1);
@@ -58,6 +62,8 @@ struct RunnerState {
     ended_at: Option<Instant>,
     /// When a thread of the application last ran the engine.
     called_at: Instant,
+    /// A thread of the application has opened the session, and the supervisor has not looked since.
+    has_new_session: bool,
 }
 
 /// What the thread remembers from one look to the next.
@@ -66,6 +72,8 @@ struct LoopState {
     key: String,
     /// How long it sleeps if the next look finds another thread running the engine.
     nap: Duration,
+    /// When a thread of the application had last run the engine, at the last look.
+    called_at: Instant,
     /// The claim beside which it napped last.
     claim: Weak<Claim>,
 }
@@ -92,7 +100,13 @@ impl Supervisor {
         spec: &Arc<LockSpec>,
         idle: &Arc<IdleSupervisors>,
     ) -> io::Result<Arc<Self>> {
-        let runner = RunnerState { engine: None, slot: None, ended_at: None, called_at: Instant::now() };
+        let runner = RunnerState {
+            engine: None,
+            slot: None,
+            ended_at: None,
+            called_at: Instant::now(),
+            has_new_session: false,
+        };
         let supervisor = Arc::new(Self {
             pool: Arc::clone(&spec.pool),
             heartbeat_timeout: spec.plan.heartbeat_timeout,
@@ -161,15 +175,19 @@ impl Supervisor {
                 // The supervisor gives a session that was kept to the pool then.
                 break runner.slot.is_some().then(|| Instant::now() + QUICK);
             }
+            let opens = action == Action::Session(session::Action::Open) && !engine.has_session();
             if leave.is_some_and(|leave| leave.is_made()) || !engine.allows(caller, action) {
                 break match action {
                     Action::Session(session::Action::Watch { until }) => Some(engine.at(until)),
                     _ => Some(Instant::now()),
                 };
             }
+            runner.has_new_session |= opens;
             self.guarded(&mut runner, |engine| engine.perform(action));
             helped = true;
         };
+        // To open a session takes so long that to wake the supervisor costs nothing beside it.
+        let look_by = if runner.has_new_session { Some(Instant::now()) } else { look_by };
         if leave.is_some() {
             claim.set_caller(None);
         }
@@ -177,7 +195,8 @@ impl Supervisor {
             runner.called_at = Instant::now();
         }
         let socket = runner.engine.as_ref().and_then(Engine::socket);
-        self.turns.leave(runner, look_by, socket.as_ref(), QUICK);
+        let soon = if runner.has_new_session { Duration::ZERO } else { QUICK };
+        self.turns.leave(runner, look_by, socket.as_ref(), soon);
         helped
     }
 
@@ -202,7 +221,7 @@ impl Supervisor {
             }
         }
         let _closing = Closing(self);
-        let mut state = LoopState { key, nap: QUICK, claim: Weak::new() };
+        let mut state = LoopState { key, nap: SHORTEST_NAP, claim: Weak::new(), called_at: Instant::now() };
         let mut woken = Woken::Called;
         loop {
             let next = match self.turns.take_to_look() {
@@ -218,7 +237,6 @@ impl Supervisor {
 
     /// Does all that is due; returns how long to sleep.
     fn look(&self, mut runner: MutexGuard<'_, RunnerState>, woken: Woken, state: &mut LoopState) -> Next {
-        state.nap = QUICK;
         self.take_up(&mut runner);
         if let Some(engine) = &runner.engine {
             state.serve(engine.claim());
@@ -226,6 +244,9 @@ impl Supervisor {
         let mut readable = woken == Woken::Readable;
         loop {
             let called_at = runner.called_at;
+            if mem::take(&mut runner.has_new_session) {
+                (state.nap, state.called_at) = (SHORTEST_NAP, called_at);
+            }
             let Some(engine) = &mut runner.engine else { return self.idle(&mut runner) };
             match engine.next() {
                 Action::Claim(_, claim::Action::Finish(_)) => self.finish(&mut runner),
@@ -246,8 +267,10 @@ impl Supervisor {
                 }
                 Action::Session(session::Action::Watch { until }) => {
                     let until = engine.at(until);
-                    let quick_until = called_at + QUICK;
-                    let is_quick = Instant::now() < quick_until;
+                    // As long as others come and go it naps, each time for twice as long.
+                    let is_quick = mem::replace(&mut state.called_at, called_at) != called_at;
+                    let quick_until = Instant::now() + state.nap;
+                    state.nap = if is_quick { (2 * state.nap).min(QUICK) } else { SHORTEST_NAP };
                     let attention = if is_quick { Attention::HangUp } else { Attention::Anything };
                     let watch = engine.socket().map(|socket| Watch { socket, attention });
                     return Next::Sleep {
@@ -275,9 +298,9 @@ impl Supervisor {
         let Some(claim) = self.assignment.claim() else { return Next::sleep(state.nap) };
         state.serve(&claim);
         // Where one claim follows on another, their threads count on it to look often.
-        if !ptr::eq(state.claim.as_ptr(), &raw const *claim) {
-            (state.claim, state.nap) = (Arc::downgrade(&claim), QUICK);
-        }
+        let follows =
+            !ptr::eq(mem::replace(&mut state.claim, Arc::downgrade(&claim)).as_ptr(), &raw const *claim);
+        let longest = if follows { QUICK } else { LOOKS_EVERY };
         if claim.make_caller_leave(GRACE, Instant::now() + CANCEL_WITHIN.min(self.heartbeat_timeout)) {
             return Next::sleep(AGAIN_AFTER);
         }
@@ -288,8 +311,8 @@ impl Supervisor {
         // The thread that runs the engine sees what is on the socket, too.
         let watch = if woken == Woken::Readable { None } else { claim.socket() };
         let watch = watch.map(|socket| Watch { socket, attention: Attention::HangUp });
-        let until = Instant::now() + state.nap;
-        state.nap = (2 * state.nap).min(LOOKS_EVERY);
+        let until = Instant::now() + state.nap.min(longest);
+        state.nap = (2 * state.nap).min(longest);
         Next::Sleep { until, watch }
     }
 
