@@ -47,6 +47,8 @@ pub trait Lock: Send + Sync + fmt::Debug {
     /// follow. (Where another thread is releasing the lock at this moment, the call first waits for that; if `context` ends
     /// meanwhile, there is no claim yet.)
     ///
+    /// A cancelled call returns at once; where it has to be told by a server that does not answer, within 1 s.
+    ///
     /// # Errors
     /// - [`TimedOut`](ErrorKind::TimedOut), [`Cancelled`](ErrorKind::Cancelled): the context ended first; the last problem
     ///   on the way, if any, is the source.
@@ -109,7 +111,7 @@ pub trait Lock: Send + Sync + fmt::Debug {
 /// calls no valuer.
 ///
 /// It is called on a thread of the library's, or on one that waits for this lock in this process, if it does so without a
-/// limit or if the last call took less than a millisecond; in memory on the one that begins the claim or waits, or that calls
+/// limit and cannot be cancelled, or if the last call took less than a millisecond; in memory on the one that begins the claim or waits, or that calls
 /// [`MemoryServer`](crate::MemoryServer), and the wait may then end later than its context. A thread that gives the lock away never calls it. It must not use the lock that it
 /// annotates. What it returns is taken literally, up to [`MAX_ANNOTATION`] bytes; if it returns more, or panics, the term
 /// goes without annotation and the log says so.

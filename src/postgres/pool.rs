@@ -161,7 +161,7 @@ fn thread_pool() -> Result<ScheduledThreadPool> {
 ///
 /// By itself it would wait in `parking_lot`, which keeps all waiting threads in one table of the process. A forked child inherits
 /// the table and not the thread. If a thread of the child then waits in the same place, at the same address, the table is broken,
-/// and the child crashes or hangs: about one child in a hundred that makes a manager, where its parent had one.
+/// and the child crashes or hangs.
 struct IdleThread(Sender<()>);
 
 impl IdleThread {

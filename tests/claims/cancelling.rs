@@ -11,10 +11,16 @@ use dsync::{Config, Context, ErrorKind, Lock, LockOptions, SyncManager};
 use support::Server;
 use support::process::{Signal, signal};
 
-use crate::common::{PATIENCE, SilentHost, becomes, begin, kind, lock, soon, started};
+use crate::common::{Outcome, PATIENCE, SilentHost, becomes, begin, kind, lock, soon, started};
 
 /// A caller that is in the midst of a short statement is given 100 ms to end it; the rest is for a busy machine.
 const AT_ONCE: Duration = Duration::from_secs(1);
+
+/// A call that waits in a thread of its own.
+fn call(lock: &Arc<dyn Lock>, context: Context) -> Outcome<dsync::Result<()>> {
+    let lock = Arc::clone(lock);
+    begin(move || lock.lock(&context))
+}
 
 fn waiters(server: &Server) -> usize {
     let statement = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
@@ -31,14 +37,11 @@ fn a_cancelled_wait_ends_at_once_and_the_claim_goes_on() {
     for round in 0..5 {
         holder.lock(&soon()).unwrap();
         let (context, canceller) = Context::background().with_cancel();
-        let call = {
-            let waiter = Arc::clone(&waiter);
-            begin(move || waiter.lock(&context))
-        };
+        let wait = call(&waiter, context);
         becomes("the queue", &1, || waiters(&server));
         let begun = Instant::now();
         canceller.cancel();
-        assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+        assert_eq!(kind(wait.get()), ErrorKind::Cancelled);
         assert!(begun.elapsed() < AT_ONCE, "round {round}: {:?}", begun.elapsed());
         // In the background, by the thread that ended the call's wait.
         becomes("the queue", &1, || waiters(&server));
@@ -60,19 +63,15 @@ fn a_cancelled_caller_does_not_end_the_wait_of_another_one() {
         .map(|_| {
             let (context, canceller) = soon().with_cancel();
             cancellers.push(canceller);
-            let waiter = Arc::clone(&waiter);
-            begin(move || waiter.lock(&context))
+            call(&waiter, context)
         })
         .collect();
     becomes("the queue", &1, || waiters(&server));
-    let patient = {
-        let waiter = Arc::clone(&waiter);
-        begin(move || waiter.lock(&soon()))
-    };
-    for (call, canceller) in calls.into_iter().zip(cancellers) {
+    let patient = call(&waiter, soon());
+    for (wait, canceller) in calls.into_iter().zip(cancellers) {
         let begun = Instant::now();
         canceller.cancel();
-        assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+        assert_eq!(kind(wait.get()), ErrorKind::Cancelled);
         assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
         assert!(!patient.is_ready());
     }
@@ -91,15 +90,12 @@ fn a_call_is_cancelled_while_the_server_does_not_answer() {
     lock.release().unwrap();
     let frozen = server.freeze().unwrap();
     let (context, canceller) = Context::background().with_cancel();
-    let call = {
-        let lock = Arc::clone(&lock);
-        begin(move || lock.lock(&context))
-    };
+    let wait = call(&lock, context);
     // There is nothing to be seen of a statement that nobody answers.
     thread::sleep(Duration::from_millis(50));
     let begun = Instant::now();
     canceller.cancel();
-    assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+    assert_eq!(kind(wait.get()), ErrorKind::Cancelled);
     assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
     frozen.thaw();
     lock.wait(&soon()).unwrap();
@@ -115,15 +111,12 @@ fn a_wait_is_cancelled_while_the_server_does_not_answer() {
     let (holder, waiter) = (lock(&holding, "x"), lock(&waiting, "x"));
     holder.lock(&soon()).unwrap();
     let (context, canceller) = Context::background().with_cancel();
-    let call = {
-        let waiter = Arc::clone(&waiter);
-        begin(move || waiter.lock(&context))
-    };
+    let wait = call(&waiter, context);
     becomes("the queue", &1, || waiters(&server));
     let frozen = server.freeze().unwrap();
     let begun = Instant::now();
     canceller.cancel();
-    assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+    assert_eq!(kind(wait.get()), ErrorKind::Cancelled);
     // The request has a second.
     assert!(begun.elapsed() < 2 * AT_ONCE, "{:?}", begun.elapsed());
     frozen.thaw();
@@ -153,14 +146,11 @@ fn a_call_is_cancelled_while_it_connects() {
     });
     let lock = lock(&manager, "x");
     let (context, canceller) = Context::background().with_cancel();
-    let call = {
-        let lock = Arc::clone(&lock);
-        begin(move || lock.lock(&context))
-    };
+    let wait = call(&lock, context);
     thread::sleep(Duration::from_millis(50));
     let begun = Instant::now();
     canceller.cancel();
-    assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+    assert_eq!(kind(wait.get()), ErrorKind::Cancelled);
     assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
     manager.stop().unwrap();
     let _ = starting.get();
@@ -182,17 +172,14 @@ fn a_cancellation_is_heard_whenever_it_comes() {
     for round in 0..300_u64 {
         holder.lock(&soon()).unwrap();
         let (context, canceller) = Context::background().with_cancel();
-        let call = {
-            let waiter = Arc::clone(&waiter);
-            begin(move || waiter.lock(&context))
-        };
+        let wait = call(&waiter, context);
         let until = Instant::now() + Duration::from_micros(round * 7);
         while Instant::now() < until {
             std::hint::spin_loop();
         }
         let begun = Instant::now();
         canceller.cancel();
-        assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+        assert_eq!(kind(wait.get()), ErrorKind::Cancelled);
         assert!(begun.elapsed() < AT_ONCE, "round {round}: {:?}", begun.elapsed());
         // On a machine that is so busy that the caller could not leave by itself, its session was closed.
         if let Err(error) = waiter.release() {
@@ -213,17 +200,14 @@ fn a_wait_is_cancelled_while_only_its_own_session_does_not_answer() {
     let (holder, waiter) = (lock(&holding, "x"), lock(&waiting, "x"));
     holder.lock(&soon()).unwrap();
     let (context, canceller) = Context::background().with_cancel();
-    let call = {
-        let waiter = Arc::clone(&waiter);
-        begin(move || waiter.lock(&context))
-    };
+    let wait = call(&waiter, context);
     becomes("the queue", &1, || waiters(&server));
     let statement = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
     let pid: i32 = server.client().unwrap().query_one(statement, &[]).unwrap().get(0);
     signal(pid, Signal::Stop).unwrap();
     let begun = Instant::now();
     canceller.cancel();
-    let outcome = kind(call.get());
+    let outcome = kind(wait.get());
     let took = begun.elapsed();
     signal(pid, Signal::Continue).unwrap();
     assert_eq!(outcome, ErrorKind::Cancelled);
@@ -246,14 +230,11 @@ fn a_slow_valuer_does_not_outlast_a_cancellation() {
     });
     let lock = manager.lock("x", LockOptions::new().valuer(valuer)).unwrap();
     let (context, canceller) = Context::background().with_cancel();
-    let call = {
-        let lock = Arc::clone(&lock);
-        begin(move || lock.lock(&context))
-    };
+    let wait = call(&lock, context);
     enters.recv_timeout(PATIENCE).unwrap();
     let begun = Instant::now();
     canceller.cancel();
-    assert_eq!(kind(call.get()), ErrorKind::Cancelled);
+    assert_eq!(kind(wait.get()), ErrorKind::Cancelled);
     assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
     drop(leave);
     lock.wait(&soon()).unwrap();
@@ -270,10 +251,7 @@ fn a_cancellation_does_not_use_up_the_one_attempt_of_another_caller() {
     let lock = lock(&manager, "x");
     let frozen = server.freeze().unwrap();
     let (context, canceller) = Context::background().with_cancel();
-    let cancelled = {
-        let lock = Arc::clone(&lock);
-        begin(move || lock.lock(&context))
-    };
+    let cancelled = call(&lock, context);
     // Nothing is to be seen of an attempt to connect to a server that does not answer.
     thread::sleep(Duration::from_millis(100));
     let once = {
@@ -322,4 +300,55 @@ fn try_lock_beside_a_thread_that_has_waited_before_is_not_told_of_a_holder_that_
         done.store(true, SeqCst);
         mine.join().unwrap();
     });
+}
+
+/// A thread that has had to wait before is waiting when somebody asks, its server process does not heed that, and then it is
+/// cancelled.
+#[test]
+fn a_wait_is_cancelled_after_a_request_that_had_no_effect() {
+    let server = Server::start().unwrap();
+    let config = || Config::from_url(&server.url()).unwrap();
+    let (ours, theirs) = (started(config()), started(config()));
+    let (lock, rival) = (lock(&ours, "x"), lock(&theirs, "x"));
+    let (context, canceller) = Context::background().with_cancel();
+    let rivals_turns = {
+        let rival = Arc::clone(&rival);
+        begin(move || {
+            for _ in 0..50 {
+                rival.lock(&soon()).unwrap();
+                thread::sleep(Duration::from_millis(1));
+                rival.release().unwrap();
+            }
+            rival.lock(&soon()).unwrap();
+        })
+    };
+    let call = {
+        let lock = Arc::clone(&lock);
+        begin(move || {
+            loop {
+                if let Err(error) = lock.lock(&context) {
+                    return error.kind();
+                }
+                lock.release().unwrap();
+            }
+        })
+    };
+    rivals_turns.get();
+    becomes("the queue", &1, || waiters(&server));
+    let statement = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+    let pid: i32 = server.client().unwrap().query_one(statement, &[]).unwrap().get(0);
+    signal(pid, Signal::Stop).unwrap();
+    let asked = kind(lock.try_lock(&Context::timeout(Duration::from_millis(1_500))));
+    let begun = Instant::now();
+    canceller.cancel();
+    let outcome = call.get();
+    let took = begun.elapsed();
+    signal(pid, Signal::Continue).unwrap();
+    // Where the thread had asked without a wait before, as it does on a session that was not kept, the answer is known.
+    assert!(matches!(asked, ErrorKind::TimedOut | ErrorKind::LockUnavailable), "{asked:?}");
+    assert_eq!(outcome, ErrorKind::Cancelled);
+    assert!(took < 2 * AT_ONCE, "{took:?}");
+    rival.release().unwrap();
+    lock.wait(&soon()).unwrap();
+    lock.release().unwrap();
 }

@@ -110,7 +110,8 @@ impl SessionControl {
         const AGAIN_AFTER: Duration = Duration::from_millis(20);
         let mut state = self.state.lock();
         match state.slice {
-            Slice::Running if state.slices == number => {}
+            // A request that was sent before may have had no effect.
+            Slice::Running | Slice::Cancelled { .. } if state.slices == number => {}
             // It is over, and whatever else the session does ends soon; or another thread is at it.
             _ => return true,
         }
