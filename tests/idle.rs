@@ -91,6 +91,29 @@ fn one_supervisor_serves_a_hundred_keys_and_is_called_after_each_and_leaves() {
     claim_and_release(&manager, "key");
 }
 
+/// How often the supervisors of this process have gone to sleep.
+fn sleeps() -> usize {
+    let asleep = |thread: &String| -> usize {
+        let status = fs::read_to_string(format!("/proc/self/task/{thread}/status")).unwrap();
+        let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        count.expect("this system tells how often a thread slept").trim().parse().unwrap()
+    };
+    supervisors().keys().map(asleep).sum()
+}
+
+#[test]
+fn a_supervisor_sleeps_on_while_a_lock_is_taken_and_given_back_many_times() {
+    const PAIRS: usize = 2_000;
+    let _alone = alone();
+    let database = Database::fresh().unwrap();
+    let manager = started(Config::from_url(&database.url()).unwrap());
+    (0..10).for_each(|_| claim_and_release(&manager, "key"));
+    let before = sleeps();
+    (0..PAIRS).for_each(|_| claim_and_release(&manager, "key"));
+    let sleeps = sleeps() - before;
+    assert!(sleeps < PAIRS / 5, "{sleeps} times in {PAIRS} pairs");
+}
+
 #[test]
 fn claims_at_one_time_have_a_supervisor_each() {
     let _alone = alone();

@@ -25,7 +25,7 @@ use crate::pg::session::open::Session;
 use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::Failure;
 use crate::pg::sql::schema::Schema;
-use crate::pg::stream::{Dialer, StreamControl};
+use crate::pg::stream::{Dialer, Socket, StreamControl};
 use crate::pg::watchdog::Watchdog;
 use crate::process::{PerProcess, nonce};
 
@@ -91,6 +91,11 @@ impl Slot {
     /// The session, if it is open.
     pub(crate) fn session(&mut self) -> Option<&mut Session> {
         self.session.as_mut()
+    }
+
+    /// The socket of the session.
+    pub(crate) fn socket(&self) -> Option<Socket> {
+        self.session.as_ref().and_then(Session::socket)
     }
 
     /// Whether there is a session, and it is not known to be useless.

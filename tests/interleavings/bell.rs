@@ -60,10 +60,9 @@ impl ModelBell {
 
 impl Bell for ModelBell {
     type Socket = usize;
-    type Watch = usize;
 
-    fn watches(watch: &usize, socket: &usize) -> bool {
-        watch == socket
+    fn is_same(watched: &usize, socket: &usize) -> bool {
+        watched == socket
     }
 
     fn ring(&self) {
@@ -90,17 +89,16 @@ impl Bell for ModelBell {
 /// A bell that the alarm and the model share.
 impl<B: Bell> Bell for std::sync::Arc<B> {
     type Socket = B::Socket;
-    type Watch = B::Watch;
 
-    fn watches(watch: &B::Watch, socket: &B::Socket) -> bool {
-        B::watches(watch, socket)
+    fn is_same(watched: &B::Socket, socket: &B::Socket) -> bool {
+        B::is_same(watched, socket)
     }
 
     fn ring(&self) {
         (**self).ring();
     }
 
-    fn wait(&self, until: Instant, watch: Option<&B::Watch>) -> Heard {
+    fn wait(&self, until: Instant, watch: Option<&B::Socket>) -> Heard {
         (**self).wait(until, watch)
     }
 

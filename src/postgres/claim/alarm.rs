@@ -16,32 +16,31 @@ use crate::sync::{AtomicBool, Mutex, Ordering::SeqCst};
 #[derive(Debug)]
 pub(crate) struct Alarm<B: Bell> {
     /// What the supervisor attends to while it sleeps.
-    sleep: Mutex<Option<Sleep<B::Watch>>>,
+    sleep: Mutex<Option<Sleep<B::Socket>>>,
     /// The bell has been rung and not heard yet.
     ringing: AtomicBool,
     bell: B,
 }
 
 #[derive(Debug)]
-struct Sleep<W> {
+struct Sleep<S> {
     until: Instant,
-    watch: Option<W>,
+    watch: Option<S>,
 }
 
 /// What a supervisor sleeps on. Once rung it rings until it is silenced.
 pub(crate) trait Bell {
-    /// Something that can be watched.
-    type Socket;
-    /// What ends a sleep beside the bell.
-    type Watch: Clone + Debug;
+    /// What can be watched.
+    type Socket: Clone + Debug;
 
-    /// Whether `watch` is on `socket`.
-    fn watches(watch: &Self::Watch, socket: &Self::Socket) -> bool;
+    /// Whether `socket` is the one that is `watched`.
+    fn is_same(watched: &Self::Socket, socket: &Self::Socket) -> bool;
 
     fn ring(&self);
 
-    /// Blocks until `until`, until it rings, or until the socket has what `watch` waits for. May return earlier, with neither.
-    fn wait(&self, until: Instant, watch: Option<&Self::Watch>) -> Heard;
+    /// Blocks until `until`, until it rings, or until there is something to read on the socket `watch`. May return earlier, with
+    /// neither.
+    fn wait(&self, until: Instant, watch: Option<&Self::Socket>) -> Heard;
 
     fn silence(&self);
 }
@@ -74,7 +73,7 @@ impl<B: Bell> Alarm<B> {
         let sleep = self.sleep.lock();
         let Some(Sleep { until, watch }) = &*sleep else { return false };
         let watches = || match (socket, watch) {
-            (Some(socket), Some(watch)) => B::watches(watch, socket),
+            (Some(socket), Some(watch)) => B::is_same(watch, socket),
             (None, _) => true,
             (Some(_), None) => false,
         };
@@ -88,8 +87,8 @@ impl<B: Bell> Alarm<B> {
         }
     }
 
-    /// Sleeps until `until`, until another thread wakes this one, or until the socket has what `watch` waits for.
-    pub(crate) fn sleep(&self, until: Instant, watch: Option<&B::Watch>) -> Woken {
+    /// Sleeps until `until`, until another thread wakes this one, or until there is something to read on `watch`.
+    pub(crate) fn sleep(&self, until: Instant, watch: Option<&B::Socket>) -> Woken {
         *self.sleep.lock() = Some(Sleep { until, watch: watch.cloned() });
         let Heard { rung, readable } = self.bell.wait(until, watch);
         let former = self.sleep.lock().take();

@@ -9,35 +9,6 @@ use rustix::io::{read, write};
 use crate::pg::claim::alarm::{Bell, Heard};
 use crate::pg::stream::Socket;
 
-/// A socket, and what on it ends a sleep.
-#[derive(Clone, Debug)]
-pub(crate) struct Watch {
-    pub(crate) socket: Socket,
-    pub(crate) attention: Attention,
-}
-
-/// What on a socket ends a sleep.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Attention {
-    /// The end of the connection. An answer to another thread's statement does not wake the sleeper. Where the system
-    /// cannot tell the two apart (it is Linux that can), anything to read.
-    HangUp,
-    /// Anything to read, and so also what the server says before it ends the connection.
-    Anything,
-}
-
-impl Attention {
-    fn flags(self) -> PollFlags {
-        match self {
-            #[cfg(target_os = "linux")]
-            Self::HangUp => PollFlags::RDHUP,
-            #[cfg(not(target_os = "linux"))]
-            Self::HangUp => PollFlags::IN,
-            Self::Anything => PollFlags::IN,
-        }
-    }
-}
-
 /// A descriptor that other threads make readable: an `eventfd` on Linux, elsewhere one end of a pair of sockets.
 #[derive(Debug)]
 pub(crate) struct PollBell {
@@ -68,11 +39,9 @@ impl PollBell {
 
 impl Bell for PollBell {
     type Socket = Socket;
-    type Watch = Watch;
 
-    fn watches(watch: &Watch, socket: &Socket) -> bool {
-        // One that is asleep until the connection ends would hear of a loss late.
-        watch.attention == Attention::Anything && watch.socket.is(socket)
+    fn is_same(watched: &Socket, socket: &Socket) -> bool {
+        watched.is(socket)
     }
 
     fn ring(&self) {
@@ -84,11 +53,11 @@ impl Bell for PollBell {
         let _ = write(ringing, &1_u64.to_ne_bytes());
     }
 
-    fn wait(&self, until: Instant, watch: Option<&Watch>) -> Heard {
+    fn wait(&self, until: Instant, watch: Option<&Socket>) -> Heard {
         let timeout = timespec(until.saturating_duration_since(Instant::now()));
         let mut fds = Vec::with_capacity(2);
         fds.push(PollFd::new(&self.listening, PollFlags::IN));
-        fds.extend(watch.map(|watch| PollFd::new(&watch.socket, watch.attention.flags())));
+        fds.extend(watch.map(|socket| PollFd::new(socket, PollFlags::IN)));
         // A signal may interrupt it: the caller then looks, and sleeps again.
         let _ = poll(&mut fds, Some(&timeout));
         let [rung, readable] = [0, 1].map(|index| fds.get(index).is_some_and(|fd| !fd.revents().is_empty()));

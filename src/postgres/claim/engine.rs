@@ -189,6 +189,11 @@ impl Engine {
         }
     }
 
+    /// True if there is something to read on the session.
+    pub(crate) fn has_news(&self) -> bool {
+        self.socket().is_some_and(|socket| socket.has_news())
+    }
+
     /// True if there is an open session at hand.
     pub(crate) fn has_session(&self) -> bool {
         self.slot.as_ref().is_some_and(|slot| slot.is_open())

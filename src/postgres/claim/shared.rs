@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::expiry::Expiry;
 use crate::loss::{Loss, LossReason, Lost, lost_already};
 use crate::pg::session::control::SessionControl;
-use crate::pg::stream::{Socket, StreamControl};
+use crate::pg::stream::StreamControl;
 use crate::sync::{AtomicBool, AtomicUsize, Mutex, MutexGuard, Ordering::SeqCst};
 use crate::term::{Fence, Term};
 
@@ -537,14 +537,6 @@ impl Claim {
             && self.is_asked()
         {
             session.cancel_slice(number, by);
-        }
-    }
-
-    /// The socket of the session, to watch for its end.
-    pub(crate) fn socket(&self) -> Option<Socket> {
-        match &*self.in_flight.lock() {
-            InFlight::Session(control) => control.stream().socket(),
-            InFlight::Nothing | InFlight::Connecting(_) => None,
         }
     }
 

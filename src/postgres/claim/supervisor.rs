@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::pg::claim::alarm::Woken;
 use crate::pg::claim::assignment::{AssignmentCell, Orders};
-use crate::pg::claim::bell::{Attention, PollBell, Watch};
+use crate::pg::claim::bell::PollBell;
 use crate::pg::claim::engine::{Caller, Engine};
 use crate::pg::claim::idle::IdleSupervisors;
 use crate::pg::claim::lifecycle::Action;
@@ -19,14 +19,16 @@ use crate::pg::claim::spec::LockSpec;
 use crate::pg::claim::turns::Turns;
 use crate::pg::pool::{Pool, PooledSlot};
 use crate::pg::session::machine as session;
+use crate::pg::stream::Socket;
 use crate::pg::watchdog::Watched;
 use crate::sync::MutexGuard;
 
-/// A claim that follows within 20 ms on another one is quick: the session is kept for the next. For as long, a
-/// term that has just begun is watched for the end of the connection only, so that no answer to a caller wakes the supervisor.
+/// A claim that follows within 20 ms on another one is quick: the session is kept for the next. A supervisor that the answers
+/// to callers have woken naps no longer than that.
 const QUICK: Duration = Duration::from_millis(20);
 
-/// A term that is left alone is watched for whatever the server says from 1 ms after its beginning.
+/// A supervisor that an answer to a caller has woken watches nothing for 1 ms; for twice as long each time, if callers come and
+/// go.
 const SHORTEST_NAP: Duration = Duration::from_millis(1);
 
 /// The thread of a supervisor without a claim exits after 1 s.
@@ -70,7 +72,7 @@ struct RunnerState {
 struct LoopState {
     /// The key of the claim that it served last, after which the thread is named.
     key: String,
-    /// How long it sleeps if the next look finds another thread running the engine.
+    /// How long it naps next.
     nap: Duration,
     /// When a thread of the application had last run the engine, at the last look.
     called_at: Instant,
@@ -80,7 +82,7 @@ struct LoopState {
 
 /// What the supervisor does next.
 enum Next {
-    Sleep { until: Instant, watch: Option<Watch> },
+    Sleep { until: Instant, watch: Option<Socket> },
     Exit,
 }
 
@@ -247,7 +249,7 @@ impl Supervisor {
             if mem::take(&mut runner.has_new_session) {
                 (state.nap, state.called_at) = (SHORTEST_NAP, called_at);
             }
-            let Some(engine) = &mut runner.engine else { return self.idle(&mut runner) };
+            let Some(engine) = &mut runner.engine else { return self.idle(&mut runner, woken, state) };
             match engine.next() {
                 Action::Claim(_, claim::Action::Finish(_)) => self.finish(&mut runner),
                 Action::Session(session::Action::Pause { until } | session::Action::Watch { until })
@@ -261,22 +263,22 @@ impl Supervisor {
                 Action::Session(session::Action::Pause { until }) => {
                     return Next::Sleep { until: engine.at(until), watch: None };
                 }
-                Action::Session(session::Action::Watch { .. }) if readable || engine.is_cut_off() => {
-                    readable = false;
+                // What woke it may have been an answer that a caller has read meanwhile.
+                Action::Session(session::Action::Watch { .. })
+                    if mem::take(&mut readable) && engine.has_news() || engine.is_cut_off() =>
+                {
                     self.guarded(&mut runner, Engine::listen);
                 }
                 Action::Session(session::Action::Watch { until }) => {
                     let until = engine.at(until);
-                    // As long as others come and go it naps, each time for twice as long.
                     let is_quick = mem::replace(&mut state.called_at, called_at) != called_at;
-                    let quick_until = Instant::now() + state.nap;
-                    state.nap = if is_quick { (2 * state.nap).min(QUICK) } else { SHORTEST_NAP };
-                    let attention = if is_quick { Attention::HangUp } else { Attention::Anything };
-                    let watch = engine.socket().map(|socket| Watch { socket, attention });
-                    return Next::Sleep {
-                        until: if is_quick { until.min(quick_until) } else { until },
-                        watch,
-                    };
+                    if is_quick && woken == Woken::Readable {
+                        return state.nap(until, QUICK);
+                    }
+                    if !is_quick {
+                        state.nap = SHORTEST_NAP;
+                    }
+                    return Next::Sleep { until, watch: engine.socket() };
                 }
                 // The machines wait for a call or a release.
                 Action::Session(session::Action::Serve) | Action::Claim(_, claim::Action::Wait) => {
@@ -300,7 +302,7 @@ impl Supervisor {
         // Where one claim follows on another, their threads count on it to look often.
         let follows =
             !ptr::eq(mem::replace(&mut state.claim, Arc::downgrade(&claim)).as_ptr(), &raw const *claim);
-        let longest = if follows { QUICK } else { LOOKS_EVERY };
+        let longest = if follows || woken == Woken::Readable { QUICK } else { LOOKS_EVERY };
         if claim.make_caller_leave(GRACE, Instant::now() + CANCEL_WITHIN.min(self.heartbeat_timeout)) {
             return Next::sleep(AGAIN_AFTER);
         }
@@ -308,24 +310,25 @@ impl Supervisor {
             claim.find_out(Instant::now() + CANCEL_WITHIN.min(self.heartbeat_timeout));
             return Next::sleep(AGAIN_AFTER);
         }
-        // The thread that runs the engine sees what is on the socket, too.
-        let watch = if woken == Woken::Readable { None } else { claim.socket() };
-        let watch = watch.map(|socket| Watch { socket, attention: Attention::HangUp });
-        let until = Instant::now() + state.nap.min(longest);
-        state.nap = (2 * state.nap).min(longest);
-        Next::Sleep { until, watch }
+        // The thread that runs the engine sees what is on the socket.
+        state.nap(Instant::now() + LOOKS_EVERY, longest)
     }
 
     /// There is no claim: gives the session back after 20 ms, and exits after 1 s.
-    fn idle(&self, runner: &mut RunnerState) -> Next {
+    fn idle(&self, runner: &mut RunnerState, woken: Woken, state: &mut LoopState) -> Next {
         let since = *runner.ended_at.get_or_insert_with(Instant::now);
-        if runner.slot.is_some() && (since.elapsed() >= QUICK || self.pool.is_crowded()) {
+        let is_over = woken == Woken::Readable && self.listen_idle(runner);
+        if runner.slot.is_some() && (is_over || since.elapsed() >= QUICK || self.pool.is_crowded()) {
             self.give_back(runner);
         }
         match self.assignment.orders(since.elapsed() >= LINGER) {
             Orders::TakeUp => Next::sleep(Duration::ZERO),
-            Orders::Wait if runner.slot.is_some() => Next::Sleep { until: since + QUICK, watch: None },
-            Orders::Wait => Next::Sleep { until: since + LINGER, watch: None },
+            Orders::Wait => match runner.slot.as_mut().map(|slot| slot.socket()) {
+                Some(_) if woken == Woken::Readable => state.nap(since + QUICK, QUICK),
+                // Watched, so that the supervisor need not be woken for a term on it.
+                Some(watch) => Next::Sleep { until: since + QUICK, watch },
+                None => Next::Sleep { until: since + LINGER, watch: None },
+            },
             Orders::Exit => Next::Exit,
             Orders::ExitNow => {
                 if let Some(slot) = &mut runner.slot.take() {
@@ -334,6 +337,15 @@ impl Supervisor {
                 Next::Exit
             }
         }
+    }
+
+    /// Takes in what the server says on the session that was kept for a next claim; `true` if the session is over.
+    fn listen_idle(&self, runner: &mut RunnerState) -> bool {
+        let by = Instant::now() + self.heartbeat_timeout;
+        runner.slot.as_mut().and_then(|slot| slot.session()).is_some_and(|session| {
+            session.is_over()
+                || session.socket().is_some_and(|socket| socket.has_news()) && session.listen(by).is_err()
+        })
     }
 
     /// Gives the session that was kept for a next claim to the pool, without lease and name.
@@ -408,6 +420,13 @@ impl Watched for AssignmentCell {
 }
 
 impl LoopState {
+    /// A sleep without a watch, until `until` at the latest; the next one is twice as long, and at most `longest`.
+    fn nap(&mut self, until: Instant, longest: Duration) -> Next {
+        let nap = self.nap.min(longest);
+        self.nap = (2 * nap).min(longest);
+        Next::Sleep { until: until.min(Instant::now() + nap), watch: None }
+    }
+
     /// Names the thread after the lock that it serves now, so that an operator sees which lock hangs.
     fn serve(&mut self, claim: &Claim) {
         if self.key != claim.key() {

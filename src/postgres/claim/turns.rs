@@ -73,7 +73,7 @@ impl<T, B: Bell> Turns<T, B> {
     }
 
     /// As [`Alarm::sleep`].
-    pub(crate) fn sleep(&self, until: Instant, watch: Option<&B::Watch>) -> Woken {
+    pub(crate) fn sleep(&self, until: Instant, watch: Option<&B::Socket>) -> Woken {
         self.alarm.sleep(until, watch)
     }
 }

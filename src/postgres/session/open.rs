@@ -15,7 +15,7 @@ use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::{Failure, GOODBYE, Wire};
 use crate::pg::sql;
 use crate::pg::sql::schema::Schema;
-use crate::pg::stream::{Dialer, NotReady, StreamControl};
+use crate::pg::stream::{Dialer, NotReady, Socket, StreamControl};
 use crate::pg::watchdog::Watchdog;
 use crate::process::nonce;
 
@@ -142,6 +142,10 @@ impl Session {
     /// Whether the session is known to be useless, without asking the server.
     pub(crate) fn is_over(&self) -> bool {
         self.wire.is_over()
+    }
+
+    pub(crate) fn socket(&self) -> Option<Socket> {
+        self.stream().socket()
     }
 
     fn stream(&self) -> &StreamControl {

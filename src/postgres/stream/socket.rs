@@ -142,6 +142,12 @@ impl Socket {
         }
     }
 
+    /// True if there is something to read, or the connection is over. Does not block.
+    pub(crate) fn has_news(&self) -> bool {
+        let mut fds = [PollFd::new(self, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+
     /// Ends the connection for whoever has the socket, and for the server. A thread that waits for something to read is
     /// woken.
     pub(crate) fn shut_down(&self) {
