@@ -9,7 +9,7 @@ mod kit;
 
 use std::time::{Duration, Instant};
 
-use dsync::{CatalogMode, Context, LockOptions};
+use dsync::{CatalogMode, Context};
 use fastrand::Rng;
 use kit::pgbench;
 use kit::raw::{self, Raw};
@@ -135,7 +135,7 @@ fn work(url: &str, arguments: &[String]) {
             let manager = kit::manager(url, mode, 1);
             count(time, own, key, |key| {
                 // The annotation of the driver by hand is part of the statement's text, and no work either.
-                let lock = manager.lock(key, LockOptions::new()).expect("a lock");
+                let lock = manager.lock(key).expect("a lock");
                 lock.lock(&Context::timeout(Duration::from_secs(60))).expect("the lock");
                 lock.release().expect("the release");
             })

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
-use dsync::{Canceller, CatalogMode, Context, Lock, LockGuard, PostgresManager};
+use dsync::{Canceller, CatalogMode, Context, Lock, PostgresManager};
 use kit::raw::{self, Raw, Watcher};
 use kit::{Bench, Contender, Place, Plan, Row, Series, Target, interleave_list, micros, processors, time};
 
@@ -65,7 +65,7 @@ impl Call {
             Self::Cancellable => "lock with a cancellable context + release",
             Self::CancellableDeadline => "lock with a deadline in a cancellable context + release",
             Self::TryLock => "try_lock + release",
-            Self::Guard => "LockGuard::lock + release",
+            Self::Guard => "guard: acquire + release",
         }
     }
 
@@ -88,7 +88,7 @@ impl Call {
             Self::CancellableDeadline => shutdown.context.with_timeout(PATIENCE),
         };
         if self == Self::Guard {
-            let guard = LockGuard::lock(Arc::clone(lock), &context).expect("the lock");
+            let guard = lock.acquire(&context).expect("the lock");
             held();
             guard.release().expect("the release");
             return;
@@ -130,6 +130,7 @@ fn measure(bench: &mut Bench, place: Place) {
     let server = kit::server();
     let database = server.database().expect("a database");
     pairs(bench, place, &database.url());
+    tries(bench, place, &database.url());
     hand_overs(bench, place, &database.url());
 }
 
@@ -138,7 +139,7 @@ fn managers(url: &str) -> [PostgresManager; 2] {
 }
 
 fn lock(manager: &PostgresManager) -> Arc<dyn Lock> {
-    manager.lock("bench", kit::annotated()).expect("a lock")
+    manager.lock_with("bench", kit::annotated()).expect("a lock")
 }
 
 fn pairs(bench: &mut Bench, place: Place, url: &str) {
@@ -148,6 +149,8 @@ fn pairs(bench: &mut Bench, place: Place, url: &str) {
     );
     let managers = managers(url);
     let locks = managers.each_ref().map(lock);
+    let observed_managers = MODES.map(|mode| kit::observed_manager(url, mode, 2));
+    let observed = observed_managers.each_ref().map(lock);
     let shutdown = Shutdown::new();
     let by_hand = |name, mut raw: Raw, key: i64| {
         Contender::new(name, move || {
@@ -168,10 +171,54 @@ fn pairs(bench: &mut Bench, place: Place, url: &str) {
             Contender::new("dsync", move || [micros(time(|| call.pair(lock, shutdown, || ())))])
         }));
     }
+    contenders.extend(observed.iter().map(|lock| {
+        let shutdown = &shutdown;
+        Contender::new("dsync", move || [micros(time(|| Call::Guard.pair(lock, shutdown, || ())))])
+    }));
     let series = interleave_list(plan, contenders);
     let (floors, ours) = series.split_at(MODES.len());
+    let (ours, observed) = ours.split_at(MODES.len() * Call::OF_A_PAIR.len());
     bench.heading(&place.heading("lock and release, nobody else there"));
     compare(bench, place, floors, ours, &Call::OF_A_PAIR, Call::name_of_pair, PAIR);
+    if place == Place::OneProcessor {
+        for (mode, [ours]) in observed.iter().enumerate() {
+            let name = Call::name_of_pair(Call::Guard);
+            let what = place.name(&format!("{name}, with an observer, {}", NAMES[mode]));
+            bench.row(Row::compared(what, "µs", &floors[mode][0], ours, Some(PAIR[mode])));
+        }
+    }
+}
+
+/// A lock that another session has, and what it takes to be told so.
+fn tries(bench: &mut Bench, place: Place, url: &str) {
+    let plan = bench.choose(
+        Plan { repetitions: 7, rounds: 1_000, warm_up: 200 },
+        Plan { repetitions: 3, rounds: 50, warm_up: 20 },
+    );
+    let ([holder, _], others) = (managers(url), managers(url));
+    let _guard = lock(&holder).acquire(PATIENCE).expect("the lock");
+    let mut raw_holder = Raw::connect(url);
+    raw_holder.lock(KEY);
+    let mut raw = raw::connect(url);
+    let statement = raw.prepare("SELECT pg_try_advisory_lock($1)").expect("a statement");
+    let mut contenders = vec![Contender::new(raw::NAME, move || {
+        [micros(time(|| {
+            let row = raw.query_one(&statement, &[&KEY]).expect("an answer");
+            assert!(!row.get::<_, bool>(0), "another session has it");
+        }))]
+    })];
+    contenders.extend(others.each_ref().map(lock).map(|lock| {
+        Contender::new("dsync", move || {
+            [micros(time(|| assert!(lock.try_acquire().expect("an answer").is_none())))]
+        })
+    }));
+    let series = interleave_list(plan, contenders);
+    let (floor, ours) = (&series[0][0], &series[1..]);
+    bench.heading(&place.heading("try_acquire, another session has the lock"));
+    for (mode, [ours]) in ours.iter().enumerate() {
+        let what = place.name(&format!("try_acquire of a busy lock, {}", NAMES[mode]));
+        bench.row(Row::compared(what, "µs", floor, ours, None));
+    }
 }
 
 fn hand_overs(bench: &mut Bench, place: Place, url: &str) {

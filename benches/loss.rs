@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
-use dsync::{CatalogMode, Context, Lock, LockOptions};
+use dsync::{CatalogMode, Context, Lock};
 use kit::raw;
 use kit::{Bench, Contender, Plan, Row, Target, interleave, millis};
 use postgres::fallible_iterator::FallibleIterator;
@@ -75,7 +75,7 @@ fn losses(bench: &mut Bench, database: &Database<'_>, way: &str, url: &str, targ
         Plan { repetitions: 3, rounds: 5, warm_up: 2 },
     );
     let manager = kit::manager(url, CatalogMode::Automatic, 1);
-    let lock = manager.lock(OUR_KEY, LockOptions::new()).expect("a lock");
+    let lock = manager.lock(OUR_KEY).expect("a lock");
     let [[raw_told, raw_back], [told, back]] = interleave(
         plan,
         [

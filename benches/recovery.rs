@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{CatalogMode, Context, Lock, LockOptions};
+use dsync::{CatalogMode, Context, Lock};
 use kit::raw;
 use kit::{Bench, Row, Series, Target, millis};
 use postgres::{Client, NoTls};
@@ -34,7 +34,7 @@ fn main() {
     let mut bench = Bench::start("recovery");
     let server = kit::server();
     let manager = kit::manager(&server.url(), CatalogMode::Automatic, 1);
-    let lock = manager.lock("bench", LockOptions::new()).expect("a lock");
+    let lock = manager.lock("bench").expect("a lock");
     lock.lock(&Context::background()).expect("the lock");
     restart(&server, &lock, Duration::ZERO);
 

@@ -157,7 +157,7 @@ impl Statements {
     fn of_the_library(database: &Database<'_>) -> Self {
         let manager = kit::manager(&database.url(), CatalogMode::Automatic, 1);
         let valuer = json_valuer(&serde_json::json!({ "host": "db-7" })).expect("a valuer");
-        let lock = manager.lock(KEY, LockOptions::new().valuer(valuer)).expect("a lock");
+        let lock = manager.lock_with(KEY, LockOptions::new().valuer(valuer)).expect("a lock");
         let mut operator = database.client().expect("a session");
         let mut claim = || {
             lock.lock(&Context::background()).expect("the lock");

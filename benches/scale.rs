@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
-use dsync::{CatalogMode, Context, Lock, LockOptions, SyncManager};
+use dsync::{CatalogMode, Context, Lock, SyncManager};
 use kit::raw;
 use kit::worker::{Worker, orders, say_figures, wait_for_the_end};
 use kit::{Bench, Contender, Plan, Row, Series, Target, interleave};
@@ -187,7 +187,7 @@ fn acquire_all<T: Send>(locks: u32, threads: usize, acquire: impl Fn(u32) -> T +
 fn by_library(url: &str, mode: CatalogMode, locks: u32, threads: usize) -> [f64; FIGURES] {
     let manager = kit::manager(url, mode, locks + 1);
     let take = |number: u32| -> Arc<dyn Lock> {
-        let lock = manager.lock(i64::from(number), LockOptions::new()).expect("a lock");
+        let lock = manager.lock(i64::from(number)).expect("a lock");
         lock.lock(&Context::timeout(Duration::from_secs(60))).expect("the lock");
         lock
     };

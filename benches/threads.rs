@@ -1,8 +1,8 @@
 //! Many threads of one process: how many times a second a lock is taken and given back, by all together, where they share
 //! one lock, and where each has its own.
 //!
-//! A lock is held by the process, and its guard does not keep threads apart. So threads that share one take turns at a
-//! mutex; by hand they need one too, since a session serves one statement at a time.
+//! Guards keep threads apart, first come, first served. By hand those that share a lock take turns at a mutex, since a session
+//! serves one statement at a time; a mutex lets whoever is awake go first.
 
 mod kit;
 
@@ -10,7 +10,7 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{CatalogMode, Context, Lock, LockGuard, PostgresManager};
+use dsync::{CatalogMode, Lock, PostgresManager};
 use kit::raw::{self, Raw};
 use kit::{Bench, Contender, Place, Plan, Row, interleave, processors};
 use support::Server;
@@ -57,7 +57,7 @@ fn share(bench: &mut Bench, place: Place) {
         [CatalogMode::None, CatalogMode::Automatic].map(|mode| kit::manager(&url, mode, 2));
     let by_hand = [(Raw::connect(&url), 0), (Raw::with_row(&url, KEYS_WITH_ROW), KEYS_WITH_ROW)]
         .map(|(raw, key)| (Mutex::new(raw), key));
-    let ours = [&plain, &with_row].map(|manager| Mutex::new(lock(manager, "bench")));
+    let ours = [&plain, &with_row].map(|manager| lock(manager, "bench"));
     bench.heading(&place.heading("threads that share one lock"));
     for threads in THREADS {
         let by_hand = |mode: usize, name| {
@@ -67,8 +67,7 @@ fn share(bench: &mut Bench, place: Place) {
         };
         let ours = |mode: usize| {
             let lock = &ours[mode];
-            let pair =
-                move || -> Pair<'_> { Box::new(move || take_and_give_back(&lock.lock().expect("its turn"))) };
+            let pair = move || -> Pair<'_> { Box::new(move || take_and_give_back(lock)) };
             Contender::new("dsync", move || [pairs_per_second(time, (0..threads).map(|_| pair()).collect())])
         };
         let [[raw], [raw_row], [plain], [row]] =
@@ -129,12 +128,12 @@ fn each_its_own(bench: &mut Bench) {
 }
 
 fn lock(manager: &PostgresManager, key: &str) -> Arc<dyn Lock> {
-    manager.lock(key, kit::annotated()).expect("a lock")
+    manager.lock_with(key, kit::annotated()).expect("a lock")
 }
 
 /// As the README has it.
 fn take_and_give_back(lock: &Arc<dyn Lock>) {
-    let guard = LockGuard::lock(Arc::clone(lock), &Context::timeout(PATIENCE)).expect("the lock");
+    let guard = lock.acquire(PATIENCE).expect("the lock");
     guard.release().expect("the release");
 }
 

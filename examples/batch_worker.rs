@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use dsync::crossbeam_channel::select;
-use dsync::{Config, Context, ErrorKind, LockGuard, LockOptions, PostgresManager, SyncManager};
+use dsync::{Config, PostgresManager};
 
 const STEPS: u32 = 20;
 
@@ -38,19 +38,11 @@ fn run() -> Result<ExitCode, Box<dyn Error>> {
             server.url()
         }
     };
-    let manager = PostgresManager::new(Config::from_url(&url)?)?;
-    manager.start()?;
+    let manager = PostgresManager::connect(Config::from_url(&url)?)?;
 
-    // How long to wait for a server that cannot be reached. For one that says "taken" there is no waiting.
-    let patience = Context::timeout(Duration::from_secs(10));
-    let lock = manager.lock("nightly-report", LockOptions::new())?;
-    let guard = match LockGuard::try_lock(lock, &patience) {
-        Ok(guard) => guard,
-        Err(error) if error.kind() == ErrorKind::LockUnavailable => {
-            println!("another machine does it already");
-            return Ok(ExitCode::SUCCESS);
-        }
-        Err(error) => return Err(error.into()),
+    let Some(guard) = manager.lock("nightly-report")?.try_acquire()? else {
+        println!("another machine does it already");
+        return Ok(ExitCode::SUCCESS);
     };
 
     for step in 1..=STEPS {

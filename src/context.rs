@@ -143,6 +143,26 @@ impl Context {
     }
 }
 
+/// A context that ends when the time has passed from now.
+impl From<Duration> for Context {
+    fn from(timeout: Duration) -> Self {
+        Self::timeout(timeout)
+    }
+}
+
+/// A context that ends at that time.
+impl From<Instant> for Context {
+    fn from(deadline: Instant) -> Self {
+        Self::deadline(deadline)
+    }
+}
+
+impl From<&Context> for Context {
+    fn from(context: &Context) -> Self {
+        context.clone()
+    }
+}
+
 impl Default for Context {
     fn default() -> Self {
         Self::background()

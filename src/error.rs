@@ -5,6 +5,8 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::loss::Loss;
+
 /// What the library's operations return.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -16,17 +18,17 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// them below it, which is what a `main` shows that returns the error.
 ///
 /// ```
-/// use dsync::{Context, ErrorKind, Lock, LockOptions, MemoryManager, SyncManager};
+/// use std::time::Duration;
+/// use dsync::{ErrorKind, MemoryManager, SyncManager};
 ///
 /// let manager = MemoryManager::new();
 /// manager.start()?;
-/// let lock = manager.lock("nightly-report", LockOptions::new())?;
-/// match lock.try_lock(&Context::background()) {
-///     Ok(()) => println!("this process does the work"),
-///     Err(error) if error.kind() == ErrorKind::LockUnavailable => println!("another one does"),
+/// let lock = manager.lock("nightly-report")?;
+/// match lock.acquire(Duration::from_secs(5)) {
+///     Ok(guard) => guard.release()?,
+///     Err(error) if error.kind() == ErrorKind::TimedOut => println!("not in five seconds: {error:#}"),
 ///     Err(error) => return Err(error),
 /// }
-/// lock.release()?;
 /// # Ok::<(), dsync::Error>(())
 /// ```
 #[derive(Clone)]
@@ -40,11 +42,11 @@ pub struct Error {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// Another session holds the lock. The claim goes on in the background until it is released.
+    /// Another session holds the lock. Without a guard, the claim goes on in the background until it is released.
     LockUnavailable,
-    /// The context's deadline came first. The claim goes on in the background until it is released.
+    /// The context's deadline came first. Without a guard, the claim goes on in the background until it is released.
     TimedOut,
-    /// The context was cancelled. The claim goes on in the background until it is released.
+    /// The context was cancelled. Without a guard, the claim goes on in the background until it is released.
     Cancelled,
     /// The claim was released, by this thread or another one, while the call waited.
     Released,
@@ -75,6 +77,46 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// All of them, in their order, each at the index that its number is.
+    #[cfg(feature = "metrics")]
+    pub(crate) const ALL: [Self; 14] = [
+        Self::LockUnavailable,
+        Self::TimedOut,
+        Self::Cancelled,
+        Self::Released,
+        Self::SyncManagerStopped,
+        Self::FailedInitialization,
+        Self::SessionUnavailable,
+        Self::SessionRefused,
+        Self::PoolExhausted,
+        Self::Lost,
+        Self::UnlockFailed,
+        Self::InvalidKey,
+        Self::InvalidConfig,
+        Self::OtherProcess,
+    ];
+
+    /// Its name in a label of a metric.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::LockUnavailable => "lock_unavailable",
+            Self::TimedOut => "timed_out",
+            Self::Cancelled => "cancelled",
+            Self::Released => "released",
+            Self::SyncManagerStopped => "sync_manager_stopped",
+            Self::FailedInitialization => "failed_initialization",
+            Self::SessionUnavailable => "session_unavailable",
+            Self::SessionRefused => "session_refused",
+            Self::PoolExhausted => "pool_exhausted",
+            Self::Lost => "lost",
+            Self::UnlockFailed => "unlock_failed",
+            Self::InvalidKey => "invalid_key",
+            Self::InvalidConfig => "invalid_config",
+            Self::OtherProcess => "other_process",
+        }
+    }
+
     /// The words of the kind, as an error's text begins.
     fn as_str(self) -> &'static str {
         match self {
@@ -122,6 +164,21 @@ impl Error {
             "another session holds {key:?}; without a guard, the claim goes on in the background until release()"
         );
         Self::new(ErrorKind::LockUnavailable, text)
+    }
+
+    pub(crate) fn no_resignations() -> Self {
+        let text = "a holder is asked to resign by the token of its term, and the manager was told to do without the catalog, or the \
+                    lock without a token; set the catalog to automatic, or leave LockOptions::without_token out";
+        Self::new(ErrorKind::InvalidConfig, text)
+    }
+
+    /// A term had ended before the application ended it.
+    pub(crate) fn lost(key: &str, loss: Option<&Loss>) -> Self {
+        let why = loss.map_or_else(|| "the manager was stopped".to_owned(), Loss::to_string);
+        let text = format!(
+            "the lock {key:?} did not last until its release: {why}; another holder may have been at work meanwhile"
+        );
+        Self::new(ErrorKind::Lost, text)
     }
 
     /// The claim ended while a call waited.

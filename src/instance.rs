@@ -271,6 +271,20 @@ pub fn shutdown() -> Result<()> {
     ending.outcome.clone()
 }
 
+/// The process-wide manager.
+///
+/// # Errors
+/// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped) before the first [`init`], after [`shutdown`], after an [`init`] that
+///   failed, and while another thread is in either.
+/// - [`OtherProcess`](ErrorKind::OtherProcess) in a process that was forked after [`init`], until it calls that itself.
+pub fn instance() -> Result<Arc<dyn SyncManager>> {
+    if let Stage::Before = *stage() {
+        let message = "dsync::init() was never called in this process; call it first";
+        return Err(Error::new(ErrorKind::SyncManagerStopped, message));
+    }
+    running("instance", |instance| Arc::clone(&instance.manager))
+}
+
 /// The lock with this key of the process-wide manager; see [`SyncManager::lock_with_key`].
 ///
 /// # Errors
@@ -283,7 +297,7 @@ pub fn shutdown() -> Result<()> {
 /// If [`init`] has never been called.
 #[track_caller]
 pub fn lock_with_key(key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
-    let manager = instance("lock_with_key", |instance| Arc::clone(&instance.manager))?;
+    let manager = running("lock_with_key", |instance| Arc::clone(&instance.manager))?;
     manager.lock_with_key(key.into(), options)
 }
 
@@ -304,7 +318,7 @@ pub fn lock_with_key(key: impl Into<Key>, options: LockOptions) -> Result<Arc<dy
 /// If [`init`] has never been called.
 #[track_caller]
 pub fn leadership_lock() -> Result<Arc<dyn Lock>> {
-    let lock = instance("leadership_lock", |instance| {
+    let lock = running("leadership_lock", |instance| {
         instance.campaign.as_ref().map(|campaign| Arc::clone(campaign.lock()))
     })?;
     lock.ok_or_else(|| {
@@ -315,14 +329,16 @@ pub fn leadership_lock() -> Result<Arc<dyn Lock>> {
 
 /// Runs `look` on the instance, under the mutex. So `look` must not drop the last handle of the manager.
 #[track_caller]
-fn instance<T>(caller: &str, look: impl FnOnce(&Instance) -> T) -> Result<T> {
+fn running<T>(caller: &str, look: impl FnOnce(&Instance) -> T) -> Result<T> {
     let message = match &*stage() {
         Stage::Running(instance) => return Ok(look(instance)),
         Stage::After(INHERITED) => return Err(Error::new(ErrorKind::OtherProcess, INHERITED)),
         Stage::After(why) => why,
         Stage::Stopping(_) => SHUT_DOWN,
         Stage::Starting { .. } => "init() is still at work; wait for it to return",
-        Stage::Before => panic!("dsync::{caller}() was called before dsync::init()"),
+        Stage::Before => panic!(
+            "dsync::{caller}() was called before dsync::init(); call that first, or dsync::instance(), which gives an error"
+        ),
     };
     Err(Error::new(ErrorKind::SyncManagerStopped, message))
 }

@@ -103,6 +103,31 @@ impl From<String> for Key {
     }
 }
 
+impl From<&String> for Key {
+    fn from(name: &String) -> Self {
+        Self::Name(name.clone())
+    }
+}
+
+impl From<i32> for Key {
+    fn from(number: i32) -> Self {
+        Self::Number(number.into())
+    }
+}
+
+impl From<u32> for Key {
+    fn from(number: u32) -> Self {
+        Self::Number(number.into())
+    }
+}
+
+/// The number with the same bits: those from 2⁶³ on are negative for PostgreSQL, whose `bigint` has a sign.
+impl From<u64> for Key {
+    fn from(number: u64) -> Self {
+        Self::Number(number.cast_signed())
+    }
+}
+
 impl From<i64> for Key {
     fn from(number: i64) -> Self {
         Self::Number(number)

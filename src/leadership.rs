@@ -39,7 +39,7 @@ impl Campaign {
             "build": build,
         });
         let options = LockOptions::new().valuer(json_valuer(&annotation)?).tell_of_claims(begun);
-        let lock = manager.lock(format!("service/{service}/leadership"), options)?;
+        let lock = manager.lock_with(format!("service/{service}/leadership"), options)?;
         stand(&*lock)?;
         let (context, canceller) = Context::background().with_cancel();
         let (candidate, service) = (Arc::clone(&lock), service.to_owned());

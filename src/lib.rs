@@ -4,30 +4,44 @@ mod cancellation;
 mod context;
 mod error;
 mod expiry;
+mod guard;
 mod instance;
 mod key;
+mod leader;
 mod leadership;
+mod local_queue;
 mod lock;
 mod loss;
 mod manager;
 mod memory;
+#[cfg(feature = "metrics")]
+mod metrics_observer;
+pub mod observer;
 // The folder is called after the server; in the interface, the driver has that name.
 #[path = "postgres/mod.rs"]
 mod pg;
 mod process;
+mod snapshot;
 mod sync;
+mod telling;
 mod term;
 mod view;
 
 pub use crate::context::{Canceller, Context};
 pub use crate::error::{Error, ErrorKind, Result};
-pub use crate::instance::{init, init_with, leadership_lock, lock_with_key, shutdown};
+pub use crate::guard::LockGuard;
+pub use crate::instance::{init, init_with, instance, leadership_lock, lock_with_key, shutdown};
 pub use crate::key::Key;
-pub use crate::lock::{Lock, LockGuard, LockOptions, LockValuer, MAX_ANNOTATION, json_valuer};
+pub use crate::leader::{Leader, LeaderEvent, LeaderOptions, LeaderStatus, Tenure};
+pub use crate::lock::{Lock, LockOptions, LockValuer, MAX_ANNOTATION, json_valuer};
 pub use crate::loss::{Loss, LossReason, Lost};
-pub use crate::manager::SyncManager;
+pub use crate::manager::{SyncManager, SyncManagerExt};
 pub use crate::memory::{MemoryManager, MemoryServer};
+#[cfg(feature = "metrics")]
+pub use crate::metrics_observer::MetricsObserver;
+pub use crate::observer::Observer;
 pub use crate::pg::{CATALOG_SQL, CatalogMode, Config, PostgresManager, Socket, catalog_sql};
+pub use crate::snapshot::{ClaimSnapshot, ClaimState, Snapshot};
 pub use crate::term::Term;
 pub use crate::view::{Holder, LockView, Waiter};
 

@@ -1,17 +1,38 @@
-//! The contract of a lock, its options, and the guard for scoped use.
+//! The contract of a lock, and its options.
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use serde_core::Serialize;
 
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::loss::{Loss, Lost, lost_already};
+use crate::guard::{Guarded, LockGuard};
+use crate::loss::{Loss, Lost};
 use crate::term::Term;
+use crate::view::Holder;
 
 /// A distributed lock, shared by all processes that use the same key on the same database.
+///
+/// Most code needs `acquire` and [`try_acquire`](Self::try_acquire) only, which give a [`LockGuard`]:
+///
+/// ```
+/// use std::time::Duration;
+/// use dsync::{MemoryManager, SyncManager};
+///
+/// # let manager = MemoryManager::new();
+/// # manager.start()?;
+/// let lock = manager.lock("nightly-report")?;
+/// match lock.try_acquire()? {
+///     Some(guard) => println!("at work, with the token {:?}", guard.term().token()),
+///     None => println!("another one is at it"),
+/// }
+/// # Ok::<(), dsync::Error>(())
+/// ```
+///
+/// The rest is one level below: a claim that the library keeps up for the process until it is released.
 ///
 /// # Claims and terms
 ///
@@ -21,7 +42,8 @@ use crate::term::Term;
 /// has a [`lost`](Self::lost) channel of its own.
 ///
 /// A claim belongs to the manager, not to the handle: dropping the handle does not end it, and asking the manager for
-/// the same key finds it again. For a scope, use a [`LockGuard`].
+/// the same key finds it again. Beside a claim, guards of the same lock are as those of another process: they wait for the
+/// claim's term to end, and a claim waits for theirs.
 ///
 /// # Safety under failure
 ///
@@ -32,10 +54,34 @@ use crate::term::Term;
 ///
 /// All methods may be called from any thread. The lock is held by the *process*, not by a thread: `lock` on a lock that
 /// is held returns at once, in any thread, and one `release` ends the claim for all of them. Coordinating threads of one
-/// process is the application's task.
-pub trait Lock: Send + Sync + fmt::Debug {
+/// process is the application's task; or that of guards, which exclude threads too.
+///
+/// This library alone implements it, so that it can grow.
+pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// The key in text, as [`Key`](crate::Key) displays it.
     fn key(&self) -> &str;
+
+    /// Gives a guard if the lock is free now, and `None` if another session, or another thread of this process, has it or waits
+    /// for it here. It makes one attempt, with the time that an attempt has (`connect_timeout` and `heartbeat_timeout`
+    /// together at the most), and leaves nothing behind if that fails.
+    ///
+    /// # Errors
+    /// Those of `acquire` but for `TimedOut` and `Cancelled`; [`SessionUnavailable`](ErrorKind::SessionUnavailable) also where the server
+    /// could not be asked; and
+    /// - [`SessionRefused`](ErrorKind::SessionRefused): trying again will not help: wrong password, missing database or
+    ///   rights, a standby, a transaction pooler.
+    /// - [`PoolExhausted`](ErrorKind::PoolExhausted): the manager has no session left.
+    /// - [`InvalidKey`](ErrorKind::InvalidKey): another key has the same hash.
+    fn try_acquire(&self) -> Result<Option<LockGuard>> {
+        LockGuard::try_acquire(self)
+    }
+
+    /// True if the claim of this process has the lock, as far as this process knows: see [`Term::is_held`]. A guard is no claim: it
+    /// has an [`is_held`](LockGuard::is_held) of its own.
+    #[must_use]
+    fn is_held(&self) -> bool {
+        self.term().is_some_and(|term| term.is_held())
+    }
 
     /// Acquires the lock, waiting until it is held or `context` ends. Returns at once if it is held already, also where
     /// `context` has ended: a loop that is to end with its context must look at [`Context::check`] as well.
@@ -58,7 +104,9 @@ pub trait Lock: Send + Sync + fmt::Debug {
     /// - [`OtherProcess`](ErrorKind::OtherProcess): the lock was made before a `fork`, by the parent process.
     fn lock(&self, context: &Context) -> Result<()>;
 
-    /// Like [`lock`](Self::lock), but returns as soon as it is known that the lock cannot be had now.
+    /// Begins a claim as [`lock`](Self::lock) does, which **goes on in the background until [`release`](Self::release), also where
+    /// this call fails**, but returns as soon as it is known that the lock cannot be had now. To take it or leave it, call
+    /// [`try_acquire`](Self::try_acquire).
     ///
     /// It waits, until `context` ends, only while the server cannot be asked. A `context` whose deadline has passed before
     /// the call, as that of `Context::timeout(Duration::ZERO)` has, means *try once*: the call makes one attempt, with the
@@ -93,14 +141,93 @@ pub trait Lock: Send + Sync + fmt::Debug {
     /// lock when it notices that the session is gone, at the latest after the lease and two wait slices (25 s by default).
     fn release(&self) -> Result<()>;
 
-    /// The channel of the current term. Disconnected if the lock is not held.
+    /// The channel of the claim's current term. It is disconnected if the claim does not hold the lock. A guard has a
+    /// [`lost`](LockGuard::lost) of its own.
     fn lost(&self) -> Lost;
 
-    /// The current term, with its fencing token; `None` if the lock is not held.
+    /// The claim's current term, with its fencing token; `None` if the claim does not hold the lock. A guard has a
+    /// [`term`](LockGuard::term) of its own.
     fn term(&self) -> Option<Term>;
+
+    /// Who has the lock now, in whichever process: that of this handle's own term, another's, or `None` if nobody has it. It is news
+    /// of the past when it arrives: show it to people, and decide nothing by it.
+    ///
+    /// It takes one round trip on a session of the pool. If the server does not answer, it takes up to `connect_timeout` (three
+    /// times that, for the manager's first session) plus the heartbeat timeout.
+    ///
+    /// # Errors
+    /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped), [`OtherProcess`](ErrorKind::OtherProcess).
+    /// - [`PoolExhausted`](ErrorKind::PoolExhausted): claims have all the sessions.
+    /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable), [`SessionRefused`](ErrorKind::SessionRefused).
+    fn holder(&self) -> Result<Option<Holder>>;
+
+    /// Asks the [`Leader`](crate::Leader) that has the lock now, in whichever process, to resign: it tells its closure to stop, gives the lock back
+    /// when that has returned, and lets others go first. `true` if there is a holder to ask. Anything else than a leader that holds the
+    /// lock, a guard say, does not listen.
+    ///
+    /// The leader hears of it within a heartbeat (by default a quarter of the lease), and a term that begins after this call
+    /// is not meant. It takes one round trip on a session of the pool, and as long as [`holder`](Self::holder) if the server does not
+    /// answer.
+    ///
+    /// # Errors
+    /// Those of `holder`, and [`InvalidConfig`](ErrorKind::InvalidConfig): this manager does without the catalog, or this lock without
+    /// a token.
+    ///
+    /// ```
+    /// # use dsync::{MemoryManager, SyncManager};
+    /// # let manager = MemoryManager::new();
+    /// # manager.start()?;
+    /// if !manager.lock("service/billing/leader")?.request_resignation()? {
+    ///     println!("nobody leads");
+    /// }
+    /// # Ok::<(), dsync::Error>(())
+    /// ```
+    fn request_resignation(&self) -> Result<bool>;
 
     /// How the most recent lost term of this handle ended; `None` if none was lost. A `release` is not a loss.
     fn last_loss(&self) -> Option<Loss>;
+}
+
+impl dyn Lock + '_ {
+    /// Waits for the lock, and gives a guard of it: for a [`Duration`](std::time::Duration), until an
+    /// [`Instant`](std::time::Instant), or as a [`Context`] says. A time of zero, or one that has passed before the call, means
+    /// *try once*: the call makes one attempt, with the time that one of [`try_acquire`](Lock::try_acquire) has. A thread that has
+    /// a guard of this lock and wants a second one waits for itself.
+    ///
+    /// An attempt that fails leaves nothing behind, and disturbs no other guard or claim. Where the server has to be told of that,
+    /// it takes up to the release timeout longer.
+    ///
+    /// # Errors
+    /// - [`TimedOut`](ErrorKind::TimedOut), [`Cancelled`](ErrorKind::Cancelled): the context ended first; the last problem
+    ///   on the way, if any, is the source.
+    /// - [`Lost`](ErrorKind::Lost): the lock was had, and lost before this call returned.
+    /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped), [`OtherProcess`](ErrorKind::OtherProcess).
+    /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): no thread could be started for the claim.
+    /// - If it tries once, also [`SessionRefused`](ErrorKind::SessionRefused), [`PoolExhausted`](ErrorKind::PoolExhausted) and
+    ///   [`InvalidKey`](ErrorKind::InvalidKey), as [`try_acquire`](Lock::try_acquire). A call that may wait goes on trying then.
+    pub fn acquire(&self, context: impl Into<Context>) -> Result<LockGuard> {
+        LockGuard::acquire(self, &context.into())
+    }
+
+    /// Waits for the lock as `acquire` does, runs `work` with the term, and releases the lock, also if `work`
+    /// panics.
+    ///
+    /// # Errors
+    /// Those of `acquire`; `work` did not run then. And those of [`LockGuard::release`], [`Lost`](ErrorKind::Lost) among them: what
+    /// `work` returned is dropped, since the lock did not last as long as the work.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use dsync::{MemoryManager, SyncManager};
+    /// # let manager = MemoryManager::new();
+    /// # manager.start()?;
+    /// let token = manager.lock("ledger")?.with_lock(Duration::from_secs(10), |term| term.token())?;
+    /// assert!(token.is_some());
+    /// # Ok::<(), dsync::Error>(())
+    /// ```
+    pub fn with_lock<T>(&self, context: impl Into<Context>, work: impl FnOnce(&Term) -> T) -> Result<T> {
+        LockGuard::with(self, &context.into(), work)
+    }
 }
 
 /// Makes the bytes that annotate a lock where an operator can see them: in the view `dsync.locks`.
@@ -159,9 +286,12 @@ pub fn json_valuer(value: &(impl Serialize + ?Sized)) -> Result<LockValuer> {
 
 /// What can be said about a lock when its handle is first made. Ignored where the handle exists already.
 #[derive(Clone, Default)]
+#[must_use]
 #[non_exhaustive]
 pub struct LockOptions {
     pub(crate) valuer: Option<LockValuer>,
+    pub(crate) without_token: bool,
+    pub(crate) grace: Option<Duration>,
     /// Told whenever a claim has begun, if there is room.
     pub(crate) on_claim: Option<Sender<()>>,
 }
@@ -172,8 +302,30 @@ impl LockOptions {
         Self::default()
     }
 
+    /// Does without fencing token, annotation and row of the catalog, which saves the server a third to a half of the work of a
+    /// lock. Such a lock excludes others as any does. But [`Term::fence`] fails, `dsync.locks` shows a number for it and no name,
+    /// and nobody notices if another key has the same hash. Use it for all holders of a key or for none: a term without token does
+    /// not wait for the fenced transactions of an earlier term, and these do not notice it.
+    pub fn without_token(mut self) -> Self {
+        self.without_token = true;
+        self
+    }
+
+    /// Warns before a term ends by its lease: see [`Term::warned`]. For work that needs this long to stop. Defaults to none.
+    ///
+    /// A heartbeat of such a lock may be answered until the end of the term, and not only within the heartbeat timeout: a server that
+    /// is silent ends the term later, and others have to wait no longer for it than the lease. What ends a term without a lease
+    /// running out, an operator say, comes without a warning.
+    ///
+    /// The manager must have that time: a `grace` that is not shorter than the term that is left when a renewal is due is refused,
+    /// with the longest that is possible. Of a lease of 15 s it is 6.5 s. One that is nearly as long warns of each renewal that is
+    /// not answered at once.
+    pub fn grace(mut self, grace: Duration) -> Self {
+        self.grace = Some(grace);
+        self
+    }
+
     /// Annotates the lock with what `valuer` returns; the bytes are taken literally.
-    #[must_use]
     pub fn valuer(mut self, valuer: LockValuer) -> Self {
         self.valuer = Some(valuer);
         self
@@ -195,89 +347,10 @@ impl LockOptions {
 
 impl fmt::Debug for LockOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LockOptions").field("valuer", &self.valuer.as_ref().map(|_| "..")).finish()
-    }
-}
-
-/// A held lock for the length of a scope: released when dropped.
-///
-/// Unlike the bare [`Lock`], an attempt that fails leaves no claim behind. Bind it to a name: `let _ = …` would release
-/// at once. A guard does not make the lock safe to lose: watch [`lost`](Self::lost) all the same.
-///
-/// ```
-/// use dsync::{Context, LockGuard, LockOptions, MemoryManager, SyncManager};
-///
-/// let manager = MemoryManager::new();
-/// manager.start()?;
-/// {
-///     let guard = LockGuard::lock(manager.lock("migrations", LockOptions::new())?, &Context::background())?;
-///     assert!(guard.lost().try_recv().is_err_and(|error| error.is_empty()), "held");
-///     // … migrate …
-///     guard.release()?; // or let it drop: then a failure is only logged
-/// }
-/// # Ok::<(), dsync::Error>(())
-/// ```
-#[must_use = "the lock is released as soon as the guard is dropped"]
-#[derive(Debug)]
-pub struct LockGuard {
-    /// `None` once released.
-    lock: Option<Arc<dyn Lock>>,
-    term: Term,
-}
-
-impl LockGuard {
-    /// Acquires `lock`, waiting as [`Lock::lock`] does.
-    ///
-    /// # Errors
-    /// As [`Lock::lock`]; the claim is released before the error is returned.
-    pub fn lock(lock: Arc<dyn Lock>, context: &Context) -> Result<Self> {
-        let outcome = lock.lock(context);
-        Self::held(lock, outcome)
-    }
-
-    /// Acquires `lock` if it can be had now, as [`Lock::try_lock`] does.
-    ///
-    /// # Errors
-    /// As [`Lock::try_lock`]; the claim is released before the error is returned.
-    pub fn try_lock(lock: Arc<dyn Lock>, context: &Context) -> Result<Self> {
-        let outcome = lock.try_lock(context);
-        Self::held(lock, outcome)
-    }
-
-    fn held(lock: Arc<dyn Lock>, outcome: Result<()>) -> Result<Self> {
-        // A term that was lost in this very moment is one all the same: over.
-        let term = lock.term().unwrap_or_else(|| Term::new(lost_already(), None, None));
-        let guard = Self { lock: Some(lock), term };
-        outcome.map(|()| guard)
-    }
-
-    /// The channel of the term in which the guard was made. It does not come back when the lock is acquired again.
-    pub fn lost(&self) -> &Lost {
-        self.term.lost()
-    }
-
-    /// The term in which the guard was made, for its fencing token.
-    pub fn term(&self) -> &Term {
-        &self.term
-    }
-
-    /// Releases the lock and says whether that could be confirmed.
-    ///
-    /// # Errors
-    /// As [`Lock::release`].
-    pub fn release(mut self) -> Result<()> {
-        self.lock.take().map_or(Ok(()), |lock| lock.release())
-    }
-}
-
-impl Drop for LockGuard {
-    /// Releases the lock, waiting no longer than [`Lock::release`] does. A failure is logged.
-    fn drop(&mut self) {
-        if let Some(lock) = self.lock.take()
-            && let Err(error) = lock.release()
-            && error.kind() != ErrorKind::OtherProcess
-        {
-            log::warn!("lock {:?}: {}", lock.key(), crate::error::chain(&error));
-        }
+        f.debug_struct("LockOptions")
+            .field("valuer", &self.valuer.as_ref().map(|_| ".."))
+            .field("without_token", &self.without_token)
+            .field("grace", &self.grace)
+            .finish()
     }
 }

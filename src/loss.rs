@@ -2,19 +2,145 @@
 
 use std::convert::Infallible;
 use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use parking_lot::Mutex;
 
-/// Signals the end of a term: it never carries a message and disconnects when the lock is no longer held.
+/// Signals the end of a term: a channel that never carries a message, and disconnects when the lock is no longer held.
 ///
-/// Use it in `select!`, block on `recv()` (which returns an error at the end of the term), or ask `try_recv()`. Clone it
-/// for any number of listeners. A channel that has disconnected stays so: the next term has a channel of its own.
-pub type Lost = Receiver<Infallible>;
+/// Ask it, wait for it, or use it in `select!`, for which it stands for its [`channel`](Self::channel). Clone it for any number of
+/// listeners. What is lost stays so: the next term has a `Lost` of its own.
+///
+/// ```
+/// use std::time::Duration;
+/// use dsync::crossbeam_channel::{after, select};
+/// use dsync::{MemoryManager, SyncManager};
+///
+/// let manager = MemoryManager::new();
+/// manager.start()?;
+/// let guard = manager.lock("migrations")?.acquire(Duration::from_secs(60))?;
+/// let lost = guard.lost();
+/// assert!(!lost.is_lost());
+/// select! {
+///     recv(lost) -> _ => println!("stop the work"),
+///     recv(after(Duration::from_millis(1))) -> _ => println!("do the next piece of it"),
+/// }
+/// # Ok::<(), dsync::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Lost {
+    channel: Receiver<Infallible>,
+    followers: Arc<Followers>,
+}
 
-/// A channel that has disconnected already: that of a lock which is not held.
+/// What is to be raised when a term ends.
+type Followers = Mutex<Vec<Arc<Signal>>>;
+
+impl Lost {
+    /// One of a term that lasts until [`Alive`] is dropped.
+    pub(crate) fn pair() -> (Alive, Self) {
+        let (sender, channel) = bounded(0);
+        let followers = Arc::default();
+        (Alive { sender: Some(sender), followers: Arc::clone(&followers) }, Self { channel, followers })
+    }
+
+    /// Raises `signal` at the end of the term: on the thread that ends it, and so before anybody else can have the lock, as far
+    /// as this process has any say in that. At once if the term is over.
+    pub(crate) fn raises(&self, signal: &Arc<Signal>) {
+        self.followers.lock().push(Arc::clone(signal));
+        // If the term ended in between, whoever ended it may have looked before.
+        if self.is_lost() {
+            signal.raise();
+        }
+    }
+
+    /// True if the term is over. Does not block. It looks at the channel, which closes a moment late in a process that was frozen;
+    /// [`Term::is_held`](crate::Term::is_held) and [`LockGuard::lost`](crate::LockGuard::lost) look at the clock, too.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.channel.try_recv().is_err_and(|error| error.is_disconnected())
+    }
+
+    /// Blocks until the term is over.
+    pub fn wait(&self) {
+        let _ = self.channel.recv();
+    }
+
+    /// Blocks until the term is over, or `timeout` has passed; `true` if it is over.
+    #[must_use]
+    pub fn wait_timeout(&self, timeout: Duration) -> bool {
+        self.channel.recv_timeout(timeout) == Err(RecvTimeoutError::Disconnected)
+    }
+
+    /// The channel itself, which disconnects at the end of the term.
+    pub fn channel(&self) -> &Receiver<Infallible> {
+        &self.channel
+    }
+}
+
+impl Deref for Lost {
+    type Target = Receiver<Infallible>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.channel
+    }
+}
+
+impl fmt::Debug for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lost").field("is_lost", &self.is_lost()).finish()
+    }
+}
+
+/// Keeps a term's [`Lost`] open: dropped when the term ends.
+pub(crate) struct Alive {
+    /// `None` once dropped.
+    sender: Option<Sender<Infallible>>,
+    followers: Arc<Followers>,
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        drop(self.sender.take());
+        let followers = std::mem::take(&mut *self.followers.lock());
+        followers.iter().for_each(|signal| signal.raise());
+    }
+}
+
+impl fmt::Debug for Alive {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Alive")
+    }
+}
+
+/// A channel that any number of parties may close; the first of them does.
+pub(crate) struct Signal(Mutex<Option<Sender<Infallible>>>);
+
+impl Signal {
+    /// A signal, and the channel that disconnects when it is raised.
+    pub(crate) fn new() -> (Arc<Self>, Receiver<Infallible>) {
+        let (sender, channel) = bounded(0);
+        (Arc::new(Self(Mutex::new(Some(sender)))), channel)
+    }
+
+    pub(crate) fn raise(&self) {
+        let sender = self.0.lock().take();
+        drop(sender);
+    }
+}
+
+impl fmt::Debug for Signal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Signal")
+    }
+}
+
+/// That of a lock which is not held.
 pub(crate) fn lost_already() -> Lost {
-    crossbeam_channel::bounded(0).1
+    Lost::pair().1
 }
 
 /// A term that was lost: why, and when this process knew.
@@ -93,6 +219,44 @@ pub enum LossReason {
 }
 
 impl LossReason {
+    /// All of them, in their order, each at the index that its number is.
+    #[cfg(feature = "metrics")]
+    pub(crate) const ALL: [Self; 13] = [
+        Self::Terminated,
+        Self::ServerCrashed,
+        Self::DatabaseDropped,
+        Self::LeaseExpired,
+        Self::LeaseNotRenewed,
+        Self::HeartbeatTimedOut,
+        Self::ConnectionClosed,
+        Self::SessionChanged,
+        Self::Unlocked,
+        Self::ServerIsStandby,
+        Self::ServerError,
+        Self::Revoked,
+        Self::SupervisorFailed,
+    ];
+
+    /// Its name in a label of a metric.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Terminated => "terminated",
+            Self::ServerCrashed => "server_crashed",
+            Self::DatabaseDropped => "database_dropped",
+            Self::LeaseExpired => "lease_expired",
+            Self::LeaseNotRenewed => "lease_not_renewed",
+            Self::HeartbeatTimedOut => "heartbeat_timed_out",
+            Self::ConnectionClosed => "connection_closed",
+            Self::SessionChanged => "session_changed",
+            Self::Unlocked => "unlocked",
+            Self::ServerIsStandby => "server_is_standby",
+            Self::ServerError => "server_error",
+            Self::Revoked => "revoked",
+            Self::SupervisorFailed => "supervisor_failed",
+        }
+    }
+
     /// Whether the server itself said that it ends the session. It says so *before* it lets go of the session's locks.
     pub(crate) fn is_announced(self) -> bool {
         matches!(self, Self::Terminated | Self::ServerCrashed | Self::DatabaseDropped | Self::LeaseExpired)
@@ -122,6 +286,22 @@ impl fmt::Display for LossReason {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn is_raised(channel: &Receiver<Infallible>) -> bool {
+        channel.try_recv().is_err_and(|error| error.is_disconnected())
+    }
+
+    #[test]
+    fn the_end_of_a_term_raises_its_signals_also_those_that_come_later() {
+        let ((alive, lost), (first, heard)) = (Lost::pair(), Signal::new());
+        lost.raises(&first);
+        assert!(!is_raised(&heard) && !lost.is_lost());
+        drop(alive);
+        assert!(is_raised(&heard) && lost.is_lost());
+        let (late, heard) = Signal::new();
+        lost.raises(&late);
+        assert!(is_raised(&heard));
+    }
 
     #[test]
     fn a_loss_is_shown_with_its_date_and_an_odd_clock_does_no_harm() {

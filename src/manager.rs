@@ -6,8 +6,12 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
+use crate::snapshot::Snapshot;
 
 /// Keeps the locks of an application: one handle per key.
+///
+/// An application may implement it, to wrap a manager of this library, say. Then the locks that it hands out are this library's:
+/// [`Lock`] is not for others to implement.
 ///
 /// Two implementations are here: [`PostgresManager`](crate::PostgresManager), and
 /// [`MemoryManager`](crate::MemoryManager) for the tests of an application. Code that takes an `Arc<dyn SyncManager>`
@@ -32,6 +36,13 @@ pub trait SyncManager: Send + Sync + fmt::Debug {
     /// The first failure of those that [`Lock::release`] would have returned. The manager has stopped all the same.
     fn stop(&self) -> Result<()>;
 
+    /// How the manager and its claims stand now, as this process knows: for a health check, and for people. No I/O happens.
+    ///
+    /// An implementation that wraps a manager should give that one's. The default is empty.
+    fn snapshot(&self) -> Snapshot {
+        Snapshot::default()
+    }
+
     /// The lock with this key. Where there is a handle for it, or a claim on it, that same lock is returned and
     /// `options` are ignored.
     ///
@@ -45,11 +56,72 @@ pub trait SyncManager: Send + Sync + fmt::Debug {
 }
 
 impl dyn SyncManager + '_ {
-    /// [`lock_with_key`](SyncManager::lock_with_key) for whatever can be a [`Key`]: a name, a number, a pair.
+    /// The lock with this key, which is whatever can be a [`Key`]: a name, a number, a pair of numbers.
     ///
     /// # Errors
-    /// As there.
-    pub fn lock(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
+    /// As [`lock_with_key`](SyncManager::lock_with_key).
+    pub fn lock(&self, key: impl Into<Key>) -> Result<Arc<dyn Lock>> {
+        self.lock_with_key(key.into(), LockOptions::new())
+    }
+
+    /// As `lock`, with options. They count when the handle is made: where there is one with this key, they
+    /// are ignored.
+    ///
+    /// # Errors
+    /// As [`lock_with_key`](SyncManager::lock_with_key).
+    pub fn lock_with(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
         self.lock_with_key(key.into(), options)
     }
+
+    /// Asks the leader that has the lock with this key to resign: see [`Lock::request_resignation`]. `true` if there is a holder to ask.
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+    pub fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
+        self.lock(key)?.request_resignation()
+    }
 }
+
+/// The same for generic code: `manager.lock(key)` on any `M: SyncManager`.
+///
+/// The managers of this library and `dyn SyncManager` have these methods of their own, without this trait.
+///
+/// ```
+/// use dsync::{SyncManager, SyncManagerExt};
+///
+/// fn is_taken<M: SyncManager>(manager: &M) -> dsync::Result<bool> {
+///     Ok(manager.lock("nightly-report")?.try_acquire()?.is_none())
+/// }
+/// # let manager = dsync::MemoryManager::new();
+/// # manager.start()?;
+/// # assert!(!is_taken(&manager)?);
+/// # Ok::<(), dsync::Error>(())
+/// ```
+pub trait SyncManagerExt: SyncManager {
+    /// The lock with this key, which is whatever can be a [`Key`]: a name, a number, a pair of numbers.
+    ///
+    /// # Errors
+    /// As [`lock_with_key`](SyncManager::lock_with_key).
+    fn lock(&self, key: impl Into<Key>) -> Result<Arc<dyn Lock>> {
+        self.lock_with_key(key.into(), LockOptions::new())
+    }
+
+    /// As `lock`, with options. They count when the handle is made: where there is one with this key, they
+    /// are ignored.
+    ///
+    /// # Errors
+    /// As [`lock_with_key`](SyncManager::lock_with_key).
+    fn lock_with(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
+        self.lock_with_key(key.into(), options)
+    }
+
+    /// Asks the leader that has the lock with this key to resign: see [`Lock::request_resignation`]. `true` if there is a holder to ask.
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+    fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
+        self.lock(key)?.request_resignation()
+    }
+}
+
+impl<M: SyncManager + ?Sized> SyncManagerExt for M {}

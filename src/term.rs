@@ -1,8 +1,10 @@
 //! One unbroken stretch of holding a lock, and the fence that its writes stand behind.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 
+use crossbeam_channel::Receiver;
 use postgres::types::ToSql;
 use postgres::{GenericClient, Row, Transaction};
 
@@ -13,7 +15,8 @@ use crate::process::Origin;
 
 /// A term: from the moment that the lock was acquired to the moment that it is released or lost.
 ///
-/// [`Lock::term`](crate::Lock::term) gives the current one. It goes on being *that* term when the lock is acquired again:
+/// [`LockGuard::term`](crate::LockGuard::term) gives that of a guard, [`Tenure::term`](crate::Tenure::term) that of a leader, and
+/// [`Lock::term`](crate::Lock::term) the current one of a claim. A term goes on being *that* term when the lock is acquired again:
 /// then its [`lost`](Self::lost) channel has disconnected, and its [`fence`](Self::fence) refuses.
 ///
 /// # Fencing
@@ -25,14 +28,13 @@ use crate::process::Origin;
 /// Writes to the database that the locks are in are fenced by calling [`fence`](Self::fence) in their transaction:
 ///
 /// ```no_run
-/// # use dsync::{Config, Context, ErrorKind, Lock, LockOptions, PostgresManager, SyncManager};
+/// # use std::time::Duration;
+/// # use dsync::PostgresManager;
 /// # fn example(manager: PostgresManager, client: &mut dsync::postgres::Client) -> Result<(), Box<dyn std::error::Error>> {
-/// let lock = manager.lock("ledger", LockOptions::new())?;
-/// lock.lock(&Context::background())?;
-/// let term = lock.term().ok_or("lost already")?;
+/// let guard = manager.lock("ledger")?.acquire(Duration::from_secs(60))?;
 ///
 /// let mut transaction = client.transaction()?;
-/// term.fence(&mut transaction)?; // fails with ErrorKind::Lost if there is, or was, a later holder
+/// guard.term().fence(&mut transaction)?; // fails with ErrorKind::Lost if there is, or was, a later holder
 /// transaction.execute("UPDATE ledger SET balance = balance - 10 WHERE id = 1", &[])?;
 /// transaction.commit()?;
 /// # Ok(())
@@ -45,6 +47,8 @@ use crate::process::Origin;
 #[derive(Clone)]
 pub struct Term {
     lost: Lost,
+    /// `None` where nobody warns.
+    warned: Option<Receiver<Infallible>>,
     token: Option<i64>,
     /// When the term ends unless it is renewed; `None` where nothing has to be renewed.
     expiry: Option<Arc<Expiry>>,
@@ -69,7 +73,11 @@ pub(crate) type Ask<'a> =
 
 impl Term {
     pub(crate) fn new(lost: Lost, token: Option<i64>, fence: Option<Arc<dyn Fence>>) -> Self {
-        Self { lost, token, expiry: None, fence, origin: Origin::here() }
+        Self { lost, warned: None, token, expiry: None, fence, origin: Origin::here() }
+    }
+
+    pub(crate) fn with_warning(self, warned: Receiver<Infallible>) -> Self {
+        Self { warned: Some(warned), ..self }
     }
 
     pub(crate) fn with_expiry(self, expiry: Arc<Expiry>) -> Self {
@@ -81,9 +89,30 @@ impl Term {
         &self.lost
     }
 
+    /// A channel that disconnects when the term is about to end, for work that needs time to stop: when a renewal is overdue, and the
+    /// term ends within the [grace](crate::LockOptions::grace) if none succeeds. At the latest it disconnects at the end of the term,
+    /// and so does one of a lock without grace. It disconnects once a term, also if a renewal succeeds after all.
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # use dsync::{LockOptions, PostgresManager};
+    /// # fn example(manager: &PostgresManager) -> dsync::Result<()> {
+    /// let options = LockOptions::new().grace(Duration::from_secs(5));
+    /// let guard = manager.lock_with("nightly-report", options)?.acquire(Duration::from_secs(60))?;
+    /// dsync::crossbeam_channel::select! {
+    ///     recv(guard.term().warned()) -> _ => println!("five seconds to finish"),
+    ///     recv(guard.lost()) -> _ => println!("stop at once"),
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn warned(&self) -> &Receiver<Infallible> {
+        self.warned.as_ref().unwrap_or_else(|| self.lost.channel())
+    }
+
     /// The fencing token: greater than that of every earlier term of the key, also over crashes of the server, the promotion
     /// of a standby, dump and restore, and the dropping of the catalog. It is a number of sixteen digits, and not the next one
-    /// to the last. `None` if the manager was told to do without a catalog.
+    /// to the last. `None` if the manager was told to do without a catalog, or the lock [without a token](crate::LockOptions::without_token).
     ///
     /// A database that was put back to an earlier state does not know what it gave out since. So the tokens go on at the
     /// server's clock, in microseconds since 1970, above which no token was. That fails in two cases: the clock is behind the
@@ -95,13 +124,14 @@ impl Term {
 
     /// Whether this process still regards the term as going on. It may have ended all the same: see [`fence`](Self::fence).
     /// Once it was `false` it stays so. In a child process of the holder's, after a `fork`, it is `false`.
+    #[must_use]
     pub fn is_held(&self) -> bool {
         if !self.origin.is_here() {
             return false;
         }
         // After a freeze of the process this thread may run before the one that closes the channel.
         let in_time = self.expiry.as_ref().is_none_or(|expiry| !expiry.has_passed());
-        in_time && self.lost.try_recv().is_err_and(|error| error.is_empty())
+        in_time && !self.lost.is_lost()
     }
 
     /// Lets `transaction` go on only if no later term has begun, and keeps one from beginning until it ends.
@@ -127,7 +157,7 @@ impl Term {
     /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): the statement failed; the source says why. The transaction
     ///   cannot go on.
     pub fn fence(&self, transaction: &mut Transaction<'_>) -> Result<()> {
-        self.origin.check(format_args!("the term"))?;
+        self.check_process()?;
         if !self.is_held() {
             return Err(over());
         }
@@ -144,7 +174,7 @@ impl Term {
     /// # Errors
     /// As [`fence`](Self::fence), but for `Lost`.
     pub fn is_current(&self, client: &mut impl GenericClient) -> Result<bool> {
-        self.origin.check(format_args!("the term"))?;
+        self.check_process()?;
         if !self.is_held() {
             return Ok(false);
         }
@@ -153,9 +183,15 @@ impl Term {
         Ok(fence.is_current(&mut ask, token)? && self.is_held())
     }
 
+    /// Fails in a child process of the holder's.
+    pub(crate) fn check_process(&self) -> Result<()> {
+        self.origin.check(format_args!("the term"))
+    }
+
     fn fenced(&self) -> Result<(&dyn Fence, i64)> {
         self.fence.as_deref().zip(self.token).ok_or_else(|| {
-            let message = "fencing needs the catalog, and the manager was told to do without; set the catalog to automatic";
+            let message = "fencing needs a token, and the manager was told to do without the catalog, or the lock without a token; set \
+                           the catalog to automatic, or leave LockOptions::without_token out";
             Error::new(ErrorKind::InvalidConfig, message)
         })
     }

@@ -95,8 +95,8 @@ fn scene() {
     let config = Config::from_env().unwrap().lease(LEASE).catalog(CatalogMode::None);
     let (manager, rival) = (started(config.clone()), started(config));
     let (held, wanted) = (
-        manager.lock(7, dsync::LockOptions::new()).unwrap(),
-        rival.lock(7, dsync::LockOptions::new()).unwrap(),
+        manager.lock_with(7, dsync::LockOptions::new()).unwrap(),
+        rival.lock_with(7, dsync::LockOptions::new()).unwrap(),
     );
     held.lock(&soon()).unwrap();
     let lost = held.lost();

@@ -16,9 +16,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::{becomes, eventually, hear, is_held, kind, soon, started};
-use dsync::{
-    Config, Context, ErrorKind, Key, Lock, LockGuard, LockOptions, PostgresManager, SyncManager, json_valuer,
-};
+use dsync::{Config, Context, ErrorKind, Key, Lock, LockOptions, PostgresManager, SyncManager, json_valuer};
 use postgres::Client;
 use support::{Database, process};
 
@@ -115,8 +113,8 @@ fn make_claims(database: &Database<'_>, manager: &PostgresManager, numbers: std:
 fn make_claim(operator: &mut Client, manager: &PostgresManager, number: i64) {
     let name = format!("key {number}");
     let options = LockOptions::new().valuer(json_valuer(&name).unwrap());
-    let free = || manager.lock(&*name, options.clone()).unwrap();
-    let blocked = || manager.lock(number, options.clone()).unwrap();
+    let free = || manager.lock_with(&*name, options.clone()).unwrap();
+    let blocked = || manager.lock_with(number, options.clone()).unwrap();
     match number % 20 {
         // The session is removed, and the claim ends while the lock is lost or when it is held again.
         0 => {
@@ -141,7 +139,7 @@ fn make_claim(operator: &mut Client, manager: &PostgresManager, number: i64) {
             assert_eq!(kind(lock.try_lock(&soon())), ErrorKind::LockUnavailable);
             end(manager, lock, &Key::from(number), number);
         }
-        5..=9 => drop(LockGuard::try_lock(free(), &soon()).unwrap()),
+        5..=9 => drop(free().try_acquire().unwrap().expect("it is free")),
         _ => {
             let lock = free();
             lock.lock(&soon()).unwrap();
@@ -152,7 +150,7 @@ fn make_claim(operator: &mut Client, manager: &PostgresManager, number: i64) {
 
 /// Ends the claim and drops the handles, in one order or another.
 fn end(manager: &PostgresManager, lock: Arc<dyn Lock>, key: &Key, number: i64) {
-    let again = || manager.lock(key.clone(), LockOptions::new()).unwrap();
+    let again = || manager.lock(key.clone()).unwrap();
     match number % 3 {
         0 => {
             lock.release().unwrap();
@@ -179,9 +177,7 @@ fn terminate(operator: &mut Client, key: &str) {
 
 /// Brings the number of sessions to what it can be at the most, so that two moments can be compared.
 fn fill_pool(manager: &PostgresManager) {
-    let locks: Vec<_> = (0..THREADS)
-        .map(|number| manager.lock(i64::from(number) - 100, LockOptions::new()).unwrap())
-        .collect();
+    let locks: Vec<_> = (0..THREADS).map(|number| manager.lock(i64::from(number) - 100).unwrap()).collect();
     for lock in &locks {
         lock.lock(&soon()).unwrap();
     }

@@ -75,7 +75,7 @@ fn locks_need_not_wait_for_a_start_that_is_under_way() {
     let database = Database::fresh().unwrap();
     for _ in 0..20 {
         let manager = Arc::new(PostgresManager::new(Config::from_url(&database.url()).unwrap()).unwrap());
-        let lock = manager.lock("x", LockOptions::new()).unwrap();
+        let lock = manager.lock("x").unwrap();
         let starting = Arc::clone(&manager);
         let start = begin(move || starting.start());
         // There is nothing to wait for before the manager knows of its start.
@@ -118,7 +118,7 @@ impl World for Memory {
     fn locks(&self) -> i64 {
         let rival = MemoryManager::on(&self.0);
         rival.start().unwrap();
-        let keys = ["x", LEADERSHIP].map(|key| rival.lock(key, LockOptions::new()).unwrap());
+        let keys = ["x", LEADERSHIP].map(|key| rival.lock(key).unwrap());
         keys.iter().map(|lock| i64::from(lock.try_lock(&soon()).is_err())).sum()
     }
 }
@@ -170,7 +170,12 @@ impl Stage<'_> {
 /// A call, by its name.
 type Call = (&'static str, fn(&Stage<'_>) -> Result<()>);
 
-const CALLS: [Call; 14] = [
+/// For a lock that the other thread, or a guard, may have.
+fn briefly() -> Context {
+    Context::timeout(Duration::from_millis(5))
+}
+
+const CALLS: [Call; 16] = [
     ("init", |stage| stage.world.init()),
     ("init_with", |stage| match stage.manager() {
         Some(manager) => dsync::init_with(manager, Some("billing"), None),
@@ -181,10 +186,12 @@ const CALLS: [Call; 14] = [
     ("leadership_lock", |_| dsync::leadership_lock()?.try_lock(&soon())),
     ("start", |stage| stage.manager().map_or(Ok(()), |manager| manager.start())),
     ("stop", |stage| stage.manager().map_or(Ok(()), |manager| manager.stop())),
-    ("lock", |stage| stage.lock.lock(&soon())),
+    ("lock", |stage| stage.lock.lock(&briefly())),
+    ("acquire", |stage| stage.lock.acquire(briefly()).map(drop)),
+    ("try_acquire", |stage| stage.lock.try_acquire().map(drop)),
     ("try_lock", |stage| stage.lock.try_lock(&soon())),
     ("release", |stage| stage.lock.release()),
-    ("wait", |stage| stage.lock.wait(&Context::timeout(Duration::from_millis(20)))),
+    ("wait", |stage| stage.lock.wait(&briefly())),
     ("dropping the manager", |stage| {
         let manager = stage.manager.lock().take();
         drop(manager);
@@ -236,18 +243,22 @@ fn play_once(world: &'static dyn World, round: usize, calls: [Call; 2]) {
     // Before some nothing has begun; before others the manager runs, and the lock is held; and before others that manager is
     // the process-wide one.
     let manager = world.manager();
-    let lock = manager.lock("x", LockOptions::new()).unwrap();
+    let lock = manager.lock("x").unwrap();
     let mut guard = None;
-    match round % 4 {
+    match round % 5 {
         0 => {}
         1 => manager.start().unwrap(),
         2 => {
             manager.start().unwrap();
-            guard = Some(LockGuard::lock(Arc::clone(&lock), &soon()).unwrap());
+            lock.lock(&soon()).unwrap();
+        }
+        3 => {
+            manager.start().unwrap();
+            guard = Some(lock.acquire(soon()).unwrap());
         }
         _ => {
             dsync::init_with(Arc::clone(&manager), Some("billing"), None).unwrap();
-            guard = Some(LockGuard::lock(Arc::clone(&lock), &soon()).unwrap());
+            guard = Some(lock.acquire(soon()).unwrap());
         }
     }
     let stage = Arc::new(Stage { world, manager: Mutex::new(Some(manager)), lock, guard: Mutex::new(guard) });
@@ -285,6 +296,6 @@ fn every_pair_of_calls_can_run_at_once() {
     let database = Database::fresh().unwrap();
     let operator = Mutex::new(database.client().unwrap());
     let postgres: &'static Postgres = Box::leak(Box::new(Postgres { database, operator }));
-    play(postgres, 4);
+    play(postgres, 5);
     println!("all: {:?}", begun.elapsed());
 }

@@ -16,9 +16,12 @@ pub(crate) mod statistics;
 pub(crate) mod text;
 pub(crate) mod worker;
 
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use dsync::{CatalogMode, Config, LockOptions, PostgresManager, SyncManager, json_valuer};
+use dsync::observer::{Acquired, Attempt, Released};
+use dsync::{CatalogMode, Config, LockOptions, Observer, PostgresManager, json_valuer};
 use support::{Builder, Server};
 
 pub(crate) use measure::{Contender, Plan, interleave, interleave_list};
@@ -105,9 +108,35 @@ pub(crate) fn start(builder: Builder) -> Server {
 /// A manager that has been started.
 pub(crate) fn manager(url: &str, mode: CatalogMode, sessions: u32) -> PostgresManager {
     let config = Config::from_url(url).expect("a URL").catalog(mode).max_sessions(sessions);
-    let manager = PostgresManager::new(config).expect("a manager");
-    manager.start().expect("a server");
-    manager
+    PostgresManager::connect(config).expect("a server")
+}
+
+/// As `manager`, with an observer that counts and times as one that feeds metrics does.
+pub(crate) fn observed_manager(url: &str, mode: CatalogMode, sessions: u32) -> PostgresManager {
+    let config = Config::from_url(url).expect("a URL").catalog(mode).max_sessions(sessions);
+    PostgresManager::connect(config.observer(Counts::default())).expect("a server")
+}
+
+/// Counts, and sums up times in nanoseconds.
+#[derive(Default)]
+struct Counts {
+    attempts: AtomicU64,
+    waited: AtomicU64,
+    held: AtomicU64,
+}
+
+impl Observer for Counts {
+    fn attempt(&self, _: &Attempt<'_>) {
+        self.attempts.fetch_add(1, Relaxed);
+    }
+
+    fn acquired(&self, event: &Acquired<'_>) {
+        self.waited.fetch_add(event.waited.as_nanos() as u64, Relaxed);
+    }
+
+    fn released(&self, event: &Released<'_>) {
+        self.held.fetch_add(event.held.as_nanos() as u64, Relaxed);
+    }
 }
 
 /// For a lock with an annotation, as the driver by hand has one: with a catalog, a row is to hold all that a row can.

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::bounded;
+use crossbeam_channel::{bounded, select};
 use postgres::Client;
 use support::{Server, Shutdown};
 
@@ -162,27 +162,36 @@ impl<'a> Show<'a> {
     fn restart_server(&mut self) -> Result<Moment, Box<dyn Error>> {
         let server = self.server.ok_or("this server is not ours to restart")?;
         let at = self.begin();
-        let stopped = self.meanwhile("the server's end", || server.stop(Shutdown::Fast))?;
-        self.screen.event(stopped, "the server has stopped")?;
+        let stopped = self.meanwhile("the server has stopped", || server.stop(Shutdown::Fast))?;
         self.history.excuse(at..=stopped);
-        let started = self.meanwhile("the server's start", || server.start_again())?;
-        self.screen.event(started, "the server takes connections again")?;
+        self.meanwhile("the server takes connections again", || server.start_again())?;
         Ok(at)
     }
 
-    /// Does something that takes a while in a thread, so that the timeline goes on. Says when it was done.
+    /// Does something that takes a while in a thread, so that the timeline goes on, and tells `text` in it when that is done. Says when
+    /// it was.
     fn meanwhile(
         &mut self,
-        what: &str,
+        text: &str,
         action: impl FnOnce() -> support::Result<()> + Send,
     ) -> Result<Moment, Box<dyn Error>> {
         thread::scope(|scope| {
             let (tell, told) = bounded(1);
             scope.spawn(move || tell.send((action(), now())));
-            self.watch(what, Duration::from_secs(20), |_| !told.is_empty())?;
-            let (outcome, at) = told.recv()?;
-            outcome?;
-            Ok(at)
+            let heard = self.crew.heard().clone();
+            loop {
+                select! {
+                    recv(told) -> done => {
+                        let (outcome, at) = done?;
+                        outcome?;
+                        self.screen.event(at, text)?;
+                        return Ok(at);
+                    }
+                    recv(heard) -> heard => self.take_in(heard?)?,
+                    default(FRAME) => {}
+                }
+                self.screen.refresh(&self.history)?;
+            }
         })
     }
 

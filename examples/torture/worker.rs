@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{RecvTimeoutError, select};
-use dsync::{Config, Context, ErrorKind, Lock, LockGuard, LockOptions, PostgresManager, SyncManager, Term};
+use dsync::{Config, Context, ErrorKind, Lock, Loss, PostgresManager, SyncManager, Term};
 use fastrand::Rng;
 use parking_lot::Mutex;
 use postgres::{Client, NoTls};
@@ -26,6 +26,9 @@ pub(crate) const NAMESPACE: &str = "torture";
 
 /// What `release` and `stop` may take: the default of the library.
 const RELEASE: Duration = Duration::from_secs(2);
+
+/// What the one attempt of a guard may take: the time to connect, of 5 s, and that of a heartbeat.
+const ATTEMPT: Duration = Duration::from_secs(6);
 
 /// How long a thread waits for the channel of a term that is over by the clock.
 const SIGNAL: Duration = Duration::from_secs(5);
@@ -68,11 +71,11 @@ fn fight(worker: usize, url: &str, seed: u64, stop: &Context) -> Outcome<()> {
         .release_timeout(RELEASE);
     let manager = PostgresManager::new(config)?;
     manager.start()?;
-    // The threads of a process share its claim on a key, so they take turns.
+    // The threads of a process share its claim on a key, so those that want that take turns. Guards keep them apart.
     let seats = KEYS
         .iter()
         .enumerate()
-        .map(|(key, name)| Ok(Mutex::new(Seat { key, lock: manager.lock(*name, LockOptions::new())? })));
+        .map(|(key, name)| Ok(Seat { key, lock: manager.lock(*name)?, claimed: Mutex::new(()) }));
     let seats = seats.collect::<dsync::Result<Vec<_>>>()?;
     address.application_name(&format!("work-{worker}")).connect_timeout(Duration::from_secs(2));
     let mut rng = Rng::with_seed(seed);
@@ -94,10 +97,12 @@ fn fight(worker: usize, url: &str, seed: u64, stop: &Context) -> Outcome<()> {
     outcomes.into_iter().collect()
 }
 
-/// The claim of this process on one key.
+/// One key in this process.
 struct Seat {
     key: usize,
     lock: Arc<dyn Lock>,
+    /// Whoever has the claim.
+    claimed: Mutex<()>,
 }
 
 struct Fighter<'a> {
@@ -113,56 +118,84 @@ enum Ended {
 }
 
 impl Fighter<'_> {
-    fn fight(&mut self, seats: &[Mutex<Seat>]) -> Outcome<()> {
+    fn fight(&mut self, seats: &[Seat]) -> Outcome<()> {
         while self.stop.check().is_ok() {
-            let seat = seats[self.rng.usize(..seats.len())].lock();
-            self.claim(&seat)?;
-            drop(seat);
+            let seat = &seats[self.rng.usize(..seats.len())];
+            if self.rng.u8(..3) == 0 {
+                let claimed = seat.claimed.lock();
+                self.claim(seat)?;
+                drop(claimed);
+            } else {
+                self.guard(seat)?;
+            }
             thread::sleep(self.millis(0..20));
+        }
+        Ok(())
+    }
+
+    /// One guard, from the attempt to the release.
+    fn guard(&mut self, seat: &Seat) -> Outcome<()> {
+        let began = Instant::now();
+        let outcome = if self.rng.bool() {
+            let patience = self.millis(0..2000);
+            let outcome = seat.lock.acquire(self.stop.with_timeout(patience)).map(Some);
+            // An attempt that failed has released its claim as well.
+            returned("acquire", &outcome, began, patience.max(ATTEMPT) + RELEASE)?;
+            outcome
+        } else {
+            let outcome = seat.lock.try_acquire();
+            returned("try_acquire", &outcome, began, ATTEMPT + RELEASE)?;
+            outcome
+        };
+        let guard = match outcome {
+            Ok(Some(guard)) => guard,
+            Ok(None) => return Ok(tell(What::Missed { error: "taken".to_owned() })?),
+            Err(error) => return Ok(tell(What::Missed { error: format!("{:?}", error.kind()) })?),
+        };
+        self.serve(seat, guard.term(), || guard.loss())?;
+        let began = Instant::now();
+        if self.rng.bool() {
+            let outcome = guard.release();
+            returned("release of a guard", &outcome, began, RELEASE)?;
+        } else {
+            drop(guard);
+            returned("drop of a guard", &Ok(()), began, RELEASE)?;
         }
         Ok(())
     }
 
     /// One claim, from the first attempt to the release.
     fn claim(&mut self, seat: &Seat) -> Outcome<()> {
-        let (name, patience) = if self.rng.bool() {
-            ("lock", self.millis(20..2000))
-        } else {
-            ("try_lock", self.millis(20..500))
-        };
-        let attempt = if name == "lock" { LockGuard::lock } else { LockGuard::try_lock };
         let began = Instant::now();
-        let outcome = attempt(Arc::clone(&seat.lock), &self.stop.with_timeout(patience));
-        // An attempt that failed has released its claim as well.
-        returned(name, &outcome, began, patience + RELEASE)?;
-        let guard = match outcome {
-            Ok(guard) => guard,
-            Err(error) => return Ok(tell(What::Missed { error: format!("{:?}", error.kind()) })?),
+        let (name, patience, outcome) = if self.rng.bool() {
+            let patience = self.millis(20..2000);
+            ("lock", patience, seat.lock.lock(&self.stop.with_timeout(patience)))
+        } else {
+            let patience = self.millis(20..500);
+            ("try_lock", patience, seat.lock.try_lock(&self.stop.with_timeout(patience)))
         };
-        let mut term = guard.term().clone();
-        while self.serve(seat, &term)? == Ended::Lost && self.rng.u8(..3) > 0 {
-            // The claim goes on in the background, unless it is given up, one time in three.
-            let began = Instant::now();
-            let outcome = seat.lock.lock(&self.stop.with_timeout(Duration::from_secs(2)));
-            returned("relock", &outcome, began, Duration::from_secs(2))?;
-            match seat.lock.term() {
-                Some(next) if outcome.is_ok() => term = next,
-                _ => break,
+        returned(name, &outcome, began, patience)?;
+        match &outcome {
+            Err(error) => tell(What::Missed { error: format!("{:?}", error.kind()) })?,
+            Ok(()) => {
+                while let Some(term) = seat.lock.term()
+                    && self.serve(seat, &term, || seat.lock.last_loss())? == Ended::Lost
+                    && self.rng.u8(..3) > 0
+                {
+                    // The claim goes on in the background, unless it is given up, one time in three.
+                    let began = Instant::now();
+                    let outcome = seat.lock.lock(&self.stop.with_timeout(Duration::from_secs(2)));
+                    returned("relock", &outcome, began, Duration::from_secs(2))?;
+                }
             }
         }
         let began = Instant::now();
-        if self.rng.bool() {
-            let outcome = guard.release();
-            returned("release", &outcome, began, RELEASE)?;
-        } else {
-            drop(guard);
-            returned("drop", &Ok(()), began, RELEASE)?;
-        }
-        Ok(())
+        let outcome = seat.lock.release();
+        Ok(returned("release", &outcome, began, RELEASE)?)
     }
 
     /// One term: works or idles for a while, unless it is lost before.
-    fn serve(&mut self, seat: &Seat, term: &Term) -> Outcome<Ended> {
+    fn serve(&mut self, seat: &Seat, term: &Term, loss: impl Fn() -> Option<Loss>) -> Outcome<Ended> {
         let key = seat.key;
         let begun = now();
         // Lost already?
@@ -174,7 +207,7 @@ impl Fighter<'_> {
         loop {
             let at = now();
             if !term.is_held() {
-                let reason = reason(seat, term, begun);
+                let reason = reason(&loss, term, begun);
                 let (at, reason) = reason.map_or((at, None), |(heard, name)| (heard.min(at), Some(name)));
                 tell_at(at, What::Lost { key, token, reason })?;
                 return Ok(Ended::Lost);
@@ -202,12 +235,12 @@ impl Fighter<'_> {
 
 /// When the term was lost, and why, once its channel says so. `None` if it does not, or if nothing is known of that
 /// loss.
-fn reason(seat: &Seat, term: &Term, begun: Moment) -> Option<(Moment, String)> {
+fn reason(loss: &impl Fn() -> Option<Loss>, term: &Term, begun: Moment) -> Option<(Moment, String)> {
     match term.lost().recv_timeout(SIGNAL) {
         Err(RecvTimeoutError::Disconnected) => {}
         Err(RecvTimeoutError::Timeout) => return None,
     }
-    let loss = seat.lock.last_loss()?;
+    let loss = loss()?;
     let at = moment(loss.at);
     // Not the loss of an earlier term.
     (at >= begun).then(|| (at, format!("{:?}", loss.reason)))

@@ -1,22 +1,28 @@
 //! The handle of a lock in memory.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{at, never, select_biased};
 use parking_lot::Mutex;
 
 use super::server::Server;
-use super::state::{Annotated, Sight};
+use super::state::{Annotated, Sight, State};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
+use crate::guard::{Guarded, HeldTerm, Hold};
 use crate::key::Key;
+use crate::local_queue::LocalQueue;
 use crate::lock::{Lock, LockOptions, annotate};
 use crate::loss::{Loss, Lost, lost_already};
+use crate::telling::{Observing, Story};
 use crate::term::Term;
+use crate::view::Holder;
 
 pub(super) struct MemoryLock {
+    /// Itself, so that a guard can keep it.
+    pub(super) this: Weak<Self>,
     pub(super) server: Arc<Server>,
     /// The manager's number on the server.
     pub(super) manager: u64,
@@ -25,6 +31,10 @@ pub(super) struct MemoryLock {
     pub(super) text: String,
     pub(super) options: LockOptions,
     pub(super) last_loss: Mutex<Option<Loss>>,
+    /// The threads that want guards.
+    pub(super) queue: Arc<LocalQueue>,
+    /// The manager's observer.
+    pub(super) observing: Option<Arc<Observing>>,
 }
 
 /// How old the annotation of a claim may be for which a thread waits. On a server it is made anew for each slice of a wait.
@@ -41,19 +51,28 @@ impl MemoryLock {
         if self.is_held() {
             return Ok(());
         }
-        let known = self.server.see(|state| state.claim_or_none(self.manager, &self.key))?;
-        let claim = match known {
-            Some(claim) => claim,
-            // Not under the mutex, and before the claim can be given the lock by another thread.
-            None => {
-                let annotation = self.annotation();
-                let claim =
-                    self.server.change(|state, _| state.claim(self.manager, &self.key, annotation))?;
-                self.options.claim_begun();
-                claim
-            }
-        };
-        self.watch(claim, context, ended, refused)
+        Observing::attempt(self.observing.as_ref(), &self.text, false, || {
+            let known = self.server.see(|state| state.claim_or_none(self.manager, &self.key))?;
+            let claim = match known {
+                Some(claim) => claim,
+                // Not under the mutex, and before the claim can be given the lock by another thread.
+                None => {
+                    let (annotation, story) = (self.annotation(), self.story(false, Instant::now()));
+                    let claim = self
+                        .server
+                        .change(|state, _| state.claim(self.manager, &self.key, annotation, story))?;
+                    self.options.claim_begun();
+                    claim
+                }
+            };
+            self.watch(claim, context, ended, refused)
+        })
+    }
+
+    /// What the observer is to be told of a new claim.
+    fn story(&self, is_guard: bool, wanted_since: Instant) -> Option<Arc<Story>> {
+        let observing = self.observing.as_ref()?;
+        Some(Arc::new(Story::new(observing, &self.text, is_guard, wanted_since)))
     }
 
     /// What the valuer makes.
@@ -67,7 +86,7 @@ impl MemoryLock {
     }
 
     fn look(&self, claim: u64) -> Sight {
-        self.server.see(|state| state.look(self.manager, &self.key, claim))
+        self.server.see(|state| state.look(&self.key, claim))
     }
 
     /// Waits until the claim holds the lock, or until `refused` makes an error of what is in the way. Not at all if the
@@ -136,6 +155,101 @@ impl MemoryLock {
     }
 }
 
+impl Guarded for MemoryLock {
+    fn queue(&self) -> Result<&Arc<LocalQueue>> {
+        Ok(&self.queue)
+    }
+
+    fn observing(&self) -> Option<&Arc<Observing>> {
+        self.observing.as_ref()
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.server.see(|state| state.is_stopped(self.manager))
+    }
+
+    fn resignation_interval(&self) -> Option<Duration> {
+        /// A look takes no time here.
+        const LOOKS_EVERY: Duration = Duration::from_millis(50);
+        (!self.options.without_token).then_some(LOOKS_EVERY)
+    }
+
+    fn is_asked_to_resign(&self, token: i64) -> Result<bool> {
+        Ok(self.server.see(|state| state.is_asked_to_resign(&self.key, token)))
+    }
+
+    fn claim_term(&self, context: Option<&Context>, wanted_since: Instant) -> Result<HeldTerm> {
+        let lock = self.this.upgrade().ok_or_else(Error::stopped)?;
+        self.server.see(|state| state.claim_or_none(self.manager, &self.key))?;
+        // Not under the mutex, and before the claim can be given the lock by another thread.
+        let (annotation, story) = (self.annotation(), self.story(true, wanted_since));
+        let loss = Arc::new(OnceLock::new());
+        let claim = |state: &mut State| {
+            state.claim_term(self.manager, &self.key, annotation, Arc::clone(&loss), story)
+        };
+        let id = self.server.change(|state, _| claim(state))?;
+        let mut claimed = ClaimOfGuard { lock, id, loss };
+        let outcome = match context {
+            Some(context) => self.watch(id, context, None, |_| None),
+            None => self.watch(id, &Context::background(), None, |sight| match sight {
+                Sight::Queued(_) => Some(Error::lock_unavailable(&self.text)),
+                Sight::Unknown(_) => Some(self.context_ended(ErrorKind::TimedOut, Instant::now(), sight)),
+                Sight::Held | Sight::Gone => None,
+            }),
+        };
+        let term = self.server.see(|state| state.term_of(&self.key, id));
+        match (outcome, term) {
+            (Ok(()), Some(term)) => Ok(HeldTerm { term, hold: Box::new(claimed) }),
+            (outcome, _) => {
+                let released = claimed.release();
+                // A guard's claim is released by nobody else, so one that is gone was lost.
+                let failed = outcome.err().filter(|error| error.kind() != ErrorKind::Released);
+                let ended = || match self.server.see(|state| state.is_stopped(self.manager)) {
+                    true => Some(Error::stopped()),
+                    false => released.err(),
+                };
+                Err(failed.or_else(ended).unwrap_or_else(|| Error::lost(&self.text, None)))
+            }
+        }
+    }
+}
+
+/// The claim of one guard.
+#[derive(Debug)]
+struct ClaimOfGuard {
+    lock: Arc<MemoryLock>,
+    id: u64,
+    /// How its term was lost, if it was.
+    loss: Arc<OnceLock<Loss>>,
+}
+
+impl Hold for ClaimOfGuard {
+    fn key(&self) -> &str {
+        &self.lock.text
+    }
+
+    fn loss(&self) -> Option<Loss> {
+        self.loss.get().cloned()
+    }
+
+    fn release(&mut self) -> Result<()> {
+        let Self { lock, id, loss } = self;
+        if lock.server.change(|state, gone| state.end(&lock.key, *id, gone)) {
+            return Ok(());
+        }
+        // What is not there any more and was not lost, a stop has ended.
+        Err(Error::lost(&lock.text, loss.get()))
+    }
+}
+
+impl Drop for ClaimOfGuard {
+    /// Only after a panic, of the application's logger say, is there something left to end.
+    fn drop(&mut self) {
+        let Self { lock, id, .. } = self;
+        lock.server.change(|state, gone| state.end(&lock.key, *id, gone));
+    }
+}
+
 impl Lock for MemoryLock {
     fn key(&self) -> &str {
         &self.text
@@ -178,6 +292,17 @@ impl Lock for MemoryLock {
         self.server.see(|state| state.term(self.manager, &self.key))
     }
 
+    fn holder(&self) -> Result<Option<Holder>> {
+        self.server.see(|state| state.holder_seen_by(self.manager, &self.key))
+    }
+
+    fn request_resignation(&self) -> Result<bool> {
+        if self.options.without_token {
+            return Err(Error::no_resignations());
+        }
+        self.server.change(|state, _| state.request_resignation(self.manager, &self.key))
+    }
+
     fn last_loss(&self) -> Option<Loss> {
         self.last_loss.lock().clone()
     }
@@ -191,6 +316,12 @@ impl Drop for MemoryLock {
 
 impl fmt::Debug for MemoryLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MemoryLock").field("key", &self.text).field("term", &self.term()).finish()
+        let mut debug = f.debug_struct("MemoryLock");
+        debug.field("key", &self.text).field("term", &self.term());
+        let waiting = self.queue.waiting();
+        if waiting > 0 {
+            debug.field("waiting_threads", &waiting);
+        }
+        debug.finish()
     }
 }

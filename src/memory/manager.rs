@@ -11,6 +11,9 @@ use crate::error::Result;
 use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
+use crate::observer::Observer;
+use crate::snapshot::{ClaimSnapshot, Snapshot};
+use crate::telling::Observing;
 
 /// Locks within this process, without a database: for an application's own tests.
 ///
@@ -20,12 +23,12 @@ use crate::manager::SyncManager;
 ///
 /// ```
 /// use std::sync::Arc;
-/// use dsync::{Context, Error, LockGuard, LockOptions, MemoryManager, SyncManager};
+/// use std::time::Duration;
+/// use dsync::{Error, MemoryManager, SyncManager};
 ///
 /// // The code under test takes any manager …
 /// fn migrate(locks: &dyn SyncManager) -> Result<(), Error> {
-///     let lock = locks.lock("migrations", LockOptions::new())?;
-///     let _guard = LockGuard::lock(lock, &Context::background())?;
+///     let _guard = locks.lock("migrations")?.acquire(Duration::from_secs(60))?;
 ///     // … migrate …
 ///     Ok(())
 /// }
@@ -37,10 +40,12 @@ use crate::manager::SyncManager;
 /// locks.stop()?;
 /// # Ok::<(), dsync::Error>(())
 /// ```
+#[must_use = "the manager stops as soon as it is dropped, and with it end all terms"]
 pub struct MemoryManager {
     server: MemoryServer,
     /// This manager's number on the server.
     id: u64,
+    observing: Option<Arc<Observing>>,
 }
 
 impl MemoryManager {
@@ -52,15 +57,55 @@ impl MemoryManager {
     /// A manager on a server that it shares with others.
     pub fn on(server: &MemoryServer) -> Self {
         let id = server.server.change(|state, _| state.add_manager());
-        Self { server: server.clone(), id }
+        Self { server: server.clone(), id, observing: None }
     }
 
-    /// [`lock_with_key`](SyncManager::lock_with_key) for whatever can be a [`Key`]: a name, a number, a pair.
+    /// Is told what happens to the locks. To be called before the first lock is asked for. [`Observer`] says on which
+    /// threads it is called, [`MemoryServer`] among them, and what it may do.
+    pub fn observer(mut self, observer: impl Observer + 'static) -> Self {
+        self.observing = Some(Observing::new(Arc::new(observer)));
+        self
+    }
+
+    /// How the manager and its claims stand now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let (is_running, claims) = self.server.server.see(|state| state.snapshot(self.id));
+        // Not under the mutex: one of the locks may be gone by now but for this.
+        let mut claims: Vec<_> = claims
+            .iter()
+            .map(|(lock, claim)| {
+                let (waiting_threads, last_loss) = (lock.queue.waiting(), lock.last_loss.lock().clone());
+                ClaimSnapshot { waiting_threads, last_loss, ..claim.clone() }
+            })
+            .collect();
+        claims.sort_by(|a, b| a.key.cmp(&b.key));
+        Snapshot { is_running, claims, ..Snapshot::default() }
+    }
+
+    /// The lock with this key: a name, a number, or a pair of numbers.
     ///
     /// # Errors
-    /// As there.
-    pub fn lock(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
+    /// As [`lock_with_key`](SyncManager::lock_with_key).
+    pub fn lock(&self, key: impl Into<Key>) -> Result<Arc<dyn Lock>> {
+        self.lock_with_key(key.into(), LockOptions::new())
+    }
+
+    /// As [`lock`](Self::lock), with options. They count when the handle is made: where there is one with this key, they
+    /// are ignored.
+    ///
+    /// # Errors
+    /// As [`lock_with_key`](SyncManager::lock_with_key).
+    pub fn lock_with(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
         self.lock_with_key(key.into(), options)
+    }
+
+    /// Asks the leader that has the lock with this key to resign: see [`Lock::request_resignation`]. `true` if there is a holder to ask.
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+    pub fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
+        self.lock(key)?.request_resignation()
     }
 }
 
@@ -80,18 +125,25 @@ impl SyncManager for MemoryManager {
         Ok(())
     }
 
+    fn snapshot(&self) -> Snapshot {
+        self.snapshot()
+    }
+
     fn lock_with_key(&self, key: Key, options: LockOptions) -> Result<Arc<dyn Lock>> {
         key.validate()?;
         let server = &self.server.server;
         // `options` itself stays out here: the destructor of a valuer that is not wanted must not run under the mutex.
         let make = || {
-            Arc::new(MemoryLock {
+            Arc::new_cyclic(|this| MemoryLock {
+                this: this.clone(),
                 server: Arc::clone(server),
                 manager: self.id,
                 text: key.to_string(),
                 key: key.clone(),
                 options: options.clone(),
                 last_loss: Mutex::default(),
+                queue: Arc::default(),
+                observing: self.observing.clone(),
             })
         };
         let lock = server.change(|state, _| state.handle(self.id, &key, make))?;

@@ -24,8 +24,8 @@ use crate::key::Key;
 /// let (ours, theirs) = (MemoryManager::on(&server), MemoryManager::on(&server));
 /// ours.start()?;
 /// theirs.start()?;
-/// let lock = ours.lock("nightly-report", LockOptions::new())?;
-/// let rival = theirs.lock("nightly-report", LockOptions::new())?;
+/// let lock = ours.lock("nightly-report")?;
+/// let rival = theirs.lock("nightly-report")?;
 ///
 /// lock.lock(&Context::background())?;
 /// let refusal = rival.try_lock(&Context::background()).unwrap_err();
@@ -58,12 +58,19 @@ impl MemoryServer {
     /// holder.
     ///
     /// The lost channel closes, with [`Revoked`](crate::LossReason::Revoked) as the reason, and the claim goes to the
-    /// end of the queue: if nobody else waits, it has the lock again, in a new term, when this returns.
+    /// end of the queue: if nobody else waits, it has the lock again, in a new term, when this returns. A guard's is over.
     pub fn revoke(&self, key: impl Into<Key>) -> bool {
         let key = key.into();
         let Some((claim, lock)) = self.server.see(|state| state.holder(&key)) else { return false };
         let annotated = lock.annotated(claim);
-        self.server.change(|state, _| state.revoke(&key, annotated))
+        self.server.change(|state, gone| state.revoke(&key, annotated, gone))
+    }
+
+    /// Warns the holder that its term is about to end, as a manager on PostgreSQL does when a renewal is overdue: see
+    /// [`Term::warned`](crate::Term::warned). Says whether there was a holder whose lock has a grace.
+    pub fn warn(&self, key: impl Into<Key>) -> bool {
+        let key = key.into();
+        self.server.change(|state, _| state.warn(&key))
     }
 
     /// Begins an outage. Nothing happens if there is one already.
@@ -71,7 +78,7 @@ impl MemoryServer {
     /// All terms are lost, with [`ConnectionClosed`](crate::LossReason::ConnectionClosed) as the reason. Until
     /// [`come_up`](Self::come_up), `lock` and `try_lock` wait.
     pub fn go_down(&self) {
-        self.server.change(|state, _| state.go_down());
+        self.server.change(|state, gone| state.go_down(gone));
     }
 
     /// Ends an outage: the claims that were not released have their locks again, in the order in which they had come,
@@ -120,12 +127,16 @@ impl Server {
         look(&self.state.lock())
     }
 
-    /// Changes the state, and drops what has gone once the mutex is free: whoever gives a lock away begins the next one's
-    /// term, so no thread is needed for that.
+    /// Changes the state, and drops what has gone and tells the observers once the mutex is free: whoever gives a lock away begins
+    /// the next one's term, so no thread is needed for that.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut State, &mut Gone) -> T) -> T {
         let mut gone = Gone::new();
-        let answer = change(&mut self.state.lock(), &mut gone);
+        let (answer, untold) = {
+            let mut state = self.state.lock();
+            (change(&mut state, &mut gone), state.untold())
+        };
         drop(gone);
+        untold.iter().for_each(|story| story.tell());
         answer
     }
 }

@@ -6,15 +6,19 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::SystemTime;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::lock::MemoryLock;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
-use crate::loss::{Loss, LossReason, Lost};
+use crate::loss::{Alive, Loss, LossReason, Lost};
+use crate::snapshot::{ClaimSnapshot, ClaimState};
+use crate::telling::Story;
 use crate::term::{Ask, Fence, Term};
+use crate::view::Holder;
 
 #[derive(Default)]
 pub(super) struct State {
@@ -24,6 +28,8 @@ pub(super) struct State {
     /// First come, first served. Unless the server is down, the front of a queue has the lock. No queue is empty.
     queues: HashMap<Key, VecDeque<Claim>>,
     last_id: u64,
+    /// What observers are to be told once the mutex is free.
+    untold: Vec<Arc<Story>>,
 }
 
 #[derive(Default)]
@@ -36,11 +42,14 @@ struct Manager {
 pub(super) struct Claim {
     id: u64,
     lock: Arc<MemoryLock>,
+    /// It is a guard's, which is told here how its term was lost, and ends with its term.
+    for_one_term: Option<Arc<OnceLock<Loss>>>,
     /// For the next term. Made before the lock is given to the claim, since whoever gives a lock away must not wait for
     /// the valuer of whoever gets it.
     annotation: Option<Vec<u8>>,
     stage: Stage,
     changed: Change,
+    story: Option<Arc<Story>>,
 }
 
 /// ```text
@@ -57,11 +66,17 @@ enum Stage {
 
 struct HeldTerm {
     /// Dropped at the end of the term, which disconnects `lost`.
-    _alive: Sender<Infallible>,
+    _alive: Alive,
     lost: Lost,
     /// The number of the grant, and so greater than those of all terms before.
     token: u64,
     annotation: Option<Vec<u8>>,
+    since: SystemTime,
+    /// Somebody has asked the holder to resign.
+    asked_to_resign: bool,
+    /// Dropped to warn of the end of the term, and `None` afterwards.
+    calm: Option<Sender<Infallible>>,
+    warned: Receiver<Infallible>,
 }
 
 /// Wakes those who wait for a claim to change: they listen to a channel that disconnects at the next change.
@@ -115,7 +130,7 @@ impl State {
             .map(|(key, _)| key.clone())
             .collect();
         for key in &claimed {
-            self.end_claim(manager, key, gone);
+            self.end_where(key, gone, |claim| claim.lock.manager == manager);
         }
     }
 
@@ -157,15 +172,46 @@ impl State {
     }
 
     /// The claim of the manager on the key; a new one with this `annotation` if there is none.
-    pub(super) fn claim(&mut self, manager: u64, key: &Key, annotation: Option<Vec<u8>>) -> Result<u64> {
+    pub(super) fn claim(
+        &mut self,
+        manager: u64,
+        key: &Key,
+        annotation: Option<Vec<u8>>,
+        story: Option<Arc<Story>>,
+    ) -> Result<u64> {
         if let Some(claim) = self.claim_or_none(manager, key)? {
             return Ok(claim);
         }
         // The caller has the handle in its hands, so it is known unless the manager was stopped.
+        self.begin(manager, key, annotation, story, None)
+    }
+
+    /// A claim of a guard's, for one term.
+    pub(super) fn claim_term(
+        &mut self,
+        manager: u64,
+        key: &Key,
+        annotation: Option<Vec<u8>>,
+        loss: Arc<OnceLock<Loss>>,
+        story: Option<Arc<Story>>,
+    ) -> Result<u64> {
+        self.claim_or_none(manager, key)?;
+        self.begin(manager, key, annotation, story, Some(loss))
+    }
+
+    fn begin(
+        &mut self,
+        manager: u64,
+        key: &Key,
+        annotation: Option<Vec<u8>>,
+        story: Option<Arc<Story>>,
+        for_one_term: Option<Arc<OnceLock<Loss>>>,
+    ) -> Result<u64> {
         let handles = self.managers.get(&manager).map(|known| &known.handles);
         let lock = handles.and_then(|handles| handles.get(key)?.upgrade()).ok_or_else(Error::stopped)?;
         let id = self.next_id();
-        let claim = Claim { id, lock, annotation, stage: Stage::Waiting, changed: Change::new() };
+        let (stage, changed) = (Stage::Waiting, Change::new());
+        let claim = Claim { id, lock, for_one_term, annotation, stage, changed, story };
         self.queues.entry(key.clone()).or_default().push_back(claim);
         self.grant(key);
         Ok(id)
@@ -192,13 +238,69 @@ impl State {
         matches!(front.stage, Stage::Held(_)).then(|| (front.id, Arc::clone(&front.lock)))
     }
 
+    /// True if the manager runs, and how its claims stand.
+    pub(super) fn snapshot(&self, manager: u64) -> (bool, Vec<(Arc<MemoryLock>, ClaimSnapshot)>) {
+        let is_running = self.managers.get(&manager).is_some_and(|known| known.started);
+        let claims = self.queues.values().flatten().filter(|claim| claim.lock.manager == manager);
+        let snapshot = |claim: &Claim| ClaimSnapshot {
+            key: claim.lock.text.clone(),
+            is_guard: claim.is_for_one_term(),
+            state: match claim.stage {
+                Stage::Held(_) => ClaimState::Held,
+                Stage::Waiting if self.down => ClaimState::Connecting,
+                Stage::Waiting => ClaimState::Queueing,
+            },
+            token: claim.term().and_then(|term| term.token()),
+            time_left: None,
+            last_error: None,
+            last_loss: None,
+            waiting_threads: 0,
+        };
+        (is_running, claims.map(|claim| (Arc::clone(&claim.lock), snapshot(claim))).collect())
+    }
+
+    /// What is to be told when the mutex is free.
+    pub(super) fn untold(&mut self) -> Vec<Arc<Story>> {
+        std::mem::take(&mut self.untold)
+    }
+
+    /// What a manager is told of who has the lock.
+    pub(super) fn holder_seen_by(&self, manager: u64, key: &Key) -> Result<Option<Holder>> {
+        self.claim_or_none(manager, key)?;
+        if self.down {
+            return Err(Error::new(ErrorKind::SessionUnavailable, "the memory server is down"));
+        }
+        Ok(self.queues.get(key).and_then(VecDeque::front).and_then(Claim::holder))
+    }
+
+    /// Asks the holder to resign; `false` if there is none that has a token.
+    pub(super) fn request_resignation(&mut self, manager: u64, key: &Key) -> Result<bool> {
+        let holder = self.holder_seen_by(manager, key)?;
+        let front = self.queues.get_mut(key).and_then(VecDeque::front_mut);
+        match front.map(|claim| &mut claim.stage) {
+            Some(Stage::Held(term)) if holder.is_some_and(|holder| holder.token.is_some()) => {
+                term.asked_to_resign = true;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Whether the holder of the term with this token was asked to resign.
+    pub(super) fn is_asked_to_resign(&self, key: &Key, token: i64) -> bool {
+        match self.queues.get(key).and_then(VecDeque::front).map(|claim| &claim.stage) {
+            Some(Stage::Held(term)) => term.asked_to_resign && i64::try_from(term.token) == Ok(token),
+            _ => false,
+        }
+    }
+
     /// All claims, on all locks.
     pub(super) fn claims(&self) -> Vec<(u64, Arc<MemoryLock>)> {
         self.queues.values().flatten().map(|claim| (claim.id, Arc::clone(&claim.lock))).collect()
     }
 
-    pub(super) fn look(&self, manager: u64, key: &Key, id: u64) -> Sight {
-        match self.find(manager, key).filter(|claim| claim.id == id) {
+    pub(super) fn look(&self, key: &Key, id: u64) -> Sight {
+        match self.claim_with(key, id) {
             None => Sight::Gone,
             Some(Claim { stage: Stage::Held(_), .. }) => Sight::Held,
             Some(claim) if self.down => Sight::Unknown(claim.changed.listen.clone()),
@@ -206,26 +308,45 @@ impl State {
         }
     }
 
-    /// The term, if there is one.
+    /// The term of the manager's claim on the key, if there is one.
     pub(super) fn term(&self, manager: u64, key: &Key) -> Option<Term> {
-        match &self.find(manager, key)?.stage {
-            Stage::Held(term) => {
-                Some(Term::new(term.lost.clone(), i64::try_from(term.token).ok(), Some(Arc::new(Unfenced))))
-            }
-            Stage::Waiting => None,
-        }
+        self.find(manager, key)?.term()
+    }
+
+    /// The term of this claim, if it has one.
+    pub(super) fn term_of(&self, key: &Key, id: u64) -> Option<Term> {
+        self.claim_with(key, id)?.term()
     }
 
     /// Ends the manager's claim on the key, if there is one, and gives the lock to the next in the queue.
     pub(super) fn end_claim(&mut self, manager: u64, key: &Key, gone: &mut Gone) {
-        let Some(queue) = self.queues.get_mut(key) else { return };
-        let Some(index) = queue.iter().position(|claim| claim.lock.manager == manager) else { return };
-        if let Some(mut claim) = queue.remove(index) {
+        self.end_where(key, gone, |claim| claim.lock.manager == manager && !claim.is_for_one_term());
+    }
+
+    /// Ends this claim; `false` if it has ended before.
+    pub(super) fn end(&mut self, key: &Key, id: u64, gone: &mut Gone) -> bool {
+        self.end_where(key, gone, |claim| claim.id == id)
+    }
+
+    /// Ends all such claims on the key, and gives the lock to the next in the queue; `false` if there is none.
+    fn end_where(&mut self, key: &Key, gone: &mut Gone, ends: impl Fn(&Claim) -> bool) -> bool {
+        let Some(queue) = self.queues.get_mut(key) else { return false };
+        let before = gone.len();
+        while let Some(index) = queue.iter().position(&ends)
+            && let Some(mut claim) = queue.remove(index)
+        {
             // The old term ends before the next one begins.
             claim.enter(Stage::Waiting);
+            note(&mut self.untold, &claim, Story::released);
             gone.push(claim);
         }
-        if queue.is_empty() {
+        self.serve(key);
+        gone.len() > before
+    }
+
+    /// Gives the lock to the next in the queue, or forgets a queue that is empty.
+    fn serve(&mut self, key: &Key) {
+        if self.queues.get(key).is_some_and(VecDeque::is_empty) {
             self.queues.remove(key);
         } else {
             self.grant(key);
@@ -233,25 +354,47 @@ impl State {
     }
 
     /// Takes the lock from this claim, if it has it still; the annotation is for its next term.
-    pub(super) fn revoke(&mut self, key: &Key, annotated: Annotated) -> bool {
+    pub(super) fn revoke(&mut self, key: &Key, annotated: Annotated, gone: &mut Gone) -> bool {
         let Some(queue) = self.queues.get_mut(key) else { return false };
         let held = queue
             .front()
             .is_some_and(|front| front.id == annotated.claim && matches!(front.stage, Stage::Held(_)));
         if held && let Some(mut claim) = queue.pop_front() {
-            claim.lose(LossReason::Revoked);
+            claim.lose(LossReason::Revoked, &mut self.untold);
             claim.annotation = annotated.annotation;
-            queue.push_back(claim);
+            if claim.is_for_one_term() {
+                gone.push(claim);
+            } else {
+                queue.push_back(claim);
+            }
         }
-        self.grant(key);
+        self.serve(key);
         held
     }
 
-    pub(super) fn go_down(&mut self) {
-        self.down = true;
-        for claim in self.queues.values_mut().flatten() {
-            claim.lose(LossReason::ConnectionClosed);
+    /// Warns the holder; `false` if there is none, or it gave no grace.
+    pub(super) fn warn(&mut self, key: &Key) -> bool {
+        let front = self.queues.get_mut(key).and_then(VecDeque::front_mut);
+        match front.filter(|front| front.lock.options.grace.is_some()).map(|front| &mut front.stage) {
+            Some(Stage::Held(term)) => {
+                term.calm = None;
+                true
+            }
+            _ => false,
         }
+    }
+
+    pub(super) fn go_down(&mut self, gone: &mut Gone) {
+        self.down = true;
+        for queue in self.queues.values_mut() {
+            // Nobody but the front has a term.
+            let ends = queue.front().is_some_and(|front| front.is_for_one_term() && front.term().is_some());
+            queue.iter_mut().for_each(|claim| claim.lose(LossReason::ConnectionClosed, &mut self.untold));
+            if ends {
+                gone.extend(queue.pop_front());
+            }
+        }
+        self.queues.retain(|_, queue| !queue.is_empty());
     }
 
     pub(super) fn come_up(&mut self) {
@@ -292,14 +435,30 @@ impl State {
             && !self.down
             && matches!(claim.stage, Stage::Waiting)
         {
-            let (alive, lost) = bounded(0);
+            let (alive, lost) = Lost::pair();
             let annotation = claim.annotation.take();
-            claim.enter(Stage::Held(HeldTerm { _alive: alive, lost, token, annotation }));
+            let (calm, warned) = bounded(0);
+            claim.enter(Stage::Held(HeldTerm {
+                _alive: alive,
+                lost,
+                token,
+                annotation,
+                since: SystemTime::now(),
+                asked_to_resign: false,
+                calm: Some(calm),
+                warned,
+            }));
+            let token = claim.term().and_then(|term| term.token());
+            note(&mut self.untold, claim, |story| story.acquired(token));
         }
     }
 
     fn find(&self, manager: u64, key: &Key) -> Option<&Claim> {
-        self.queues.get(key)?.iter().find(|claim| claim.lock.manager == manager)
+        self.queues.get(key)?.iter().find(|claim| claim.lock.manager == manager && !claim.is_for_one_term())
+    }
+
+    fn claim_with(&self, key: &Key, id: u64) -> Option<&Claim> {
+        self.queues.get(key)?.iter().find(|claim| claim.id == id)
     }
 
     fn next_id(&mut self) -> u64 {
@@ -308,17 +467,60 @@ impl State {
     }
 }
 
+/// Notes what the observer of `claim` is to be told, if there is one.
+fn note(untold: &mut Vec<Arc<Story>>, claim: &Claim, what: impl FnOnce(&Story)) {
+    if let Some(story) = &claim.story {
+        what(story);
+        untold.push(Arc::clone(story));
+    }
+}
+
 impl Claim {
+    fn is_for_one_term(&self) -> bool {
+        self.for_one_term.is_some()
+    }
+
+    fn term(&self) -> Option<Term> {
+        let Stage::Held(term) = &self.stage else { return None };
+        let fence = Arc::new(Unfenced);
+        let known = Term::new(term.lost.clone(), self.token(term), Some(fence));
+        Some(known.with_warning(term.warned.clone()))
+    }
+
+    fn token(&self, term: &HeldTerm) -> Option<i64> {
+        i64::try_from(term.token).ok().filter(|_| !self.lock.options.without_token)
+    }
+
+    /// The claim as a holder, if it is one. All are in this process.
+    fn holder(&self) -> Option<Holder> {
+        let Stage::Held(term) = &self.stage else { return None };
+        let token = self.token(term);
+        Some(Holder {
+            annotation: term.annotation.clone().filter(|_| token.is_some()),
+            token,
+            pid: std::process::id().cast_signed(),
+            client_addr: None,
+            application_name: None,
+            since: token.map(|_| term.since),
+        })
+    }
+
     fn enter(&mut self, stage: Stage) {
         self.stage = stage;
         self.changed = Change::new();
     }
 
     /// Ends the term, if there is one, and waits for another.
-    fn lose(&mut self, reason: LossReason) {
+    fn lose(&mut self, reason: LossReason, untold: &mut Vec<Arc<Story>>) {
         if matches!(self.stage, Stage::Held(_)) {
             // Who hears the lost channel may ask for the reason at once.
-            *self.lock.last_loss.lock() = Some(Loss::now(reason));
+            let loss = Loss::now(reason);
+            if let Some(told) = &self.for_one_term {
+                // It has one term to lose.
+                let _ = told.set(loss.clone());
+            }
+            *self.lock.last_loss.lock() = Some(loss);
+            note(untold, self, |story| story.lost(reason));
         }
         self.enter(Stage::Waiting);
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::{MemoryManager, MemoryServer};
 use crate::context::Context;
 use crate::error::ErrorKind;
+use crate::guard::LockGuard;
 use crate::lock::{Lock, LockOptions};
 use crate::loss::LossReason;
 use crate::manager::SyncManager;
@@ -21,7 +22,7 @@ fn started(server: &MemoryServer) -> MemoryManager {
 /// A handle for `x` in a manager of its own.
 fn rival(server: &MemoryServer) -> (MemoryManager, Arc<dyn Lock>) {
     let manager = started(server);
-    let lock = manager.lock("x", LockOptions::new()).unwrap();
+    let lock = manager.lock("x").unwrap();
     (manager, lock)
 }
 
@@ -139,6 +140,25 @@ fn a_claim_released_in_an_outage_does_not_come_back() {
 }
 
 #[test]
+fn a_holder_with_a_grace_is_warned_once_a_term() {
+    let server = MemoryServer::new();
+    let manager = started(&server);
+    let graceful = manager.lock_with("x", LockOptions::new().grace(Duration::from_secs(1))).unwrap();
+    assert!(!server.warn("x"), "nobody holds it");
+    for _ in 0..2 {
+        let guard = graceful.acquire(Duration::ZERO).unwrap();
+        let is_warned = || guard.term().warned().try_recv().is_err_and(|error| error.is_disconnected());
+        assert!(!is_warned());
+        assert!(server.warn("x") && server.warn("x"));
+        assert!(is_warned() && guard.is_held());
+    }
+    let (_other, plain) = rival(&server);
+    let guard = plain.acquire(Duration::ZERO).unwrap();
+    assert!(!server.warn("x"), "it gave no grace");
+    assert!(guard.is_held());
+}
+
+#[test]
 fn first_come_first_served() {
     let server = MemoryServer::new();
     let rivals = [(); 20].map(|()| rival(&server));
@@ -160,7 +180,7 @@ fn the_annotation_is_made_anew_for_each_term() {
     let server = MemoryServer::new();
     let manager = started(&server);
     let (options, calls) = counting();
-    let lock = manager.lock("x", options).unwrap();
+    let lock = manager.lock_with("x", options).unwrap();
     assert_eq!((server.annotation("x"), calls.load(Ordering::SeqCst)), (None, 0));
     lock.lock(&soon()).unwrap();
     lock.lock(&soon()).unwrap();
@@ -185,7 +205,7 @@ fn a_panicking_valuer_costs_the_annotation_only() {
     let server = MemoryServer::new();
     let (_manager, first) = rival(&server);
     let other = started(&server);
-    let second = other.lock("x", LockOptions::new().valuer(Arc::new(|| panic!("no value")))).unwrap();
+    let second = other.lock_with("x", LockOptions::new().valuer(Arc::new(|| panic!("no value")))).unwrap();
     first.lock(&soon()).unwrap();
     assert_eq!(try_kind(&second), ErrorKind::LockUnavailable);
     first.release().unwrap();
@@ -197,12 +217,12 @@ fn a_panicking_valuer_costs_the_annotation_only() {
 fn a_valuer_may_use_the_server_and_the_locks() {
     let server = MemoryServer::new();
     let manager = started(&server);
-    let (inner, mine) = (server.clone(), manager.lock("y", LockOptions::new()).unwrap());
+    let (inner, mine) = (server.clone(), manager.lock("y").unwrap());
     let valuer = move || {
         mine.lock(&soon()).unwrap();
         inner.waiting("x").to_string().into_bytes()
     };
-    let lock = manager.lock("x", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
+    let lock = manager.lock_with("x", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
     lock.lock(&soon()).unwrap();
     assert_eq!(server.annotation("x").unwrap(), b"0");
 }
@@ -217,7 +237,7 @@ fn whoever_comes_while_a_valuer_runs_is_not_held_up() {
         meanwhile.try_lock(&soon()).unwrap();
         Vec::new()
     };
-    let lock = manager.lock("x", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
+    let lock = manager.lock_with("x", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
     assert_eq!(try_kind(&lock), ErrorKind::LockUnavailable);
     assert!(is_held(&rival) && !is_held(&lock));
     assert_eq!(lock.last_loss(), None, "no term had begun");
@@ -230,16 +250,16 @@ fn nothing_is_kept_for_keys_that_are_done_with() {
     let (_other, blocker) = rival(&server);
     blocker.lock(&soon()).unwrap();
     for number in 0..10_000 {
-        let lock = manager.lock(format!("job/{number}"), LockOptions::new()).unwrap();
+        let lock = manager.lock(format!("job/{number}")).unwrap();
         lock.lock(&soon()).unwrap();
         // The claim ends before the handle in one case, and after it in the other.
         if number % 2 == 0 {
             lock.release().unwrap();
         } else {
             drop(lock);
-            manager.lock(format!("job/{number}"), LockOptions::new()).unwrap().release().unwrap();
+            manager.lock(format!("job/{number}")).unwrap().release().unwrap();
         }
-        drop(manager.lock(format!("never locked/{number}"), LockOptions::new()).unwrap());
+        drop(manager.lock(format!("never locked/{number}")).unwrap());
     }
     assert_eq!(
         server.server.see(|state| state.known_keys()),
@@ -255,7 +275,7 @@ fn stopping_and_dropping_a_manager_end_its_claims_and_free_what_they_keep() {
     let (_other, next) = rival(&server);
     let (options, _calls) = counting();
     let valuer = Arc::downgrade(options.valuer.as_ref().unwrap());
-    manager.lock("y", options).unwrap().lock(&soon()).unwrap();
+    manager.lock_with("y", options).unwrap().lock(&soon()).unwrap();
     lock.lock(&soon()).unwrap();
     assert_eq!(try_kind(&next), ErrorKind::LockUnavailable);
 
@@ -270,7 +290,7 @@ fn stopping_and_dropping_a_manager_end_its_claims_and_free_what_they_keep() {
 fn errors_name_the_lock_and_what_is_in_the_way() {
     let server = MemoryServer::new();
     let manager = MemoryManager::on(&server);
-    let lock = manager.lock("x", LockOptions::new()).unwrap();
+    let lock = manager.lock("x").unwrap();
     let text = |context: &Context| lock.lock(context).unwrap_err().to_string();
     assert!(text(&soon()).contains("call start()"));
     manager.start().unwrap();
@@ -284,4 +304,66 @@ fn errors_name_the_lock_and_what_is_in_the_way() {
     );
     manager.stop().unwrap();
     assert!(text(&soon()).contains("start a new one"));
+}
+
+#[test]
+fn a_guard_that_is_lost_before_it_is_had_says_so() {
+    let server = MemoryServer::new();
+    let [(_a, holder), (_b, waiter)] = [(); 2].map(|()| rival(&server));
+    for _ in 0..300 {
+        let guard = holder.acquire(Duration::ZERO).unwrap();
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| waiter.acquire(Duration::from_secs(60)));
+            while server.waiting("x") == 0 {
+                thread::yield_now();
+            }
+            guard.release().unwrap();
+            assert!(server.revoke("x"));
+            // The thread has seldom had the time to see that it had the lock.
+            let error = waiting.join().unwrap().and_then(LockGuard::release).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Lost, "{error}");
+            assert!(error.to_string().contains("revoked"), "{error}");
+        });
+    }
+}
+
+#[test]
+fn a_guard_knows_its_own_loss_and_no_other() {
+    let server = MemoryServer::new();
+    let (manager, lock) = rival(&server);
+    let revoked = lock.acquire(Duration::ZERO).unwrap();
+    server.revoke("x");
+    let cut_off = lock.acquire(Duration::ZERO).unwrap();
+    server.go_down();
+    server.come_up();
+    let stopped = lock.acquire(Duration::ZERO).unwrap();
+    manager.stop().unwrap();
+    assert_eq!(revoked.loss().map(|loss| loss.reason), Some(LossReason::Revoked));
+    assert_eq!(cut_off.loss().map(|loss| loss.reason), Some(LossReason::ConnectionClosed));
+    assert_eq!(stopped.loss(), None);
+    for (guard, why) in [(revoked, "revoked"), (cut_off, "closed"), (stopped, "stopped")] {
+        let error = guard.release().unwrap_err();
+        assert!(error.kind() == ErrorKind::Lost && error.to_string().contains(why), "{error}");
+    }
+}
+
+#[test]
+fn a_wait_that_is_cancelled_when_its_turn_comes_makes_no_attempt() {
+    for _ in 0..300 {
+        let server = MemoryServer::new();
+        let (_manager, lock) = rival(&server);
+        let guard = lock.acquire(Duration::ZERO).unwrap();
+        let (context, canceller) = Context::background().with_cancel();
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| lock.acquire(&context).map(drop));
+            while !format!("{lock:?}").contains("waiting_threads: 1") {
+                thread::yield_now();
+            }
+            server.go_down();
+            canceller.cancel();
+            let error = waiting.join().unwrap().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+        });
+        drop(guard);
+    }
 }

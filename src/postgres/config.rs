@@ -16,6 +16,7 @@ use postgres::tls::{MakeTlsConnect, TlsConnect};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
+use crate::observer::Observer;
 use crate::pg::sql::schema::Schema;
 use crate::pg::stream::{Password, Socket, Tls};
 use settings::{Given, Origin, Unless, Unread};
@@ -68,6 +69,7 @@ pub struct Config {
     unread: Vec<Unread>,
     pub(crate) tls: Option<Tls>,
     pub(crate) password: Option<Password>,
+    pub(crate) observer: Option<Arc<dyn Observer>>,
     pub(crate) namespace: String,
     pub(crate) service: Option<String>,
     pub(crate) build: Option<String>,
@@ -131,6 +133,7 @@ impl Config {
             unread: Vec::new(),
             tls: None,
             password: None,
+            observer: None,
             namespace: "dsync".to_owned(),
             service: None,
             build: None,
@@ -285,6 +288,15 @@ impl Config {
         self
     }
 
+    /// Is told what happens to the locks: attempts, terms and how they end, heartbeats, sessions. Defaults to none. The page of
+    /// [`Observer`] says on which threads, and what it may do. `MetricsObserver`, which comes with the feature `metrics`, counts
+    /// and times all of it for Prometheus and others.
+    #[must_use]
+    pub fn observer(mut self, observer: impl Observer + 'static) -> Self {
+        self.observer = Some(Arc::new(observer));
+        self
+    }
+
     /// Keeps locks of one database apart: locks of one name in two namespaces have nothing to do with each other.
     /// Defaults to `"dsync"`. At most [`Key::MAX_LEN`](crate::Key::MAX_LEN) bytes without a NUL.
     #[must_use]
@@ -303,7 +315,7 @@ impl Config {
 
     /// The version of the service, for the annotation of its leader. At most 1,024 bytes without a NUL. Defaults to none.
     #[must_use]
-    pub fn build(mut self, build: impl Into<String>) -> Self {
+    pub fn service_build(mut self, build: impl Into<String>) -> Self {
         self.build = Some(build.into());
         self
     }
@@ -577,6 +589,7 @@ impl fmt::Debug for Config {
             .field("postgres", &self.postgres)
             .field("tls", &self.tls.is_some())
             .field("password_with", &self.password.is_some())
+            .field("observer", &self.observer.is_some())
             .field("namespace", &self.namespace)
             .field("service", &self.service)
             .field("build", &self.build)
@@ -610,6 +623,19 @@ impl LeasePlan {
     /// which may be the very answer that the holder got. Both must be later than the end of the term, by the margin.
     pub(crate) fn term(&self) -> Duration {
         self.lease.saturating_sub(self.heartbeat + self.margin)
+    }
+
+    /// Refuses a grace for which a term would be warned of before a renewal is overdue.
+    pub(crate) fn check_grace(&self, grace: Duration) -> Result<()> {
+        let longest = self.term().saturating_sub(self.heartbeat);
+        if grace < longest {
+            return Ok(());
+        }
+        let message = format!(
+            "a grace of {grace:?} must be shorter than {longest:?}, which is what a term has left when its renewal is due; \
+             set a longer lease, or heartbeats that come sooner"
+        );
+        Err(Error::new(ErrorKind::InvalidConfig, message))
     }
 }
 

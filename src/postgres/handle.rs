@@ -3,26 +3,32 @@
 use std::fmt;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
+use crate::guard::{Guarded, HeldTerm, Hold};
 use crate::key::{AdvisoryKey, Key};
+use crate::local_queue::LocalQueue;
 use crate::lock::{Lock, LockOptions};
 use crate::loss::{Loss, Lost, lost_already};
 use crate::pg::catalog::fence::RowFence;
 use crate::pg::claim::caller::ActiveClaim;
-use crate::pg::claim::shared::{Claim, EndReason, Patience};
+use crate::pg::claim::shared::{Claim, EndReason, Patience, Span};
 use crate::pg::claim::spec::LockSpec;
 use crate::pg::claim::supervisor::Supervisor;
 use crate::pg::config::CatalogMode;
+use crate::pg::inspect;
 use crate::pg::pool::Pool;
 use crate::pg::registry::Registry;
 use crate::pg::sql;
 use crate::pg::sql::{Entry, Request};
+use crate::snapshot::ClaimSnapshot;
+use crate::telling::{Observing, Story};
 use crate::term::{Fence, Term};
+use crate::view::Holder;
 
 /// The lock with one key of one manager.
 pub(crate) struct PostgresLock {
@@ -36,12 +42,17 @@ pub(crate) struct PostgresLock {
     fence: Option<Arc<dyn Fence>>,
     options: LockOptions,
     registry: Arc<Registry>,
+    /// The threads that want guards.
+    queue: Arc<LocalQueue>,
     state: Mutex<LockState>,
 }
 
 #[derive(Default)]
 struct LockState {
+    /// That of `lock` and `try_lock`.
     claim: Option<ActiveClaim>,
+    /// Those of guards: of the one whose turn it is, and of others whose terms were lost.
+    of_guards: Vec<ActiveClaim>,
     /// Of the last claim, for the next; `None` again when the manager has stopped, since they keep the pool.
     spec: Option<Arc<LockSpec>>,
     /// The last loss of the claims that have ended.
@@ -52,7 +63,7 @@ impl PostgresLock {
     pub(crate) fn new(key: Key, options: LockOptions, registry: Arc<Registry>) -> Arc<Self> {
         let (text, config) = (key.to_string(), registry.config());
         let number = key.advisory(&config.namespace);
-        let fence = (config.catalog != CatalogMode::None).then(|| {
+        let fence = (config.catalog != CatalogMode::None && !options.without_token).then(|| {
             let schema = Arc::clone(&config.schema);
             Arc::new(RowFence { key: number, longest_pause: config.lease, schema }) as Arc<dyn Fence>
         });
@@ -64,6 +75,7 @@ impl PostgresLock {
             fence,
             options,
             registry,
+            queue: Arc::default(),
             state: Mutex::default(),
         })
     }
@@ -72,7 +84,8 @@ impl PostgresLock {
     /// that is known before the claim begins, since the lock may be had in no time.
     fn acquire(&self, patience: Patience, context: &Context) -> Result<()> {
         self.check_process()?;
-        match (patience, context.ended()) {
+        let observing = self.registry.observing().filter(|_| self.term().is_none());
+        Observing::attempt(observing, &self.text, false, || match (patience, context.ended()) {
             (_, None) => self.claim(context)?.lock(patience, context),
             (_, Some(_)) if self.term().is_some() => Ok(()),
             (Patience::TryLock, Some(ErrorKind::TimedOut)) => {
@@ -80,7 +93,7 @@ impl PostgresLock {
                 self.claim(&context)?.lock(Patience::TryOnce, &context)
             }
             (_, Some(kind)) => Err(self.claim(context)?.left(kind)),
-        }
+        })
     }
 
     /// Before any mutex: after a fork it may be locked by a thread that is not there.
@@ -105,7 +118,7 @@ impl PostgresLock {
                     Some(active) if active.claim.is_ending() => Arc::clone(&active.claim),
                     Some(active) => return Ok(active.clone()),
                     None => {
-                        let active = self.begin(&mut state.spec)?;
+                        let active = self.begin(&mut state, Span::UntilReleased, None)?;
                         state.claim = Some(active.clone());
                         self.options.claim_begun();
                         return Ok(active);
@@ -117,11 +130,21 @@ impl PostgresLock {
         }
     }
 
-    /// Begins a claim, with an idle supervisor if there is one.
-    fn begin(&self, spec: &mut Option<Arc<LockSpec>>) -> Result<ActiveClaim> {
+    /// Begins a claim, with an idle supervisor if there is one. The lock is wanted since `wanted_since`, or since now.
+    fn begin(&self, state: &mut LockState, span: Span, wanted_since: Option<Instant>) -> Result<ActiveClaim> {
         let pool = self.registry.pool()?;
         let config = self.registry.config();
-        let claim = Claim::new(self.text.clone(), config.lease + 2 * config.wait_slice);
+        let story = self.registry.observing().map(|observing| {
+            let since = wanted_since.unwrap_or_else(Instant::now);
+            Story::new(observing, &self.text, span != Span::UntilReleased, since)
+        });
+        let claim = Claim::new(
+            self.text.clone(),
+            config.lease + 2 * config.wait_slice,
+            span,
+            self.options.grace,
+            story,
+        );
         // A stop that comes in between would not see this claim.
         if let Some(this) = self.this.upgrade()
             && !self.registry.keep(&self.key, this)
@@ -129,7 +152,8 @@ impl PostgresLock {
             return Err(Error::stopped());
         }
         // After that, so that a stop finds them and takes them away.
-        let spec = spec.get_or_insert_with(|| Arc::new(self.spec(pool)));
+        let others = !state.is_free();
+        let spec = state.spec.get_or_insert_with(|| Arc::new(self.spec(pool)));
         let active = |supervisor| ActiveClaim { claim: Arc::clone(&claim), supervisor };
         let idle = self.registry.idle();
         while let Some(supervisor) = idle.take(spec.request.key) {
@@ -140,7 +164,9 @@ impl PostgresLock {
         match Supervisor::start(&claim, spec, idle) {
             Ok(supervisor) => Ok(active(supervisor)),
             Err(error) => {
-                drop(self.registry.let_go(&self.key));
+                if !others {
+                    drop(self.registry.let_go(&self.key));
+                }
                 let message = "the thread for the lock could not be started; is the limit of threads, or of open files, reached?";
                 Err(Error::new(ErrorKind::SessionUnavailable, message).with_source(error))
             }
@@ -152,7 +178,7 @@ impl PostgresLock {
         let config = self.registry.config();
         LockSpec {
             request: self.request(),
-            valuer: self.options.valuer.clone().filter(|_| config.catalog != CatalogMode::None),
+            valuer: self.options.valuer.clone().filter(|_| self.has_row()),
             valuer_is_fast: AtomicBool::new(false),
             plan: config.lease_plan(),
             wait_slice: config.wait_slice,
@@ -161,11 +187,16 @@ impl PostgresLock {
         }
     }
 
+    /// True if its terms have a token, and a row in the catalog.
+    fn has_row(&self) -> bool {
+        self.fence.is_some()
+    }
+
     /// What the claims of this lock ask for.
     fn request(&self) -> Request {
         let config = self.registry.config();
         let namespace = self.key.namespace(&config.namespace);
-        let entry = (config.catalog != CatalogMode::None).then(|| Entry {
+        let entry = self.has_row().then(|| Entry {
             namespace: namespace.to_owned(),
             key: self.text.clone(),
             annotation: None,
@@ -179,12 +210,30 @@ impl PostgresLock {
         }
     }
 
-    /// Begins the end of the claim, if there is one. `by` is when it must be over.
+    /// Begins the end of all claims, of which `by` is when they must be over.
     ///
-    /// Gives `true` with it if this is the first call: then the caller must [give back](Self::give_back) what there is.
-    pub(crate) fn end(&self, reason: EndReason, by: Instant) -> Option<(bool, ActiveClaim)> {
-        let active = self.state.lock().claim.clone()?;
-        Some((active.claim.end(reason, by), active))
+    /// Gives `true` with one whose end this has begun: then the caller must [give back](ActiveClaim::give_back) what there is.
+    pub(crate) fn end(&self, reason: EndReason, by: Instant) -> Vec<(bool, ActiveClaim)> {
+        let state = self.state.lock();
+        let claims = state.claim.iter().chain(&state.of_guards);
+        claims.map(|active| (active.claim.end(reason, by), active.clone())).collect()
+    }
+
+    /// This claim of a guard's, with its supervisor; `None` if it was forgotten.
+    fn active(&self, claim: &Arc<Claim>) -> Option<ActiveClaim> {
+        let state = self.state.lock();
+        state.of_guards.iter().find(|active| Arc::ptr_eq(&active.claim, claim)).cloned()
+    }
+
+    /// How its claims stand.
+    pub(crate) fn snapshots(&self) -> Vec<ClaimSnapshot> {
+        let active: Vec<_> = {
+            let state = self.state.lock();
+            state.claim.iter().chain(&state.of_guards).cloned().collect()
+        };
+        let waiting_threads = self.queue.waiting();
+        let claims = active.iter().filter_map(|active| active.claim.snapshot());
+        claims.map(|claim| ClaimSnapshot { waiting_threads, ..claim }).collect()
     }
 
     /// Lets go of the pool: the manager has stopped, and there will be no other claim.
@@ -197,17 +246,138 @@ impl PostgresLock {
     pub(crate) fn forget(&self, ended: &Arc<Claim>) {
         let dropped = {
             let mut state = self.state.lock();
-            let Some(active) = state.claim.take_if(|active| Arc::ptr_eq(&active.claim, ended)) else {
-                return;
-            };
-            state.last_loss = ended.last_loss().or(state.last_loss.take());
+            let Some(active) = state.take(ended) else { return };
+            state.last_loss =
+                ended.last_loss().into_iter().chain(state.last_loss.take()).max_by_key(|loss| loss.at);
             // Under the mutex, so that the next claim of this very lock finds it.
             self.registry.idle().add(self.number, &active.supervisor);
-            (active, self.registry.let_go(&self.key))
+            (active, state.is_free().then(|| self.registry.let_go(&self.key)))
         };
         // The one may be the last that knows the pool, the other the last that knows this lock, so they must not be dropped
         // under a mutex.
         drop(dropped);
+    }
+}
+
+impl LockState {
+    /// True if there is no claim.
+    fn is_free(&self) -> bool {
+        self.claim.is_none() && self.of_guards.is_empty()
+    }
+
+    /// Takes this claim out, if it is there.
+    fn take(&mut self, claim: &Arc<Claim>) -> Option<ActiveClaim> {
+        let is_it = |active: &ActiveClaim| Arc::ptr_eq(&active.claim, claim);
+        self.claim.take_if(|active| is_it(active)).or_else(|| {
+            let index = self.of_guards.iter().position(is_it)?;
+            Some(self.of_guards.swap_remove(index))
+        })
+    }
+}
+
+impl Guarded for PostgresLock {
+    fn queue(&self) -> Result<&Arc<LocalQueue>> {
+        self.check_process()?;
+        Ok(&self.queue)
+    }
+
+    fn observing(&self) -> Option<&Arc<Observing>> {
+        self.registry.observing()
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.registry.origin().is_here() && self.registry.is_stopped()
+    }
+
+    fn resignation_interval(&self) -> Option<Duration> {
+        self.has_row().then(|| self.registry.config().lease_plan().heartbeat)
+    }
+
+    fn is_asked_to_resign(&self, token: i64) -> Result<bool> {
+        self.check_process()?;
+        self.registry.ask(|pool| inspect::is_asked_to_resign(pool, self.number, token))
+    }
+
+    fn claim_term(&self, context: Option<&Context>, wanted_since: Instant) -> Result<HeldTerm> {
+        let at_most = self.registry.config().release_timeout;
+        let (patience, context) = match context {
+            Some(context) => (Patience::Lock, context.clone()),
+            None => (Patience::TryOnce, Context::deadline(self.registry.attempt_by())),
+        };
+        let span = Span::OneTerm { waits: patience == Patience::Lock, at_most };
+        let lock = self.this.upgrade().ok_or_else(Error::stopped)?;
+        let active = {
+            let mut state = self.state.lock();
+            let active = self.begin(&mut state, span, Some(wanted_since))?;
+            state.of_guards.push(active.clone());
+            active
+        };
+        let mut claimed = ClaimOfGuard { lock, claim: Arc::clone(&active.claim), is_released: false };
+        let outcome = active.lock(patience, &context);
+        drop(active);
+        let term = claimed.claim.term(self.fence.clone());
+        match (outcome, term) {
+            (Ok(()), Some(term)) => Ok(HeldTerm { term, hold: Box::new(claimed) }),
+            (outcome, _) => {
+                let released = claimed.release();
+                // The term has begun and ended since, by a stop or a loss.
+                let ended = || match claimed.claim.ends_for(EndReason::Stopped) {
+                    true => Some(Error::stopped()),
+                    false => released.err(),
+                };
+                Err(outcome.err().or_else(ended).unwrap_or_else(|| Error::lost(&self.text, None)))
+            }
+        }
+    }
+}
+
+/// The claim of one guard.
+struct ClaimOfGuard {
+    lock: Arc<PostgresLock>,
+    /// Without its supervisor, which keeps the pool: after a stop a guard must not.
+    claim: Arc<Claim>,
+    is_released: bool,
+}
+
+impl Hold for ClaimOfGuard {
+    fn key(&self) -> &str {
+        &self.lock.text
+    }
+
+    fn loss(&self) -> Option<Loss> {
+        self.claim.last_loss()
+    }
+
+    fn release(&mut self) -> Result<()> {
+        self.lock.check_process()?;
+        self.is_released = true;
+        let (claim, by) = (&self.claim, self.lock.registry.release_by());
+        let outcome = match self.lock.active(claim) {
+            Some(active) => active.release(by),
+            // A stop was faster.
+            None => claim.wait_ended(by),
+        };
+        self.lock.forget(claim);
+        match claim.last_loss() {
+            Some(loss) => Err(Error::lost(&self.lock.text, Some(&loss))),
+            None if claim.ends_for(EndReason::Stopped) => Err(Error::lost(&self.lock.text, None)),
+            None => outcome,
+        }
+    }
+}
+
+impl Drop for ClaimOfGuard {
+    /// Only after a panic, of the application's logger say, is there something left to do.
+    fn drop(&mut self) {
+        if !self.is_released {
+            let _ = self.release();
+        }
+    }
+}
+
+impl fmt::Debug for ClaimOfGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClaimOfGuard").field("key", &self.lock.text).finish_non_exhaustive()
     }
 }
 
@@ -252,15 +422,27 @@ impl Lock for PostgresLock {
         self.current()?.claim.term(self.fence.clone())
     }
 
+    fn holder(&self) -> Result<Option<Holder>> {
+        self.check_process()?;
+        self.registry.inspect(&self.key).map(|view| view.holder)
+    }
+
+    fn request_resignation(&self) -> Result<bool> {
+        self.check_process()?;
+        if !self.has_row() {
+            return Err(Error::no_resignations());
+        }
+        self.registry.request_resignation(&self.key)
+    }
+
     fn last_loss(&self) -> Option<Loss> {
         if !self.registry.origin().is_here() {
             return None;
         }
-        let (active, before) = {
-            let state = self.state.lock();
-            (state.claim.clone(), state.last_loss.clone())
-        };
-        active.and_then(|active| active.claim.last_loss()).or(before)
+        let state = self.state.lock();
+        let claims = state.claim.iter().chain(&state.of_guards);
+        let losses = claims.filter_map(|active| active.claim.last_loss());
+        losses.chain(state.last_loss.clone()).max_by_key(|loss| loss.at)
     }
 }
 
@@ -270,13 +452,20 @@ impl Drop for PostgresLock {
             self.registry.forget(&self.key);
             return;
         }
-        let LockState { claim, spec, .. } = std::mem::take(self.state.get_mut());
-        std::mem::forget((claim, spec, Arc::clone(&self.registry)));
+        let LockState { claim, of_guards, spec, .. } = std::mem::take(self.state.get_mut());
+        std::mem::forget((claim, of_guards, spec, Arc::clone(&self.registry), Arc::clone(&self.queue)));
     }
 }
 
 impl fmt::Debug for PostgresLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PostgresLock").field("key", &self.text).field("term", &self.term()).finish()
+        let mut debug = f.debug_struct("PostgresLock");
+        debug.field("key", &self.text).field("term", &self.term());
+        // After a fork a thread that is not there may have the mutex of the queue.
+        let waiting = if self.registry.origin().is_here() { self.queue.waiting() } else { 0 };
+        if waiting > 0 {
+            debug.field("waiting_threads", &waiting);
+        }
+        debug.finish()
     }
 }

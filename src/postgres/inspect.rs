@@ -1,4 +1,4 @@
-//! Asks the server who holds and who waits.
+//! Asks the server who holds and who waits, and asks holders to resign.
 
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
@@ -54,6 +54,19 @@ pub(crate) fn all(pool: &Pool) -> Result<Vec<LockView>> {
         }
     }
     Ok(views)
+}
+
+/// Asks the holder to resign; `false` if there is none whose term has a token.
+pub(crate) fn request_resignation(pool: &Pool, named: &Named<'_>) -> Result<bool> {
+    let (id, pair) = (named.key.id(), named.key.is_pair());
+    let rows = pool.ask(sql::REQUEST_RESIGNATION, &[&id, &pair, &named.namespace, &named.name])?;
+    Ok(!rows.is_empty())
+}
+
+/// Whether the holder of the term with this token was asked to resign.
+pub(crate) fn is_asked_to_resign(pool: &Pool, key: AdvisoryKey, token: i64) -> Result<bool> {
+    let rows = pool.ask(sql::IS_ASKED_TO_RESIGN, &[&key.id(), &key.is_pair(), &token])?;
+    rows.first().map_or(Ok(false), |row| get(row, 0))
 }
 
 /// Adds a holder or a waiter. Only a foreign application can hold a lock with several sessions (`pg_advisory_lock_shared`);

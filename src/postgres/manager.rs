@@ -8,9 +8,10 @@ use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
 use crate::pg::config::{CatalogMode, Config};
-use crate::pg::inspect::{self, Named};
+use crate::pg::inspect;
 use crate::pg::registry::Registry;
-use crate::process::{drive, no_thread};
+use crate::process::drive;
+use crate::snapshot::Snapshot;
 use crate::view::LockView;
 
 /// Distributed locks on PostgreSQL advisory locks.
@@ -42,18 +43,17 @@ use crate::view::LockView;
 /// call of it: what such a thread has begun stays unfinished in the child.
 ///
 /// ```no_run
-/// use dsync::{Config, Context, Lock, LockOptions, PostgresManager, SyncManager};
+/// use std::time::Duration;
+/// use dsync::{Config, PostgresManager};
 ///
-/// let manager = PostgresManager::new(Config::from_url("postgres://app@localhost/app")?)?;
-/// manager.start()?;
+/// let manager = PostgresManager::connect(Config::from_url("postgres://app@localhost/app")?)?;
 ///
-/// let lock = manager.lock("nightly-report", LockOptions::new())?;
-/// lock.lock(&Context::background())?;
-/// let lost = lock.lost();
-/// // … work, and stop when `lost` disconnects …
-/// lock.release()?;
+/// let guard = manager.lock("nightly-report")?.acquire(Duration::from_secs(60))?;
+/// // … work, and stop when `guard.lost()` disconnects …
+/// guard.release()?;
 /// # Ok::<(), dsync::Error>(())
 /// ```
+#[must_use = "the manager stops as soon as it is dropped, and with it end all terms"]
 pub struct PostgresManager {
     registry: Arc<Registry>,
 }
@@ -68,13 +68,65 @@ impl PostgresManager {
         Ok(Self { registry: Registry::new(config)? })
     }
 
-    /// The lock with this key: a name, a number, or a pair of numbers. As
-    /// [`lock_with_key`](SyncManager::lock_with_key).
+    /// Makes a manager and starts it: [`new`](Self::new), then [`start`](SyncManager::start).
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    /// use dsync::{Config, PostgresManager};
+    ///
+    /// let manager = PostgresManager::connect(Config::from_url("postgres://app@localhost/app")?)?;
+    /// let guard = manager.lock("nightly-report")?.acquire(Duration::from_secs(60))?;
+    /// # Ok::<(), dsync::Error>(())
+    /// ```
     ///
     /// # Errors
-    /// As there.
-    pub fn lock(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
+    /// As those two. A server that cannot be reached now is no error: the manager is given, and its claims go on trying to connect.
+    pub fn connect(config: Config) -> Result<Self> {
+        let manager = Self::new(config)?;
+        manager.start()?;
+        Ok(manager)
+    }
+
+    /// The lock with this key: a name, a number, or a pair of numbers.
+    ///
+    /// # Errors
+    /// As [`lock_with_key`](SyncManager::lock_with_key).
+    pub fn lock(&self, key: impl Into<Key>) -> Result<Arc<dyn Lock>> {
+        self.lock_with_key(key.into(), LockOptions::new())
+    }
+
+    /// As [`lock`](Self::lock), with options. They count when the handle is made: where there is one with this key, they
+    /// are ignored.
+    ///
+    /// # Errors
+    /// As [`lock_with_key`](SyncManager::lock_with_key).
+    pub fn lock_with(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
         self.lock_with_key(key.into(), options)
+    }
+
+    /// How the manager, its claims and its sessions stand now, as this process knows. No I/O happens, and no call that is under
+    /// way is waited for.
+    ///
+    /// ```no_run
+    /// # fn example(manager: &dsync::PostgresManager) {
+    /// for claim in manager.snapshot().claims {
+    ///     println!("{claim:?}");
+    /// }
+    /// # }
+    /// ```
+    ///
+    /// In a process that was forked from the manager's, it is empty.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        if self.registry.origin().is_here() { self.registry.snapshot() } else { Snapshot::default() }
+    }
+
+    /// Asks the leader that has the lock with this key to resign: see [`Lock::request_resignation`]. `true` if there is a holder to ask.
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
+    pub fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
+        self.lock(key)?.request_resignation()
     }
 
     /// Who holds the lock with this key, and who waits for it, in whichever process.
@@ -103,14 +155,7 @@ impl PostgresManager {
         self.registry.origin().check(format_args!("the manager"))?;
         let key = key.into();
         key.validate()?;
-        let (pool, config) = (self.registry.pool()?, self.registry.config());
-        let named = Named {
-            key: key.advisory(&config.namespace),
-            namespace: key.namespace(&config.namespace),
-            name: &key.to_string(),
-        };
-        let catalog = config.catalog != CatalogMode::None;
-        drive(|| inspect::one(&pool, &named, catalog)).map_err(no_thread)?
+        self.registry.inspect(&key)
     }
 
     /// All locks of the database, of all namespaces, that are held or waited for. A key that has never been held is not
@@ -132,13 +177,12 @@ impl PostgresManager {
     /// As `inspect`, and [`InvalidConfig`](ErrorKind::InvalidConfig) if this manager does without the catalog.
     pub fn inspect_all(&self) -> Result<Vec<LockView>> {
         self.registry.origin().check(format_args!("the manager"))?;
-        let (pool, config) = (self.registry.pool()?, self.registry.config());
-        if config.catalog == CatalogMode::None {
+        if self.registry.config().catalog == CatalogMode::None {
             let message = "the names of all locks are in the catalog, and the manager was told to do without; \
                            set the catalog to automatic, or ask for one key";
             return Err(Error::new(ErrorKind::InvalidConfig, message));
         }
-        drive(|| inspect::all(&pool)).map_err(no_thread)?
+        self.registry.ask(inspect::all)
     }
 }
 
@@ -167,9 +211,16 @@ impl SyncManager for PostgresManager {
         drive(|| self.registry.stop()).unwrap_or_else(|_| self.registry.stop())
     }
 
+    fn snapshot(&self) -> Snapshot {
+        self.snapshot()
+    }
+
     fn lock_with_key(&self, key: Key, options: LockOptions) -> Result<Arc<dyn Lock>> {
         self.registry.origin().check(format_args!("the manager"))?;
         key.validate()?;
+        if let Some(grace) = options.grace {
+            self.registry.config().lease_plan().check_grace(grace)?;
+        }
         let lock = self.registry.lock(key, options)?;
         Ok(lock)
     }

@@ -18,6 +18,7 @@ use scheduled_thread_pool::{OnPoolDropBehavior, ScheduledThreadPool};
 
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::loss::LossReason;
+use crate::observer::Sessions;
 use crate::pg::catalog;
 use crate::pg::config::{CatalogMode, Config};
 use crate::pg::session::machine::Rhythm;
@@ -28,6 +29,7 @@ use crate::pg::sql::schema::Schema;
 use crate::pg::stream::{Dialer, Socket, StreamControl};
 use crate::pg::watchdog::Watchdog;
 use crate::process::{PerProcess, nonce};
+use crate::telling::Observing;
 
 /// The sessions of a manager.
 ///
@@ -47,6 +49,8 @@ pub(crate) struct Pool {
     connect_timeout: Duration,
     catalog: CatalogMode,
     schema: Arc<Schema>,
+    /// Is told how many sessions are in use.
+    observing: Option<Arc<Observing>>,
     /// Whether the catalog has been seen to be there.
     catalog_ready: AtomicBool,
     /// Whether the server has been shown to keep sessions apart.
@@ -195,7 +199,7 @@ impl IdleThread {
 const TURNS: u32 = 10;
 
 impl Pool {
-    pub(crate) fn new(config: &Config) -> Result<Self> {
+    pub(crate) fn new(config: &Config, observing: Option<Arc<Observing>>) -> Result<Self> {
         let mut postgres = config.postgres.clone();
         if postgres.get_application_name().is_none() {
             postgres.application_name("dsync");
@@ -236,6 +240,7 @@ impl Pool {
             connect_timeout: config.connect_time(),
             catalog: config.catalog,
             schema: Arc::clone(&config.schema),
+            observing,
             catalog_ready: AtomicBool::new(false),
             probed: AtomicBool::new(false),
             crowded_at: AtomicU64::new(0),
@@ -251,6 +256,20 @@ impl Pool {
     /// A slot with an open session, if there is one at hand.
     pub(crate) fn take_open(&self) -> Option<PooledSlot> {
         self.slots.try_get().filter(|slot| slot.is_open())
+    }
+
+    /// How many sessions are in use: the slots that somebody has taken.
+    pub(crate) fn sessions(&self) -> Sessions {
+        let state = self.slots.state();
+        let in_use = state.connections.saturating_sub(state.idle_connections);
+        Sessions { in_use, limit: self.slots.max_size() }
+    }
+
+    /// Tells the observer of them. To be called after a slot was taken or given back, under no mutex but that of an engine.
+    pub(crate) fn tell_of_sessions(&self) {
+        if let Some(observing) = &self.observing {
+            observing.sessions(|| self.sessions());
+        }
     }
 
     /// How many slots nobody has taken.
@@ -523,7 +542,7 @@ mod tests {
     #[test]
     fn claims_have_the_rhythm_of_their_manager_whenever_they_begin() {
         let config = Config::from_url("postgres://nobody@localhost").unwrap().lease(Duration::from_secs(8));
-        let pool = Pool::new(&config).unwrap();
+        let pool = Pool::new(&config, None).unwrap();
         for late in [0, 1, 130, 999, 5_000].map(Duration::from_millis) {
             assert_eq!(pool.rhythm(pool.made + late), Rhythm::of(Duration::from_secs(2), late), "{late:?}");
         }

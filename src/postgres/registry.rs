@@ -18,18 +18,24 @@ use crate::lock::LockOptions;
 use crate::pg::claim::caller::ActiveClaim;
 use crate::pg::claim::idle::IdleSupervisors;
 use crate::pg::claim::shared::EndReason;
-use crate::pg::config::Config;
+use crate::pg::config::{CatalogMode, Config};
 use crate::pg::handle::PostgresLock;
+use crate::pg::inspect::{self, Named};
 use crate::pg::pool::Pool;
 use crate::pg::pool::Slot;
 use crate::pg::session::refusal::Refusal;
 use crate::pg::stream::StreamControl;
 use crate::process::{Origin, drive, no_thread};
+use crate::snapshot::Snapshot;
+use crate::telling::Observing;
+use crate::view::LockView;
 
 /// What a manager's handles share; it outlives the manager where they do.
 pub(crate) struct Registry {
     config: Config,
     origin: Origin,
+    /// The manager's observer.
+    observing: Option<Arc<Observing>>,
     state: Mutex<State>,
     idle: Arc<IdleSupervisors>,
 }
@@ -122,9 +128,10 @@ struct Stopping {
 impl Registry {
     pub(crate) fn new(config: Config) -> Result<Arc<Self>> {
         config.validate()?;
-        let pool = Arc::new(Pool::new(&config)?);
+        let observing = config.observer.as_ref().map(|observer| Observing::new(Arc::clone(observer)));
+        let pool = Arc::new(Pool::new(&config, observing.clone())?);
         let state = Mutex::new(State { stage: Stage::New, pool: Some(pool), locks: HashMap::new() });
-        Ok(Arc::new(Self { config, origin: Origin::here(), state, idle: Arc::default() }))
+        Ok(Arc::new(Self { config, origin: Origin::here(), observing, state, idle: Arc::default() }))
     }
 
     /// Looks at the server: see [`PostgresManager`](crate::PostgresManager).
@@ -153,6 +160,7 @@ impl Registry {
             Err(error) => Some(Refusal::system(no_thread(error))),
         };
         // The session, which a stop that waits for this wants to be over, is closed or in the pool.
+        pool.tell_of_sessions();
         drop(pool);
         let outcome = match refusal {
             None => Ok(()),
@@ -187,6 +195,25 @@ impl Registry {
             .finish()
     }
 
+    /// How the manager and its claims stand.
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let (is_running, pool, claimed) = {
+            let state = self.state.lock();
+            let claimed: Vec<_> = state.locks.values().filter_map(|entry| entry.claimed.clone()).collect();
+            (matches!(state.stage, Stage::Starting(_) | Stage::Running), state.pool.clone(), claimed)
+        };
+        // Not under the mutex: one of the locks may be gone by now but for this.
+        let mut claims: Vec<_> = claimed.iter().flat_map(|lock| lock.snapshots()).collect();
+        claims.sort_by(|a, b| a.key.cmp(&b.key));
+        let sessions = pool.map(|pool| pool.sessions());
+        Snapshot { is_running, claims, sessions, idle_supervisors: self.idle.len() }
+    }
+
+    /// The manager's observer.
+    pub(crate) fn observing(&self) -> Option<&Arc<Observing>> {
+        self.observing.as_ref()
+    }
+
     pub(crate) fn config(&self) -> &Config {
         &self.config
     }
@@ -219,6 +246,31 @@ impl Registry {
             (Stage::New, _) => Err(Error::not_started()),
             _ => Err(Error::stopped()),
         }
+    }
+
+    /// The view of the lock with this key.
+    pub(crate) fn inspect(&self, key: &Key) -> Result<LockView> {
+        let catalog = self.config.catalog != CatalogMode::None;
+        self.ask(|pool| inspect::one(pool, &self.named(key, &key.to_string()), catalog))
+    }
+
+    /// Asks the holder of the lock with this key to resign; `false` if there is none that has a token.
+    pub(crate) fn request_resignation(&self, key: &Key) -> Result<bool> {
+        self.ask(|pool| inspect::request_resignation(pool, &self.named(key, &key.to_string())))
+    }
+
+    /// The key, of which `text` is the text, as the catalog knows it.
+    fn named<'a>(&'a self, key: &'a Key, text: &'a str) -> Named<'a> {
+        let namespace = &self.config.namespace;
+        Named { key: key.advisory(namespace), namespace: key.namespace(namespace), name: text }
+    }
+
+    /// Asks the server something on a session of the pool.
+    pub(crate) fn ask<T: Send>(&self, question: impl FnOnce(&Pool) -> Result<T> + Send) -> Result<T> {
+        let pool = self.pool()?;
+        let answer = drive(|| question(&pool));
+        pool.tell_of_sessions();
+        answer.map_err(no_thread)?
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
@@ -284,9 +336,9 @@ impl Registry {
         // First all are told, so that no holder hears of the end late because a waiter's cancel request takes its time.
         let claims: Vec<_> = claimed
             .into_iter()
-            .filter_map(|lock| {
-                let (first, active) = lock.end(EndReason::Stopped, by)?;
-                Some(Stopping { lock, active, first })
+            .flat_map(|lock| {
+                let ended = lock.end(EndReason::Stopped, by).into_iter();
+                ended.map(move |(first, active)| Stopping { lock: Arc::clone(&lock), active, first })
             })
             .collect();
         self.idle.close();
@@ -321,6 +373,7 @@ impl Registry {
         // What came back meanwhile: of claims that waited, or that others had ended.
         close_idle();
         if let Some(pool) = pool {
+            pool.tell_of_sessions();
             pool.watchdog().close();
         }
         outcome

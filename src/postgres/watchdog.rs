@@ -141,6 +141,11 @@ impl Watchdog {
             if deadline <= Instant::now() {
                 // Again in an interval, if whoever must see it is busy elsewhere.
                 watched.enforce();
+                // After the warning of a term's end comes the end.
+                next = watched
+                    .deadline()
+                    .filter(|later| *later > deadline)
+                    .map_or(next, |later| next.min(later));
             } else {
                 next = next.min(deadline);
             }
@@ -271,5 +276,30 @@ mod tests {
         let (late, enforced) = bounded(Some(Instant::now()));
         watch(&watchdog, &late);
         assert!(!watchdog.is_on() && enforced.is_empty() && watchdog.watched.lock().is_empty());
+    }
+
+    #[test]
+    fn the_next_deadline_of_what_was_enforced_is_in_time_too() {
+        /// Each enforcement moves the deadline on.
+        struct Steps(Mutex<Vec<Instant>>, Sender<Instant>);
+        impl Watched for Steps {
+            fn deadline(&self) -> Option<Instant> {
+                self.0.lock().last().copied()
+            }
+            fn enforce(&self) {
+                let _ = self.0.lock().pop().map(|at| self.1.send(at));
+            }
+        }
+        let watchdog = Watchdog::new(LONG);
+        let (enforced, enforcements) = unbounded();
+        let now = Instant::now();
+        let steps = [20, 10, 0].map(|after| now + Duration::from_millis(after));
+        let steps = Arc::new(Steps(Mutex::new(steps.to_vec()), enforced));
+        watchdog.watch(Arc::downgrade(&steps) as Weak<dyn Watched>).unwrap();
+        for _ in 0..3 {
+            enforcements.recv_timeout(LONG / 2).expect("it is enforced");
+        }
+        watchdog.close();
+        assert!(ended(&watchdog));
     }
 }

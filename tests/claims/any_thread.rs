@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
-use dsync::{Config, Context, ErrorKind, LockGuard, PostgresManager, SyncManager};
+use dsync::{Config, Context, ErrorKind, PostgresManager, SyncManager};
 use support::Database;
 use tokio::runtime::{Builder, Runtime};
 
@@ -82,8 +82,7 @@ mod scenes {
             let waiting = lock(&manager, "k");
             in_async_code(move || {
                 assert_eq!(kind(waiting.try_lock(&soon())), ErrorKind::LockUnavailable);
-                let guard = LockGuard::try_lock(Arc::clone(&waiting), &soon());
-                assert_eq!(kind(guard), ErrorKind::LockUnavailable);
+                assert!(waiting.try_acquire().unwrap().is_none());
                 waiting.release().unwrap();
             });
             other.release().unwrap();
@@ -97,7 +96,7 @@ mod scenes {
         let rival = started(config.clone());
         let other = lock(&rival, "k");
         let manager = started(config.clone());
-        let guard = LockGuard::lock(lock(&manager, "k"), &soon()).unwrap();
+        let guard = lock(&manager, "k").acquire(soon()).unwrap();
         let lost = guard.lost().clone();
         in_async_code(move || drop(guard));
         hear(&lost);
@@ -166,7 +165,7 @@ mod scenes {
         for early in [true, false] {
             let makes = Arc::clone(&manager);
             at_the_end_of_a_thread(early, move || {
-                Box::new(LockGuard::lock(lock(&makes, "k"), &Context::background()).unwrap())
+                Box::new(lock(&makes, "k").acquire(Context::background()).unwrap())
             });
             other.lock(&soon()).unwrap();
             other.release().unwrap();

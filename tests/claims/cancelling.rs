@@ -141,9 +141,8 @@ fn a_call_is_cancelled_while_it_connects() {
         let manager = Arc::clone(&manager);
         begin(move || manager.start())
     };
-    becomes("the start", &true, || {
-        manager.lock("x", LockOptions::new()).unwrap().try_lock(&cancelled()).is_err()
-    });
+    // Before the start has begun, a call says so instead.
+    becomes("the start", &ErrorKind::Cancelled, || kind(manager.lock("x").unwrap().try_lock(&cancelled())));
     let lock = lock(&manager, "x");
     let (context, canceller) = Context::background().with_cancel();
     let wait = call(&lock, context);
@@ -228,7 +227,7 @@ fn a_slow_valuer_does_not_outlast_a_cancellation() {
         let _ = left.recv();
         Vec::new()
     });
-    let lock = manager.lock("x", LockOptions::new().valuer(valuer)).unwrap();
+    let lock = manager.lock_with("x", LockOptions::new().valuer(valuer)).unwrap();
     let (context, canceller) = Context::background().with_cancel();
     let wait = call(&lock, context);
     enters.recv_timeout(PATIENCE).unwrap();

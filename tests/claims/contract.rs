@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
 use dsync::{
-    Context, Error, ErrorKind, Key, Lock, LockGuard, LockOptions, LossReason, Lost, MemoryManager,
-    MemoryServer, SyncManager, json_valuer,
+    Context, Error, ErrorKind, Key, Lock, LockOptions, LossReason, Lost, MemoryManager, MemoryServer,
+    SyncManager, json_valuer,
 };
 use parking_lot::Mutex;
 
@@ -102,7 +102,21 @@ contract! {
     a_guard_can_be_released_by_hand
     a_guard_that_fails_leaves_no_claim
     a_guard_releases_when_its_thread_panics
-    a_guard_keeps_the_channel_of_its_term
+    a_lost_guard_does_not_come_back_and_says_so
+    a_guard_ends_its_own_term_and_nothing_else
+    a_busy_lock_is_not_acquired_by_trying
+    try_acquire_ends_where_nobody_answers
+    a_guard_without_time_is_tried_once
+    threads_take_turns_in_the_order_in_which_they_came
+    threads_of_two_managers_all_get_their_turns
+    a_wait_for_another_thread_ends_as_its_context_says
+    a_lost_guard_keeps_no_thread_out
+    a_claim_and_a_guard_keep_each_other_out
+    a_manager_that_stops_ends_guards_and_those_who_wait_for_them
+    work_is_done_under_the_lock_which_is_released_when_it_panics
+    guards_work_in_generic_code_and_for_any_key
+    a_lock_without_token_excludes_all_the_same
+    no_schedule_of_guards_and_claims_breaks_exclusion
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -309,7 +323,7 @@ fn briefly() -> Context {
 }
 
 fn x(manager: &dyn SyncManager) -> Arc<dyn Lock> {
-    manager.lock("x", LockOptions::new()).unwrap()
+    manager.lock("x").unwrap()
 }
 
 fn kind<T>(result: Result<T, Error>) -> ErrorKind {
@@ -405,10 +419,9 @@ fn threads_exclude_each_other_across_managers(world: &dyn World) {
         turn: Mutex<()>,
     }
     let managers: [_; 3] = std::array::from_fn(|_| world.manager());
-    let seats = managers.each_ref().map(|manager| {
-        ["x", "y"]
-            .map(|key| Seat { lock: manager.lock(key, LockOptions::new()).unwrap(), turn: Mutex::new(()) })
-    });
+    let seats = managers
+        .each_ref()
+        .map(|manager| ["x", "y"].map(|key| Seat { lock: manager.lock(key).unwrap(), turn: Mutex::new(()) }));
     let occupied = [AtomicBool::new(false), AtomicBool::new(false)];
     let (left, done) = (AtomicI32::new(300), AtomicUsize::new(0));
     thread::scope(|scope| {
@@ -418,7 +431,7 @@ fn threads_exclude_each_other_across_managers(world: &dyn World) {
                 let mut key = thread % 2;
                 while left.fetch_sub(1, Ordering::SeqCst) > 0 {
                     let _turn = seats[key].turn.lock();
-                    let guard = LockGuard::lock(Arc::clone(&seats[key].lock), &soon()).unwrap();
+                    let guard = seats[key].lock.acquire(soon()).unwrap();
                     assert!(!occupied[key].swap(true, Ordering::SeqCst), "another one is in here");
                     thread::yield_now();
                     occupied[key].store(false, Ordering::SeqCst);
@@ -504,7 +517,7 @@ fn an_ended_context_begins_a_claim_and_never_acquires(world: &dyn World) {
         }
     }
     assert_eq!(kind(only.lock.wait(&cancelled())), ErrorKind::Released, "there is no claim");
-    let guard = LockGuard::lock(Arc::clone(&only.lock), &cancelled());
+    let guard = only.lock.acquire(cancelled());
     assert_eq!(kind(guard), ErrorKind::Cancelled);
     assert!(!only.is_held());
     assert_free(world);
@@ -533,7 +546,8 @@ fn try_lock_without_time_takes_a_free_lock(world: &dyn World) {
             only.release();
         }
     }
-    drop(LockGuard::try_lock(Arc::clone(&only.lock), &no_time()).unwrap());
+    drop(only.lock.try_acquire().unwrap().expect("it is free"));
+    drop(only.lock.acquire(no_time()).unwrap());
     assert_free(world);
 }
 
@@ -543,8 +557,8 @@ fn try_lock_without_time_is_told_that_another_has_the_lock(world: &dyn World) {
     for _ in 0..3 {
         assert_eq!(kind(second.lock.try_lock(&no_time())), ErrorKind::LockUnavailable);
     }
-    let guard = LockGuard::try_lock(Arc::clone(&second.lock), &no_time());
-    assert_eq!(kind(guard), ErrorKind::LockUnavailable);
+    second.release();
+    assert!(second.lock.try_acquire().unwrap().is_none());
     world.wait_for_waiters(0);
     assert!(first.is_held());
 }
@@ -942,17 +956,17 @@ fn a_key_has_one_handle_in_a_manager(world: &dyn World) {
     assert!(!Arc::ptr_eq(&first.lock, &second.lock));
     first.lock();
     assert!(Arc::ptr_eq(&first.lock, &x(&*first.manager)));
-    let other = first.manager.lock("y", LockOptions::new()).unwrap();
+    let other = first.manager.lock("y").unwrap();
     assert!(!Arc::ptr_eq(&first.lock, &other) && !is_held(&other));
 }
 
 fn later_options_are_ignored(world: &dyn World) {
     let manager = world.manager();
     let ((first, asked), (later, ignored)) = (counting(), counting());
-    let lock = manager.lock("x", first).unwrap();
-    manager.lock("x", later.clone()).unwrap().lock(&soon()).unwrap();
+    let lock = manager.lock_with("x", first).unwrap();
+    manager.lock_with("x", later.clone()).unwrap().lock(&soon()).unwrap();
     drop(lock);
-    let lock = manager.lock("x", later).unwrap();
+    let lock = manager.lock_with("x", later).unwrap();
     assert!(is_held(&lock), "the claim outlived the handle");
     let term = lock.lost();
     world.take_away();
@@ -965,11 +979,11 @@ fn later_options_are_ignored(world: &dyn World) {
 fn a_key_without_claim_and_handle_is_forgotten(world: &dyn World) {
     let manager = world.manager();
     let ((first, forgotten), (later, asked)) = (counting(), counting());
-    let lock = manager.lock("x", first).unwrap();
+    let lock = manager.lock_with("x", first).unwrap();
     lock.lock(&soon()).unwrap();
     lock.release().unwrap();
     drop(lock);
-    let lock = manager.lock("x", later).unwrap();
+    let lock = manager.lock_with("x", later).unwrap();
     lock.lock(&soon()).unwrap();
     assert!(asked.load(Ordering::SeqCst) > 0);
     assert_eq!(forgotten.load(Ordering::SeqCst), 1, "it was asked for its own term only");
@@ -978,7 +992,7 @@ fn a_key_without_claim_and_handle_is_forgotten(world: &dyn World) {
 fn the_valuer_is_asked_for_each_term(world: &dyn World) {
     let manager = world.manager();
     let (options, calls) = counting();
-    let lock = manager.lock("x", options).unwrap();
+    let lock = manager.lock_with("x", options).unwrap();
     for _ in 0..3 {
         let before = calls.load(Ordering::SeqCst);
         lock.lock(&soon()).unwrap();
@@ -996,7 +1010,7 @@ fn a_waiter_is_annotated_with_what_its_valuer_says_while_it_waits(world: &dyn Wo
     let calls = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&calls);
     let valuer = move || (counter.fetch_add(1, Ordering::SeqCst) + 1).to_string().into_bytes();
-    let lock = manager.lock("x", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
+    let lock = manager.lock_with("x", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
     first.lock();
     let waiter = Arc::clone(&lock);
     let waiting = begin(move || waiter.lock(&soon()));
@@ -1017,7 +1031,7 @@ fn a_release_does_not_wait_for_the_valuer_of_the_next(world: &dyn World) {
         seen.lock().push(thread::current().id());
         Vec::new()
     };
-    let lock = manager.lock("x", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
+    let lock = manager.lock_with("x", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
     for give_away in [|rival: &Rival| rival.release(), |rival: &Rival| rival.manager.stop().unwrap()] {
         first.lock();
         let waiter = Arc::clone(&lock);
@@ -1034,7 +1048,8 @@ fn a_release_does_not_wait_for_the_valuer_of_the_next(world: &dyn World) {
 fn a_panicking_valuer_does_not_cost_the_lock(world: &dyn World) {
     let [other] = world.rivals();
     let manager = world.manager();
-    let lock = manager.lock("x", LockOptions::new().valuer(Arc::new(|| panic!("no value today")))).unwrap();
+    let lock =
+        manager.lock_with("x", LockOptions::new().valuer(Arc::new(|| panic!("no value today")))).unwrap();
     lock.lock(&soon()).unwrap();
     other.is_refused();
     lock.release().unwrap();
@@ -1047,7 +1062,7 @@ fn odd_values_are_taken_literally(world: &dyn World) {
     let not_text = Arc::new(|| vec![0, 0xff, b'\'', b'\\']);
     let long = Arc::new(|| vec![b'v'; 100_000]);
     for valuer in [json, not_text, long] {
-        let lock = manager.lock("x", LockOptions::new().valuer(valuer)).unwrap();
+        let lock = manager.lock_with("x", LockOptions::new().valuer(valuer)).unwrap();
         lock.lock(&soon()).unwrap();
         lock.release().unwrap();
     }
@@ -1059,8 +1074,7 @@ fn odd_values_are_taken_literally(world: &dyn World) {
 
 fn names_numbers_and_pairs_are_different_keys(world: &dyn World) {
     let (ours, theirs) = (world.manager(), world.manager());
-    let lock =
-        |manager: &Arc<dyn SyncManager>, key: &Key| manager.lock(key.clone(), LockOptions::new()).unwrap();
+    let lock = |manager: &Arc<dyn SyncManager>, key: &Key| manager.lock(key.clone()).unwrap();
     // PostgreSQL shows the number 42 and the pair (0, 42) with the same two halves; and "#42" is how 42 is written.
     let keys = [
         Key::from("42"),
@@ -1097,7 +1111,7 @@ fn keys_may_contain_anything_but_nul(world: &dyn World) {
         "'); DROP SCHEMA dsync CASCADE; --",
         &longest,
     ] {
-        let [one, other] = [&ours, &theirs].map(|manager| manager.lock(name, LockOptions::new()).unwrap());
+        let [one, other] = [&ours, &theirs].map(|manager| manager.lock(name).unwrap());
         assert_eq!(one.key(), name);
         one.lock(&soon()).unwrap();
         assert_eq!(kind(other.try_lock(&soon())), ErrorKind::LockUnavailable, "{name:?}");
@@ -1110,7 +1124,7 @@ fn keys_may_contain_anything_but_nul(world: &dyn World) {
 fn keys_that_cannot_name_a_lock_are_refused(world: &dyn World) {
     let manager = world.manager();
     for name in ["", "nul\0inside", &"k".repeat(Key::MAX_LEN + 1)] {
-        assert_eq!(kind(manager.lock(name, LockOptions::new())), ErrorKind::InvalidKey, "{name:?}");
+        assert_eq!(kind(manager.lock(name)), ErrorKind::InvalidKey, "{name:?}");
     }
 }
 
@@ -1182,8 +1196,8 @@ fn a_stopped_manager_refuses_everything(world: &dyn World) {
     assert!(!first.is_held());
     assert_eq!(kind(first.lock.lock(&soon())), ErrorKind::SyncManagerStopped);
     assert_eq!(kind(first.lock.try_lock(&soon())), ErrorKind::SyncManagerStopped);
-    assert_eq!(kind(first.manager.lock("x", LockOptions::new())), ErrorKind::SyncManagerStopped);
-    assert_eq!(kind(first.manager.lock("y", LockOptions::new())), ErrorKind::SyncManagerStopped);
+    assert_eq!(kind(first.manager.lock("x")), ErrorKind::SyncManagerStopped);
+    assert_eq!(kind(first.manager.lock("y")), ErrorKind::SyncManagerStopped);
     assert_eq!(kind(first.manager.start()), ErrorKind::SyncManagerStopped);
     first.release();
     assert_free(world);
@@ -1202,7 +1216,7 @@ fn a_manager_that_was_never_started_can_be_stopped(world: &dyn World) {
     let manager = world.new_manager();
     manager.stop().unwrap();
     assert_eq!(kind(manager.start()), ErrorKind::SyncManagerStopped);
-    assert_eq!(kind(manager.lock("x", LockOptions::new())), ErrorKind::SyncManagerStopped);
+    assert_eq!(kind(manager.lock("x")), ErrorKind::SyncManagerStopped);
 }
 
 fn dropping_a_manager_stops_it(world: &dyn World) {
@@ -1223,28 +1237,26 @@ fn dropping_a_manager_stops_it(world: &dyn World) {
 
 fn a_guard_releases_when_dropped(world: &dyn World) {
     let [first] = world.rivals();
-    let guard = LockGuard::lock(Arc::clone(&first.lock), &soon()).unwrap();
+    let guard = first.lock.acquire(soon()).unwrap();
     let term = guard.lost().clone();
-    assert!(is_open(&term) && first.is_held());
+    assert!(is_open(&term) && guard.is_held() && !first.is_held());
     drop(guard);
-    assert!(!is_open(&term) && !first.is_held());
-    drop(LockGuard::try_lock(Arc::clone(&first.lock), &soon()).unwrap());
+    assert!(!is_open(&term));
+    drop(first.lock.try_acquire().unwrap().expect("it is free"));
     assert_free(world);
 }
 
 fn a_guard_can_be_released_by_hand(world: &dyn World) {
     let [first] = world.rivals();
-    LockGuard::lock(Arc::clone(&first.lock), &soon()).unwrap().release().unwrap();
-    assert!(!first.is_held());
+    first.lock.acquire(soon()).unwrap().release().unwrap();
     assert_free(world);
 }
 
 fn a_guard_that_fails_leaves_no_claim(world: &dyn World) {
     let [first, second] = world.rivals();
     first.lock();
-    let attempt = LockGuard::try_lock(Arc::clone(&second.lock), &soon());
-    assert_eq!(kind(attempt), ErrorKind::LockUnavailable);
-    let attempt = LockGuard::lock(Arc::clone(&second.lock), &briefly());
+    assert!(second.lock.try_acquire().unwrap().is_none());
+    let attempt = second.lock.acquire(briefly());
     assert_eq!(kind(attempt), ErrorKind::TimedOut);
     world.wait_for_waiters(0);
     first.release();
@@ -1256,7 +1268,7 @@ fn a_guard_releases_when_its_thread_panics(world: &dyn World) {
     let [first] = world.rivals();
     let lock = Arc::clone(&first.lock);
     let work = thread::spawn(move || {
-        let _guard = LockGuard::lock(lock, &soon()).unwrap();
+        let _guard = lock.acquire(soon()).unwrap();
         panic!("the work failed");
     });
     assert!(work.join().is_err());
@@ -1264,13 +1276,310 @@ fn a_guard_releases_when_its_thread_panics(world: &dyn World) {
     assert_free(world);
 }
 
-fn a_guard_keeps_the_channel_of_its_term(world: &dyn World) {
-    let [first] = world.rivals();
-    let guard = LockGuard::lock(Arc::clone(&first.lock), &soon()).unwrap();
+fn a_lost_guard_does_not_come_back_and_says_so(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let guard = first.lock.acquire(PATIENCE).unwrap();
+    assert_eq!(guard.loss(), None);
     world.take_away();
     hear(guard.lost());
-    first.gets_it();
-    assert!(!is_open(guard.lost()), "what was begun in the lost term must stay stopped");
-    guard.release().unwrap();
+    assert_eq!(guard.loss().map(|loss| loss.reason), Some(world.reason()));
+    // Nobody but its owner has done anything since.
+    let other = second.lock.acquire(PATIENCE).unwrap();
+    assert!(!guard.is_held() && !is_open(guard.lost()) && !first.is_held());
+    let error = guard.release().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Lost);
+    assert!(error.to_string().contains(&world.reason().to_string()), "{error}");
+    assert!(other.is_held());
+    other.release().unwrap();
     assert_free(world);
+}
+
+fn a_guard_ends_its_own_term_and_nothing_else(world: &dyn World) {
+    let [only] = world.rivals();
+    let lost = only.lock.acquire(PATIENCE).unwrap();
+    world.take_away();
+    hear(lost.lost());
+    let next = only.lock.acquire(PATIENCE).unwrap();
+    assert_ne!(lost.term().token(), next.term().token());
+    drop(lost);
+    assert!(next.is_held());
+    only.release();
+    assert!(next.is_held());
+    next.release().unwrap();
+    assert_free(world);
+}
+
+fn a_busy_lock_is_not_acquired_by_trying(world: &dyn World) {
+    let [first, second, third] = world.rivals();
+    let guard = first.lock.acquire(PATIENCE).unwrap();
+    let waiting = third.starts_waiting(&soon());
+    world.wait_for_waiters(1);
+    for _ in 0..20 {
+        // In another process, and in another thread of the same one.
+        assert!(second.lock.try_acquire().unwrap().is_none());
+        assert!(first.lock.try_acquire().unwrap().is_none());
+    }
+    assert_eq!(world.waiting(), 1, "nobody else waits, and nobody's wait was ended");
+    guard.release().unwrap();
+    waiting.get().unwrap();
+    third.release();
+    assert_free(world);
+}
+
+fn try_acquire_ends_where_nobody_answers(world: &dyn World) {
+    let manager = world.cut_off();
+    manager.start().unwrap();
+    let error = x(&*manager).try_acquire().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::SessionUnavailable, "{error}");
+}
+
+fn a_guard_without_time_is_tried_once(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let guard = first.lock.acquire(Duration::ZERO).unwrap();
+    for lock in [&first.lock, &second.lock] {
+        assert_eq!(kind(lock.acquire(Duration::ZERO)), ErrorKind::TimedOut);
+    }
+    assert!(guard.is_held());
+}
+
+fn threads_take_turns_in_the_order_in_which_they_came(world: &dyn World) {
+    const THREADS: usize = 12;
+    let [only] = world.rivals();
+    let first = only.lock.acquire(PATIENCE).unwrap();
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let threads: Vec<_> = (0..THREADS)
+        .map(|number| {
+            let (lock, order) = (Arc::clone(&only.lock), Arc::clone(&order));
+            let (come, came) = bounded(0);
+            let thread = thread::spawn(move || {
+                come.send(()).unwrap();
+                let guard = lock.acquire(PATIENCE).unwrap();
+                order.lock().push((number, guard.term().token().unwrap()));
+                guard.release().unwrap();
+            });
+            came.recv().unwrap();
+            // It says so just before it comes.
+            becomes_queued(&only.lock, number + 1);
+            thread
+        })
+        .collect();
+    assert_eq!(world.waiting(), 0, "they wait in this process");
+    first.release().unwrap();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    let order = order.lock();
+    assert_eq!(order.iter().map(|(number, _)| *number).collect::<Vec<_>>(), Vec::from_iter(0..THREADS));
+    assert!(order.is_sorted_by_key(|(_, token)| *token));
+}
+
+fn threads_of_two_managers_all_get_their_turns(world: &dyn World) {
+    const THREADS: usize = 8;
+    const TURNS: usize = 10;
+    let rivals: [Rival; 2] = world.rivals();
+    let inside = AtomicUsize::new(0);
+    let turns: Vec<_> = (0..2 * THREADS).map(|_| AtomicUsize::new(0)).collect();
+    thread::scope(|scope| {
+        for (number, count) in turns.iter().enumerate() {
+            let (lock, inside) = (&rivals[number % 2].lock, &inside);
+            scope.spawn(move || {
+                for _ in 0..TURNS {
+                    let guard = lock.acquire(PATIENCE).unwrap();
+                    assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "somebody else is inside");
+                    thread::yield_now();
+                    assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1);
+                    count.fetch_add(1, Ordering::SeqCst);
+                    guard.release().unwrap();
+                }
+            });
+        }
+    });
+    assert!(turns.iter().all(|count| count.load(Ordering::SeqCst) == TURNS));
+    assert_free(world);
+}
+
+fn a_wait_for_another_thread_ends_as_its_context_says(world: &dyn World) {
+    let [only] = world.rivals();
+    let guard = only.lock.acquire(PATIENCE).unwrap();
+    let (context, canceller) = soon().with_cancel();
+    let lock = Arc::clone(&only.lock);
+    let cancelled = begin(move || lock.acquire(context).map(drop));
+    becomes_queued(&only.lock, 1);
+    let lock = Arc::clone(&only.lock);
+    let patient = begin(move || lock.acquire(PATIENCE).map(drop));
+    becomes_queued(&only.lock, 2);
+    let error = only.lock.acquire(Duration::from_millis(20)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    assert!(error.to_string().contains("another thread of this process"), "{error}");
+    canceller.cancel();
+    assert_eq!(kind(cancelled.get()), ErrorKind::Cancelled);
+    guard.release().unwrap();
+    patient.get().unwrap();
+}
+
+fn a_lost_guard_keeps_no_thread_out(world: &dyn World) {
+    let [only] = world.rivals();
+    let guard = only.lock.acquire(PATIENCE).unwrap();
+    let lock = Arc::clone(&only.lock);
+    let waiting = begin(move || lock.acquire(PATIENCE));
+    becomes_queued(&only.lock, 1);
+    world.take_away();
+    let next = waiting.get().unwrap();
+    assert!(next.is_held() && !guard.is_held());
+    assert_eq!(kind(guard.release()), ErrorKind::Lost);
+    assert!(next.is_held());
+}
+
+fn a_claim_and_a_guard_keep_each_other_out(world: &dyn World) {
+    let [only] = world.rivals();
+    only.lock();
+    only.lock();
+    assert!(only.lock.try_acquire().unwrap().is_none());
+    assert_eq!(kind(only.lock.acquire(briefly())), ErrorKind::TimedOut);
+    only.release();
+    let guard = only.lock.acquire(PATIENCE).unwrap();
+    only.is_refused();
+    assert!(!only.is_held());
+    only.release();
+    assert!(guard.is_held(), "it was not the claim's");
+    only.is_refused();
+    guard.release().unwrap();
+    only.gets_it();
+    only.release();
+    assert_free(world);
+}
+
+fn a_manager_that_stops_ends_guards_and_those_who_wait_for_them(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let guard = first.lock.acquire(PATIENCE).unwrap();
+    let lock = Arc::clone(&first.lock);
+    let waiting = begin(move || lock.acquire(PATIENCE).map(drop));
+    becomes_queued(&first.lock, 1);
+    first.manager.stop().unwrap();
+    assert!(!guard.is_held());
+    assert_eq!(kind(waiting.get()), ErrorKind::SyncManagerStopped);
+    let error = guard.release().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Lost);
+    assert!(error.to_string().contains("stopped"), "{error}");
+    assert_eq!(kind(first.lock.try_acquire()), ErrorKind::SyncManagerStopped);
+    assert!(second.lock.try_acquire().unwrap().is_some());
+}
+
+fn work_is_done_under_the_lock_which_is_released_when_it_panics(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let held = first.lock.with_lock(PATIENCE, |term| {
+        assert!(second.lock.try_acquire().unwrap().is_none());
+        term.is_held()
+    });
+    assert!(held.unwrap());
+    let lock = Arc::clone(&first.lock);
+    let work = thread::spawn(move || lock.with_lock(PATIENCE, |_| panic!("the work failed")));
+    assert!(work.join().is_err());
+    assert_free(world);
+    let lost = first.lock.with_lock(PATIENCE, |term| {
+        world.take_away();
+        hear(term.lost());
+    });
+    assert_eq!(kind(lost), ErrorKind::Lost);
+    assert_eq!(kind(first.lock.with_lock(cancelled(), |_| unreachable!())), ErrorKind::Cancelled);
+}
+
+fn guards_work_in_generic_code_and_for_any_key(world: &dyn World) {
+    use dsync::SyncManagerExt;
+    fn once<M: SyncManager>(manager: &M) {
+        manager.start().unwrap();
+        for key in [Key::from(&"text".to_owned()), Key::from(7_u64), Key::from(8_i32), Key::from(9_u32)] {
+            assert!(manager.lock(key).unwrap().try_acquire().unwrap().is_some());
+        }
+        let options = LockOptions::new();
+        drop(manager.lock_with("other", options).unwrap().acquire(Instant::now() + PATIENCE).unwrap());
+    }
+    /// A manager of the application's, around one of ours.
+    #[derive(Debug)]
+    struct Wrapped(Arc<dyn SyncManager>);
+    impl SyncManager for Wrapped {
+        fn start(&self) -> Result<(), Error> {
+            self.0.start()
+        }
+        fn stop(&self) -> Result<(), Error> {
+            self.0.stop()
+        }
+        fn lock_with_key(&self, key: Key, options: LockOptions) -> Result<Arc<dyn Lock>, Error> {
+            self.0.lock_with_key(key, options)
+        }
+    }
+    once(&Wrapped(world.new_manager()));
+}
+
+fn a_lock_without_token_excludes_all_the_same(world: &dyn World) {
+    let [first, second] = world.rivals();
+    let manager = world.manager();
+    let lock = manager.lock_with("x", LockOptions::new().without_token()).unwrap();
+    let guard = lock.acquire(PATIENCE).unwrap();
+    assert_eq!(guard.term().token(), None);
+    assert!(first.lock.try_acquire().unwrap().is_none());
+    guard.release().unwrap();
+    let guard = second.lock.acquire(PATIENCE).unwrap();
+    assert!(guard.term().token().is_some());
+    assert!(lock.try_acquire().unwrap().is_none());
+}
+
+/// Threads of three processes do what they like, as lots have it; the terms must not overlap.
+fn no_schedule_of_guards_and_claims_breaks_exclusion(world: &dyn World) {
+    const THREADS: u64 = 6;
+    const STEPS: usize = 170;
+    let rivals: [Rival; 3] = world.rivals();
+    // For the claim of a process, which its threads share.
+    let claims = [(); 3].map(|()| Mutex::new(()));
+    let inside = AtomicUsize::new(0);
+    let visit = || {
+        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "somebody else is inside");
+        thread::yield_now();
+        inside.fetch_sub(1, Ordering::SeqCst);
+    };
+    thread::scope(|scope| {
+        for seed in 0..THREADS {
+            let (rivals, claims, visit) = (&rivals, &claims, &visit);
+            scope.spawn(move || {
+                let mut lots = fastrand::Rng::with_seed(seed);
+                for _ in 0..STEPS {
+                    let index = lots.usize(..rivals.len());
+                    let lock = &rivals[index].lock;
+                    let patience = Duration::from_millis(lots.u64(..40));
+                    let guard = match lots.u8(..4) {
+                        0 => lock.try_acquire().unwrap(),
+                        1 => lock.acquire(PATIENCE).map(Some).unwrap(),
+                        2 => match lock.acquire(patience) {
+                            Ok(guard) => Some(guard),
+                            Err(error) => {
+                                assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+                                None
+                            }
+                        },
+                        _ => {
+                            let _mine = claims[index].lock();
+                            if lock.lock(&Context::timeout(patience)).is_ok() {
+                                visit();
+                            }
+                            lock.release().unwrap();
+                            None
+                        }
+                    };
+                    if let Some(guard) = guard {
+                        visit();
+                        assert!(guard.is_held());
+                        if lots.bool() {
+                            guard.release().unwrap();
+                        }
+                    }
+                }
+            });
+        }
+    });
+    assert_free(world);
+}
+
+/// Waits until so many threads wait for guards of this lock in this process.
+fn becomes_queued(lock: &Arc<dyn Lock>, count: usize) {
+    eventually(&format!("{count} threads in the queue"), || {
+        format!("{lock:?}").ends_with(&format!("waiting_threads: {count} }}"))
+    });
 }

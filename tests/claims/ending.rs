@@ -2,7 +2,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dsync::{CatalogMode, Config, Context, ErrorKind, LockOptions};
+use dsync::{CatalogMode, Config, Context, ErrorKind};
 use support::{Database, Server};
 
 use crate::common::{SilentHost, becomes, begin, eventually, hear, kind, lock, soon, started};
@@ -95,7 +95,7 @@ fn a_release_after_a_terminated_session_is_confirmed_when_the_server_has_let_go(
     let mut operator = database.client().unwrap();
     let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
                      WHERE application_name = 'dsync #7' AND datname = current_database()";
-    let lock = manager.lock(7, LockOptions::new()).unwrap();
+    let lock = manager.lock(7).unwrap();
     for round in 0..300 {
         lock.lock(&soon()).unwrap();
         let lost = lock.lost();
@@ -115,7 +115,7 @@ fn a_collision_that_is_found_while_waiting_leaves_nothing_to_be_released() {
     let config = Config::from_url(&database.url()).unwrap().wait_slice(Duration::from_millis(50));
     let manager = started(config);
     let mut other = database.client().unwrap();
-    let lock = manager.lock(4711, LockOptions::new()).unwrap();
+    let lock = manager.lock(4711).unwrap();
     other.execute("SELECT pg_advisory_lock(4711)", &[]).unwrap();
     assert_eq!(kind(lock.try_lock(&soon())), ErrorKind::LockUnavailable);
     let row = "INSERT INTO dsync.lock (id, pair, namespace, key, token, pid, since) \

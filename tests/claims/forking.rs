@@ -5,7 +5,9 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dsync::{Config, Context, Error, ErrorKind, LockGuard, LockOptions, PostgresManager, SyncManager, Term};
+use dsync::{
+    Config, Context, Error, ErrorKind, Leader, LockGuard, LockOptions, PostgresManager, SyncManager, Term,
+};
 use fork::Fork;
 use support::Database;
 
@@ -17,6 +19,7 @@ struct Inherited {
     held: Arc<dyn dsync::Lock>,
     waiting: Arc<dyn dsync::Lock>,
     guard: LockGuard,
+    leader: Leader,
     term: Term,
     url: String,
 }
@@ -30,13 +33,20 @@ fn scene() {
     let [held, waiting] = ["held", "busy"].map(|key| lock(&manager, key));
     held.lock(&soon()).unwrap();
     assert_eq!(kind(waiting.try_lock(&soon())), ErrorKind::LockUnavailable);
-    let guard = LockGuard::lock(lock(&manager, "guarded"), &soon()).unwrap();
+    let guard = lock(&manager, "guarded").acquire(soon()).unwrap();
+    let (begun, begins) = crossbeam_channel::bounded(1);
+    let leader = Leader::start(lock(&manager, "led"), move |tenure| {
+        begun.send(tenure.clone()).unwrap();
+        while !tenure.wait_timeout(common::PATIENCE) {}
+    })
+    .unwrap();
+    let tenure = begins.recv_timeout(common::PATIENCE).unwrap();
     dsync::init(Config::from_url(&url).unwrap().service("billing")).unwrap();
     let leadership = dsync::leadership_lock().unwrap();
     leadership.lock(&soon()).unwrap();
     let losts = [held.lost(), guard.lost().clone(), leadership.lost()];
     let term = held.term().unwrap();
-    let inherited = Inherited { manager, held, waiting, guard, term, url };
+    let inherited = Inherited { manager, held, waiting, guard, leader, term, url };
     match fork::fork().unwrap() {
         Fork::Child => {
             child(&role, inherited);
@@ -49,7 +59,8 @@ fn scene() {
             let mut line = String::new();
             std::io::stdin().read_line(&mut line).unwrap();
             assert!(losts.iter().all(is_open), "the child ended a term of the parent");
-            assert!(inherited.term.is_held());
+            assert!(inherited.term.is_held() && !tenure.must_stop() && inherited.leader.status().leads);
+            inherited.leader.stop(common::PATIENCE).unwrap();
             inherited.guard.release().unwrap();
             inherited.held.release().unwrap();
             inherited.waiting.release().unwrap();
@@ -62,7 +73,7 @@ fn scene() {
 /// What the child does with what it inherited; it says "child: done" at the end.
 fn child(role: &str, inherited: Inherited) {
     let begun = Instant::now();
-    let Inherited { manager, held, waiting, guard, term, url } = inherited;
+    let Inherited { manager, held, waiting, guard, leader, term, url } = inherited;
     let told = |what: &str, outcome: Result<(), Error>| {
         let error = outcome.expect_err(what);
         assert_eq!(error.kind(), ErrorKind::OtherProcess, "{what}: {error}");
@@ -75,11 +86,19 @@ fn child(role: &str, inherited: Inherited) {
                 told("try_lock", lock.try_lock(&Context::background()));
                 told("wait", lock.wait(&Context::background()));
                 told("release", lock.release());
+                told("acquire", lock.acquire(Context::background()).map(drop));
+                told("try_acquire", lock.try_acquire().map(drop));
                 assert!(lock.term().is_none() && lock.last_loss().is_none() && !is_open(&lock.lost()));
+                told("holder", lock.holder().map(drop));
+                told("request_resignation", lock.request_resignation().map(drop));
                 let _ = format!("{lock:?}");
             }
-            told("lock_with_key", manager.lock("held", LockOptions::new()).map(drop));
-            told("lock_with_key", manager.lock("new", LockOptions::new()).map(drop));
+            assert!(!leader.step_down() && !leader.status().stands);
+            told("stop of a leader", leader.stop(Duration::ZERO));
+            told("start of a leader", Leader::start(Arc::clone(&held), |_| {}).map(drop));
+            let _ = format!("{leader:?}");
+            told("lock_with_key", manager.lock("held").map(drop));
+            told("lock_with_key", manager.lock("new").map(drop));
             told("start", manager.start());
             told("stop", manager.stop());
             told("inspect", manager.inspect("held").map(drop));
@@ -100,9 +119,9 @@ fn child(role: &str, inherited: Inherited) {
             let own = dsync::lock_with_key("held", LockOptions::new()).unwrap();
             assert_eq!(kind(own.try_lock(&soon())), ErrorKind::LockUnavailable);
             dsync::shutdown().unwrap();
-            drop((guard, held, waiting, term, manager));
+            drop((leader, guard, held, waiting, term, manager));
         }
-        "drops" => drop((guard, held, waiting, term, manager)),
+        "drops" => drop((leader, guard, held, waiting, term, manager)),
         "its own manager" => {
             let own = started(Config::from_url(&url).unwrap());
             assert_eq!(kind(lock(&own, "held").try_lock(&soon())), ErrorKind::LockUnavailable);
@@ -110,7 +129,7 @@ fn child(role: &str, inherited: Inherited) {
             another.lock(&soon()).unwrap();
             another.release().unwrap();
             own.stop().unwrap();
-            drop((guard, held, waiting, term, manager));
+            drop((leader, guard, held, waiting, term, manager));
         }
         other => panic!("there is no role {other:?}"),
     }
@@ -128,14 +147,14 @@ fn play(role: &str) {
     command.env("DATABASE_URL", database.url()).stdin(Stdio::piped());
     let mut process = Process::start(&mut command);
     process.says("child: done");
-    for key in ["held", "guarded"] {
+    for key in ["held", "guarded", "led"] {
         let lock = lock(&rival, key);
         assert_eq!(kind(lock.try_lock(&soon())), ErrorKind::LockUnavailable, "{key} is the parent's still");
         lock.release().unwrap();
     }
     process.go_on();
     process.succeeds();
-    for key in ["held", "guarded"] {
+    for key in ["held", "guarded", "led"] {
         lock(&rival, key).lock(&soon()).unwrap();
     }
 }
@@ -170,7 +189,7 @@ fn a_lock_that_something_else_unlocked_in_its_session_is_lost_with_the_next_hear
         let config = Config::from_url(&url).unwrap().lease(Duration::from_secs(2)).catalog(catalog);
         let manager = started(config);
         for key in [dsync::Key::from("name"), dsync::Key::from(-7), dsync::Key::from((-1, 2))] {
-            let lock = manager.lock(key.clone(), LockOptions::new()).unwrap();
+            let lock = manager.lock(key.clone()).unwrap();
             lock.lock(&soon()).unwrap();
             let lost = lock.lost();
             proxy.inject("SELECT pg_advisory_unlock_all()");

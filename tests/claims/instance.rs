@@ -70,9 +70,14 @@ mod scenes {
 
     fn assert_not_initialised() {
         let text = panic_of(|| dsync::lock_with_key("x", LockOptions::new()));
-        assert_eq!(text, "dsync::lock_with_key() was called before dsync::init()");
+        let advice =
+            "was called before dsync::init(); call that first, or dsync::instance(), which gives an error";
+        assert_eq!(text, format!("dsync::lock_with_key() {advice}"));
         let text = panic_of(dsync::leadership_lock);
-        assert_eq!(text, "dsync::leadership_lock() was called before dsync::init()");
+        assert_eq!(text, format!("dsync::leadership_lock() {advice}"));
+        let error = dsync::instance().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::SyncManagerStopped);
+        assert!(error.to_string().contains("never called"), "{error}");
     }
 
     /// An `init` that failed is no reason to panic.
@@ -327,7 +332,7 @@ mod scenes {
 
     pub(super) fn two_shutdowns() {
         let (stopping, (is_there, go_on)) = script();
-        let outcome = MemoryManager::new().lock("", LockOptions::new()).map(drop);
+        let outcome = MemoryManager::new().lock("").map(drop);
         let manager = Arc::new(Scripted { stopping: Some(stopping), outcome, ..Scripted::new() });
         dsync::init_with(manager, None, None).unwrap();
         let first = begin(dsync::shutdown);

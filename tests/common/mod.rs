@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, unbounded};
-use dsync::{Context, Error, ErrorKind, Lock, LockOptions, Lost, PostgresManager, SyncManager};
+use dsync::{Context, Error, ErrorKind, Lock, Lost, PostgresManager, SyncManager};
 use socket2::SockRef;
 
 /// What should happen has this long, so that a fault is a failed test and not a hung one.
@@ -29,7 +29,7 @@ pub(crate) fn briefly() -> Context {
 }
 
 pub(crate) fn lock(manager: &PostgresManager, key: &str) -> Arc<dyn Lock> {
-    manager.lock(key, LockOptions::new()).unwrap()
+    manager.lock(key).unwrap()
 }
 
 pub(crate) fn started(config: dsync::Config) -> PostgresManager {

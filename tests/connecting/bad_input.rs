@@ -11,8 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use dsync::{
-    CATALOG_SQL, CatalogMode, Config, Context, Error, ErrorKind, Key, Lock, LockOptions, PostgresManager,
-    SyncManager,
+    CATALOG_SQL, CatalogMode, Config, Context, Error, ErrorKind, Key, Lock, PostgresManager, SyncManager,
 };
 use postgres::NoTls;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -92,7 +91,7 @@ fn a_key_that_cannot_be_used_is_refused_with_advice() {
         (&*too_long, "the limit is 1024; shorten it or use a hash"),
         ("a\0b", r#""a\0b" contains a NUL"#),
     ] {
-        let error = manager.lock(key, LockOptions::new()).unwrap_err();
+        let error = manager.lock(key).unwrap_err();
         assert_tells(&error, ErrorKind::InvalidKey, &[advice]);
     }
     assert_works(&manager);
@@ -126,7 +125,7 @@ fn settings_that_cannot_work_are_refused_before_anything_is_connected() {
         (good().namespace("a\0b"), "namespace contains a NUL"),
         (good().service("a\0b"), "service contains a NUL"),
         (good().service(""), "service is empty"),
-        (good().build("a\0b"), "build contains a NUL"),
+        (good().service_build("a\0b"), "build contains a NUL"),
         (config("host=localhost user=app sslmode=require"), "Config::tls"),
         (config("user=app"), "do not fit together"),
         (config("host=a,b,c port=1,2 user=app"), "do not fit together"),

@@ -165,7 +165,7 @@ fn through_a_pooler_in_session_mode_locks_work_in_full() {
     let [first, second] = [(); 2].map(|()| started(config(&url)));
     let valuer = json_valuer("through the pooler").unwrap();
     let [x, other] = [&first, &second]
-        .map(|manager| manager.lock("x", dsync::LockOptions::new().valuer(valuer.clone())).unwrap());
+        .map(|manager| manager.lock_with("x", dsync::LockOptions::new().valuer(valuer.clone())).unwrap());
 
     // Lock, annotation, contention.
     x.lock(&soon()).unwrap();

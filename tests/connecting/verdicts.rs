@@ -8,9 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::thread;
 
-use dsync::{
-    CATALOG_SQL, CatalogMode, Config, Context, Error, ErrorKind, LockOptions, PostgresManager, SyncManager,
-};
+use dsync::{CATALOG_SQL, CatalogMode, Config, Context, Error, ErrorKind, PostgresManager, SyncManager};
 use postgres::{Client, NoTls};
 use support::pgbouncer::{self, PoolMode};
 use support::{Database, Server};
@@ -48,7 +46,7 @@ fn start_refused(config: Config, texts: &[&str]) {
 
 /// That a manager which runs refuses, without a deadline.
 fn try_lock_refused(manager: &PostgresManager, kind: ErrorKind, texts: &[&str]) {
-    let x = manager.lock("refused", LockOptions::new()).unwrap();
+    let x = manager.lock("refused").unwrap();
     let error = begin({
         let x = Arc::clone(&x);
         move || x.try_lock(&Context::background())

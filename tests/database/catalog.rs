@@ -11,8 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use dsync::{
-    CATALOG_SQL, CatalogMode, Config, Context, ErrorKind, Key, Lock, LockGuard, LockOptions, LockValuer,
-    MAX_ANNOTATION, PostgresManager, SyncManager,
+    CATALOG_SQL, CatalogMode, Config, Context, ErrorKind, Key, Lock, LockOptions, LockValuer, MAX_ANNOTATION,
+    PostgresManager, SyncManager,
 };
 use postgres::Client;
 use support::process::Signal;
@@ -90,11 +90,11 @@ fn a_newer_catalog_is_refused_and_an_older_one_brought_up_to_date() {
     client.batch_execute(CATALOG_SQL).unwrap();
 
     // Whatever columns it has.
-    for change in ["UPDATE dsync.version SET version = 3", "ALTER TABLE dsync.lock ADD COLUMN more int4"] {
+    for change in ["UPDATE dsync.version SET version = 4", "ALTER TABLE dsync.lock ADD COLUMN more int4"] {
         client.batch_execute(change).unwrap();
         let error = PostgresManager::new(config(&database)).unwrap().start().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FailedInitialization);
-        assert!(error.to_string().contains("version 3, this library needs 2"), "{error}");
+        assert!(error.to_string().contains("version 4, this library needs 3"), "{error}");
     }
 
     client.batch_execute("ALTER TABLE dsync.lock DROP COLUMN more").unwrap();
@@ -102,7 +102,7 @@ fn a_newer_catalog_is_refused_and_an_older_one_brought_up_to_date() {
     let strict = config(&database).catalog(CatalogMode::MustExist);
     assert_eq!(kind(PostgresManager::new(strict).unwrap().start()), ErrorKind::FailedInitialization);
     one_term(&lock(&started(config(&database)), "x"));
-    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 2);
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 3);
     assert_eq!(count(&mut client, "SELECT count(*) FROM dsync.waiters"), 0);
 }
 
@@ -165,6 +165,46 @@ fn a_catalog_of_version_1_is_brought_up_to_date_with_its_rights_and_greater_toke
     assert!(next > after);
     assert!(one_term(&lock(&started(modest), "x")) > next, "the rights are what they were");
     client.batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).unwrap();
+}
+
+/// As version 2 made it.
+const VERSION_2: &str = include_str!("fixtures/catalog-version-2.sql");
+
+#[test]
+fn a_catalog_of_version_2_is_brought_up_to_date_and_whoever_could_lock_can_ask_to_resign() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    let role = format!("role_{}", database.name());
+    let script = format!(
+        "{VERSION_2}
+         CREATE ROLE {role} LOGIN;
+         GRANT USAGE ON SCHEMA dsync TO {role};
+         GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO {role};
+         GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era TO {role};
+         GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO {role};"
+    );
+    // In a schema of another name, too, which has to be quoted.
+    for schema in ["dsync", "it's \"ours\""] {
+        let identifier = format!("\"{}\"", schema.replace('"', "\"\""));
+        let script =
+            script.replace("dsync.", &format!("{identifier}.")).replace("dsync;", &format!("{identifier};"));
+        let script = script.replace("SCHEMA dsync", &format!("SCHEMA {identifier}"));
+        let script = script.replace("EXISTS dsync", &format!("EXISTS {identifier}"));
+        client.batch_execute(&script).unwrap();
+        let modest = Config::from_url(&database.url().replace("postgres@", &format!("{role}@"))).unwrap();
+        let modest = modest.schema(schema);
+        let error = PostgresManager::new(modest.clone()).unwrap().start().unwrap_err();
+        assert!(error.to_string().contains("CATALOG_SQL"), "{error}");
+
+        let ours = started(config(&database).schema(schema));
+        let theirs = started(modest);
+        let held = lock(&ours, schema);
+        held.lock(&soon()).unwrap();
+        assert!(theirs.request_resignation(schema).unwrap(), "the rights are those on the locks");
+        held.release().unwrap();
+        assert!(!theirs.request_resignation(schema).unwrap());
+        client.batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).unwrap();
+    }
 }
 
 /// What is in the way of a look at the catalog is told, and no host and port are to be checked.
@@ -336,7 +376,7 @@ fn a_schema_that_somebody_else_has_planted_is_refused_and_none_of_its_code_is_ru
         intern.is_refused(view);
     }
     intern.client.batch_execute("DROP SCHEMA dsync CASCADE").unwrap();
-    started(config(&database));
+    drop(started(config(&database)));
     // Elsewhere, or handed over, it may be used: a part of it alone may not be the intern's either.
     let mut administrator = database.client().unwrap();
     for part in [
@@ -350,7 +390,7 @@ fn a_schema_that_somebody_else_has_planted_is_refused_and_none_of_its_code_is_ru
         intern.is_refused(part);
         administrator.batch_execute(&format!("ALTER {part} OWNER TO postgres")).unwrap();
     }
-    started(config(&database));
+    drop(started(config(&database)));
 }
 
 /// The schema is in order, but somebody may make tables there, and was faster.
@@ -382,7 +422,7 @@ fn a_table_that_is_planted_while_the_catalog_is_made_is_refused_too() {
 fn what_the_owner_has_put_onto_the_catalog_is_refused_by_its_name() {
     let database = Database::fresh().unwrap();
     let mut client = database.client().unwrap();
-    started(config(&database));
+    drop(started(config(&database)));
     client.batch_execute("CREATE DOMAIN public.word AS text; CREATE FUNCTION public.first(text) RETURNS text IMMUTABLE LANGUAGE sql RETURN $1").unwrap();
     let cases = [
         (
@@ -417,7 +457,7 @@ fn what_the_owner_has_put_onto_the_catalog_is_refused_by_its_name() {
         let text = start_refused(config(&database));
         assert!(text.contains(told), "{change}: {text}");
         client.batch_execute("DROP SCHEMA dsync CASCADE").unwrap();
-        started(config(&database));
+        drop(started(config(&database)));
     }
 }
 
@@ -439,23 +479,23 @@ fn whom_the_role_of_the_locks_trusts() {
          GRANT ALL ON dsync.token TO {own};"
     );
     // Itself.
-    started(as_intern());
+    drop(started(as_intern()));
     administrator.batch_execute("DROP SCHEMA dsync CASCADE").unwrap();
     // A superuser, who is not the owner of the database.
     administrator.batch_execute(&format!("{CATALOG_SQL}; {grants}")).unwrap();
-    started(as_intern());
+    drop(started(as_intern()));
     administrator.batch_execute("DROP SCHEMA dsync CASCADE").unwrap();
     // A role that it is a member of, and not before.
     administrator.batch_execute(&format!("SET ROLE {group}; {CATALOG_SQL}; {grants}; RESET ROLE")).unwrap();
     assert!(start_refused(as_intern()).contains(&format!("belongs to the role {group}")));
     administrator.batch_execute(&format!("GRANT {group} TO {own}")).unwrap();
-    started(as_intern());
+    drop(started(as_intern()));
     administrator.batch_execute(&format!("REVOKE {group} FROM {own}")).unwrap();
     // The owner of the database. A superuser is a member of everything, which says nothing.
     assert!(start_refused(config(&database)).contains(&format!("belongs to the role {group}")));
     administrator.batch_execute(&format!("ALTER DATABASE {} OWNER TO {group}", database.name())).unwrap();
-    started(as_intern());
-    started(config(&database));
+    drop(started(as_intern()));
+    drop(started(config(&database)));
     administrator
         .batch_execute(&format!(
             "ALTER DATABASE {} OWNER TO postgres; DROP OWNED BY {group} CASCADE; DROP ROLE {group}",
@@ -692,7 +732,7 @@ fn record_terms(url: &str, folder: &Path, terms: usize) {
                 let locks = KEYS.map(|key| lock(&manager, key));
                 for round in 0..terms / 2 {
                     let index = (round + 2 * thread) % KEYS.len();
-                    let guard = LockGuard::lock(Arc::clone(&locks[index]), &soon()).unwrap();
+                    let guard = locks[index].acquire(soon()).unwrap();
                     let mut file =
                         OpenOptions::new().create(true).append(true).open(folder.join(KEYS[index])).unwrap();
                     writeln!(file, "{}", guard.term().token().unwrap()).unwrap();
@@ -1053,7 +1093,7 @@ fn acquiring_with_token_and_annotation_is_one_round_trip_and_releasing_is_one() 
     let config = Config::from_url(&url).unwrap().lease(Duration::from_secs(600)).max_sessions(1);
     let manager = started(config);
     let options = LockOptions::new().valuer(Arc::new(|| b"note".to_vec()));
-    let lock = manager.lock("x", options).unwrap();
+    let lock = manager.lock_with("x", options).unwrap();
     one_term(&lock);
     let mut round_trips = Vec::new();
     for _ in 0..20 {
@@ -1071,7 +1111,7 @@ fn acquiring_with_token_and_annotation_is_one_round_trip_and_releasing_is_one() 
     let mut operator = database.client().unwrap();
     let kept = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dsync x'";
     becomes("the session of the first key", &0, || count(&mut operator, kept));
-    let lock = manager.lock("y", LockOptions::new()).unwrap();
+    let lock = manager.lock("y").unwrap();
     assert_eq!(wire.round_trips(|| lock.try_lock(&soon()).unwrap()), 1);
     let (term, mut client) = (lock.term().unwrap(), Client::connect(&url, postgres::NoTls).unwrap());
     assert_eq!(wire.round_trips(|| term.is_current(&mut client).unwrap()), 2, "with its preparation");
@@ -1103,7 +1143,7 @@ fn annotations_are_kept_to_the_byte_or_left_out() {
         ("panics", Arc::new(|| panic!("in a valuer, on purpose")), None),
     ];
     for (name, valuer, wanted) in cases {
-        let lock = manager.lock(name, LockOptions::new().valuer(valuer)).unwrap();
+        let lock = manager.lock_with(name, LockOptions::new().valuer(valuer)).unwrap();
         lock.lock(&soon()).unwrap();
         assert!(lock.term().unwrap().token().is_some());
         let row = client.query_one("SELECT annotation FROM dsync.locks WHERE key = $1", &[&name]).unwrap();
@@ -1142,8 +1182,8 @@ fn two_keys_with_one_hash_are_refused_and_never_wait_for_each_other() {
                 keys.reverse();
             }
             let [one, other] = keys;
-            let one = first.lock(one, LockOptions::new()).unwrap();
-            let other = second.lock(other, LockOptions::new()).unwrap();
+            let one = first.lock(one).unwrap();
+            let other = second.lock(other).unwrap();
 
             // While one is held, and while it is free with its row still there.
             for held in [true, false] {
@@ -1174,8 +1214,9 @@ fn two_keys_with_one_hash_are_refused_and_never_wait_for_each_other() {
 fn a_number_and_a_pair_of_the_same_bits_are_different_locks() {
     let database = Database::fresh().unwrap();
     let manager = started(config(&database));
-    let keys = [Key::from((-1, 2)), Key::from(-0x1_0000_0000 + 2), Key::from("#-1:2"), Key::from(i64::MIN)];
-    let locks = keys.map(|key| manager.lock(key, LockOptions::new()).unwrap());
+    let keys =
+        [Key::from((-1, 2)), Key::from(-0x1_0000_0000_i64 + 2), Key::from("#-1:2"), Key::from(i64::MIN)];
+    let locks = keys.map(|key| manager.lock(key).unwrap());
     for lock in &locks {
         lock.try_lock(&soon()).unwrap();
     }
@@ -1190,7 +1231,7 @@ fn keys_that_collide_at_the_first_moment_do_not_wait_for_ever() {
     let mut client = database.client().unwrap();
     for _ in 0..20 {
         client.batch_execute("DELETE FROM dsync.lock").unwrap();
-        let number = manager.lock(number_of_x(&database), LockOptions::new()).unwrap();
+        let number = manager.lock(number_of_x(&database)).unwrap();
         let locks = [lock(&manager, "x"), number];
         let begun = locks.each_ref().map(|lock| {
             let lock = Arc::clone(lock);
@@ -1235,7 +1276,7 @@ fn old_rows_go_but_not_those_of_held_locks_and_of_fenced_transactions() {
         let rows = client.query("SELECT key FROM dsync.lock ORDER BY key", &[]).unwrap();
         rows.iter().map(|row| row.get(0)).collect()
     };
-    started(config(&database));
+    drop(started(config(&database)));
     assert_eq!(keys(&mut client), ["fenced", "held", "recent"]);
 
     transaction.commit().unwrap();
@@ -1245,7 +1286,7 @@ fn old_rows_go_but_not_those_of_held_locks_and_of_fenced_transactions() {
     let mut transaction = writer.transaction().unwrap();
     transaction.batch_execute("SELECT FROM dsync.lock WHERE key = 'fenced' FOR SHARE").unwrap();
     let begun = Instant::now();
-    started(config(&database));
+    drop(started(config(&database)));
     assert!(
         begun.elapsed() < Duration::from_secs(4),
         "nobody waits for the transaction: {:?}",
@@ -1253,7 +1294,7 @@ fn old_rows_go_but_not_those_of_held_locks_and_of_fenced_transactions() {
     );
     assert_eq!(keys(&mut client), ["fenced", "held", "recent"]);
     transaction.commit().unwrap();
-    started(config(&database));
+    drop(started(config(&database)));
     assert_eq!(keys(&mut client), ["held", "recent"]);
 
     let term = locks[0].term().unwrap();

@@ -7,7 +7,9 @@ use dsync::{Config, ErrorKind, LockOptions, PostgresManager, SyncManager, json_v
 use postgres::{Client, NoTls};
 use support::{Database, Server};
 
-use crate::common::{becomes, eventually, is_held, is_open, kind, lock, soon, started, wait_in_thread};
+use crate::common::{
+    PATIENCE, becomes, eventually, is_held, is_open, kind, lock, soon, started, wait_in_thread,
+};
 
 /// Longer than the timeouts that the roles have, several times.
 const LONG: &str = "1.2 s";
@@ -35,7 +37,9 @@ impl Place {
     }
 
     fn config(&self, name: &str) -> Config {
-        Config::from_url(&format!("{}?application_name={name}", self.url())).unwrap()
+        let config = Config::from_url(&format!("{}?application_name={name}", self.url())).unwrap();
+        // Some of the settings make each first statement of a session slow, on a busy machine more so.
+        config.connect_timeout(PATIENCE)
     }
 
     /// A connection of the application's, with all that its role brings along.
@@ -77,7 +81,7 @@ impl Place {
 fn locks_behave_as_always(place: &mut Place) {
     let [first, second] = ["first", "second"].map(|name| started(place.config(name)));
     let value = json_valuer("it's \\ \"mine\" é").unwrap();
-    let x = first.lock("x", LockOptions::new().valuer(value)).unwrap();
+    let x = first.lock_with("x", LockOptions::new().valuer(value)).unwrap();
     let other = lock(&second, "x");
     // The sessions by which the managers looked at the server, before they have served a claim.
     // Each had a second one for a moment.
@@ -436,7 +440,7 @@ fn a_session_that_goes_from_claim_to_claim_takes_nothing_along() {
 
     // The lease of a holder is not on a session that rests.
     long_rest(operator);
-    let last = single.lock((7, -7), LockOptions::new()).unwrap();
+    let last = single.lock((7, -7)).unwrap();
     last.lock(&soon()).unwrap();
     assert_eq!((seen(operator).pid, seen(operator).locks), (pid, 1));
     last.release().unwrap();

@@ -6,9 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use dsync::{
-    CatalogMode, Config, ErrorKind, Key, Lock, LockGuard, LockOptions, LockView, PostgresManager, SyncManager,
-};
+use dsync::{CatalogMode, Config, ErrorKind, Key, Lock, LockOptions, LockView, PostgresManager, SyncManager};
 use postgres::Client;
 use support::Database;
 use support::process::Signal;
@@ -49,7 +47,7 @@ fn a_lock_s_holder_and_its_waiters_in_order_can_be_seen() {
 
     let before = SystemTime::now() - Duration::from_secs(1);
     let options = LockOptions::new().valuer(Arc::new(|| b"the note".to_vec()));
-    let held = manager.lock("x", options).unwrap();
+    let held = manager.lock_with("x", options).unwrap();
     held.lock(&soon()).unwrap();
     let managers = [(); 3].map(|()| started(config.clone()));
     let waiting: Vec<_> = managers
@@ -143,7 +141,7 @@ fn numbers_and_pairs_are_found_whatever_their_signs() {
         Key::from((i32::MIN, i32::MAX)),
         Key::from((1, -2)),
     ];
-    let locks = keys.clone().map(|key| manager.lock(key, LockOptions::new()).unwrap());
+    let locks = keys.clone().map(|key| manager.lock(key).unwrap());
     for lock in &locks {
         lock.lock(&soon()).unwrap();
     }
@@ -423,7 +421,7 @@ fn worker() {
                 let mut random = fastrand::Rng::with_seed(number as u64);
                 loop {
                     let lock = lock(&manager, &format!("key {}", random.usize(1..=KEYS)));
-                    let guard = LockGuard::lock(lock, &soon()).unwrap();
+                    let guard = lock.acquire(soon()).unwrap();
                     thread::sleep(Duration::from_micros(random.u64(0..5000)));
                     drop(guard);
                 }
@@ -450,8 +448,7 @@ fn what_is_told_in_the_midst_of_a_load_is_of_one_term() {
                     let note = format!("{number}:{round}").into_bytes();
                     let (copy, key) = (note.clone(), format!("key {}", (number + round) % 3));
                     let options = LockOptions::new().valuer(Arc::new(move || copy.clone()));
-                    let guard =
-                        LockGuard::lock(manager.lock(key.as_str(), options).unwrap(), &soon()).unwrap();
+                    let guard = manager.lock_with(key.as_str(), options).unwrap().acquire(soon()).unwrap();
                     terms.lock().unwrap().insert(guard.term().token().unwrap(), (key, note));
                     drop(guard);
                 }

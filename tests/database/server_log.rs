@@ -97,7 +97,7 @@ impl<'a> Scene<'a> {
 }
 
 fn waits_in(manager: &PostgresManager, key: Key) -> (Arc<dyn Lock>, Outcome<Result<(), Error>>) {
-    let lock = manager.lock(key, LockOptions::new()).unwrap();
+    let lock = manager.lock(key).unwrap();
     let waiting = wait_in_thread(&lock);
     (lock, waiting)
 }
@@ -122,13 +122,13 @@ fn a_wait_over_many_slices_leaves_no_line() {
         let (holders, waiters) = (scene.manager(mode), scene.manager(mode));
         for key in keys() {
             let annotation = if key == Key::from(7) { vec![] } else { b"it's \\ \0 \xff".repeat(6_000) };
-            let holder = holders.lock(key.clone(), LockOptions::new()).unwrap();
+            let holder = holders.lock(key.clone()).unwrap();
             holder.lock(&soon()).unwrap();
             let valuer = {
                 let annotation = annotation.clone();
                 Arc::new(move || annotation.clone())
             };
-            let waiter = waiters.lock(key.clone(), LockOptions::new().valuer(valuer)).unwrap();
+            let waiter = waiters.lock_with(key.clone(), LockOptions::new().valuer(valuer)).unwrap();
             let waiting = wait_in_thread(&waiter);
             scene.slices_pass();
             assert!(!waiting.is_ready() && is_held(&holder));
@@ -298,7 +298,7 @@ fn where_there_are_no_blocks_a_claim_waits_without_them() {
                 .batch_execute(&format!(
                     "CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA dsync TO {role};
                      GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO {role};
-                     GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era TO {role};
+                     GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation TO {role};
                      GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO {role}; {obstacle}"
                 ))
                 .unwrap();

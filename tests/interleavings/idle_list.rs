@@ -14,7 +14,7 @@ use crate::explore;
 use crate::idle::IdleSupervisors;
 use crate::key::AdvisoryKey;
 use crate::pg::claim::spec::LockSpec;
-use crate::shared::Claim;
+use crate::shared::{Claim, Span};
 use crate::sync::Mutex;
 
 const KEY: AdvisoryKey = AdvisoryKey(1);
@@ -79,7 +79,7 @@ impl Supervisor {
 }
 
 fn new_claim() -> Arc<Claim> {
-    Claim::new("key".to_owned(), Duration::ZERO)
+    Claim::new("key".to_owned(), Duration::ZERO, Span::UntilReleased, None, None)
 }
 
 /// As `PostgresLock::begin`, then a caller's work, then `PostgresLock::forget`.

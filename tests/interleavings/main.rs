@@ -25,10 +25,17 @@ mod idle;
 mod idle_list;
 #[path = "../../src/loss.rs"]
 mod loss;
+#[path = "../../src/observer.rs"]
+mod observer;
 #[path = "../../src/postgres/claim/shared.rs"]
 mod shared;
+#[path = "../../src/snapshot.rs"]
+mod snapshot;
 mod stand_in;
 mod sync;
+#[path = "../../src/telling.rs"]
+mod telling;
+mod telling_in_order;
 mod term_end;
 #[path = "../../src/postgres/claim/turns.rs"]
 mod turns;

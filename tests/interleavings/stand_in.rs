@@ -44,6 +44,10 @@ pub(crate) mod term {
         pub(crate) fn with_expiry(self, _: Arc<Expiry>) -> Self {
             self
         }
+
+        pub(crate) fn with_warning(self, _: crossbeam_channel::Receiver<std::convert::Infallible>) -> Self {
+            self
+        }
     }
 }
 

@@ -2,11 +2,11 @@
 
 use std::fs::{self, OpenOptions};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use dsync::{Config, Context, ErrorKind, Lock, LockGuard, SyncManager};
+use dsync::{Config, ErrorKind, Lock, LockGuard, SyncManager};
 use support::Database;
 
 use crate::common::{self, Process, lock, soon, started};
@@ -38,17 +38,17 @@ fn worker() {
     let room = Room(folder.into());
     // Slices so short that their ends race with the grants all the time.
     let manager = started(Config::from_url(url).unwrap().wait_slice(Duration::from_millis(20)));
-    // The threads of one process share its handle of a lock, so they take turns.
-    let seats = KEYS.map(|key| Mutex::new(lock(&manager, key)));
+    // The threads of one process share its handle of a lock, and its guards keep them apart.
+    let seats = KEYS.map(|key| lock(&manager, key));
     thread::scope(|scope| {
         for thread in 0..THREADS {
             let (seats, room) = (&seats, &room);
             scope.spawn(move || {
                 for round in 0..ACQUISITIONS / PROCESSES / THREADS {
                     let index = (round + thread) % KEYS.len();
-                    let seat = seats[index].lock().unwrap();
+                    let seat = &seats[index];
                     // In one round of eight with little patience, so that claims are given up at all their stages.
-                    let guard = if round % 8 == 0 { impatiently(&seat) } else { patiently(&seat) };
+                    let guard = if round % 8 == 0 { impatiently(seat) } else { patiently(seat) };
                     room.visit(KEYS[index], guard.term().token().expect("there is a catalog"));
                     assert!(guard.term().is_held(), "nothing was to end it");
                     guard.release().unwrap();
@@ -60,13 +60,13 @@ fn worker() {
 }
 
 fn patiently(lock: &Arc<dyn Lock>) -> LockGuard {
-    LockGuard::lock(Arc::clone(lock), &soon()).unwrap()
+    lock.acquire(soon()).unwrap()
 }
 
 /// Gives up and tries again until it has the lock.
 fn impatiently(lock: &Arc<dyn Lock>) -> LockGuard {
     for patience in 1.. {
-        match LockGuard::lock(Arc::clone(lock), &Context::timeout(Duration::from_millis(patience))) {
+        match lock.acquire(Duration::from_millis(patience)) {
             Ok(guard) => return guard,
             Err(error) => assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}"),
         }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{Config, Context, Error, ErrorKind, Lock, LockGuard, LockOptions, PostgresManager};
+use dsync::{Config, Context, Error, ErrorKind, Lock, PostgresManager};
 use postgres::{Client, NoTls};
 use support::{Database, Server};
 
@@ -53,7 +53,7 @@ impl Bench {
     fn new(database: &Database<'_>, number: usize) -> Self {
         let number = i64::try_from(number).unwrap() + 1;
         let manager = started(Config::from_url(&database.url()).unwrap());
-        let lock = manager.lock(number, LockOptions::new()).unwrap();
+        let lock = manager.lock(number).unwrap();
         let dice = Dice(number.unsigned_abs() * 77);
         let (url, operator) = (database.url(), database.client().unwrap());
         Self { number, url, _manager: manager, operator, lock, dice, longest: Duration::ZERO }
@@ -191,13 +191,12 @@ fn the_end_of_a_wait_races_with_the_grant() {
         let scoped = round % 2 == 0;
         let lock = Arc::clone(&bench.lock);
         // Either a claim that another thread releases, or a guard whose wait is cancelled.
-        let waiting = begin(move || {
-            if scoped {
-                LockGuard::lock(lock, &context).map(Some)
-            } else {
-                lock.lock(&context).map(|()| None)
-            }
-        });
+        let waiting =
+            begin(
+                move || {
+                    if scoped { lock.acquire(&context).map(Some) } else { lock.lock(&context).map(|()| None) }
+                },
+            );
         bench.becomes_count(false, 1);
         let barrier = Arc::new(Barrier::new(2));
         let (before_unlock, before_end) = (bench.dice.microseconds(800), bench.dice.microseconds(800));
@@ -241,7 +240,7 @@ fn a_stop_races_with_grants() {
         let locks: Vec<_> = (0..10_i64)
             .map(|number| {
                 holder.execute("SELECT pg_advisory_lock($1)", &[&number]).unwrap();
-                let lock = manager.lock(number, LockOptions::new()).unwrap();
+                let lock = manager.lock(number).unwrap();
                 drop(common::wait_in_thread(&lock));
                 lock
             })

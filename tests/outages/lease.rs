@@ -7,7 +7,8 @@ use std::sync::{Arc, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{Context, ErrorKind, Lock, LockGuard, LockOptions, LossReason, PostgresManager, SyncManager};
+use crossbeam_channel::RecvTimeoutError;
+use dsync::{ErrorKind, Lock, LockGuard, LockOptions, LossReason, PostgresManager, SyncManager};
 use parking_lot::Mutex;
 use postgres::Client;
 use support::netns::Direction;
@@ -68,6 +69,49 @@ fn a_holder_of_a_frozen_server_knows_by_its_own_deadline() {
     assert_eq!(holder.held(), 0);
     frozen.thaw();
     gets_all_back(operator, &holder);
+    nothing_is_left(operator);
+}
+
+#[test]
+fn who_has_a_grace_is_warned_by_so_much_before_the_end_of_the_term() {
+    const GRACE: Duration = Duration::from_secs(1);
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let manager = started(config("graceful", &server.url(), 3).lease(Duration::from_secs(4)));
+    let graceful = manager.lock_with("graceful", LockOptions::new().grace(GRACE)).unwrap();
+    let plain = manager.lock("plain").unwrap();
+    let [graceful, plain] = [graceful, plain].map(|lock| lock.acquire(PATIENCE).unwrap());
+    let (warned, lost) = (graceful.term().warned().clone(), graceful.lost().clone());
+    // A heartbeat that is answered is no reason to warn.
+    assert_eq!(warned.recv_timeout(Duration::from_secs(2)), Err(RecvTimeoutError::Timeout));
+    let frozen = server.freeze().unwrap();
+    assert_eq!(warned.recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected));
+    let warned_at = Instant::now();
+    assert!(is_open(&lost) && graceful.is_held());
+    hear(&lost);
+    let had = warned_at.elapsed();
+    println!("lost {had:.0?} after the warning");
+    assert!(GRACE - SLACK / 5 < had && had < GRACE + SLACK, "{had:?}");
+    hear(plain.lost());
+    assert!(plain.term().warned().try_recv().is_err_and(|error| error.is_disconnected()));
+    frozen.thaw();
+
+    // A renewal that comes after the warning after all does not take it back, and the term goes on.
+    drop((graceful, plain));
+    let guard = manager.lock_with("graceful", LockOptions::new().grace(GRACE)).unwrap();
+    let guard = guard.acquire(PATIENCE).unwrap();
+    let frozen = server.freeze().unwrap();
+    assert_eq!(guard.term().warned().recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected));
+    frozen.thaw();
+    let left = || format!("{:?}", guard.term());
+    becomes("a renewal", &true, || left().contains("left: 2."));
+    assert!(guard.is_held());
+    assert!(guard.term().warned().try_recv().is_err_and(|error| error.is_disconnected()));
+    guard.release().unwrap();
+
+    let refused = manager.lock_with("other", LockOptions::new().grace(Duration::from_secs(3))).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::InvalidConfig);
+    assert!(refused.to_string().contains("must be shorter than 1.7"), "{refused}");
     nothing_is_left(operator);
 }
 
@@ -160,8 +204,7 @@ impl Claimant {
                 match self.guard {
                     Some(guard) => drop(guard),
                     None => {
-                        let error =
-                            LockGuard::lock(Arc::clone(&self.lock), &Context::timeout(Duration::ZERO));
+                        let error = self.lock.acquire(Duration::from_millis(50));
                         assert_eq!(kind(error), ErrorKind::TimedOut);
                     }
                 }
@@ -184,11 +227,11 @@ fn releasing_and_stopping_end_in_time_on_a_frozen_server() {
             let number = claimants.len() as i64;
             let manager =
                 started(config(&format!("{phase:?}"), &server.url(), 2).release_timeout(RELEASE_TIMEOUT));
-            let lock = manager.lock(number, LockOptions::new()).unwrap();
+            let lock = manager.lock(number).unwrap();
             let mut guard = None;
             match phase {
                 Phase::Held | Phase::Lost if way == Way::Guard => {
-                    guard = Some(LockGuard::lock(Arc::clone(&lock), &soon()).unwrap());
+                    guard = Some(lock.acquire(soon()).unwrap());
                 }
                 Phase::Held | Phase::Lost => lock.lock(&soon()).unwrap(),
                 Phase::Waiting => {
@@ -253,7 +296,7 @@ fn releasing_and_stopping_end_in_time_on_a_frozen_server() {
     nothing_is_left(operator);
     let manager = started(config("after", &server.url(), 20));
     for number in 0..16 {
-        manager.lock(number, LockOptions::new()).unwrap().try_lock(&soon()).unwrap();
+        manager.lock(number).unwrap().try_lock(&soon()).unwrap();
     }
 }
 

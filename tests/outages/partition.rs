@@ -12,7 +12,7 @@ use support::netns::{Direction, Netns};
 use crate::common::{becomes, role};
 use crate::cutoff::witness::{Event, Role, WITNESS, Witness, testify};
 use crate::cutoff::{
-    GRACE, LEASE, Party, all_queue, granted, holds, last_of, length, ms, nothing_is_left, now, queues,
+    GRACE, LEASE, Party, all_queue, granted, holds, last_of, length, micros, ms, nothing_is_left, now, queues,
 };
 
 const COUNT: usize = 20;
@@ -156,7 +156,14 @@ fn a_waiter_whose_cable_is_pulled_is_passed_over_and_queues_again() {
         becomes("the queue of the witness", &COUNT, || queues(operator, WITNESS));
         println!("{direction:?}: all in the queue {:.1?} after the end of the cut", restored_at.elapsed());
         if direction != Direction::Outward {
-            assert_eq!(witness.rest(), [], "it was never told that it held something");
+            // On a machine that is very busy the next holder may lose a lock, which the witness waits for.
+            for (number, event, _) in witness.rest() {
+                let Some(held_by) = event.held() else { continue };
+                let loss = next.locks[number].last_loss();
+                let lost_at =
+                    loss.map(|loss| micros(loss.at)).expect("nobody else was told that it holds this");
+                assert!(lost_at <= held_by, "stolen {:.3} ms before it was lost", ms(held_by, lost_at));
+            }
         }
         witness.process.kill();
         next.release_all();

@@ -337,16 +337,16 @@ fn sessions_killed_one_by_one_again_and_again_come_back() {
         }
     }
     // One after the other has had it, and gets it now.
-    let mut left = rivals.to_vec();
+    let mut left: Vec<_> = rivals.into_iter().zip(waiting).collect();
     while !left.is_empty() {
-        becomes("the holders", &1, || left.iter().filter(|rival| rival.is_held()).count());
-        let index = left.iter().position(|rival| rival.is_held()).unwrap();
-        let holder = left.swap_remove(index);
+        becomes("the holders", &1, || left.iter().filter(|(rival, _)| rival.is_held()).count());
+        let index = left.iter().position(|(rival, _)| rival.is_held()).unwrap();
+        let (holder, waiting) = left.swap_remove(index);
         holder.gets_it_again(operator);
+        // It was told that it has it, before it gives it back.
+        waiting.get().unwrap();
         holder.lock.release().unwrap();
     }
-    // All were told that they had it, each in its time.
-    waiting.into_iter().for_each(|waiting| waiting.get().unwrap());
     becomes("the holders", &Vec::<String>::new(), || holders(operator));
 }
 

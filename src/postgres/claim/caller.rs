@@ -29,7 +29,7 @@ impl ActiveClaim {
         let begun = Instant::now();
         // An attempt that failed before this call does not count.
         let failures = claim.failures();
-        if patience == Patience::TryOnce {
+        if patience == Patience::TryOnce && !claim.is_for_one_term() {
             claim.hurry();
             supervisor.wake();
         }
@@ -77,7 +77,9 @@ impl ActiveClaim {
     /// Ends the claim, and blocks until the lock has been given back, by `by` at the latest.
     pub(crate) fn release(&self, by: Instant) -> Result<()> {
         // The lost channel closes here, before the server is told.
-        if self.claim.end(EndReason::Released, by) {
+        let begins = self.claim.end(EndReason::Released, by);
+        // A guard's claim may have ended with its term, which nobody has told the thread that runs the engine.
+        if begins || self.claim.is_for_one_term() && !self.claim.is_over() {
             self.give_back(by);
         }
         self.claim.wait_ended(by)
@@ -111,5 +113,28 @@ impl ActiveClaim {
             context.on_cancel(Arc::downgrade(&request) as Weak<dyn OnCancel>);
             request
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::loss::LossReason;
+    use crate::pg::claim::shared::Span;
+
+    #[test]
+    fn a_term_whose_time_is_over_is_lost_and_not_released() {
+        let at_most = Duration::from_secs(2);
+        for span in [Span::UntilReleased, Span::OneTerm { waits: true, at_most }] {
+            let claim = Claim::new("k".to_owned(), at_most, span, None, None);
+            assert!(claim.announce_acquired(Instant::now(), None));
+            // As in a process that was frozen, whose watchdog has not looked yet.
+            let begins = claim.end(EndReason::Released, Instant::now() + at_most);
+            assert_eq!(begins, span == Span::UntilReleased);
+            assert_eq!(claim.last_loss().map(|loss| loss.reason), Some(LossReason::LeaseNotRenewed));
+            assert!(claim.is_ending());
+        }
     }
 }

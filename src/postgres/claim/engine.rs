@@ -50,6 +50,8 @@ pub(crate) struct Engine {
     is_quick: bool,
     /// The attempt that is about to be made may wait for the lock.
     may_wait: bool,
+    /// The server has said since the last wait that another session holds the lock, so this one has nothing of the claim's.
+    has_nothing: bool,
     /// The annotation was made for the statement before, which found the lock taken, and serves for the first slice too.
     is_annotated: bool,
 }
@@ -77,6 +79,7 @@ impl Engine {
             term: spec.plan.term(),
             heartbeat: spec.plan.heartbeat,
             rhythm: spec.pool.rhythm(epoch),
+            begins_fresh: claim.has_grace(),
         };
         Self {
             spec: Arc::clone(spec),
@@ -95,6 +98,7 @@ impl Engine {
             release_by: None,
             is_quick,
             may_wait: false,
+            has_nothing: false,
             is_annotated: false,
         }
     }
@@ -141,9 +145,12 @@ impl Engine {
             (Action::Claim(_, claim::Action::Queue), Caller::Acquires { until, waits, .. }) => {
                 waits && until.is_none_or(|until| self.spec.after_slice() <= until)
             }
-            // Not a caller that wants the lock: its context does not bound another thread's release.
-            (Action::Claim(_, claim::Action::Unlock | claim::Action::Settle), Caller::Releases)
-            | (Action::Session(session::Action::Close), Caller::Releases) => self.release_by.is_some(),
+            (Action::Claim(_, claim::Action::Unlock | claim::Action::Settle), caller)
+            | (Action::Session(session::Action::Close), caller) => {
+                // A caller that wants the lock has a context, which does not bound another thread's release.
+                self.release_by.is_some()
+                    && (matches!(caller, Caller::Releases) || self.claim.is_for_one_term())
+            }
             _ => false,
         }
     }
@@ -165,6 +172,7 @@ impl Engine {
             | Action::Claim(_, claim::Action::Wait | claim::Action::Finish(_)) => return,
         };
         self.take_in(event);
+        self.claim.tell();
     }
 
     /// The time for a heartbeat has come, or for another attempt.
@@ -174,6 +182,7 @@ impl Engine {
 
     pub(crate) fn time_has_passed(&mut self) {
         self.take_in(Event::Session(session::Event::TimePassed));
+        self.claim.tell();
     }
 
     /// Somebody does not want to wait for the end of a pause.
@@ -187,6 +196,7 @@ impl Engine {
         if let Err(lost) = self.on_session(|session, _, _| session.listen(by)) {
             self.take_in(lost);
         }
+        self.claim.tell();
     }
 
     /// True if there is something to read on the session.
@@ -222,7 +232,9 @@ impl Engine {
         if !self.claim.announce_connecting(stream.clone()) {
             return self.released();
         }
-        match self.take_session(&stream) {
+        let taken = self.take_session(&stream);
+        self.spec.pool.tell_of_sessions();
+        match taken {
             Ok(control) => {
                 self.control = Some(Arc::clone(&control));
                 if !self.claim.announce_session(control) {
@@ -250,9 +262,14 @@ impl Engine {
     }
 
     fn renew(&mut self, by: Time) -> Event {
-        let (sent, by) = (self.now(), self.spec.soon().min(self.at(by)));
+        let (sent, term_ends) = (self.now(), self.at(by));
+        // Who has a grace is to have all of it, from the warning to the end of the lease.
+        let by = if self.claim.has_grace() { term_ends } else { self.spec.soon().min(term_ends) };
         match self.on_session(|session, _, _| session.heartbeat(by)) {
-            Ok(()) => Event::Session(session::Event::Renewed { sent }),
+            Ok(()) => {
+                self.claim.note_heartbeat(self.now() - sent);
+                Event::Session(session::Event::Renewed { sent })
+            }
             // Nothing is known of a session that does not say whether it holds its lock.
             Err(Event::Claim(..)) => Event::Session(session::Event::Lost(LossReason::ServerError)),
             Err(lost) => lost,
@@ -323,6 +340,9 @@ impl Engine {
     }
 
     fn settle(&mut self) -> Event {
+        if self.has_nothing && self.lost_backends.is_empty() && self.stays() {
+            return Event::Claim(CLAIM, claim::Event::Settled { clear: true });
+        }
         let by = self.release_by();
         let lost: Vec<_> = self.lost_backends.iter().map(|(_, pid)| *pid).collect();
         self.on_session(|session, _, _| session.settle(&lost, by))
@@ -336,13 +356,15 @@ impl Engine {
         ask: impl FnOnce(&mut Session, &SessionControl, &Request) -> Result<Answer, Failure>,
     ) -> Event {
         let sent = self.now();
-        match self.on_session(ask) {
+        let outcome = self.on_session(ask);
+        self.has_nothing = matches!(outcome, Ok(Answer::Taken));
+        match outcome {
             Ok(Answer::Granted { token }) => {
                 self.token = token;
                 self.lost_backends.clear();
                 Event::Claim(CLAIM, claim::Event::Granted { sent })
             }
-            Ok(Answer::NotGranted) => Event::Claim(CLAIM, otherwise),
+            Ok(Answer::NotGranted | Answer::Taken) => Event::Claim(CLAIM, otherwise),
             Ok(Answer::Collision { other }) => self.refused(Refusal::collision(self.claim.key(), &other)),
             Err(failed) => failed,
         }
@@ -468,7 +490,7 @@ impl Engine {
                     return Err(LossReason::ConnectionClosed);
                 }
                 log::debug!("lock {key:?}: acquired");
-                self.spec.pool.watchdog().look_by(until);
+                self.spec.pool.watchdog().look_by(claim.deadline().unwrap_or(until));
                 (self.problem, self.logged) = (None, None);
             }
             // The term had run out, and an application thread was the first to see it.
@@ -501,6 +523,8 @@ impl Engine {
         let stays = !self.claim.ends_for(EndReason::Stopped)
             && slot.as_mut().is_some_and(|slot| slot.session().is_some_and(|session| session.is_leased()));
         before_told(slot.filter(|_| stays));
+        self.spec.pool.tell_of_sessions();
+        self.claim.tell();
         let key = self.claim.key();
         let outcome = match end {
             End::Released => Ok(()),
@@ -523,6 +547,10 @@ impl Engine {
                 })
             }
         };
+        if let Err(error) = &outcome {
+            self.claim.note_trouble(error);
+            self.claim.tell();
+        }
         self.claim.finish(outcome);
     }
 
@@ -539,9 +567,12 @@ impl Drop for Engine {
     /// Only after a panic is there something left to do: nobody must wait for what will not come, and a session whose state
     /// is not known must not go back to the pool.
     fn drop(&mut self) {
-        if let Some(slot) = &mut self.slot {
+        if let Some(mut slot) = self.slot.take() {
             slot.taint();
+            drop(slot);
+            self.spec.pool.tell_of_sessions();
         }
         self.claim.abandon();
+        self.claim.tell();
     }
 }

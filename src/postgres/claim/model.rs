@@ -130,6 +130,7 @@ impl Model {
             heartbeat: tick(1),
             // Each tick is one of its times.
             rhythm: Rhythm::of(tick(1), Duration::ZERO),
+            begins_fresh: false,
         };
         Self {
             timing,

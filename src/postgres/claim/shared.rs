@@ -10,10 +10,12 @@ use crossbeam_channel::{Receiver, Sender, after, at, bounded, never, select};
 use crate::context::{Context, OnCancel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::expiry::Expiry;
-use crate::loss::{Loss, LossReason, Lost, lost_already};
+use crate::loss::{Alive, Loss, LossReason, Lost, lost_already};
 use crate::pg::session::control::SessionControl;
 use crate::pg::stream::StreamControl;
+use crate::snapshot::{ClaimSnapshot, ClaimState};
 use crate::sync::{AtomicBool, AtomicUsize, Mutex, MutexGuard, Ordering::SeqCst};
+use crate::telling::Story;
 use crate::term::{Fence, Term};
 
 /// A claim, from the first attempt to the end of its release.
@@ -23,8 +25,13 @@ pub(crate) struct Claim {
     key: String,
     /// How long the server may keep a lock whose session was lost.
     uncertainty_window: Duration,
+    span: Span,
+    /// How long before its end a term that is not renewed is warned of.
+    grace: Option<Duration>,
+    /// What the manager's observer is to be told, if there is one.
+    story: Option<Story>,
     // Lock order: `caller` before the others, of which no two are held at once; the mutex of a `SessionControl` after any of
-    // them.
+    // them. That of the story is a leaf.
     status: Mutex<Status>,
     /// How the thread that runs the engine can be interrupted.
     in_flight: Mutex<InFlight>,
@@ -38,6 +45,16 @@ pub(crate) struct Claim {
     waits_unasked: AtomicBool,
     /// A caller wants an attempt at once.
     hurry: AtomicBool,
+}
+
+/// How long a claim goes on by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Span {
+    /// Until the application ends it: another term follows on one that was lost.
+    UntilReleased,
+    /// For one term at the most; if it does not wait for that, until the server says that another session holds the lock. Then it
+    /// ends, for which it has `at_most`.
+    OneTerm { waits: bool, at_most: Duration },
 }
 
 /// What the thread that runs the engine is using, and so how it can be interrupted.
@@ -93,6 +110,7 @@ impl fmt::Debug for LeaveRequest {
 #[derive(Debug)]
 struct Status {
     phase: Phase,
+    span: Span,
     /// Why an attempt failed, most recently, in this phase.
     problem: Option<Error>,
     /// How many attempts have failed so far.
@@ -119,7 +137,8 @@ enum Phase {
     Held {
         until: Arc<Expiry>,
         /// Dropped at the end of the term, which is the signal.
-        _term: Sender<Infallible>,
+        _term: Alive,
+        warning: Warning,
     },
     /// The application has ended the claim; what must be said to the server must be said by then.
     Ending { reason: EndReason, by: Instant },
@@ -127,11 +146,30 @@ enum Phase {
     Ended { reason: EndReason, outcome: Result<()> },
 }
 
+/// What tells that a term is about to end.
+#[derive(Debug)]
+struct Warning {
+    /// Dropped to warn, and `None` afterwards; also where nobody wants to be warned.
+    calm: Option<Sender<Infallible>>,
+    warned: Option<Receiver<Infallible>>,
+}
+
+impl Warning {
+    fn new(is_wanted: bool) -> Self {
+        let (calm, warned) = is_wanted.then(|| bounded(0)).unzip();
+        Self { calm, warned }
+    }
+}
+
 /// Why a claim ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum EndReason {
     Released,
     Stopped,
+    /// The one term is over.
+    Lost,
+    /// Another session holds the lock, and the claim does not wait for it.
+    Unavailable,
 }
 
 /// How far a claim has come.
@@ -153,9 +191,16 @@ pub(crate) enum Patience {
 }
 
 impl Claim {
-    pub(crate) fn new(key: String, uncertainty_window: Duration) -> Arc<Self> {
+    pub(crate) fn new(
+        key: String,
+        uncertainty_window: Duration,
+        span: Span,
+        grace: Option<Duration>,
+        story: Option<Story>,
+    ) -> Arc<Self> {
         let status = Status {
             phase: Phase::Acquiring,
+            span,
             problem: None,
             failed_attempts: 0,
             lost: lost_already(),
@@ -168,6 +213,9 @@ impl Claim {
         Arc::new(Self {
             key,
             uncertainty_window,
+            span,
+            grace,
+            story,
             status: Mutex::new(status),
             in_flight: Mutex::new(InFlight::Nothing),
             caller: Mutex::new(None),
@@ -183,6 +231,16 @@ impl Claim {
         &self.key
     }
 
+    /// True if the claim has one caller, whose it is alone.
+    pub(crate) fn is_for_one_term(&self) -> bool {
+        self.span != Span::UntilReleased
+    }
+
+    /// True if the application wants to be warned before a term ends.
+    pub(crate) fn has_grace(&self) -> bool {
+        self.grace.is_some()
+    }
+
     // What application threads do.
 
     /// How far the claim has come, for a thread that wants the lock. `failures` is how many attempts had failed when that thread's
@@ -191,7 +249,9 @@ impl Claim {
         let mut status = self.current();
         match &status.phase {
             Phase::Held { .. } => return Ok(Progress::Held),
-            Phase::Ending { reason, .. } | Phase::Ended { reason, .. } => return Err(self.ended(*reason)),
+            Phase::Ending { reason, .. } | Phase::Ended { reason, .. } => {
+                return Err(self.ended(*reason, status.last_loss.as_ref()));
+            }
             Phase::Queueing if patience != Patience::Lock => return Err(Error::lock_unavailable(&self.key)),
             Phase::Queueing | Phase::Acquiring => {}
         }
@@ -256,24 +316,38 @@ impl Claim {
         self.current().lost.clone()
     }
 
-    /// When the term ends by its lease, if there is one.
-    pub(crate) fn term_ends_at(&self) -> Option<Instant> {
+    /// When something is due for the term: its end by its lease, or the warning of that.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.status.lock().phase {
-            Phase::Held { until, .. } => until.at(),
+            Phase::Held { until, warning, .. } => {
+                let grace = self.grace.filter(|_| warning.calm.is_some()).unwrap_or_default();
+                let ends_at = until.at()?;
+                Some(ends_at.checked_sub(grace).unwrap_or(ends_at))
+            }
             _ => None,
         }
     }
 
-    /// Closes the lost channel of a term whose time is over. Does not block, and calls no application code.
-    pub(crate) fn expire(&self) {
-        drop(self.current());
+    /// Closes the lost channel of a term whose time is over, and warns of one whose time will be. Does not block, and calls no
+    /// application code.
+    pub(crate) fn enforce_deadline(&self) {
+        let mut status = self.current();
+        if let (Phase::Held { until, warning, .. }, Some(grace)) = (&mut status.phase, self.grace)
+            && until.left() <= grace
+        {
+            warning.calm = None;
+        }
     }
 
     /// The current term, if there is one.
     pub(crate) fn term(&self, fence: Option<Arc<dyn Fence>>) -> Option<Term> {
         let status = self.current();
-        let Phase::Held { until, .. } = &status.phase else { return None };
-        Some(Term::new(status.lost.clone(), status.token, fence).with_expiry(Arc::clone(until)))
+        let Phase::Held { until, warning, .. } = &status.phase else { return None };
+        let term = Term::new(status.lost.clone(), status.token, fence).with_expiry(Arc::clone(until));
+        Some(match &warning.warned {
+            Some(warned) => term.with_warning(warned.clone()),
+            None => term,
+        })
     }
 
     pub(crate) fn last_loss(&self) -> Option<Loss> {
@@ -308,11 +382,15 @@ impl Claim {
     /// Ends the claim, and closes the lost channel of its term. Only the first call has an effect, and returns `true`: its caller
     /// must give the lock back by `by`, or [interrupt](Self::interrupt) the thread that runs the engine.
     pub(crate) fn end(&self, reason: EndReason, by: Instant) -> bool {
-        let mut status = self.status.lock();
+        // A term whose time is over is lost, and not released.
+        let mut status = self.current();
         if !status.is_open() {
             return false;
         }
         status.phase = Phase::Ending { reason, by };
+        if let Some(story) = &self.story {
+            story.released();
+        }
         status.notify();
         true
     }
@@ -431,15 +509,17 @@ impl Claim {
         if let Phase::Held { until, .. } = &status.phase
             && until.has_passed()
         {
-            status.lose(LossReason::LeaseNotRenewed);
+            status.lose(LossReason::LeaseNotRenewed, self.story.as_ref());
         }
         status
     }
 
-    fn ended(&self, reason: EndReason) -> Error {
+    fn ended(&self, reason: EndReason, loss: Option<&Loss>) -> Error {
         match reason {
             EndReason::Released => Error::released(&self.key),
             EndReason::Stopped => Error::stopped(),
+            EndReason::Unavailable => Error::lock_unavailable(&self.key),
+            EndReason::Lost => Error::lost(&self.key, loss),
         }
     }
 
@@ -465,6 +545,52 @@ impl Claim {
         match &status.problem {
             Some(problem) => error.with_source(problem.clone()),
             None => error,
+        }
+    }
+
+    /// How the claim stands; `None` if it is over.
+    pub(crate) fn snapshot(&self) -> Option<ClaimSnapshot> {
+        let status = self.current();
+        let (state, until) = match &status.phase {
+            Phase::Acquiring => (ClaimState::Connecting, None),
+            Phase::Queueing => (ClaimState::Queueing, None),
+            Phase::Held { until, .. } => (ClaimState::Held, Some(until)),
+            Phase::Ending { .. } => (ClaimState::Releasing, None),
+            Phase::Ended { .. } => return None,
+        };
+        Some(ClaimSnapshot {
+            key: self.key.clone(),
+            is_guard: self.is_for_one_term(),
+            state,
+            token: status.token.filter(|_| until.is_some()),
+            time_left: until.map(|until| until.left()),
+            last_error: status.problem.clone(),
+            last_loss: status.last_loss.clone(),
+            waiting_threads: 0,
+        })
+    }
+
+    // What the manager's observer is told.
+
+    /// Tells the observer what has happened to the claim. To be called under no mutex but that of the engine, and not by a thread
+    /// that must not block.
+    pub(crate) fn tell(&self) {
+        if let Some(story) = &self.story {
+            story.tell();
+        }
+    }
+
+    /// The server has answered a heartbeat.
+    pub(crate) fn note_heartbeat(&self, round_trip: Duration) {
+        if let Some(story) = &self.story {
+            story.heartbeat(round_trip);
+        }
+    }
+
+    /// The release was not confirmed.
+    pub(crate) fn note_trouble(&self, error: &Error) {
+        if let Some(story) = &self.story {
+            story.trouble(error.clone());
         }
     }
 
@@ -546,7 +672,12 @@ impl Claim {
     pub(crate) fn announce_queueing(&self) {
         let mut status = self.status.lock();
         if status.is_open() {
-            status.phase = Phase::Queueing;
+            status.phase = match status.span {
+                Span::OneTerm { waits: false, at_most } => {
+                    Phase::Ending { reason: EndReason::Unavailable, by: Instant::now() + at_most }
+                }
+                _ => Phase::Queueing,
+            };
             status.problem = None;
             status.notify();
         }
@@ -559,11 +690,15 @@ impl Claim {
             if status.session_killed {
                 return false;
             }
-            let (term, lost) = bounded(0);
-            status.phase = Phase::Held { until: Arc::new(Expiry::new(until)), _term: term };
+            let (term, lost) = Lost::pair();
+            let warning = Warning::new(self.grace.is_some());
+            status.phase = Phase::Held { until: Arc::new(Expiry::new(until)), _term: term, warning };
             status.problem = None;
             status.lost = lost;
             status.token = token;
+            if let Some(story) = &self.story {
+                story.acquired(token);
+            }
             status.notify();
         }
         // If the claim has ended, the engine sees the release at its next step.
@@ -576,7 +711,7 @@ impl Claim {
         match &status.phase {
             Phase::Held { until: expiry, .. } if !expiry.has_passed() && expiry.move_to(until) => true,
             Phase::Held { .. } => {
-                status.lose(LossReason::LeaseNotRenewed);
+                status.lose(LossReason::LeaseNotRenewed, self.story.as_ref());
                 false
             }
             // The engine sees the release at its next step.
@@ -590,7 +725,7 @@ impl Claim {
         let mut status = self.status.lock();
         let held = matches!(status.phase, Phase::Held { .. });
         if held {
-            status.lose(reason);
+            status.lose(reason, self.story.as_ref());
         }
         held
     }
@@ -607,6 +742,9 @@ impl Claim {
         if status.is_open() {
             status.phase = Phase::Acquiring;
             if !was_killed {
+                if let (Some(story), Some(problem)) = (&self.story, &problem) {
+                    story.trouble(problem.clone());
+                }
                 status.problem = problem;
                 status.failed_attempts += 1;
             }
@@ -667,10 +805,18 @@ impl Status {
         !matches!(self.phase, Phase::Ending { .. } | Phase::Ended { .. })
     }
 
-    fn lose(&mut self, reason: LossReason) {
-        self.phase = Phase::Acquiring;
+    fn lose(&mut self, reason: LossReason, story: Option<&Story>) {
+        self.phase = match self.span {
+            Span::UntilReleased => Phase::Acquiring,
+            Span::OneTerm { at_most, .. } => {
+                Phase::Ending { reason: EndReason::Lost, by: Instant::now() + at_most }
+            }
+        };
         self.problem = None;
         self.last_loss = Some(Loss::now(reason));
+        if let Some(story) = story {
+            story.lost(reason);
+        }
         self.notify();
     }
 

@@ -331,8 +331,10 @@ impl Supervisor {
             },
             Orders::Exit => Next::Exit,
             Orders::ExitNow => {
-                if let Some(slot) = &mut runner.slot.take() {
+                if let Some(mut slot) = runner.slot.take() {
                     slot.close(Instant::now() + self.heartbeat_timeout);
+                    drop(slot);
+                    self.pool.tell_of_sessions();
                 }
                 Next::Exit
             }
@@ -357,6 +359,8 @@ impl Supervisor {
         {
             slot.taint();
         }
+        drop(slot);
+        self.pool.tell_of_sessions();
     }
 
     // What both do.
@@ -409,12 +413,12 @@ impl Supervisor {
 
 impl Watched for AssignmentCell {
     fn deadline(&self) -> Option<Instant> {
-        self.claim()?.term_ends_at()
+        self.claim()?.deadline()
     }
 
     fn enforce(&self) {
         if let Some(claim) = self.claim() {
-            claim.expire();
+            claim.enforce_deadline();
         }
     }
 }

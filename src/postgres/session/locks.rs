@@ -34,6 +34,8 @@ const BRIEF: Duration = Duration::from_millis(100);
 pub(crate) enum Answer {
     /// It is ours; the token, if there is a catalog.
     Granted { token: Option<i64> },
+    /// Another session holds it, and this one has nothing.
+    Taken,
     /// Another session holds it. Or it was granted in the last moment of a slice without our knowing, or a transaction of
     /// the former holder's is open still.
     NotGranted,
@@ -108,7 +110,7 @@ impl Session {
         if request.entry.is_none() {
             let rows = self.run(Verb::Again, request.shape(), &[(&request.key.id(), Type::INT8)], by)?;
             let granted = only(&rows)?.try_get(0).map_err(Failure::of)?;
-            return Ok(if granted { Answer::Granted { token: None } } else { Answer::NotGranted });
+            return Ok(if granted { Answer::Granted { token: None } } else { Answer::Taken });
         }
         match self.take_known(Verb::Again, request, by) {
             Ok(Some(token)) if former.is_none_or(|former| former < token) => {
@@ -256,7 +258,7 @@ impl Session {
                 self.memory.leased = Some(Leased { key: request.key, shape: request.shape(), token });
                 Answer::Granted { token }
             }
-            None => Answer::NotGranted,
+            None => Answer::Taken,
         }))
     }
 

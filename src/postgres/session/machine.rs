@@ -53,6 +53,9 @@ pub(crate) struct Timing {
     pub(crate) heartbeat: Duration,
     /// The times at which heartbeats are sent.
     pub(crate) rhythm: Rhythm,
+    /// No term begins whose first heartbeat is due already, after a long wait: a heartbeat comes first. For an application
+    /// that is warned of one that is overdue.
+    pub(crate) begins_fresh: bool,
 }
 
 /// The times at which heartbeats are sent: at `offset`, and from then on once each `period`.
@@ -298,7 +301,7 @@ impl Machine {
 
     /// A lock was asked for at `sent` and is ours, which renews the lease as a heartbeat does. If that was too long ago (the
     /// wait took its time, the process was frozen before it read the answer) the server may have taken the lock away again:
-    /// then a heartbeat must ask first.
+    /// then a heartbeat must ask first. And so it must if the term is to [begin fresh](Timing::begins_fresh).
     fn lock_taken(&mut self, sent: Time, now: Time) -> Option<Notice> {
         self.failing_since = None;
         self.has_served = true;
@@ -306,7 +309,9 @@ impl Machine {
             State::Leased { renewed } | State::Renewing { renewed: Some(renewed) } => renewed.max(sent),
             _ => sent,
         };
-        if now >= self.term_end(renewed) {
+        let is_first = self.state == State::Open;
+        let is_stale = is_first && self.timing.begins_fresh && now >= self.heartbeat_after(renewed);
+        if is_stale || now >= self.term_end(renewed) {
             return self.go_to(State::Renewing { renewed: None });
         }
         self.state = State::Leased { renewed };

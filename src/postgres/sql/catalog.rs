@@ -7,10 +7,23 @@ use super::era;
 /// Makes the catalog's tables, sequence and views; or brings them up to date, or refuses what somebody else has made there.
 pub(crate) const CATALOG: &str = concat!(
     include_str!("catalog.sql"),
-    "DO $check$\nDECLARE problem text := (SELECT found.text FROM (\n",
+    "DO $check$\nDECLARE granted record; problem text := (SELECT found.text FROM (\n",
     include_str!("catalog_check.sql"),
     ") AS found);\nBEGIN\n    IF problem IS NOT NULL THEN RAISE EXCEPTION '%', problem USING ERRCODE = 'ZDS01'; END IF;\n    \
-     INSERT INTO dsync.version (version) VALUES (2)\n    \
+     -- Version 2 had no resignations. Whoever may use the locks may use these.\n    \
+     IF EXISTS (SELECT FROM dsync.version AS known WHERE known.version < 3) THEN\n        \
+     FOR granted IN\n            \
+     SELECT allowed.privilege_type AS what,\n                   \
+     CASE WHEN allowed.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(allowed.grantee)) END AS whom\n            \
+     FROM pg_class AS class JOIN pg_namespace AS schema ON schema.oid = class.relnamespace,\n                 \
+     aclexplode(class.relacl) AS allowed\n            \
+     WHERE schema.nspname = 'dsync' AND class.relname = 'lock' AND allowed.grantee <> class.relowner\n              \
+     AND allowed.privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')\n        \
+     LOOP\n            \
+     EXECUTE format('GRANT %s ON %I.resignation TO %s', granted.what, 'dsync', granted.whom);\n        \
+     END LOOP;\n    \
+     END IF;\n    \
+     INSERT INTO dsync.version (version) VALUES (3)\n    \
      ON CONFLICT (sole) DO UPDATE SET version = excluded.version WHERE version.version < excluded.version;\n\
      END $check$;\n\nRESET search_path;\n"
 );
@@ -22,10 +35,10 @@ pub(crate) const CATALOG_CHECK: &str = concat!(
     "WITH found AS MATERIALIZED (",
     include_str!("catalog_check.sql"),
     ") SELECT (SELECT text FROM found), (SELECT about_trust FROM found), \
-        (SELECT count(*) = 6 AND bool_or(class.relname = 'era' AND class.relnatts = 4) \
+        (SELECT count(*) = 7 AND bool_or(class.relname = 'era' AND class.relnatts = 4) \
          FROM pg_class AS class JOIN pg_namespace AS schema ON schema.oid = class.relnamespace \
          WHERE schema.nspname = 'dsync' \
-         AND class.relname IN ('version', 'token', 'era', 'lock', 'locks', 'waiters'))"
+         AND class.relname IN ('version', 'token', 'era', 'lock', 'resignation', 'locks', 'waiters'))"
 );
 
 /// Whether there is the schema, and whether all that is there is this very role's own and as the library makes it, which is
@@ -33,14 +46,15 @@ pub(crate) const CATALOG_CHECK: &str = concat!(
 /// looking things up; what this does not say yes to, that decides.
 pub(crate) const CATALOG_IS_OWN: &str = "WITH object AS MATERIALIZED ( \
          SELECT class.*, schema.nspowner FROM pg_namespace AS schema LEFT JOIN pg_class AS class \
-         ON class.relnamespace = schema.oid AND class.relname IN ('version', 'token', 'era', 'lock', 'locks', 'waiters') \
+         ON class.relnamespace = schema.oid AND class.relname IN ('version', 'token', 'era', 'lock', 'resignation', 'locks', 'waiters') \
          WHERE schema.nspname = 'dsync') \
-     SELECT count(*) > 0, count(*) = 6 AND bool_and( \
+     SELECT count(*) > 0, count(*) = 7 AND bool_and( \
          pg_get_userbyid(nspowner) = current_user AND pg_get_userbyid(relowner) = current_user \
          AND CASE relname WHEN 'version' THEN relkind = 'r' AND relpersistence = 'p' AND relnatts = 2 \
                           WHEN 'token' THEN relkind = 'S' AND relpersistence = 'p' \
                           WHEN 'era' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 4 \
                           WHEN 'lock' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 8 \
+                          WHEN 'resignation' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 4 \
                           ELSE relkind = 'v' END \
          AND NOT relhastriggers AND NOT relhassubclass AND NOT relrowsecurity AND relhasrules = (relkind = 'v')) \
      AND NOT EXISTS ( \
@@ -123,7 +137,7 @@ pub(crate) fn wait_for_tables(patience: Duration) -> String {
     format!("SET LOCAL lock_timeout = {}; ", patience.as_millis().max(1))
 }
 
-/// Forgets the rows of locks that nobody has held for a day, so that the table does not grow with every key ever used.
+/// Forgets the rows of locks that nobody has held for a day, and resignations of that age, so that the table does not grow with every key ever used.
 ///
 /// A row that is taken up again meanwhile has a new `since` when the deletion comes to it, and stays; one that a fenced
 /// transaction has is left for another day. It waits for nobody for long, and ends by itself if we do not.
@@ -134,7 +148,8 @@ pub(crate) const CATALOG_CLEANING: &str = "SET LOCAL lock_timeout = '100ms'; SET
              SELECT FROM pg_locks AS held WHERE held.locktype = 'advisory' \
              AND (held.classid::int8 << 32 | held.objid::int8) = lock.id) \
          LIMIT 10000 FOR UPDATE SKIP LOCKED) AS old \
-     WHERE gone.id = old.id AND gone.pair = old.pair";
+     WHERE gone.id = old.id AND gone.pair = old.pair; \
+     DELETE FROM dsync.resignation WHERE asked < now() - interval '1 day'";
 
 /// Begins the making of the catalog. Of many processes that want to make it at once, one does: `CREATE … IF NOT EXISTS`
 /// alone does not stand that. The number is of no meaning: "dsync" in ASCII.

@@ -1,11 +1,11 @@
--- The catalog of locks, version 2: fencing tokens, and who holds which lock.
+-- The catalog of locks, version 3: fencing tokens, who holds which lock, and who is asked to resign.
 --
 -- The library runs this itself where its role may create a schema. Where it may not, an administrator runs it, in the database
 -- of the locks, and then, for each role that uses locks:
 --
 --     GRANT USAGE ON SCHEMA dsync TO role;
 --     GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO role;
---     GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era TO role;
+--     GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation TO role;
 --     GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO role;
 --
 -- A role that takes no locks, but does fenced writes, needs USAGE on the schema, and SELECT and UPDATE on dsync.lock. One
@@ -55,6 +55,16 @@ CREATE UNLOGGED TABLE IF NOT EXISTS dsync.lock (
     since       timestamptz NOT NULL,
     PRIMARY KEY (id, pair)
 ) WITH (fillfactor = 50);               -- room to write the next term into the same page
+
+-- One row for each lock whose holder was asked to resign. Apart from dsync.lock, whose rows fenced transactions and those who wait
+-- for a lock keep for a while.
+CREATE UNLOGGED TABLE IF NOT EXISTS dsync.resignation (
+    id    int8        NOT NULL,         -- id and pair as in dsync.lock
+    pair  bool        NOT NULL,
+    token int8        NOT NULL,         -- of the term that was asked to end; of no meaning for any other
+    asked timestamptz NOT NULL,
+    PRIMARY KEY (id, pair)
+);
 
 -- Who holds which lock now. A row that was left behind by a term which is over is not shown; where something else holds
 -- the advisory lock, token, annotation and since are null. The backend's start tells a process id that is used again.

@@ -17,6 +17,7 @@ WITH RECURSIVE own (oid) AS (
     ('token', 'S', 'p', NULL),
     ('era', 'r', 'u', '{"sole bool","since timestamptz","place text","server timestamptz"}'),
     ('lock', 'r', 'u', '{"id int8","pair bool","namespace text","key text","token int8","annotation bytea","pid int4","since timestamptz"}'),
+    ('resignation', 'r', 'u', '{"id int8","pair bool","token int8","asked timestamptz"}'),
     ('locks', 'v', 'p', NULL),
     ('waiters', 'v', 'p', NULL)
 ), object AS MATERIALIZED (

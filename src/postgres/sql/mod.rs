@@ -9,6 +9,7 @@ mod claim;
 mod fence;
 mod inspect;
 pub(crate) mod quiet;
+mod resignation;
 pub(crate) mod schema;
 mod session;
 
@@ -16,6 +17,7 @@ pub(crate) use catalog::*;
 pub(crate) use claim::*;
 pub(crate) use fence::*;
 pub(crate) use inspect::*;
+pub(crate) use resignation::*;
 pub(crate) use session::*;
 
 use std::time::Duration;

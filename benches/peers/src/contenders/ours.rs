@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dsync::{CatalogMode, Config, Context, Lock, LockOptions, PostgresManager, SyncManager};
+use dsync::{CatalogMode, Config, Context, Lock, PostgresManager, SyncManager};
 
 use super::Party;
 
@@ -17,7 +17,7 @@ impl Ours {
         let config = Config::from_url(url).expect("a URL").catalog(mode);
         let manager = PostgresManager::new(config).expect("a manager");
         manager.start().expect("a server");
-        let lock = manager.lock("peers", LockOptions::new()).expect("a lock");
+        let lock = manager.lock("peers").expect("a lock");
         Self { lock, _manager: manager }
     }
 }

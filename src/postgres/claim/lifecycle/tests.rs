@@ -53,7 +53,12 @@ const fn finish(end: End) -> Action {
 
 /// Heartbeats are sent at whole seconds.
 fn timing() -> Timing {
-    Timing { term: s(14), heartbeat: HEARTBEAT, rhythm: Rhythm::of(s(16), Duration::ZERO) }
+    Timing {
+        term: s(14),
+        heartbeat: HEARTBEAT,
+        rhythm: Rhythm::of(s(16), Duration::ZERO),
+        begins_fresh: false,
+    }
 }
 
 fn s(seconds: u64) -> Time {
@@ -145,6 +150,25 @@ fn a_lock_that_is_free_is_had_renewed_and_given_back() {
     assert_eq!(lifecycle.action(), UNLOCK);
     assert_eq!(tell(&mut lifecycle, UNLOCKED, s(10)), None);
     assert_eq!(lifecycle.action(), finish(End::Released));
+}
+
+#[test]
+fn a_term_that_begins_fresh_has_its_first_heartbeat_before_it_where_the_wait_was_long() {
+    let timing = Timing { begins_fresh: true, ..timing() };
+    let after_a_wait_until = |now| {
+        let mut lifecycle = Lifecycle::dedicated(timing, UNCERTAINTY_WINDOW, 1);
+        for event in [OPENED, BUSY] {
+            lifecycle.handle(event, s(0));
+        }
+        let notice = tell(&mut lifecycle, granted(0), s(now));
+        (lifecycle, notice)
+    };
+    assert_eq!(after_a_wait_until(4).1, acquired(14));
+    // A heartbeat would have been due at 5 s.
+    let (mut lifecycle, notice) = after_a_wait_until(5);
+    assert_eq!((notice, lifecycle.action()), (None, renew(Time::MAX)));
+    assert_eq!(tell(&mut lifecycle, renewed(5), s(6)), acquired(19));
+    assert_eq!(lifecycle.action(), watch(s(10)));
 }
 
 /// When heartbeats are sent of a session that began `late` after its manager, each `delay` after it is due. All times are the

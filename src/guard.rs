@@ -1,0 +1,293 @@
+//! The everyday interface: a lock for the length of a scope.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::context::Context;
+use crate::error::{Error, ErrorKind, Result, chain};
+use crate::local_queue::{LocalQueue, Turn};
+use crate::lock::Lock;
+use crate::loss::{Loss, Lost};
+use crate::telling::Observing;
+use crate::term::Term;
+
+/// What an implementation of [`Lock`] does for guards. Nobody outside of this library can implement it.
+pub trait Guarded {
+    /// The threads of this process that want a guard of this lock.
+    ///
+    /// # Errors
+    /// In another process than the one that made the lock.
+    fn queue(&self) -> Result<&Arc<LocalQueue>>;
+
+    /// The manager's observer.
+    fn observing(&self) -> Option<&Arc<Observing>>;
+
+    /// Begins a claim of its own for one term, and waits as long as `context` says; without a context, tries once. One that
+    /// fails leaves nothing behind. The lock is wanted since `wanted_since`.
+    fn claim_term(&self, context: Option<&Context>, wanted_since: Instant) -> Result<HeldTerm>;
+
+    /// True if the manager has stopped, which is for good.
+    fn is_stopped(&self) -> bool;
+
+    /// How often a leader is to ask whether it should resign; `None` where nobody can ask it to.
+    fn resignation_interval(&self) -> Option<Duration> {
+        None
+    }
+
+    /// Whether somebody has asked the holder of the term with this token to resign. Asks the server.
+    fn is_asked_to_resign(&self, _token: i64) -> Result<bool> {
+        Ok(false)
+    }
+}
+
+/// A term that was begun for a guard.
+#[derive(Debug)]
+pub struct HeldTerm {
+    pub(crate) term: Term,
+    pub(crate) hold: Box<dyn Hold>,
+}
+
+/// What holds a term.
+pub(crate) trait Hold: fmt::Debug + Send + Sync {
+    /// The lock's key, in text.
+    fn key(&self) -> &str;
+
+    /// How the term was lost, if it was. One whose time is over is lost from then on.
+    fn loss(&self) -> Option<Loss>;
+
+    /// Gives the lock back. Fails with `Lost` if the term had ended before.
+    fn release(&mut self) -> Result<()>;
+}
+
+/// A held lock for the length of a scope: released when dropped.
+///
+/// Made by `acquire` and [`try_acquire`](Lock::try_acquire) of a [`Lock`]. Bind it to a name: `let _ = …` would release at
+/// once.
+///
+/// - It excludes the other threads of this process, too. They take turns, first come, first served, each with a term and a
+///   token of its own, and other processes are served in between. All that wait use one session of the server.
+/// - It is one term. When that is [lost](Self::lost), it does not come back, [`release`](Self::release) says so, and others
+///   may have the lock: a guard does not make the lock safe to lose, so watch the channel.
+/// - It ends its own term and nothing else: no other guard's, and no claim of [`Lock::lock`].
+/// - It does not keep its manager alive: when that is stopped or dropped, the term ends. So one place decides when a service
+///   gives up all that it has.
+///
+/// ```
+/// use std::time::Duration;
+/// use dsync::{MemoryManager, SyncManager};
+///
+/// let manager = MemoryManager::new();
+/// manager.start()?;
+/// let guard = manager.lock("migrations")?.acquire(Duration::from_secs(60))?;
+/// assert!(guard.is_held());
+/// // … migrate …
+/// guard.release()?; // or let it drop: then a failure is only logged
+/// # Ok::<(), dsync::Error>(())
+/// ```
+#[must_use = "the lock is released as soon as the guard is dropped"]
+pub struct LockGuard {
+    term: Term,
+    /// `None` once released.
+    hold: Option<Box<dyn Hold>>,
+    /// Dropped after the hold: the next thread of this process comes when the lock has been given back.
+    turn: Option<Turn>,
+}
+
+impl LockGuard {
+    /// Waits for the lock.
+    pub(crate) fn acquire<L: Lock + ?Sized>(lock: &L, context: &Context) -> Result<Self> {
+        let begun = Instant::now();
+        let (queue, observing) = (lock.queue()?, lock.observing());
+        let gave_up = |kind| {
+            let (waited, key) = (begun.elapsed(), lock.key());
+            let text = format!(
+                "waited {waited:.1?} for lock {key:?}, which a guard of another thread of this process holds, or one of this thread; a \
+                 thread must drop its guard before it takes a second one"
+            );
+            Error::new(kind, text)
+        };
+        Observing::attempt(observing, lock.key(), true, || {
+            let tries_once = match context.ended() {
+                Some(ErrorKind::Cancelled) => {
+                    return Err(Error::new(ErrorKind::Cancelled, "the context was cancelled"));
+                }
+                ended => ended.is_some(),
+            };
+            let turn = match queue.try_enter() {
+                Some(turn) => Ok(turn),
+                None => Observing::thread_waits(observing, lock.key(), || queue.enter(context)),
+            };
+            let turn = turn.map_err(gave_up)?;
+            // Its turn may have come in the very moment in which the context ended, which gives it no attempt of its own.
+            if let Some(kind) = context.ended()
+                && !(tries_once && kind == ErrorKind::TimedOut)
+            {
+                return Err(gave_up(kind));
+            }
+            match Self::begin(lock, turn, (!tries_once).then_some(context), begun) {
+                // The one attempt of a context that had ended.
+                Err(error) if error.kind() == ErrorKind::LockUnavailable => {
+                    Err(Error::new(ErrorKind::TimedOut, format!("another session holds {:?}", lock.key())))
+                }
+                outcome => outcome,
+            }
+        })
+    }
+
+    /// Takes the lock if it is free.
+    pub(crate) fn try_acquire<L: Lock + ?Sized>(lock: &L) -> Result<Option<Self>> {
+        let (begun, queue) = (Instant::now(), lock.queue()?);
+        let outcome = Observing::attempt(lock.observing(), lock.key(), true, || match queue.try_enter() {
+            Some(turn) => Self::begin(lock, turn, None, begun),
+            None => Err(Error::new(ErrorKind::LockUnavailable, "another thread of this process holds it")),
+        });
+        match outcome {
+            Ok(guard) => Ok(Some(guard)),
+            Err(error) if error.kind() == ErrorKind::LockUnavailable => Ok(None),
+            // The caller has set no time.
+            Err(error) if error.kind() == ErrorKind::TimedOut => {
+                let text = format!("the server could not be asked for {:?}", lock.key());
+                Err(Error::new(ErrorKind::SessionUnavailable, text).with_source(error))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Runs `work` while the lock is held.
+    pub(crate) fn with<L: Lock + ?Sized, T>(
+        lock: &L,
+        context: &Context,
+        work: impl FnOnce(&Term) -> T,
+    ) -> Result<T> {
+        let guard = Self::acquire(lock, context)?;
+        // If it panics, the guard is dropped.
+        let outcome = work(&guard.term);
+        guard.release().map(|()| outcome)
+    }
+
+    fn begin<L: Lock + ?Sized>(
+        lock: &L,
+        turn: Turn,
+        context: Option<&Context>,
+        begun: Instant,
+    ) -> Result<Self> {
+        let HeldTerm { term, hold } = lock.claim_term(context, begun)?;
+        turn.lasts_until(term.lost().clone());
+        Ok(Self { term, hold: Some(hold), turn: Some(turn) })
+    }
+
+    /// The channel of the guard's term. It never reopens.
+    pub fn lost(&self) -> &Lost {
+        // After a freeze of the process this thread may run before the one that closes the channel: then this closes it.
+        if !self.term.is_held() {
+            let _ = self.loss();
+        }
+        self.term.lost()
+    }
+
+    /// The guard's term, for its fencing token.
+    pub fn term(&self) -> &Term {
+        &self.term
+    }
+
+    /// How the term was lost, if it was. `None` also in another process, after a `fork`.
+    pub fn loss(&self) -> Option<Loss> {
+        self.term.check_process().ok().and(self.hold.as_ref())?.loss()
+    }
+
+    /// True if this process still regards the term as going on: see [`Term::is_held`].
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.term.is_held()
+    }
+
+    /// Releases the lock, and says whether the term lasted until then and the server has confirmed its end. A job that asks this
+    /// knows that it had the lock to the end. It returns within the release timeout (2 s by default).
+    ///
+    /// # Errors
+    /// - [`Lost`](ErrorKind::Lost): the term had ended before; another holder may have been at work meanwhile.
+    /// - As [`Lock::release`].
+    pub fn release(mut self) -> Result<()> {
+        self.give_back().0
+    }
+
+    /// Releases the lock as [`release`](Self::release) does, and tells how the term was lost if it did not last until then.
+    pub(crate) fn end(mut self) -> (Result<()>, Option<Loss>) {
+        self.give_back()
+    }
+
+    fn give_back(&mut self) -> (Result<()>, Option<Loss>) {
+        let Some(mut hold) = self.hold.take() else { return (Ok(()), None) };
+        if let Err(error) = self.term.check_process() {
+            // A mutex of the parent's, or of a channel of its, may be locked for ever here. A channel is left alone by all but
+            // the last that leaves it, and the clone is never dropped.
+            std::mem::forget((hold, self.turn.take(), self.term.clone()));
+            return (Err(error), None);
+        }
+        if let Some(turn) = &self.turn {
+            turn.lasts_until_dropped();
+        }
+        let outcome = hold.release();
+        let lost = outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Lost);
+        (outcome, lost.then(|| hold.loss()).flatten())
+    }
+}
+
+impl Drop for LockGuard {
+    /// Releases the lock, waiting no longer than [`LockGuard::release`] does. A failure is logged.
+    fn drop(&mut self) {
+        let Some(key) = self.hold.as_ref().map(|hold| hold.key().to_owned()) else { return };
+        match self.give_back().0 {
+            // The loss itself was logged; in another process there is nothing to release.
+            Err(error) if !matches!(error.kind(), ErrorKind::Lost | ErrorKind::OtherProcess) => {
+                log::warn!("lock {key:?}: {}", chain(&error));
+            }
+            _ => {}
+        }
+    }
+}
+
+impl fmt::Debug for LockGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LockGuard")
+            .field("key", &self.hold.as_ref().map(|hold| hold.key()))
+            .field("term", &self.term)
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::expiry::Expiry;
+    use crate::loss::{Alive, LossReason};
+    use crate::sync::Mutex;
+
+    /// Notices only when it is asked that the time is over.
+    #[derive(Debug)]
+    struct Sleepy(Mutex<Option<Alive>>);
+
+    impl Hold for Sleepy {
+        fn key(&self) -> &str {
+            "k"
+        }
+
+        fn loss(&self) -> Option<Loss> {
+            *self.0.lock() = None;
+            Some(Loss::now(LossReason::LeaseNotRenewed))
+        }
+
+        fn release(&mut self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_guard_whose_time_is_over_is_lost_also_where_nobody_has_seen_it() {
+        let (alive, lost) = Lost::pair();
+        let term = Term::new(lost, None, None).with_expiry(Arc::new(Expiry::new(Instant::now())));
+        let guard = LockGuard { term, hold: Some(Box::new(Sleepy(Mutex::new(Some(alive))))), turn: None };
+        assert!(guard.lost().is_lost());
+    }
+}

@@ -1,0 +1,122 @@
+//! Guards where something ends in the same moment or fails: warnings, cancellations, loggers that panic, managers that stop.
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::RecvTimeoutError;
+use dsync::{Config, Context, ErrorKind, Lock, LockOptions};
+use support::{Database, Server};
+
+use crate::common::{PATIENCE, Process, becomes, begin, kind, lock, process, role, soon, started};
+
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+fn becomes_queued(lock: &Arc<dyn Lock>) {
+    becomes("a thread in the queue", &true, || format!("{lock:?}").contains("waiting_threads: 1"));
+}
+
+#[test]
+fn a_term_that_comes_after_a_long_wait_is_not_warned_of() {
+    let database = Database::fresh().unwrap();
+    let config = Config::from_url(&database.url()).unwrap().lease(Duration::from_secs(6));
+    let (holding, waiting) = (started(config.clone()), started(config));
+    // A term lasts for 4.1 s, and the lease is renewed after 1.5 s.
+    let graceful = waiting.lock_with("x", LockOptions::new().grace(Duration::from_secs(2))).unwrap();
+    let holder = lock(&holding, "x").acquire(soon()).unwrap();
+    let wait = begin(move || graceful.acquire(soon()));
+    thread::sleep(Duration::from_secs(3));
+    holder.release().unwrap();
+    let guard = wait.get().unwrap();
+    assert_eq!(guard.term().warned().recv_timeout(Duration::from_secs(2)), Err(RecvTimeoutError::Timeout));
+    guard.release().unwrap();
+}
+
+#[test]
+fn a_turn_that_comes_when_the_wait_is_cancelled_is_not_taken() {
+    let server = Server::start().unwrap();
+    let config = Config::from_url(&server.url()).unwrap();
+    let config = config.release_timeout(Duration::from_millis(200)).connect_timeout(PATIENCE / 2);
+    let manager = started(config);
+    for _ in 0..5 {
+        let contended = lock(&manager, "x");
+        let guard = contended.acquire(soon()).unwrap();
+        let (context, canceller) = Context::background().with_cancel();
+        let waiter = Arc::clone(&contended);
+        let wait = begin(move || waiter.acquire(context).map(drop));
+        becomes_queued(&contended);
+        let frozen = server.freeze().unwrap();
+        drop(guard);
+        canceller.cancel();
+        assert_eq!(kind(wait.get_within(AT_ONCE)), ErrorKind::Cancelled);
+        frozen.thaw();
+    }
+}
+
+#[test]
+fn a_guard_that_outlives_its_manager_keeps_none_of_its_threads() {
+    Process::start(&mut process("guard_edges::outliving", "outlive")).succeeds();
+}
+
+#[test]
+fn outliving() {
+    if role().as_deref() != Some("outlive") {
+        return;
+    }
+    let database = Database::fresh().unwrap();
+    let manager = started(Config::from_url(&database.url()).unwrap());
+    let guard = lock(&manager, "x").acquire(soon()).unwrap();
+    assert!(!threads().is_empty());
+    drop(manager);
+    becomes("the threads", &Vec::new(), threads);
+    assert_eq!(kind(guard.release()), ErrorKind::Lost);
+}
+
+/// The threads of this process that are the library's.
+fn threads() -> Vec<String> {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.map_while(Result::ok).map(|task| fs::read_to_string(task.path().join("comm")));
+    names.map_while(Result::ok).filter(|name| name.starts_with("dsync")).collect()
+}
+
+#[test]
+fn a_logger_that_panics_leaves_no_claim_behind() {
+    Process::start(&mut process("guard_edges::panicking", "panic")).succeeds();
+}
+
+#[test]
+fn panicking() {
+    static ARMED: AtomicBool = AtomicBool::new(false);
+    struct Bomb;
+    impl log::Log for Bomb {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            let text = record.args().to_string();
+            if text.contains("acquired") && ARMED.swap(false, SeqCst) {
+                panic!("the logger failed at {text:?}");
+            }
+        }
+        fn flush(&self) {}
+    }
+    if role().as_deref() != Some("panic") {
+        return;
+    }
+    log::set_logger(&Bomb).unwrap();
+    log::set_max_level(log::LevelFilter::Debug);
+    let database = Database::fresh().unwrap();
+    let manager = started(Config::from_url(&database.url()).unwrap());
+    for _ in 0..10 {
+        ARMED.store(true, SeqCst);
+        // On this thread if it waits without a limit and nobody else is at work.
+        let outcome = catch_unwind(AssertUnwindSafe(|| lock(&manager, "x").acquire(Context::background())));
+        drop(outcome);
+        assert!(format!("{manager:?}").contains("locks: 0"), "{manager:?}");
+    }
+    ARMED.store(false, SeqCst);
+    lock(&manager, "x").acquire(soon()).unwrap().release().unwrap();
+}

@@ -1,0 +1,133 @@
+//! The examples do what they say, as two processes on one database.
+
+#![allow(clippy::unwrap_used, reason = "all of it is a test")]
+
+use std::env;
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, unbounded};
+use support::Database;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running example. It is killed when dropped.
+struct Example {
+    child: Child,
+    lines: Receiver<String>,
+}
+
+impl Example {
+    fn start(name: &str, database: &Database<'_>) -> Self {
+        let mut child = Command::new(program(name))
+            .env("DATABASE_URL", database.url())
+            // Whatever port is free.
+            .env("HEALTH_ADDRESS", "127.0.0.1:0")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| {
+                panic!("{}: {error}; run cargo build --examples", program(name).display())
+            });
+        let (sender, lines) = unbounded();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        Self { child, lines }
+    }
+
+    /// Waits for a line with `text` in it.
+    fn says(&self, text: &str) -> String {
+        let mut heard = Vec::new();
+        loop {
+            match self.lines.recv_timeout(PATIENCE) {
+                Ok(line) if line.contains(text) => return line,
+                Ok(line) => heard.push(line),
+                Err(_) => panic!("the example does not say {text:?}, but: {heard:#?}"),
+            }
+        }
+    }
+
+    fn is_told(&mut self, line: &str) {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    /// Ends its standard input, and waits for its end.
+    fn succeeds(mut self) {
+        drop(self.child.stdin.take());
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{status}");
+    }
+}
+
+impl Drop for Example {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Cargo builds the examples along with the tests, in a folder beside theirs.
+fn program(name: &str) -> PathBuf {
+    let folder = env::current_exe().unwrap();
+    folder.ancestors().nth(2).unwrap().join("examples").join(name)
+}
+
+#[test]
+fn a_nightly_job_runs_on_one_of_two_machines() {
+    let database = Database::fresh().unwrap();
+    let first = Example::start("batch_worker", &database);
+    first.says("step 1 of");
+    let second = Example::start("batch_worker", &database);
+    second.says("another machine does it already");
+    second.succeeds();
+    first.says("all done");
+    first.succeeds();
+}
+
+#[test]
+fn leaders_follow_each_other() {
+    let database = Database::fresh().unwrap();
+    let mut first = Example::start("leader", &database);
+    first.says("this process leads");
+    let mut second = Example::start("leader", &database);
+    second.says("another process leads");
+    second.is_told("r");
+    second.says("there is a leader to ask: true");
+    first.says("this process has stepped down");
+    second.says("this process leads");
+    second.is_told("");
+    second.says("this process has stepped down");
+    first.says("this process leads");
+    first.is_told("s");
+    first.says("leads: true");
+    second.succeeds();
+    first.succeeds();
+}
+
+#[cfg(feature = "metrics")]
+#[test]
+fn health_and_metrics_are_served() {
+    use std::io::Read;
+    use std::net::TcpStream;
+
+    let database = Database::fresh().unwrap();
+    let example = Example::start("health", &database);
+    let line = example.says("/health");
+    let address = line.split('/').nth(2).unwrap().to_owned();
+    let get = |path: &str| {
+        let mut stream = TcpStream::connect(&address).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let wait_for = |path: &str, text: &str| {
+        support::wait_for(text, PATIENCE, || get(path).contains(text).then_some(())).unwrap();
+    };
+    wait_for("/health", "200 OK");
+    wait_for("/health", "billing-leader");
+    wait_for("/metrics", "dsync_");
+}

@@ -1,0 +1,87 @@
+//! Leaders under random blows: work of one term may overlap that of another only where the former was told to stop.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::unbounded;
+use dsync::{Leader, Tenure};
+use parking_lot::Mutex;
+
+use crate::common::PATIENCE;
+use crate::crew::{Memory, Postgres, World, quick};
+
+/// How long the blows go on.
+const LASTS: Duration = Duration::from_secs(6);
+
+/// By when a holder hears that its session was terminated, which frees the lock at that instant.
+const GRACE: Duration = Duration::from_secs(1);
+
+#[test]
+fn no_work_overlaps_unannounced_in_memory() {
+    chaos(&Memory::new(), Duration::ZERO);
+}
+
+#[test]
+fn no_work_overlaps_unannounced_while_backends_are_terminated() {
+    chaos(&Postgres::new(), GRACE);
+}
+
+fn chaos(world: &dyn World, grace: Duration) {
+    // The work that goes on, by its token.
+    let at_work: Arc<Mutex<Vec<(i64, Tenure)>>> = Arc::default();
+    let (report, reports) = unbounded();
+    let managers = [(); 4].map(|()| world.manager());
+    let leaders: Vec<_> = (managers.iter().enumerate())
+        .map(|(number, manager)| {
+            let (at_work, report) = (Arc::clone(&at_work), report.clone());
+            let mut random = fastrand::Rng::with_seed(number as u64);
+            let work = move |tenure: &Tenure| {
+                let token = tenure.term().token().unwrap();
+                let others: Vec<_> = {
+                    let mut at_work = at_work.lock();
+                    let others = at_work.clone();
+                    at_work.push((token, tenure.clone()));
+                    others
+                };
+                for (other, theirs) in others {
+                    let told = theirs.wait_timeout(grace)
+                        && theirs.stopping().try_recv().is_err_and(|e| e.is_disconnected());
+                    let _ = report.send((number, token, other, told && other < token));
+                }
+                // Some of the work ignores its signal for a while, some returns by itself, and some panics.
+                let piece = Duration::from_millis(random.u64(1..150));
+                match random.u8(0..4) {
+                    0 => while !tenure.wait_timeout(PATIENCE) {},
+                    1 => drop(tenure.wait_timeout(piece)),
+                    _ => thread::sleep(piece),
+                }
+                at_work.lock().retain(|(known, _)| *known != token);
+                assert!(random.u8(0..10) > 0, "a panic now and then");
+            };
+            let options = quick().stand_back(Duration::from_millis(5));
+            let options = options.back_off(Duration::from_millis(1), Duration::from_millis(20));
+            Leader::start_with(manager.lock("x").unwrap(), options, work).unwrap()
+        })
+        .collect();
+    let mut random = fastrand::Rng::with_seed(42);
+    let end = Instant::now() + LASTS;
+    let mut blows = 0;
+    while Instant::now() < end {
+        thread::sleep(Duration::from_millis(random.u64(1..60)));
+        blows += 1;
+        match random.u8(0..4) {
+            0 => drop(random.choice(&leaders).unwrap().step_down()),
+            1 => drop(managers[0].request_resignation("x")),
+            _ => world.strike(),
+        }
+    }
+    let terms: Vec<_> = leaders.iter().map(|leader| leader.status().terms).collect();
+    leaders.iter().for_each(|leader| leader.stop(PATIENCE).unwrap());
+    drop((leaders, report));
+    let overlaps: Vec<_> = reports.iter().collect();
+    println!("{blows} blows, {terms:?} terms, {} overlaps", overlaps.len());
+    assert!(overlaps.iter().all(|(.., announced)| *announced), "unannounced: {overlaps:?}");
+    assert!(terms.iter().all(|terms| *terms > 0) && terms.iter().sum::<u64>() > 20, "{terms:?}");
+    assert!(at_work.lock().is_empty());
+}
