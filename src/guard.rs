@@ -27,6 +27,9 @@ pub trait Guarded {
     /// fails leaves nothing behind. The lock is wanted since `wanted_since`.
     fn claim_term(&self, context: Option<&Context>, wanted_since: Instant) -> Result<HeldTerm>;
 
+    /// Why the last attempt of a guard's claim that goes on has failed.
+    fn trouble(&self) -> Option<Error>;
+
     /// True if the manager has stopped, which is for good.
     fn is_stopped(&self) -> bool;
 
@@ -251,7 +254,7 @@ impl Drop for LockGuard {
 impl fmt::Debug for LockGuard {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LockGuard")
-            .field("key", &self.hold.as_ref().map(|hold| hold.key()))
+            .field("key", &self.hold.as_ref().map_or("released", |hold| hold.key()))
             .field("term", &self.term)
             .finish()
     }

@@ -373,8 +373,7 @@ pub struct LeaderStatus {
     pub last_loss: Option<Loss>,
     /// With which message the closure has panicked the last time.
     pub last_panic: Option<String>,
-    /// What went wrong the last time, beside those. While this leader waits for the lock, a server that cannot be asked is noted
-    /// only where there is a [callback](LeaderOptions::on_event). [`Snapshot::claim`](crate::Snapshot::claim) tells of it always.
+    /// What went wrong the last time, beside those: while this leader waits for the lock, why the server could not be asked for it.
     pub last_error: Option<Error>,
     /// Who led when this leader looked the last time. It looks only where it has a callback and does not lead itself: see
     /// [`LeaderOptions::watch_interval`].

@@ -331,6 +331,18 @@ impl LockOptions {
         self
     }
 
+    /// Says so in the log if the lock, which was made before, lacks what these options ask for.
+    pub(crate) fn tell_if_ignored(&self, key: &str, of_the_lock: &Self) {
+        let grace = self.grace.filter(|_| self.grace != of_the_lock.grace).map(|_| "grace");
+        let token = (self.without_token && !of_the_lock.without_token).then_some("without_token");
+        for option in grace.into_iter().chain(token) {
+            log::warn!(
+                "lock {key:?}: the option {option} is ignored, since there is a handle without it; give the same options \
+                 wherever the lock is made"
+            );
+        }
+    }
+
     pub(crate) fn tell_of_claims(mut self, listener: Sender<()>) -> Self {
         self.on_claim = Some(listener);
         self

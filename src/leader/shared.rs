@@ -209,13 +209,15 @@ impl Shared {
     }
 
     pub(super) fn status(&self) -> LeaderStatus {
+        // Why it does not come to lead, which nobody is told while it waits for the lock.
+        let trouble = self.lock.trouble();
         let state = self.state.lock();
         let mut status = LeaderStatus {
             stands: !matches!(state.phase, Phase::Ended) && !self.is_stopping(),
             terms: state.terms,
             last_loss: state.last_loss.clone(),
             last_panic: state.last_panic.clone(),
-            last_error: state.last_error.clone(),
+            last_error: trouble.or_else(|| state.last_error.clone()),
             leader: state.leader.clone(),
             ..LeaderStatus::default()
         };

@@ -164,6 +164,11 @@ impl Guarded for MemoryLock {
         self.observing.as_ref()
     }
 
+    fn trouble(&self) -> Option<Error> {
+        let is_down = self.server.see(|state| state.is_down());
+        is_down.then(|| Error::new(ErrorKind::SessionUnavailable, "the memory server is down"))
+    }
+
     fn is_stopped(&self) -> bool {
         self.server.see(|state| state.is_stopped(self.manager))
     }

@@ -147,6 +147,7 @@ impl SyncManager for MemoryManager {
             })
         };
         let lock = server.change(|state, _| state.handle(self.id, &key, make))?;
+        options.tell_if_ignored(&lock.text, &lock.options);
         Ok(lock)
     }
 }

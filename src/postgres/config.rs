@@ -633,7 +633,7 @@ impl LeasePlan {
         }
         let message = format!(
             "a grace of {grace:?} must be shorter than {longest:?}, which is what a term has left when its renewal is due; \
-             set a longer lease, or heartbeats that come sooner"
+             shorten it, or set a longer lease, or heartbeats that come sooner"
         );
         Err(Error::new(ErrorKind::InvalidConfig, message))
     }

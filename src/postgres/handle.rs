@@ -187,6 +187,10 @@ impl PostgresLock {
         }
     }
 
+    pub(crate) fn options(&self) -> &LockOptions {
+        &self.options
+    }
+
     /// True if its terms have a token, and a row in the catalog.
     fn has_row(&self) -> bool {
         self.fence.is_some()
@@ -283,6 +287,14 @@ impl Guarded for PostgresLock {
 
     fn observing(&self) -> Option<&Arc<Observing>> {
         self.registry.observing()
+    }
+
+    fn trouble(&self) -> Option<Error> {
+        if !self.registry.origin().is_here() {
+            return None;
+        }
+        let active = self.state.lock().of_guards.last().cloned();
+        active?.claim.snapshot()?.last_error
     }
 
     fn is_stopped(&self) -> bool {

@@ -221,7 +221,8 @@ impl SyncManager for PostgresManager {
         if let Some(grace) = options.grace {
             self.registry.config().lease_plan().check_grace(grace)?;
         }
-        let lock = self.registry.lock(key, options)?;
+        let lock = self.registry.lock(key, options.clone())?;
+        options.tell_if_ignored(lock.key(), lock.options());
         Ok(lock)
     }
 }

@@ -1522,10 +1522,11 @@ fn a_lock_without_token_excludes_all_the_same(world: &dyn World) {
     assert!(lock.try_acquire().unwrap().is_none());
 }
 
-/// Threads of three processes do what they like, as lots have it; the terms must not overlap.
+/// A thousand times six threads of three processes do one thing each at the same moment, as lots have it; the terms must not
+/// overlap, and none is ended by another's owner.
 fn no_schedule_of_guards_and_claims_breaks_exclusion(world: &dyn World) {
     const THREADS: u64 = 6;
-    const STEPS: usize = 170;
+    const SCHEDULES: u64 = 1_000;
     let rivals: [Rival; 3] = world.rivals();
     // For the claim of a process, which its threads share.
     let claims = [(); 3].map(|()| Mutex::new(()));
@@ -1535,45 +1536,45 @@ fn no_schedule_of_guards_and_claims_breaks_exclusion(world: &dyn World) {
         thread::yield_now();
         inside.fetch_sub(1, Ordering::SeqCst);
     };
-    thread::scope(|scope| {
-        for seed in 0..THREADS {
-            let (rivals, claims, visit) = (&rivals, &claims, &visit);
-            scope.spawn(move || {
-                let mut lots = fastrand::Rng::with_seed(seed);
-                for _ in 0..STEPS {
-                    let index = lots.usize(..rivals.len());
-                    let lock = &rivals[index].lock;
-                    let patience = Duration::from_millis(lots.u64(..40));
-                    let guard = match lots.u8(..4) {
-                        0 => lock.try_acquire().unwrap(),
-                        1 => lock.acquire(PATIENCE).map(Some).unwrap(),
-                        2 => match lock.acquire(patience) {
-                            Ok(guard) => Some(guard),
-                            Err(error) => {
-                                assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
-                                None
-                            }
-                        },
-                        _ => {
-                            let _mine = claims[index].lock();
-                            if lock.lock(&Context::timeout(patience)).is_ok() {
-                                visit();
-                            }
-                            lock.release().unwrap();
-                            None
-                        }
-                    };
-                    if let Some(guard) = guard {
-                        visit();
-                        assert!(guard.is_held());
-                        if lots.bool() {
-                            guard.release().unwrap();
-                        }
-                    }
+    let one_thing = |mut lots: fastrand::Rng| {
+        let index = lots.usize(..rivals.len());
+        let lock = &rivals[index].lock;
+        let patience = Duration::from_millis(lots.u64(..10));
+        let guard = match lots.u8(..4) {
+            0 => lock.try_acquire().unwrap(),
+            1 => lock.acquire(PATIENCE).map(Some).unwrap(),
+            2 => match lock.acquire(patience) {
+                Ok(guard) => Some(guard),
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+                    None
                 }
-            });
+            },
+            _ => {
+                let _mine = claims[index].lock();
+                if lock.lock(&Context::timeout(patience)).is_ok() {
+                    visit();
+                }
+                lock.release().unwrap();
+                None
+            }
+        };
+        if let Some(guard) = guard {
+            visit();
+            assert!(guard.is_held(), "somebody else has ended it");
+            if lots.bool() {
+                guard.release().unwrap();
+            }
         }
-    });
+    };
+    for schedule in 0..SCHEDULES {
+        thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let (lots, one_thing) = (fastrand::Rng::with_seed(schedule * THREADS + thread), &one_thing);
+                scope.spawn(move || one_thing(lots));
+            }
+        });
+    }
     assert_free(world);
 }
 

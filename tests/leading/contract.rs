@@ -447,12 +447,12 @@ fn another_leader_is_told_of_once_in_each_term(world: &dyn World) {
     // Made before the leader asks for it, so that the options are these.
     let _lock = manager.lock_with("x", annotated).unwrap();
     let first = Candidate::of(manager, Heeds, quick());
+    let work = first.begins();
     let second = Candidate::new(world, Heeds);
     let others = || match second.events().recv_timeout(PATIENCE).expect("an event") {
         LeaderEvent::AnotherLeads(holder) => holder,
         other => panic!("{other:?}"),
     };
-    let work = first.begins();
     let holder = others();
     assert_eq!((holder.token, holder.annotation.as_deref()), (Some(work.token()), Some(&b"the first"[..])));
     assert_eq!(second.leader.status().leader.map(|leader| leader.token), Some(holder.token));

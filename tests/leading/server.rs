@@ -47,6 +47,22 @@ fn work_that_is_cut_off_has_had_its_signal_before_another_begins() {
     first.begins();
 }
 
+#[test]
+fn the_status_tells_why_a_leader_without_a_callback_does_not_lead() {
+    let server = Server::start().unwrap();
+    let manager = started(Config::from_url(&server.url()).unwrap());
+    server.stop(Shutdown::Fast).unwrap();
+    let lock = manager.lock("x").unwrap();
+    let leader = Leader::start(lock, |tenure| while !tenure.wait_timeout(PATIENCE) {}).unwrap();
+    eventually("the trouble", || leader.status().last_error.is_some());
+    let error = leader.status().last_error.unwrap();
+    assert_eq!(error.kind(), ErrorKind::SessionUnavailable, "{error}");
+    server.start_again().unwrap();
+    eventually("the lead", || leader.status().leads);
+    assert!(leader.status().last_error.is_none(), "it is over");
+    leader.stop(PATIENCE).unwrap();
+}
+
 /// A server that is restarted: the leader hears of its loss, tells what is wrong while nobody can be asked, and leads again.
 #[test]
 fn a_leader_tells_of_an_outage_and_leads_again_after_it() {
