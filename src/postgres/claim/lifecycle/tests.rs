@@ -1,3 +1,5 @@
+//! Timelines of a session and its claims: what happens, and what the lifecycle asks for next.
+
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
