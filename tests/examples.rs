@@ -98,6 +98,8 @@ fn leaders_follow_each_other() {
     second.says("there is a leader to ask: true");
     first.says("this process has stepped down");
     second.says("this process leads");
+    // It has let the second one go first, waits again, and so has the lock next.
+    first.says("another process leads");
     second.is_told("");
     second.says("this process has stepped down");
     first.says("this process leads");
