@@ -177,13 +177,19 @@ impl IdleThread {
     fn new(threads: &ScheduledThreadPool) -> Self {
         /// r2d2 closes idle sessions on this thread, which it looks for every 30 s.
         const AT_MOST: Duration = Duration::from_secs(10);
-        /// Whoever has called gives r2d2 its work a moment later.
+        /// Whoever has called gives r2d2 its work a moment later, so for so long it makes room for that often.
         const FOR_WORK: Duration = Duration::from_millis(20);
         let (call, called) = bounded(1);
-        threads.execute_with_dynamic_delay(Duration::ZERO, move || match called.recv_timeout(AT_MOST) {
-            Err(RecvTimeoutError::Disconnected) => None,
-            Ok(()) => Some(FOR_WORK),
-            Err(RecvTimeoutError::Timeout) => Some(Duration::ZERO),
+        let mut works_until = Instant::now();
+        threads.execute_with_dynamic_delay(Duration::ZERO, move || {
+            let at_most = if Instant::now() < works_until { SLOT_LOOKS_EVERY } else { AT_MOST };
+            match called.recv_timeout(at_most) {
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Ok(()) => works_until = Instant::now() + FOR_WORK,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            // Behind the work that is due by now. A longer delay would be a wait of the pool's own.
+            Some(Duration::ZERO)
         });
         Self(call)
     }
@@ -197,6 +203,9 @@ impl IdleThread {
 
 /// r2d2 makes slots on a thread of its own, which may have to wait for its turn on a busy machine.
 const TURNS: u32 = 10;
+
+/// How often to see whether there is a slot, or work for the thread that makes slots, while somebody waits for one.
+const SLOT_LOOKS_EVERY: Duration = Duration::from_micros(200);
 
 impl Pool {
     pub(crate) fn new(config: &Config, observing: Option<Arc<Observing>>) -> Result<Self> {
@@ -317,8 +326,7 @@ impl Pool {
             self.crowded_at.store(self.now(), Ordering::Relaxed);
         }
         for _ in 0..TURNS {
-            self.idle_thread.call();
-            if let Ok(slot) = self.slots.get_timeout(PATIENCE) {
+            if let Some(slot) = self.await_slot() {
                 return Ok(slot);
             }
             if self.slots.state().connections >= self.slots.max_size() {
@@ -332,6 +340,22 @@ impl Pool {
                 self.slots.max_size()
             ),
         ))
+    }
+
+    /// A slot that is new or comes back within the pool's patience.
+    ///
+    /// r2d2 would wait for it in `parking_lot`, and supervisors take slots whenever they like, so also while the process is being
+    /// forked: see [`IdleThread`].
+    fn await_slot(&self) -> Option<PooledSlot> {
+        let begun = Instant::now();
+        self.idle_thread.call();
+        // Without patience: it asks for one more slot, if there may be one.
+        let mut slot = self.slots.get_timeout(Duration::ZERO).ok();
+        while slot.is_none() && begun.elapsed() < PATIENCE {
+            thread::sleep(SLOT_LOOKS_EVERY);
+            slot = self.slots.try_get();
+        }
+        slot
     }
 
     /// Opens the slot's session if it is not open. `control` can end the attempt.
