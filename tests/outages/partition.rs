@@ -12,7 +12,8 @@ use support::netns::{Direction, Netns};
 use crate::common::{becomes, role};
 use crate::cutoff::witness::{Event, Role, WITNESS, Witness, testify};
 use crate::cutoff::{
-    GRACE, LEASE, Party, all_queue, granted, holds, last_of, length, micros, ms, nothing_is_left, now, queues,
+    GRACE, LEASE, Lateness, Party, all_queue, granted, holds, last_of, length, micros, ms, nothing_is_left,
+    now, queues,
 };
 
 const COUNT: usize = 20;
@@ -72,10 +73,12 @@ fn pull_the_cable(direction: Direction, lease: Duration) {
     // Anywhere between two heartbeats.
     thread::sleep(Duration::from_micros(now().unsigned_abs() % 700_000));
 
+    let late = Lateness::watch();
     let cut_at = now();
     netns.cut(direction).unwrap();
     let done_at = now();
     let last = last_of(&had, COUNT);
+    let late = late.of_a_take_over();
     let grants = granted(operator, COUNT);
     let (lost, last_held) =
         (witness.says_of_all("lost", Event::lost), witness.says_of_all("not held", Event::not_held));
@@ -105,7 +108,8 @@ fn pull_the_cable(direction: Direction, lease: Duration) {
         ms(0, heard_margins[0]),
         ms(done_at, last),
     );
-    assert!(last - cut_at <= length(lease + GRACE) + (done_at - cut_at), "{:.0} ms", ms(cut_at, last));
+    let bound = length(lease + GRACE) + (done_at - cut_at) + late;
+    assert!(last - cut_at <= bound, "{:.0} ms, the bound is {:.0} ms", ms(cut_at, last), ms(0, bound));
 
     netns.restore(direction).unwrap();
     let restored_at = Instant::now();

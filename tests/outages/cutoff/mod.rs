@@ -10,11 +10,13 @@
 pub(crate) mod proxy;
 pub(crate) mod witness;
 
+use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering::SeqCst};
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use dsync::{Config, Context, Lock, Lost, PostgresManager};
 use postgres::Client;
 
@@ -25,6 +27,38 @@ pub(crate) const LEASE: Duration = Duration::from_secs(2);
 
 /// What is promised beyond the lease.
 pub(crate) const GRACE: Duration = Duration::from_secs(1);
+
+/// How late this machine lets threads run, by one that sleeps and looks at the clock.
+///
+/// Nobody promises anything of a machine that is too busy to run the server, and the tests of times are run on such machines, too.
+pub(crate) struct Lateness {
+    worst: Arc<AtomicI64>,
+    _watched: Sender<Infallible>,
+}
+
+impl Lateness {
+    pub(crate) fn watch() -> Self {
+        const NAP: Duration = Duration::from_millis(2);
+        let (watched, over) = bounded(0);
+        let worst = Arc::new(AtomicI64::new(0));
+        let shared = Arc::clone(&worst);
+        thread::spawn(move || {
+            let mut begun = Instant::now();
+            while over.recv_timeout(NAP) == Err(RecvTimeoutError::Timeout) {
+                shared.fetch_max(length(begun.elapsed().saturating_sub(NAP)), SeqCst);
+                begun = Instant::now();
+            }
+        });
+        Self { worst, _watched: watched }
+    }
+
+    /// What the steps from the end of a session to the word of the next holder may take longer for that: those of the system, of the
+    /// server's process that ends, of the one that waits, of the supervisor, and of the thread that is told.
+    pub(crate) fn of_a_take_over(&self) -> Micros {
+        const STEPS: i64 = 5;
+        STEPS * self.worst.load(SeqCst)
+    }
+}
 
 /// A time, in microseconds since 1970.
 pub(crate) type Micros = i64;
