@@ -6,6 +6,7 @@
 
 mod kit;
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,6 +19,8 @@ use kit::{Bench, Contender, Place, Plan, Row, Series, Target, interleave_list, m
 /// Keys of the driver by hand.
 const KEY: i64 = 4711;
 const KEY_WITH_ROW: i64 = 4712;
+/// Those of a set.
+const SET: RangeInclusive<i64> = 4713..=4715;
 
 /// Long enough never to end a call here.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -131,6 +134,9 @@ fn measure(bench: &mut Bench, place: Place) {
     let database = server.database().expect("a database");
     pairs(bench, place, &database.url());
     tries(bench, place, &database.url());
+    if place == Place::OneProcessor {
+        sets(bench, place, &database.url());
+    }
     hand_overs(bench, place, &database.url());
 }
 
@@ -218,6 +224,40 @@ fn tries(bench: &mut Bench, place: Place, url: &str) {
     for (mode, [ours]) in ours.iter().enumerate() {
         let what = place.name(&format!("try_acquire of a busy lock, {}", NAMES[mode]));
         bench.row(Row::compared(what, "µs", floor, ours, None));
+    }
+}
+
+/// Three locks at once. By hand they are three on one session.
+fn sets(bench: &mut Bench, place: Place, url: &str) {
+    let plan = bench.choose(
+        Plan { repetitions: 7, rounds: 500, warm_up: 100 },
+        Plan { repetitions: 3, rounds: 30, warm_up: 10 },
+    );
+    let managers = MODES.map(|mode| kit::manager(url, mode, 4));
+    let by_hand = |name, mut raw: Raw| {
+        Contender::new(name, move || {
+            [micros(time(|| {
+                SET.for_each(|key| raw.lock(key));
+                SET.for_each(|key| raw.unlock(key));
+            }))]
+        })
+    };
+    let mut contenders = vec![
+        by_hand(raw::NAME, Raw::connect(url)),
+        by_hand(raw::NAME_WITH_ROW, Raw::with_row_each(url, SET)),
+    ];
+    contenders.extend(managers.each_ref().map(|manager| {
+        let set = manager.multi_lock(["bench/a", "bench/b", "bench/c"]).expect("a set");
+        Contender::new("dsync", move || {
+            [micros(time(|| set.acquire(PATIENCE).expect("the locks").release().expect("the release")))]
+        })
+    }));
+    let series = interleave_list(plan, contenders);
+    let (floors, ours) = series.split_at(MODES.len());
+    bench.heading(&place.heading("three locks at once, nobody else there"));
+    for (mode, [ours]) in ours.iter().enumerate() {
+        let what = place.name(&format!("multi_lock of three: acquire + release, {}", NAMES[mode]));
+        bench.row(Row::compared(what, "µs", &floors[mode][0], ours, None));
     }
 }
 

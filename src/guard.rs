@@ -9,6 +9,7 @@ use crate::error::{Error, ErrorKind, Result, chain};
 use crate::local_queue::{LocalQueue, Turn};
 use crate::lock::Lock;
 use crate::loss::{Loss, Lost};
+use crate::session_budget::SessionBudget;
 use crate::telling::Observing;
 use crate::term::Term;
 
@@ -22,6 +23,14 @@ pub trait Guarded {
 
     /// The manager's observer.
     fn observing(&self) -> Option<&Arc<Observing>>;
+
+    /// Its place in the order in which every process takes the locks of a set.
+    fn place(&self) -> (bool, i64);
+
+    /// How many sessions there are for sets of locks; `None` where a lock takes none.
+    fn budget(&self) -> Option<&Arc<SessionBudget>> {
+        None
+    }
 
     /// Begins a claim of its own for one term, and waits as long as `context` says; without a context, tries once. One that
     /// fails leaves nothing behind. The lock is wanted since `wanted_since`.
@@ -59,8 +68,30 @@ pub(crate) trait Hold: fmt::Debug + Send + Sync {
     /// How the term was lost, if it was. One whose time is over is lost from then on.
     fn loss(&self) -> Option<Loss>;
 
-    /// Gives the lock back. Fails with `Lost` if the term had ended before.
-    fn release(&mut self) -> Result<()>;
+    /// When a release that begins now must be over.
+    fn release_by(&self) -> Instant;
+
+    /// Gives the lock back, by `by` at the latest. Fails with `Lost` if the term had ended before.
+    fn release(&mut self, by: Instant) -> Result<()>;
+}
+
+/// What a call does while another holder has the lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Deed {
+    Waits,
+    /// Its context had ended before, and so leaves it one attempt.
+    TriesOnce,
+}
+
+impl Deed {
+    /// What a call with this context does. A cancelled one does nothing.
+    pub(crate) fn of(context: &Context) -> Result<Self> {
+        match context.ended() {
+            None => Ok(Self::Waits),
+            Some(ErrorKind::Cancelled) => Err(Error::new(ErrorKind::Cancelled, "the context was cancelled")),
+            Some(_) => Ok(Self::TriesOnce),
+        }
+    }
 }
 
 /// A held lock for the length of a scope: released when dropped.
@@ -98,8 +129,8 @@ pub struct LockGuard {
 }
 
 impl LockGuard {
-    /// Waits for the lock.
-    pub(crate) fn acquire<L: Lock + ?Sized>(lock: &L, context: &Context) -> Result<Self> {
+    /// Waits for the lock, or tries once.
+    pub(crate) fn acquire<L: Lock + ?Sized>(lock: &L, context: &Context, deed: Deed) -> Result<Self> {
         let begun = Instant::now();
         let (queue, observing) = (lock.queue()?, lock.observing());
         let gave_up = |kind| {
@@ -110,13 +141,8 @@ impl LockGuard {
             );
             Error::new(kind, text)
         };
+        let tries_once = deed == Deed::TriesOnce;
         Observing::attempt(observing, lock.key(), true, || {
-            let tries_once = match context.ended() {
-                Some(ErrorKind::Cancelled) => {
-                    return Err(Error::new(ErrorKind::Cancelled, "the context was cancelled"));
-                }
-                ended => ended.is_some(),
-            };
             let turn = match queue.try_enter() {
                 Some(turn) => Ok(turn),
                 None => Observing::thread_waits(observing, lock.key(), || queue.enter(context)),
@@ -163,7 +189,7 @@ impl LockGuard {
         context: &Context,
         work: impl FnOnce(&Term) -> T,
     ) -> Result<T> {
-        let guard = Self::acquire(lock, context)?;
+        let guard = Self::acquire(lock, context, Deed::of(context)?)?;
         // If it panics, the guard is dropped.
         let outcome = work(&guard.term);
         guard.release().map(|()| outcome)
@@ -189,6 +215,12 @@ impl LockGuard {
         self.term.lost()
     }
 
+    /// The key of the lock in text, as [`Key`](crate::Key) displays it.
+    pub fn key(&self) -> &str {
+        // It is there until the release, which takes the guard.
+        self.hold.as_ref().map_or("released", |hold| hold.key())
+    }
+
     /// The guard's term, for its fencing token.
     pub fn term(&self) -> &Term {
         &self.term
@@ -212,15 +244,21 @@ impl LockGuard {
     /// - [`Lost`](ErrorKind::Lost): the term had ended before; another holder may have been at work meanwhile.
     /// - As [`Lock::release`].
     pub fn release(mut self) -> Result<()> {
-        self.give_back().0
+        self.give_back(self.release_by()).0
     }
 
     /// Releases the lock as [`release`](Self::release) does, and tells how the term was lost if it did not last until then.
     pub(crate) fn end(mut self) -> (Result<()>, Option<Loss>) {
-        self.give_back()
+        self.give_back(self.release_by())
     }
 
-    fn give_back(&mut self) -> (Result<()>, Option<Loss>) {
+    /// When a release that begins now must be over.
+    pub(crate) fn release_by(&self) -> Instant {
+        self.hold.as_ref().map_or_else(Instant::now, |hold| hold.release_by())
+    }
+
+    /// Releases the lock by `by` at the latest, unless that was done before.
+    pub(crate) fn give_back(&mut self, by: Instant) -> (Result<()>, Option<Loss>) {
         let Some(mut hold) = self.hold.take() else { return (Ok(()), None) };
         if let Err(error) = self.term.check_process() {
             // A mutex of the parent's, or of a channel of its, may be locked for ever here. A channel is left alone by all but
@@ -231,7 +269,7 @@ impl LockGuard {
         if let Some(turn) = &self.turn {
             turn.lasts_until_dropped();
         }
-        let outcome = hold.release();
+        let outcome = hold.release(by);
         let lost = outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Lost);
         (outcome, lost.then(|| hold.loss()).flatten())
     }
@@ -241,7 +279,7 @@ impl Drop for LockGuard {
     /// Releases the lock, waiting no longer than [`LockGuard::release`] does. A failure is logged.
     fn drop(&mut self) {
         let Some(key) = self.hold.as_ref().map(|hold| hold.key().to_owned()) else { return };
-        match self.give_back().0 {
+        match self.give_back(self.release_by()).0 {
             // The loss itself was logged; in another process there is nothing to release.
             Err(error) if !matches!(error.kind(), ErrorKind::Lost | ErrorKind::OtherProcess) => {
                 log::warn!("lock {key:?}: {}", chain(&error));
@@ -253,10 +291,7 @@ impl Drop for LockGuard {
 
 impl fmt::Debug for LockGuard {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LockGuard")
-            .field("key", &self.hold.as_ref().map_or("released", |hold| hold.key()))
-            .field("term", &self.term)
-            .finish()
+        f.debug_struct("LockGuard").field("key", &self.key()).field("term", &self.term).finish()
     }
 }
 
@@ -281,7 +316,11 @@ mod tests {
             Some(Loss::now(LossReason::LeaseNotRenewed))
         }
 
-        fn release(&mut self) -> Result<()> {
+        fn release_by(&self) -> Instant {
+            Instant::now()
+        }
+
+        fn release(&mut self, _: Instant) -> Result<()> {
             Ok(())
         }
     }

@@ -156,6 +156,12 @@ impl AdvisoryKey {
         }
     }
 
+    /// Its place in the order in which every process takes the locks of a set. **Do not change**: of two processes that take them in
+    /// different orders, each may wait for the other.
+    pub(crate) fn place(self) -> (bool, i64) {
+        (self.is_pair(), self.id())
+    }
+
     pub(crate) fn is_pair(self) -> bool {
         matches!(self, Self::Pair(..))
     }

@@ -16,11 +16,13 @@ mod manager;
 mod memory;
 #[cfg(feature = "metrics")]
 mod metrics_observer;
+mod multi_lock;
 pub mod observer;
 // The folder is called after the server; in the interface, the driver has that name.
 #[path = "postgres/mod.rs"]
 mod pg;
 mod process;
+mod session_budget;
 mod snapshot;
 mod sync;
 mod telling;
@@ -39,6 +41,7 @@ pub use crate::manager::{SyncManager, SyncManagerExt};
 pub use crate::memory::{MemoryManager, MemoryServer};
 #[cfg(feature = "metrics")]
 pub use crate::metrics_observer::MetricsObserver;
+pub use crate::multi_lock::{MultiGuard, MultiLock};
 pub use crate::observer::Observer;
 pub use crate::pg::{CATALOG_SQL, CatalogMode, Config, PostgresManager, Socket, catalog_sql};
 pub use crate::snapshot::{ClaimSnapshot, ClaimState, Snapshot};

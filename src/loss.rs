@@ -117,18 +117,18 @@ impl fmt::Debug for Alive {
 }
 
 /// A channel that any number of parties may close; the first of them does.
-pub(crate) struct Signal(Mutex<Option<Sender<Infallible>>>);
+pub(crate) struct Signal(Mutex<Option<Alive>>);
 
 impl Signal {
     /// A signal, and the channel that disconnects when it is raised.
-    pub(crate) fn new() -> (Arc<Self>, Receiver<Infallible>) {
-        let (sender, channel) = bounded(0);
-        (Arc::new(Self(Mutex::new(Some(sender)))), channel)
+    pub(crate) fn new() -> (Arc<Self>, Lost) {
+        let (alive, lost) = Lost::pair();
+        (Arc::new(Self(Mutex::new(Some(alive)))), lost)
     }
 
     pub(crate) fn raise(&self) {
-        let sender = self.0.lock().take();
-        drop(sender);
+        let alive = self.0.lock().take();
+        drop(alive);
     }
 }
 
@@ -287,20 +287,16 @@ impl fmt::Display for LossReason {
 mod tests {
     use super::*;
 
-    fn is_raised(channel: &Receiver<Infallible>) -> bool {
-        channel.try_recv().is_err_and(|error| error.is_disconnected())
-    }
-
     #[test]
     fn the_end_of_a_term_raises_its_signals_also_those_that_come_later() {
         let ((alive, lost), (first, heard)) = (Lost::pair(), Signal::new());
         lost.raises(&first);
-        assert!(!is_raised(&heard) && !lost.is_lost());
+        assert!(!heard.is_lost() && !lost.is_lost());
         drop(alive);
-        assert!(is_raised(&heard) && lost.is_lost());
+        assert!(heard.is_lost() && lost.is_lost());
         let (late, heard) = Signal::new();
         lost.raises(&late);
-        assert!(is_raised(&heard));
+        assert!(heard.is_lost());
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
+use crate::multi_lock::MultiLock;
 use crate::snapshot::Snapshot;
 
 /// Keeps the locks of an application: one handle per key.
@@ -80,6 +81,15 @@ impl dyn SyncManager + '_ {
     pub fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
         self.lock(key)?.request_resignation()
     }
+
+    /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].
+    ///
+    /// # Errors
+    /// - As [`lock_with_key`](SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key.
+    /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
+    pub fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
+        MultiLock::new(keys.into_iter().map(|key| self.lock(key)))
+    }
 }
 
 /// The same for generic code: `manager.lock(key)` on any `M: SyncManager`.
@@ -121,6 +131,15 @@ pub trait SyncManagerExt: SyncManager {
     /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
     fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
         self.lock(key)?.request_resignation()
+    }
+
+    /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].
+    ///
+    /// # Errors
+    /// - As [`lock_with_key`](SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key.
+    /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
+    fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
+        MultiLock::new(keys.into_iter().map(|key| self.lock(key)))
     }
 }
 

@@ -109,6 +109,16 @@ fn leaders_follow_each_other() {
     first.succeeds();
 }
 
+#[test]
+fn money_is_moved_and_none_is_made() {
+    let database = Database::fresh().unwrap();
+    let clerks = [(); 2].map(|()| Example::start("transfer", &database));
+    for clerk in clerks {
+        clerk.says("the accounts have 500 together");
+        clerk.succeeds();
+    }
+}
+
 #[cfg(feature = "metrics")]
 #[test]
 fn health_and_metrics_are_served() {

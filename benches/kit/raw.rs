@@ -39,7 +39,12 @@ impl Raw {
     /// One whose locks draw a token and write the row of the `key`, which nobody else wants at the same time. The catalog must
     /// be there.
     pub(crate) fn with_row(url: &str, key: i64) -> Self {
-        Self::prepare(connect_for_rows(url, key..=key), LOCK_WITH_ROW, UNLOCK)
+        Self::with_row_each(url, key..=key)
+    }
+
+    /// As `with_row`, for several `keys` at once.
+    pub(crate) fn with_row_each(url: &str, keys: RangeInclusive<i64>) -> Self {
+        Self::prepare(connect_for_rows(url, keys), LOCK_WITH_ROW, UNLOCK)
     }
 
     /// As `with_row`, for any number of `keys` and of sessions that want one at the same time. They must not be keys of the

@@ -92,7 +92,7 @@ impl Shared {
     pub(super) fn begin(&self, guard: LockGuard) -> Result<Tenure, LockGuard> {
         let (signal, stopping) = Signal::new();
         guard.lost().raises(&signal);
-        let tenure = Tenure { term: guard.term().clone(), stopping };
+        let tenure = Tenure { term: guard.term().clone(), stopping: stopping.channel().clone() };
         let mut state = self.state.lock();
         // Whoever stops it does so before a look at the phase.
         if self.is_stopping() || tenure.must_stop() {

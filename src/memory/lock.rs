@@ -164,6 +164,11 @@ impl Guarded for MemoryLock {
         self.observing.as_ref()
     }
 
+    fn place(&self) -> (bool, i64) {
+        // All managers of a server in memory are in one namespace.
+        self.key.advisory("").place()
+    }
+
     fn trouble(&self) -> Option<Error> {
         let is_down = self.server.see(|state| state.is_down());
         is_down.then(|| Error::new(ErrorKind::SessionUnavailable, "the memory server is down"))
@@ -206,7 +211,7 @@ impl Guarded for MemoryLock {
         match (outcome, term) {
             (Ok(()), Some(term)) => Ok(HeldTerm { term, hold: Box::new(claimed) }),
             (outcome, _) => {
-                let released = claimed.release();
+                let released = claimed.release(claimed.release_by());
                 // A guard's claim is released by nobody else, so one that is gone was lost.
                 let failed = outcome.err().filter(|error| error.kind() != ErrorKind::Released);
                 let ended = || match self.server.see(|state| state.is_stopped(self.manager)) {
@@ -237,7 +242,12 @@ impl Hold for ClaimOfGuard {
         self.loss.get().cloned()
     }
 
-    fn release(&mut self) -> Result<()> {
+    fn release_by(&self) -> Instant {
+        // It takes no time.
+        Instant::now()
+    }
+
+    fn release(&mut self, _: Instant) -> Result<()> {
         let Self { lock, id, loss } = self;
         if lock.server.change(|state, gone| state.end(&lock.key, *id, gone)) {
             return Ok(());

@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
+use crate::multi_lock::MultiLock;
 use crate::observer::Observer;
 use crate::snapshot::{ClaimSnapshot, Snapshot};
 use crate::telling::Observing;
@@ -106,6 +107,15 @@ impl MemoryManager {
     /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
     pub fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
         self.lock(key)?.request_resignation()
+    }
+
+    /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].
+    ///
+    /// # Errors
+    /// - As [`lock_with_key`](SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key.
+    /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
+    pub fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
+        MultiLock::new(keys.into_iter().map(|key| self.lock(key)))
     }
 }
 

@@ -25,6 +25,7 @@ use crate::pg::pool::Pool;
 use crate::pg::registry::Registry;
 use crate::pg::sql;
 use crate::pg::sql::{Entry, Request};
+use crate::session_budget::SessionBudget;
 use crate::snapshot::ClaimSnapshot;
 use crate::telling::{Observing, Story};
 use crate::term::{Fence, Term};
@@ -289,6 +290,14 @@ impl Guarded for PostgresLock {
         self.registry.observing()
     }
 
+    fn place(&self) -> (bool, i64) {
+        self.number.place()
+    }
+
+    fn budget(&self) -> Option<&Arc<SessionBudget>> {
+        Some(self.registry.budget())
+    }
+
     fn trouble(&self) -> Option<Error> {
         if !self.registry.origin().is_here() {
             return None;
@@ -331,7 +340,7 @@ impl Guarded for PostgresLock {
         match (outcome, term) {
             (Ok(()), Some(term)) => Ok(HeldTerm { term, hold: Box::new(claimed) }),
             (outcome, _) => {
-                let released = claimed.release();
+                let released = claimed.release(claimed.release_by());
                 // The term has begun and ended since, by a stop or a loss.
                 let ended = || match claimed.claim.ends_for(EndReason::Stopped) {
                     true => Some(Error::stopped()),
@@ -360,10 +369,14 @@ impl Hold for ClaimOfGuard {
         self.claim.last_loss()
     }
 
-    fn release(&mut self) -> Result<()> {
+    fn release_by(&self) -> Instant {
+        self.lock.registry.release_by()
+    }
+
+    fn release(&mut self, by: Instant) -> Result<()> {
         self.lock.check_process()?;
         self.is_released = true;
-        let (claim, by) = (&self.claim, self.lock.registry.release_by());
+        let claim = &self.claim;
         let outcome = match self.lock.active(claim) {
             Some(active) => active.release(by),
             // A stop was faster.
@@ -382,7 +395,7 @@ impl Drop for ClaimOfGuard {
     /// Only after a panic, of the application's logger say, is there something left to do.
     fn drop(&mut self) {
         if !self.is_released {
-            let _ = self.release();
+            let _ = self.release(self.release_by());
         }
     }
 }

@@ -7,6 +7,7 @@ use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
+use crate::multi_lock::MultiLock;
 use crate::pg::config::{CatalogMode, Config};
 use crate::pg::inspect;
 use crate::pg::registry::Registry;
@@ -127,6 +128,15 @@ impl PostgresManager {
     /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
     pub fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
         self.lock(key)?.request_resignation()
+    }
+
+    /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].
+    ///
+    /// # Errors
+    /// - As [`lock_with_key`](SyncManager::lock_with_key), and [`InvalidKey`](ErrorKind::InvalidKey): there is no key.
+    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
+    pub fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
+        MultiLock::new(keys.into_iter().map(|key| self.lock(key)))
     }
 
     /// Who holds the lock with this key, and who waits for it, in whichever process.

@@ -26,6 +26,7 @@ use crate::pg::pool::Slot;
 use crate::pg::session::refusal::Refusal;
 use crate::pg::stream::StreamControl;
 use crate::process::{Origin, drive, no_thread};
+use crate::session_budget::SessionBudget;
 use crate::snapshot::Snapshot;
 use crate::telling::Observing;
 use crate::view::LockView;
@@ -38,6 +39,8 @@ pub(crate) struct Registry {
     observing: Option<Arc<Observing>>,
     state: Mutex<State>,
     idle: Arc<IdleSupervisors>,
+    /// The sessions that sets of locks take.
+    budget: Arc<SessionBudget>,
 }
 
 struct State {
@@ -131,7 +134,9 @@ impl Registry {
         let observing = config.observer.as_ref().map(|observer| Observing::new(Arc::clone(observer)));
         let pool = Arc::new(Pool::new(&config, observing.clone())?);
         let state = Mutex::new(State { stage: Stage::New, pool: Some(pool), locks: HashMap::new() });
-        Ok(Arc::new(Self { config, origin: Origin::here(), observing, state, idle: Arc::default() }))
+        let budget = SessionBudget::new(usize::try_from(config.max_sessions).unwrap_or(usize::MAX));
+        let (origin, idle) = (Origin::here(), Arc::default());
+        Ok(Arc::new(Self { config, origin, observing, state, idle, budget }))
     }
 
     /// Looks at the server: see [`PostgresManager`](crate::PostgresManager).
@@ -221,6 +226,11 @@ impl Registry {
     /// The process that made the manager.
     pub(crate) fn origin(&self) -> Origin {
         self.origin
+    }
+
+    /// The sessions that sets of locks take.
+    pub(crate) fn budget(&self) -> &Arc<SessionBudget> {
+        &self.budget
     }
 
     /// The supervisors without a claim.

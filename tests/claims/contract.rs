@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
 use dsync::{
     Context, Error, ErrorKind, Key, Lock, LockOptions, LossReason, Lost, MemoryManager, MemoryServer,
-    SyncManager, json_valuer,
+    MultiGuard, SyncManager, json_valuer,
 };
 use parking_lot::Mutex;
 
@@ -112,11 +112,19 @@ contract! {
     a_wait_for_another_thread_ends_as_its_context_says
     a_lost_guard_keeps_no_thread_out
     a_claim_and_a_guard_keep_each_other_out
+    a_claim_has_its_turn_among_the_guards_of_its_process
     a_manager_that_stops_ends_guards_and_those_who_wait_for_them
     work_is_done_under_the_lock_which_is_released_when_it_panics
     guards_work_in_generic_code_and_for_any_key
     a_lock_without_token_excludes_all_the_same
     no_schedule_of_guards_and_claims_breaks_exclusion
+    // Several locks at once.
+    a_set_of_locks_is_taken_as_a_whole_and_each_key_once
+    a_set_of_which_one_lock_is_busy_is_not_taken
+    a_set_is_lost_with_the_first_of_its_locks
+    a_set_that_names_nothing_is_refused
+    sets_in_whatever_order_never_wait_for_each_other
+    work_is_done_under_all_locks_of_a_set
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1447,6 +1455,37 @@ fn a_claim_and_a_guard_keep_each_other_out(world: &dyn World) {
     assert_free(world);
 }
 
+fn a_claim_has_its_turn_among_the_guards_of_its_process(world: &dyn World) {
+    const TURNS: usize = 20;
+    let [ours] = world.rivals();
+    let (inside, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let visit = || {
+        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "somebody else is inside");
+        thread::yield_now();
+        inside.fetch_sub(1, Ordering::SeqCst);
+    };
+    thread::scope(|scope| {
+        let guards = [(); 4].map(|()| {
+            scope.spawn(|| {
+                let mut turns = 0;
+                while !over.load(Ordering::SeqCst) || turns == 0 {
+                    let guard = ours.lock.acquire(PATIENCE).unwrap();
+                    visit();
+                    guard.release().unwrap();
+                    turns += 1;
+                }
+            })
+        });
+        for _ in 0..TURNS {
+            ours.lock();
+            visit();
+            ours.release();
+        }
+        over.store(true, Ordering::SeqCst);
+        guards.into_iter().for_each(|guard| guard.join().unwrap());
+    });
+}
+
 fn a_manager_that_stops_ends_guards_and_those_who_wait_for_them(world: &dyn World) {
     let [first, second] = world.rivals();
     let guard = first.lock.acquire(PATIENCE).unwrap();
@@ -1576,6 +1615,135 @@ fn no_schedule_of_guards_and_claims_breaks_exclusion(world: &dyn World) {
         });
     }
     assert_free(world);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Several locks at once
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// True if nobody has the lock with this key.
+fn is_free(manager: &dyn SyncManager, key: &Key) -> bool {
+    manager.lock(key.clone()).unwrap().try_acquire().unwrap().is_some()
+}
+
+fn a_set_of_locks_is_taken_as_a_whole_and_each_key_once(world: &dyn World) {
+    let (ours, theirs) = (world.manager(), world.manager());
+    let keys = [Key::from("x"), Key::from(7), Key::from((7, 7)), Key::from("y")];
+    let named = keys.iter().chain(&keys[..2]).cloned();
+    let set = ours.multi_lock(named).unwrap();
+    assert_eq!(set.keys().count(), keys.len(), "each once");
+    let mirrored = theirs.multi_lock(keys.iter().rev().cloned()).unwrap();
+    assert!(set.keys().eq(mirrored.keys()), "in one order everywhere");
+    for how in [|guard: MultiGuard| guard.release().unwrap(), drop] {
+        let guard = set.acquire(PATIENCE).unwrap();
+        assert!(guard.is_held() && is_open(guard.lost()) && guard.loss().is_none());
+        let tokens = keys.each_ref().map(|key| guard.term(key.clone()).unwrap().token().unwrap());
+        assert!((1..tokens.len()).all(|index| !tokens[..index].contains(&tokens[index])), "{tokens:?}");
+        assert!(guard.term("z").is_none() && guard.terms().count() == keys.len());
+        assert!(keys.iter().all(|key| !is_free(&*theirs, key)));
+        let lost = guard.lost().clone();
+        how(guard);
+        hear(&lost);
+        assert!(keys.iter().all(|key| is_free(&*theirs, key)));
+    }
+}
+
+fn a_set_of_which_one_lock_is_busy_is_not_taken(world: &dyn World) {
+    let (ours, theirs) = (world.manager(), world.manager());
+    let keys = ["x", "y", "z"];
+    let set = ours.multi_lock(keys).unwrap();
+    for busy in keys {
+        let guard = theirs.lock(busy).unwrap().acquire(PATIENCE).unwrap();
+        assert!(set.try_acquire().unwrap().is_none());
+        for context in [no_time(), briefly()] {
+            let error = set.acquire(context).unwrap_err();
+            assert!(error.kind() == ErrorKind::TimedOut && error.to_string().contains(busy), "{error}");
+        }
+        assert_eq!(kind(set.acquire(cancelled())), ErrorKind::Cancelled);
+        for key in keys.into_iter().filter(|key| *key != busy) {
+            assert!(is_free(&*theirs, &key.into()), "{key} was kept, {busy} being busy");
+        }
+        let waiting = {
+            let set = set.clone();
+            begin(move || set.acquire(PATIENCE).map(|guard| guard.is_held()))
+        };
+        guard.release().unwrap();
+        assert!(waiting.get().unwrap());
+        // Given back by the thread that took it.
+        eventually("the end of the set", || keys.iter().all(|key| is_free(&*theirs, &(*key).into())));
+    }
+    set.try_acquire().unwrap().expect("all are free").release().unwrap();
+}
+
+fn a_set_is_lost_with_the_first_of_its_locks(world: &dyn World) {
+    // One lock, since the operator ends the only holder that there is.
+    let manager = world.manager();
+    let single = manager.multi_lock(["x"]).unwrap().acquire(PATIENCE).unwrap();
+    world.take_away();
+    hear(single.lost());
+    assert!(!single.is_held());
+    assert_eq!(single.loss().unwrap().reason, world.reason());
+    assert_eq!(kind(single.release()), ErrorKind::Lost);
+    // What a manager that stops ends is lost, too.
+    let both = manager.multi_lock(["x", "y"]).unwrap().acquire(PATIENCE).unwrap();
+    let lost = both.lost().clone();
+    manager.stop().unwrap();
+    hear(&lost);
+    assert_eq!(kind(both.release()), ErrorKind::Lost);
+    assert_free(world);
+}
+
+fn a_set_that_names_nothing_is_refused(world: &dyn World) {
+    let manager = world.manager();
+    let none: [&str; 0] = [];
+    assert_eq!(kind(manager.multi_lock(none)), ErrorKind::InvalidKey);
+    assert_eq!(kind(manager.multi_lock(["x", ""])), ErrorKind::InvalidKey);
+}
+
+/// Threads of two processes take sets of three of five keys, named in an order that lots have.
+fn sets_in_whatever_order_never_wait_for_each_other(world: &dyn World) {
+    const THREADS: u64 = 4;
+    const ROUNDS: usize = 50;
+    let managers = [(); 2].map(|()| world.manager());
+    let inside = [(); 5].map(|()| AtomicUsize::new(0));
+    let names = ["a", "b", "c", "d", "e"];
+    thread::scope(|scope| {
+        for thread in 0..2 * THREADS {
+            let (manager, inside) = (&managers[usize::from(thread >= THREADS)], &inside);
+            scope.spawn(move || {
+                let mut lots = fastrand::Rng::with_seed(thread);
+                for _ in 0..ROUNDS {
+                    let mine = lots.choose_multiple(0..names.len(), 3);
+                    let set = manager.multi_lock(mine.iter().map(|index| names[*index])).unwrap();
+                    let guard = set.acquire(PATIENCE).unwrap();
+                    for index in &mine {
+                        assert_eq!(
+                            inside[*index].fetch_add(1, Ordering::SeqCst),
+                            0,
+                            "somebody else is inside"
+                        );
+                    }
+                    thread::yield_now();
+                    for index in &mine {
+                        inside[*index].fetch_sub(1, Ordering::SeqCst);
+                    }
+                    guard.release().unwrap();
+                }
+            });
+        }
+    });
+}
+
+fn work_is_done_under_all_locks_of_a_set(world: &dyn World) {
+    let (ours, theirs) = (world.manager(), world.manager());
+    let set = ours.multi_lock(["x", "y"]).unwrap();
+    let held = set.with_lock(PATIENCE, |guard| guard.is_held() && !is_free(&*theirs, &"y".into()));
+    assert!(held.unwrap());
+    let panics = set.clone();
+    thread::spawn(move || panics.with_lock(PATIENCE, |_| panic!("in the middle of the work")))
+        .join()
+        .unwrap_err();
+    assert!(is_free(&*theirs, &"x".into()) && is_free(&*theirs, &"y".into()));
 }
 
 /// Waits until so many threads wait for guards of this lock in this process.

@@ -16,6 +16,7 @@ mod forking;
 mod guard_edges;
 mod guards;
 mod instance;
+mod multi;
 mod observing;
 mod stepping_down;
 mod threads;

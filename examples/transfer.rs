@@ -1,0 +1,86 @@
+//! Takes two locks at once: moves money between accounts, each of which has a lock, from many threads.
+//!
+//! ```text
+//! cargo run --example transfer
+//! ```
+//!
+//! With `DATABASE_URL` set, run it in several terminals at once. Without, it starts a PostgreSQL server of its own.
+
+use std::env;
+use std::error::Error;
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use dsync::postgres::{Client, NoTls};
+use dsync::{Config, PostgresManager};
+
+const ACCOUNTS: i32 = 5;
+const THREADS: u64 = 4;
+const TRANSFERS: usize = 50;
+
+type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
+
+fn main() -> ExitCode {
+    env_logger::init();
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("transfer: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Outcome<()> {
+    let server;
+    let url = match env::var("DATABASE_URL") {
+        Ok(url) => url,
+        Err(_) => {
+            server = support::Server::start()?;
+            server.url()
+        }
+    };
+    let manager = PostgresManager::connect(Config::from_url(&url)?)?;
+    let mut client = Client::connect(&url, NoTls)?;
+    // Two processes that create one table at once would get in each other's way.
+    manager.lock("transfer/tables")?.with_lock(Duration::from_secs(60), |_| {
+        client.batch_execute(&format!(
+            "CREATE TABLE IF NOT EXISTS account (id int PRIMARY KEY, balance bigint NOT NULL);
+             INSERT INTO account SELECT id, 100 FROM generate_series(0, {ACCOUNTS} - 1) AS id ON CONFLICT DO NOTHING"
+        ))
+    })??;
+    let outcomes: Vec<Outcome<()>> = thread::scope(|scope| {
+        let clerks: Vec<_> = (0..THREADS).map(|_| scope.spawn(|| transfers(&manager, &url))).collect();
+        let joined = clerks.into_iter().map(|clerk| clerk.join());
+        joined.map(|outcome| outcome.unwrap_or_else(|_| Err("a thread panicked".into()))).collect()
+    });
+    outcomes.into_iter().collect::<Outcome<()>>()?;
+    let sum: i64 = client.query_one("SELECT sum(balance)::bigint FROM account", &[])?.get(0);
+    println!("all done: the accounts have {sum} together");
+    Ok(())
+}
+
+fn transfers(manager: &PostgresManager, url: &str) -> Outcome<()> {
+    let mut client = Client::connect(url, NoTls)?;
+    for _ in 0..TRANSFERS {
+        let (from, to) = (fastrand::i32(0..ACCOUNTS), fastrand::i32(0..ACCOUNTS));
+        // In whatever order they are named: no two sets ever wait for each other. An account that is named twice is taken once.
+        let accounts = manager.multi_lock([from, to].map(|id| format!("account/{id}")))?;
+        let guard = accounts.acquire(Duration::from_secs(60))?;
+
+        let mut transaction = client.transaction()?;
+        // Fails if one of the locks was lost and has a later holder.
+        guard.fence(&mut transaction)?;
+        let balance = "SELECT balance FROM account WHERE id = $1";
+        let has: i64 = transaction.query_one(balance, &[&from])?.get(0);
+        let amount = fastrand::i64(1..50).min(has);
+        let add = "UPDATE account SET balance = balance + $2 WHERE id = $1";
+        transaction.execute(add, &[&from, &-amount])?;
+        transaction.execute(add, &[&to, &amount])?;
+        transaction.commit()?;
+
+        guard.release()?;
+    }
+    Ok(())
+}
