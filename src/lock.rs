@@ -184,6 +184,36 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// ```
     fn request_resignation(&self) -> Result<bool>;
 
+    /// Takes the lock from whoever holds it, in whichever process, by ending the session that has it; gives who that was, and tells the log
+    /// before it does it. `None` if nobody holds the lock. For an operator who knows that the holder hangs: its work does not
+    /// stop by that, unless it heeds its signal.
+    ///
+    /// A holder of this library hears of it as [`Terminated`](crate::LossReason::Terminated), and its fenced writes are refused from the
+    /// next term on. A guard is over then, and so is a leader's term; a claim acquires the lock again when its turn comes, behind those that wait. What
+    /// else the session does is ended with it: where an application's own session has the lock, that is its transaction.
+    ///
+    /// It takes some round trips on a session of the pool, and waits for the end of the holder's session for up to half the heartbeat timeout. If the
+    /// server does not answer, it takes as long as [`holder`](Self::holder).
+    ///
+    /// # Errors
+    /// Those of `holder`, and
+    /// - [`SessionRefused`](ErrorKind::SessionRefused): the role may not end sessions of the holder's role. PostgreSQL lets members of that role and
+    ///   of `pg_signal_backend` do so, and superusers alone for a superuser's session ([Server Signaling
+    ///   Functions](https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-ADMIN-SIGNAL)).
+    /// - [`TimedOut`](ErrorKind::TimedOut): the session was told to end, and has not ended yet. It will when its process comes to look.
+    ///
+    /// ```
+    /// # use dsync::{MemoryManager, SyncManager};
+    /// # let manager = MemoryManager::new();
+    /// # manager.start()?;
+    /// match manager.lock("nightly-report")?.break_lock()? {
+    ///     Some(holder) => println!("taken from {holder:?}"),
+    ///     None => println!("nobody holds it"),
+    /// }
+    /// # Ok::<(), dsync::Error>(())
+    /// ```
+    fn break_lock(&self) -> Result<Option<Holder>>;
+
     /// How the most recent lost term of this handle ended; `None` if none was lost. A `release` is not a loss.
     fn last_loss(&self) -> Option<Loss>;
 }

@@ -8,6 +8,7 @@ use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
 use crate::multi_lock::MultiLock;
 use crate::snapshot::Snapshot;
+use crate::view::Holder;
 
 /// Keeps the locks of an application: one handle per key.
 ///
@@ -82,6 +83,14 @@ impl dyn SyncManager + '_ {
         self.lock(key)?.request_resignation()
     }
 
+    /// Takes the lock with this key from whoever holds it: see [`Lock::break_lock`]. Gives who that was.
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+    pub fn break_lock(&self, key: impl Into<Key>) -> Result<Option<Holder>> {
+        self.lock(key)?.break_lock()
+    }
+
     /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].
     ///
     /// # Errors
@@ -131,6 +140,14 @@ pub trait SyncManagerExt: SyncManager {
     /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
     fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
         self.lock(key)?.request_resignation()
+    }
+
+    /// Takes the lock with this key from whoever holds it: see [`Lock::break_lock`]. Gives who that was.
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+    fn break_lock(&self, key: impl Into<Key>) -> Result<Option<Holder>> {
+        self.lock(key)?.break_lock()
     }
 
     /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].

@@ -15,7 +15,7 @@ use crate::guard::{Guarded, HeldTerm, Hold};
 use crate::key::Key;
 use crate::local_queue::LocalQueue;
 use crate::lock::{Lock, LockOptions, annotate};
-use crate::loss::{Loss, Lost, lost_already};
+use crate::loss::{Loss, LossReason, Lost, lost_already};
 use crate::telling::{Observing, Story};
 use crate::term::Term;
 use crate::view::Holder;
@@ -316,6 +316,11 @@ impl Lock for MemoryLock {
             return Err(Error::no_resignations());
         }
         self.server.change(|state, _| state.request_resignation(self.manager, &self.key))
+    }
+
+    fn break_lock(&self) -> Result<Option<Holder>> {
+        let holder = self.holder()?;
+        Ok(holder.filter(|_| self.server.take_away(&self.key, LossReason::Terminated)))
     }
 
     fn last_loss(&self) -> Option<Loss> {

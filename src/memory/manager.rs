@@ -15,6 +15,7 @@ use crate::multi_lock::MultiLock;
 use crate::observer::Observer;
 use crate::snapshot::{ClaimSnapshot, Snapshot};
 use crate::telling::Observing;
+use crate::view::Holder;
 
 /// Locks within this process, without a database: for an application's own tests.
 ///
@@ -107,6 +108,14 @@ impl MemoryManager {
     /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
     pub fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
         self.lock(key)?.request_resignation()
+    }
+
+    /// Takes the lock with this key from whoever holds it: see [`Lock::break_lock`]. Gives who that was.
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+    pub fn break_lock(&self, key: impl Into<Key>) -> Result<Option<Holder>> {
+        self.lock(key)?.break_lock()
     }
 
     /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].

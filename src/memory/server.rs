@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 
 use super::state::{Gone, State};
 use crate::key::Key;
+use crate::loss::LossReason;
 
 /// Stands in for the database in an application's tests: [`MemoryManager`](crate::MemoryManager)s on one server exclude
 /// each other as processes on one database do.
@@ -60,10 +61,7 @@ impl MemoryServer {
     /// The lost channel closes, with [`Revoked`](crate::LossReason::Revoked) as the reason, and the claim goes to the
     /// end of the queue: if nobody else waits, it has the lock again, in a new term, when this returns. A guard's is over.
     pub fn revoke(&self, key: impl Into<Key>) -> bool {
-        let key = key.into();
-        let Some((claim, lock)) = self.server.see(|state| state.holder(&key)) else { return false };
-        let annotated = lock.annotated(claim);
-        self.server.change(|state, gone| state.revoke(&key, annotated, gone))
+        self.server.take_away(&key.into(), LossReason::Revoked)
     }
 
     /// Warns the holder that its term is about to end, as a manager on PostgreSQL does when a renewal is overdue: see
@@ -122,6 +120,13 @@ pub(super) struct Server {
 }
 
 impl Server {
+    /// Takes the lock from its holder, for a reason that is told; `false` if there is none.
+    pub(super) fn take_away(&self, key: &Key, reason: LossReason) -> bool {
+        let Some((claim, lock)) = self.see(|state| state.holder(key)) else { return false };
+        let annotated = lock.annotated(claim);
+        self.change(|state, gone| state.revoke(key, annotated, reason, gone))
+    }
+
     /// Looks at the state. What is seen must not be dropped while the mutex is held if it may be the last handle.
     pub(super) fn see<T>(&self, look: impl FnOnce(&State) -> T) -> T {
         look(&self.state.lock())

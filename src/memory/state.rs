@@ -354,13 +354,19 @@ impl State {
     }
 
     /// Takes the lock from this claim, if it has it still; the annotation is for its next term.
-    pub(super) fn revoke(&mut self, key: &Key, annotated: Annotated, gone: &mut Gone) -> bool {
+    pub(super) fn revoke(
+        &mut self,
+        key: &Key,
+        annotated: Annotated,
+        reason: LossReason,
+        gone: &mut Gone,
+    ) -> bool {
         let Some(queue) = self.queues.get_mut(key) else { return false };
         let held = queue
             .front()
             .is_some_and(|front| front.id == annotated.claim && matches!(front.stage, Stage::Held(_)));
         if held && let Some(mut claim) = queue.pop_front() {
-            claim.lose(LossReason::Revoked, &mut self.untold);
+            claim.lose(reason, &mut self.untold);
             claim.annotation = annotated.annotation;
             if claim.is_for_one_term() {
                 gone.push(claim);

@@ -460,6 +460,11 @@ impl Lock for PostgresLock {
         self.registry.request_resignation(&self.key)
     }
 
+    fn break_lock(&self) -> Result<Option<Holder>> {
+        self.check_process()?;
+        self.registry.break_lock(&self.key)
+    }
+
     fn last_loss(&self) -> Option<Loss> {
         if !self.registry.origin().is_here() {
             return None;

@@ -1,11 +1,13 @@
-//! Asks the server who holds and who waits, and asks holders to resign.
+//! Asks the server who holds and who waits, and asks holders to resign, or ends their sessions.
 
+use std::error::Error as _;
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
 use postgres::Row;
+use postgres::error::SqlState;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::key::AdvisoryKey;
 use crate::pg::pool::Pool;
 use crate::pg::session::refusal::Refusal;
@@ -67,6 +69,51 @@ pub(crate) fn request_resignation(pool: &Pool, named: &Named<'_>) -> Result<bool
 pub(crate) fn is_asked_to_resign(pool: &Pool, key: AdvisoryKey, token: i64) -> Result<bool> {
     let rows = pool.ask(sql::IS_ASKED_TO_RESIGN, &[&key.id(), &key.is_pair(), &token])?;
     rows.first().map_or(Ok(false), |row| get(row, 0))
+}
+
+/// Ends the session of the holder, for whose end it waits `at_most`, and tells who that was; `None` if there is none.
+pub(crate) fn break_lock(
+    pool: &Pool,
+    named: &Named<'_>,
+    catalog: bool,
+    at_most: Duration,
+) -> Result<Option<Holder>> {
+    /// Another one may have the lock by the time of the second statement. More of them release it by themselves.
+    const ATTEMPTS: usize = 3;
+    let (id, pair) = (named.key.id(), named.key.is_pair());
+    let millis = i64::try_from(at_most.as_millis()).unwrap_or(i64::MAX);
+    for _ in 0..ATTEMPTS {
+        let Some(holder) = one(pool, named, catalog)?.holder else { return Ok(None) };
+        log::warn!("lock {:?}: ending the session of its holder: {holder:?}", named.name);
+        let rows = pool.ask(sql::END_HOLDER, &[&id, &pair, &holder.pid, &millis]);
+        match rows.map_err(|error| not_ended(error, &holder))?.first().map(|row| get(row, 0)).transpose()? {
+            Some(true) => return Ok(Some(holder)),
+            Some(false) => {
+                let text = format!(
+                    "the server has told backend {} to end, which holds {:?}, and it has not ended within {at_most:?}; see what it \
+                     does in pg_stat_activity",
+                    holder.pid, named.name
+                );
+                return Err(Error::new(ErrorKind::TimedOut, text));
+            }
+            // Released in between.
+            None => {}
+        }
+    }
+    Ok(None)
+}
+
+/// Why the holder's session was not ended.
+fn not_ended(error: Error, holder: &Holder) -> Error {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<postgres::Error>());
+    if cause.and_then(postgres::Error::code) != Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
+        return error;
+    }
+    let text = format!(
+        "the role may not end the session of {holder:?}; grant it pg_signal_backend or the holder's role, or break the lock as a role that \
+         has one of them (a superuser's session is ended by superusers only)"
+    );
+    Error::new(ErrorKind::SessionRefused, text).with_source(error)
 }
 
 /// Adds a holder or a waiter. Only a foreign application can hold a lock with several sessions (`pg_advisory_lock_shared`);

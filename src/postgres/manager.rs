@@ -13,7 +13,7 @@ use crate::pg::inspect;
 use crate::pg::registry::Registry;
 use crate::process::drive;
 use crate::snapshot::Snapshot;
-use crate::view::LockView;
+use crate::view::{Holder, LockView};
 
 /// Distributed locks on PostgreSQL advisory locks.
 ///
@@ -128,6 +128,14 @@ impl PostgresManager {
     /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
     pub fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
         self.lock(key)?.request_resignation()
+    }
+
+    /// Takes the lock with this key from whoever holds it: see [`Lock::break_lock`]. Gives who that was.
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
+    pub fn break_lock(&self, key: impl Into<Key>) -> Result<Option<Holder>> {
+        self.lock(key)?.break_lock()
     }
 
     /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].

@@ -29,7 +29,7 @@ use crate::process::{Origin, drive, no_thread};
 use crate::session_budget::SessionBudget;
 use crate::snapshot::Snapshot;
 use crate::telling::Observing;
-use crate::view::LockView;
+use crate::view::{Holder, LockView};
 
 /// What a manager's handles share; it outlives the manager where they do.
 pub(crate) struct Registry {
@@ -262,6 +262,13 @@ impl Registry {
     pub(crate) fn inspect(&self, key: &Key) -> Result<LockView> {
         let catalog = self.config.catalog != CatalogMode::None;
         self.ask(|pool| inspect::one(pool, &self.named(key, &key.to_string()), catalog))
+    }
+
+    /// Ends the session of whoever holds the lock with this key, and tells who that was.
+    pub(crate) fn break_lock(&self, key: &Key) -> Result<Option<Holder>> {
+        let catalog = self.config.catalog != CatalogMode::None;
+        let at_most = self.config.lease_plan().heartbeat_timeout / 2;
+        self.ask(|pool| inspect::break_lock(pool, &self.named(key, &key.to_string()), catalog, at_most))
     }
 
     /// Asks the holder of the lock with this key to resign; `false` if there is none that has a token.

@@ -118,6 +118,8 @@ contract! {
     guards_work_in_generic_code_and_for_any_key
     a_lock_without_token_excludes_all_the_same
     no_schedule_of_guards_and_claims_breaks_exclusion
+    // What an operator does.
+    a_broken_lock_is_lost_and_goes_to_who_waits
     // Several locks at once.
     a_set_of_locks_is_taken_as_a_whole_and_each_key_once
     a_set_of_which_one_lock_is_busy_is_not_taken
@@ -1615,6 +1617,31 @@ fn no_schedule_of_guards_and_claims_breaks_exclusion(world: &dyn World) {
         });
     }
     assert_free(world);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What an operator does
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn a_broken_lock_is_lost_and_goes_to_who_waits(world: &dyn World) {
+    let [ours, theirs] = world.rivals();
+    assert!(theirs.manager.break_lock("x").unwrap().is_none(), "nobody holds it");
+    let guard = ours.lock.acquire(PATIENCE).unwrap();
+    let (lost, token) = (guard.lost().clone(), guard.term().token());
+    let waiting = theirs.starts_waiting(&Context::background());
+    world.wait_for_waiters(1);
+    let operator = world.manager();
+    assert_eq!(operator.break_lock("x").unwrap().unwrap().token, token);
+    hear(&lost);
+    assert_eq!(guard.loss().unwrap().reason, LossReason::Terminated);
+    assert_eq!(kind(guard.release()), ErrorKind::Lost);
+    waiting.get().unwrap();
+    // A claim has it again in its next term, also where it is broken by its own manager.
+    let first = theirs.lock.term().unwrap();
+    assert_eq!(theirs.lock.break_lock().unwrap().unwrap().token, first.token());
+    hear(first.lost());
+    theirs.gets_it();
+    assert!(theirs.lock.term().unwrap().token() > first.token());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dsync::{
-    Config, Context, Error, ErrorKind, Leader, LockGuard, LockOptions, PostgresManager, SyncManager, Term,
+    Config, Context, Error, ErrorKind, Leader, LockGuard, LockOptions, MultiGuard, MultiLock,
+    PostgresManager, SyncManager, Term,
 };
 use fork::Fork;
 use support::Database;
@@ -20,6 +21,8 @@ struct Inherited {
     waiting: Arc<dyn dsync::Lock>,
     guard: LockGuard,
     leader: Leader,
+    locks: MultiLock,
+    set: MultiGuard,
     term: Term,
     url: String,
 }
@@ -34,6 +37,8 @@ fn scene() {
     held.lock(&soon()).unwrap();
     assert_eq!(kind(waiting.try_lock(&soon())), ErrorKind::LockUnavailable);
     let guard = lock(&manager, "guarded").acquire(soon()).unwrap();
+    let locks = manager.multi_lock(["one", "two"]).unwrap();
+    let set = locks.acquire(soon()).unwrap();
     let (begun, begins) = crossbeam_channel::bounded(1);
     let leader = Leader::start(lock(&manager, "led"), move |tenure| {
         begun.send(tenure.clone()).unwrap();
@@ -44,9 +49,9 @@ fn scene() {
     dsync::init(Config::from_url(&url).unwrap().service("billing")).unwrap();
     let leadership = dsync::leadership_lock().unwrap();
     leadership.lock(&soon()).unwrap();
-    let losts = [held.lost(), guard.lost().clone(), leadership.lost()];
+    let losts = [held.lost(), guard.lost().clone(), set.lost().clone(), leadership.lost()];
     let term = held.term().unwrap();
-    let inherited = Inherited { manager, held, waiting, guard, leader, term, url };
+    let inherited = Inherited { manager, held, waiting, guard, leader, locks, set, term, url };
     match fork::fork().unwrap() {
         Fork::Child => {
             child(&role, inherited);
@@ -62,6 +67,7 @@ fn scene() {
             assert!(inherited.term.is_held() && !tenure.must_stop() && inherited.leader.status().leads);
             inherited.leader.stop(common::PATIENCE).unwrap();
             inherited.guard.release().unwrap();
+            inherited.set.release().unwrap();
             inherited.held.release().unwrap();
             inherited.waiting.release().unwrap();
             inherited.manager.stop().unwrap();
@@ -73,7 +79,7 @@ fn scene() {
 /// What the child does with what it inherited; it says "child: done" at the end.
 fn child(role: &str, inherited: Inherited) {
     let begun = Instant::now();
-    let Inherited { manager, held, waiting, guard, leader, term, url } = inherited;
+    let Inherited { manager, held, waiting, guard, leader, locks, set, term, url } = inherited;
     let told = |what: &str, outcome: Result<(), Error>| {
         let error = outcome.expect_err(what);
         assert_eq!(error.kind(), ErrorKind::OtherProcess, "{what}: {error}");
@@ -91,6 +97,7 @@ fn child(role: &str, inherited: Inherited) {
                 assert!(lock.term().is_none() && lock.last_loss().is_none() && !is_open(&lock.lost()));
                 told("holder", lock.holder().map(drop));
                 told("request_resignation", lock.request_resignation().map(drop));
+                told("break_lock", lock.break_lock().map(drop));
                 let _ = format!("{lock:?}");
             }
             assert!(!leader.step_down() && !leader.status().stands);
@@ -109,6 +116,10 @@ fn child(role: &str, inherited: Inherited) {
             told("is_current", term.is_current(&mut client).map(drop));
             told("fence", term.fence(&mut client.transaction().unwrap()));
             told("release of a guard", guard.release());
+            told("acquire of a set", locks.acquire(soon()).map(drop));
+            told("try_acquire of a set", locks.try_acquire().map(drop));
+            assert!(!set.is_held() && set.loss().is_none());
+            told("release of a set", set.release());
             std::mem::forget(manager);
         }
         "the process-wide instance" => {
@@ -119,9 +130,9 @@ fn child(role: &str, inherited: Inherited) {
             let own = dsync::lock_with_key("held", LockOptions::new()).unwrap();
             assert_eq!(kind(own.try_lock(&soon())), ErrorKind::LockUnavailable);
             dsync::shutdown().unwrap();
-            drop((leader, guard, held, waiting, term, manager));
+            drop((leader, guard, set, locks, held, waiting, term, manager));
         }
-        "drops" => drop((leader, guard, held, waiting, term, manager)),
+        "drops" => drop((leader, guard, set, locks, held, waiting, term, manager)),
         "its own manager" => {
             let own = started(Config::from_url(&url).unwrap());
             assert_eq!(kind(lock(&own, "held").try_lock(&soon())), ErrorKind::LockUnavailable);
@@ -129,7 +140,7 @@ fn child(role: &str, inherited: Inherited) {
             another.lock(&soon()).unwrap();
             another.release().unwrap();
             own.stop().unwrap();
-            drop((leader, guard, held, waiting, term, manager));
+            drop((leader, guard, set, locks, held, waiting, term, manager));
         }
         other => panic!("there is no role {other:?}"),
     }
@@ -147,14 +158,14 @@ fn play(role: &str) {
     command.env("DATABASE_URL", database.url()).stdin(Stdio::piped());
     let mut process = Process::start(&mut command);
     process.says("child: done");
-    for key in ["held", "guarded", "led"] {
+    for key in ["held", "guarded", "led", "one", "two"] {
         let lock = lock(&rival, key);
         assert_eq!(kind(lock.try_lock(&soon())), ErrorKind::LockUnavailable, "{key} is the parent's still");
         lock.release().unwrap();
     }
     process.go_on();
     process.succeeds();
-    for key in ["held", "guarded", "led"] {
+    for key in ["held", "guarded", "led", "one", "two"] {
         lock(&rival, key).lock(&soon()).unwrap();
     }
 }

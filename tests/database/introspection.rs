@@ -473,3 +473,65 @@ fn what_is_told_in_the_midst_of_a_load_is_of_one_term() {
         assert_eq!(terms.get(&token), Some(&told), "token {token}");
     }
 }
+
+#[test]
+fn a_lock_is_broken_by_who_may_end_the_holder_s_session() {
+    let database = Database::fresh().unwrap();
+    let mut administrator = database.client().unwrap();
+    let [holder, operator] = ["holder", "operator"].map(|name| format!("{name}_{}", database.name()));
+    administrator
+        .batch_execute(&format!("CREATE ROLE {holder} LOGIN; CREATE ROLE {operator} LOGIN; GRANT CREATE ON DATABASE {} TO {holder}", database.name()))
+        .unwrap();
+    let manager = |role: &str| {
+        let url = database.url().replace("postgres@", &format!("{role}@"));
+        started(Config::from_url(&url).unwrap().catalog(CatalogMode::None))
+    };
+    let (ours, theirs) = (manager(&holder), manager(&operator));
+    let guard = lock(&ours, "x").acquire(PATIENCE).unwrap();
+    let refusal = theirs.break_lock("x").unwrap_err();
+    assert_eq!(refusal.kind(), ErrorKind::SessionRefused);
+    assert!(refusal.to_string().contains("pg_signal_backend"), "{refusal}");
+    assert!(guard.is_held());
+    administrator.batch_execute(&format!("GRANT pg_signal_backend TO {operator}")).unwrap();
+    let ended = theirs.break_lock("x").unwrap().unwrap();
+    assert!(guard.lost().wait_timeout(PATIENCE));
+    assert!(theirs.inspect("x").unwrap().holder.is_none());
+    let alive = "SELECT FROM pg_stat_activity WHERE pid = $1";
+    assert!(administrator.query(alive, &[&ended.pid]).unwrap().is_empty());
+
+    // A superuser's.
+    let lock_by_hand = "SELECT pg_advisory_lock(4711)";
+    administrator.execute(lock_by_hand, &[]).unwrap();
+    let refusal = theirs.break_lock(4711).unwrap_err();
+    assert!(
+        refusal.kind() == ErrorKind::SessionRefused && refusal.to_string().contains("superuser"),
+        "{refusal}"
+    );
+    // An application's own session, which nothing but its number tells of.
+    administrator.execute("SELECT pg_advisory_unlock(4711)", &[]).unwrap();
+    let mut application =
+        Client::connect(&database.url().replace("postgres@", &format!("{holder}@")), postgres::NoTls)
+            .unwrap();
+    application.execute(lock_by_hand, &[]).unwrap();
+    let ended = theirs.break_lock(4711).unwrap().unwrap();
+    assert_eq!(ended.token, None);
+    assert!(application.simple_query("SELECT 1").is_err());
+    administrator
+        .batch_execute(&format!("REVOKE ALL ON DATABASE {} FROM {holder}", database.name()))
+        .unwrap();
+}
+
+#[test]
+fn a_holder_that_does_not_end_when_it_is_told_to_is_told_of() {
+    let database = Database::fresh().unwrap();
+    let ours = started(config(&database));
+    let mut administrator = database.client().unwrap();
+    administrator.execute("SELECT pg_advisory_lock(4711)", &[]).unwrap();
+    let pid: i32 = administrator.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+    support::process::signal(pid, Signal::Stop).unwrap();
+    let outcome = ours.break_lock(4711);
+    support::process::signal(pid, Signal::Continue).unwrap();
+    let error = outcome.unwrap_err();
+    assert!(error.kind() == ErrorKind::TimedOut && error.to_string().contains(&pid.to_string()), "{error}");
+    eventually("the end of the session", || ours.inspect(4711).unwrap().holder.is_none());
+}

@@ -1,4 +1,4 @@
-//! The statement that tells who holds and who waits.
+//! The statement that tells who holds and who waits, and the one that ends a holder's session.
 
 /// Whose locks are asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,3 +51,11 @@ pub(crate) fn inspect(scope: Scope) -> String {
                   term.holds DESC NULLS LAST, found.waitstart NULLS LAST, found.pid"
     )
 }
+
+/// Ends the session of a backend that holds a lock: `$1` key, `$2` whether it is a pair, `$3` the backend, `$4` how long to wait for its
+/// end, in milliseconds. Gives a row if that backend has the lock: whether it has ended.
+pub(crate) const END_HOLDER: &str = "SELECT pg_terminate_backend(held.pid, $4::int8) FROM pg_locks AS held \
+     WHERE held.locktype = 'advisory' AND held.granted AND held.pid = $3::int4 \
+       AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+       AND (held.classid::int8 << 32 | held.objid::int8) = $1::int8 AND (held.objsubid = 2) = $2::bool \
+     LIMIT 1";
