@@ -101,9 +101,7 @@ impl LocalQueue {
         state.turn = Some(Current { number, lost: None });
         Some(Turn { queue: Arc::clone(self), number })
     }
-}
 
-impl LocalQueue {
     /// How many threads wait for their turn.
     pub(crate) fn waiting(&self) -> usize {
         self.0.lock().waiting.len()

@@ -16,20 +16,9 @@ use dsync::{
 };
 use parking_lot::Mutex;
 
-/// Makes tests of the functions named, once for each implementation. One that is forgotten here is dead code, which the
-/// compiler reports.
-macro_rules! contract {
-    ($($behaviour:ident)*) => {
-        mod memory {
-            $(#[test] fn $behaviour() { super::$behaviour(&super::Memory::new()); })*
-        }
-        mod postgres {
-            $(#[test] fn $behaviour() { super::$behaviour(&super::Postgres::new()); })*
-        }
-    };
-}
+use crate::common::on_both;
 
-contract! {
+on_both! {
     // Exclusion, and giving the lock on.
     one_of_two_managers_gets_the_lock
     a_released_lock_goes_to_whoever_asks_next

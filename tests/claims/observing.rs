@@ -15,18 +15,7 @@ use dsync::{
 };
 use parking_lot::Mutex;
 
-use crate::common::{Outcome, PATIENCE, becomes, begin, eventually, hear, soon, wait_in_thread};
-
-macro_rules! on_both {
-    ($($behaviour:ident)*) => {
-        mod memory {
-            $(#[test] fn $behaviour() { super::$behaviour(&super::Memory::new()); })*
-        }
-        mod postgres {
-            $(#[test] fn $behaviour() { super::$behaviour(&super::Postgres::new()); })*
-        }
-    };
-}
+use crate::common::{Outcome, PATIENCE, becomes, begin, eventually, hear, on_both, soon, wait_in_thread};
 
 on_both! {
     a_guard_tells_of_its_call_its_term_and_its_release

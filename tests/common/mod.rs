@@ -19,6 +19,22 @@ use socket2::SockRef;
 /// What should happen has this long, so that a fault is a failed test and not a hung one.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Makes tests of the functions named, once for each implementation: the `Memory` and the `Postgres` of the file. One that is forgotten
+/// here is dead code, which the compiler reports.
+#[allow(unused_macros, reason = "not every program of tests has such functions")]
+macro_rules! on_both {
+    ($($behaviour:ident)*) => {
+        mod memory {
+            $(#[test] fn $behaviour() { super::$behaviour(&super::Memory::new()); })*
+        }
+        mod postgres {
+            $(#[test] fn $behaviour() { super::$behaviour(&super::Postgres::new()); })*
+        }
+    };
+}
+#[allow(unused_imports, reason = "as above")]
+pub(crate) use on_both;
+
 pub(crate) fn soon() -> Context {
     Context::timeout(PATIENCE)
 }

@@ -9,24 +9,11 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{bounded, unbounded};
 use dsync::{ErrorKind, Leader, LeaderEvent, LeaderOptions, LockOptions, LossReason};
 
-use crate::common::{PATIENCE, eventually, kind, soon};
+use crate::common::{PATIENCE, eventually, kind, on_both, soon};
 use crate::crew::Manner::{Heeds, Ignores};
-use crate::crew::{Candidate, World, quick};
+use crate::crew::{Candidate, Memory, Postgres, World, quick};
 
-/// Makes tests of the functions named, once for each implementation. One that is forgotten here is dead code, which the
-/// compiler reports.
-macro_rules! contract {
-    ($($behaviour:ident)*) => {
-        mod memory {
-            $(#[test] fn $behaviour() { super::$behaviour(&crate::crew::Memory::new()); })*
-        }
-        mod postgres {
-            $(#[test] fn $behaviour() { super::$behaviour(&crate::crew::Postgres::new()); })*
-        }
-    };
-}
-
-contract! {
+on_both! {
     // Whose work runs when.
     work_runs_in_each_term_on_a_thread_that_has_the_name_of_the_lock
     the_lock_is_given_back_when_the_work_has_returned_and_not_before
