@@ -36,6 +36,10 @@ fn what_threads_share_may_be_sent_and_shared() {
     is_shared::<dyn dsync::Lock>();
     is_shared::<dyn dsync::SyncManager>();
     is_shared::<dsync::LockGuard>();
+    is_shared::<dsync::MultiLock>();
+    is_shared::<dsync::MultiGuard>();
+    is_shared::<dsync::Leader>();
+    is_shared::<dsync::Tenure>();
     is_shared::<dsync::Term>();
     is_shared::<dsync::Lost>();
     is_shared::<dsync::Context>();
@@ -51,20 +55,21 @@ fn what_threads_share_may_be_sent_and_shared() {
     is_shared::<dsync::Snapshot>();
 }
 
-/// All that `lib.rs` exports, and what its public modules have, in the order of the names.
+/// All that `lib.rs` exports, and what its public modules have, each in the order of the names.
 fn interface(sources: &Path) -> String {
     let library = parse(&sources.join("lib.rs"));
-    let mut names = BTreeSet::new();
+    let mut rooms = vec![(String::new(), BTreeSet::new())];
     for item in &library {
         if let Item::Use(item) = item
             && is_public(&item.vis)
         {
-            leaves(&item.tree, &mut names);
+            leaves(&item.tree, &mut rooms[0].1);
         } else if let Item::Mod(item) = item
             && is_public(&item.vis)
         {
             let module = sources.join(format!("{}.rs", item.ident));
-            names.extend(parse(&module).iter().filter_map(public_name));
+            let names = parse(&module).iter().filter_map(public_name).collect();
+            rooms.push((format!("// The module {}\n\n", item.ident), names));
         }
     }
     let mut files = Vec::new();
@@ -73,13 +78,16 @@ fn interface(sources: &Path) -> String {
     let mut items = Vec::new();
     files.iter().for_each(|file| items.extend(parse(file)));
     let mut text = String::new();
-    for name in names {
-        let mut found: Vec<String> = items.iter().filter_map(|item| shown(item, &name)).collect();
-        if found.is_empty() {
-            found.push(format!("pub use ::{name};\n"));
+    for (heading, names) in rooms {
+        text += &heading;
+        for name in names {
+            let mut found: Vec<String> = items.iter().filter_map(|item| shown(item, &name)).collect();
+            if found.is_empty() {
+                found.push(format!("pub use ::{name};\n"));
+            }
+            found.iter().for_each(|one| writeln!(text, "{}", one.trim_end()).unwrap());
+            text.push('\n');
         }
-        found.iter().for_each(|one| writeln!(text, "{}", one.trim_end()).unwrap());
-        text.push('\n');
     }
     text.trim_end().to_owned() + "\n"
 }
@@ -178,7 +186,7 @@ fn shown(item: &Item, name: &str) -> Option<String> {
         _ => return None,
     };
     let file = syn::File { shebang: None, frontmatter: None, attrs: Vec::new(), items: vec![item] };
-    Some(prettyplease::unparse(&file).replace(" {}", ";"))
+    Some(prettyplease::unparse(&file).replace(",\n    {}", ";").replace(" {}", ";"))
 }
 
 /// What is said of an item beside its documentation.
