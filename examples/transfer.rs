@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use dsync::postgres::{Client, NoTls};
+use dsync::postgres::{self, Client, NoTls, Transaction};
 use dsync::{Config, PostgresManager};
 
 const ACCOUNTS: i32 = 5;
@@ -26,7 +26,7 @@ fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("transfer: {error}");
+            eprintln!("transfer: {error}: {:?}", error.source());
             ExitCode::FAILURE
         }
     }
@@ -46,7 +46,7 @@ fn run() -> Outcome<()> {
     // Two processes that create one table at once would get in each other's way.
     manager.lock("transfer/tables")?.with_lock(Duration::from_secs(60), |_| {
         client.batch_execute(&format!(
-            "CREATE TABLE IF NOT EXISTS account (id int PRIMARY KEY, balance bigint NOT NULL);
+            "CREATE TABLE IF NOT EXISTS account (id int PRIMARY KEY, balance bigint NOT NULL CHECK (balance >= 0));
              INSERT INTO account SELECT id, 100 FROM generate_series(0, {ACCOUNTS} - 1) AS id ON CONFLICT DO NOTHING"
         ))
     })??;
@@ -65,22 +65,34 @@ fn transfers(manager: &PostgresManager, url: &str) -> Outcome<()> {
     let mut client = Client::connect(url, NoTls)?;
     for _ in 0..TRANSFERS {
         let (from, to) = (fastrand::i32(0..ACCOUNTS), fastrand::i32(0..ACCOUNTS));
-        // In whatever order they are named: no two sets ever wait for each other. An account that is named twice is taken once.
+        // In whatever order they are named: sets never wait for each other in a circle. An account that is named twice is taken once.
         let accounts = manager.multi_lock([from, to].map(|id| format!("account/{id}")))?;
         let guard = accounts.acquire(Duration::from_secs(60))?;
 
         let mut transaction = client.transaction()?;
         // Fails if one of the locks was lost and has a later holder.
         guard.fence(&mut transaction)?;
-        let balance = "SELECT balance FROM account WHERE id = $1";
-        let has: i64 = transaction.query_one(balance, &[&from])?.get(0);
-        let amount = fastrand::i64(1..50).min(has);
-        let add = "UPDATE account SET balance = balance + $2 WHERE id = $1";
-        transaction.execute(add, &[&from, &-amount])?;
-        transaction.execute(add, &[&to, &amount])?;
+        // Nobody else changes them between the reads and the writes.
+        let amount = balance(&mut transaction, from)?.min(fastrand::i64(1..50));
+        let rest = balance(&mut transaction, from)? - amount;
+        set_balance(&mut transaction, from, rest)?;
+        let sum = balance(&mut transaction, to)? + amount;
+        set_balance(&mut transaction, to, sum)?;
         transaction.commit()?;
 
         guard.release()?;
     }
     Ok(())
+}
+
+fn balance(transaction: &mut Transaction<'_>, account: i32) -> Result<i64, postgres::Error> {
+    transaction.query_one("SELECT balance FROM account WHERE id = $1", &[&account])?.try_get(0)
+}
+
+fn set_balance(
+    transaction: &mut Transaction<'_>,
+    account: i32,
+    balance: i64,
+) -> Result<u64, postgres::Error> {
+    transaction.execute("UPDATE account SET balance = $2 WHERE id = $1", &[&account, &balance])
 }

@@ -9,7 +9,6 @@ use crate::error::{Error, ErrorKind, Result, chain};
 use crate::local_queue::{LocalQueue, Turn};
 use crate::lock::Lock;
 use crate::loss::{Loss, Lost};
-use crate::session_budget::SessionBudget;
 use crate::telling::Observing;
 use crate::term::Term;
 
@@ -27,14 +26,25 @@ pub trait Guarded {
     /// Its place in the order in which every process takes the locks of a set.
     fn place(&self) -> (bool, i64);
 
-    /// How many sessions there are for sets of locks; `None` where a lock takes none.
-    fn budget(&self) -> Option<&Arc<SessionBudget>> {
-        None
+    /// Which manager it is of.
+    fn owner(&self) -> (usize, u64);
+
+    /// How many locks its manager can hold at once.
+    fn most_at_once(&self) -> usize {
+        usize::MAX
     }
 
     /// Begins a claim of its own for one term, and waits as long as `context` says; without a context, tries once. One that
     /// fails leaves nothing behind. The lock is wanted since `wanted_since`.
-    fn claim_term(&self, context: Option<&Context>, wanted_since: Instant) -> Result<HeldTerm>;
+    ///
+    /// A caller that `has_others`, locks for which somebody else may wait with a session, does not wait for a session itself: then this
+    /// fails with `PoolExhausted`.
+    fn claim_term(
+        &self,
+        context: Option<&Context>,
+        wanted_since: Instant,
+        has_others: bool,
+    ) -> Result<HeldTerm>;
 
     /// Why the last attempt of a guard's claim that goes on has failed.
     fn trouble(&self) -> Option<Error>;
@@ -75,15 +85,15 @@ pub(crate) trait Hold: fmt::Debug + Send + Sync {
     fn release(&mut self, by: Instant) -> Result<()>;
 }
 
-/// What a call does while another holder has the lock.
+/// What a call does where another one has the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Deed {
+pub(crate) enum WhenTaken {
     Waits,
     /// Its context had ended before, and so leaves it one attempt.
     TriesOnce,
 }
 
-impl Deed {
+impl WhenTaken {
     /// What a call with this context does. A cancelled one does nothing.
     pub(crate) fn of(context: &Context) -> Result<Self> {
         match context.ended() {
@@ -130,7 +140,17 @@ pub struct LockGuard {
 
 impl LockGuard {
     /// Waits for the lock, or tries once.
-    pub(crate) fn acquire<L: Lock + ?Sized>(lock: &L, context: &Context, deed: Deed) -> Result<Self> {
+    pub(crate) fn acquire<L: Lock + ?Sized>(lock: &L, context: &Context) -> Result<Self> {
+        Self::acquire_beside(lock, context, None, false)
+    }
+
+    /// As `acquire`; it may be known what is to be done where another one has the lock, and the caller may have other locks.
+    pub(crate) fn acquire_beside<L: Lock + ?Sized>(
+        lock: &L,
+        context: &Context,
+        when_taken: Option<WhenTaken>,
+        has_others: bool,
+    ) -> Result<Self> {
         let begun = Instant::now();
         let (queue, observing) = (lock.queue()?, lock.observing());
         let gave_up = |kind| {
@@ -141,8 +161,9 @@ impl LockGuard {
             );
             Error::new(kind, text)
         };
-        let tries_once = deed == Deed::TriesOnce;
         Observing::attempt(observing, lock.key(), true, || {
+            let when_taken = when_taken.map_or_else(|| WhenTaken::of(context), Ok)?;
+            let tries_once = when_taken == WhenTaken::TriesOnce;
             let turn = match queue.try_enter() {
                 Some(turn) => Ok(turn),
                 None => Observing::thread_waits(observing, lock.key(), || queue.enter(context)),
@@ -154,7 +175,7 @@ impl LockGuard {
             {
                 return Err(gave_up(kind));
             }
-            match Self::begin(lock, turn, (!tries_once).then_some(context), begun) {
+            match Self::begin(lock, turn, (!tries_once).then_some(context), begun, has_others) {
                 // The one attempt of a context that had ended.
                 Err(error) if error.kind() == ErrorKind::LockUnavailable => {
                     Err(Error::new(ErrorKind::TimedOut, format!("another session holds {:?}", lock.key())))
@@ -168,7 +189,7 @@ impl LockGuard {
     pub(crate) fn try_acquire<L: Lock + ?Sized>(lock: &L) -> Result<Option<Self>> {
         let (begun, queue) = (Instant::now(), lock.queue()?);
         let outcome = Observing::attempt(lock.observing(), lock.key(), true, || match queue.try_enter() {
-            Some(turn) => Self::begin(lock, turn, None, begun),
+            Some(turn) => Self::begin(lock, turn, None, begun, false),
             None => Err(Error::new(ErrorKind::LockUnavailable, "another thread of this process holds it")),
         });
         match outcome {
@@ -189,7 +210,7 @@ impl LockGuard {
         context: &Context,
         work: impl FnOnce(&Term) -> T,
     ) -> Result<T> {
-        let guard = Self::acquire(lock, context, Deed::of(context)?)?;
+        let guard = Self::acquire(lock, context)?;
         // If it panics, the guard is dropped.
         let outcome = work(&guard.term);
         guard.release().map(|()| outcome)
@@ -200,8 +221,9 @@ impl LockGuard {
         turn: Turn,
         context: Option<&Context>,
         begun: Instant,
+        has_others: bool,
     ) -> Result<Self> {
-        let HeldTerm { term, hold } = lock.claim_term(context, begun)?;
+        let HeldTerm { term, hold } = lock.claim_term(context, begun, has_others)?;
         turn.lasts_until(term.lost().clone());
         Ok(Self { term, hold: Some(hold), turn: Some(turn) })
     }

@@ -22,7 +22,6 @@ pub mod observer;
 #[path = "postgres/mod.rs"]
 mod pg;
 mod process;
-mod session_budget;
 mod snapshot;
 mod sync;
 mod telling;

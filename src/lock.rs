@@ -9,7 +9,7 @@ use serde_core::Serialize;
 
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::guard::{Deed, Guarded, LockGuard};
+use crate::guard::{Guarded, LockGuard};
 use crate::loss::{Loss, Lost};
 use crate::term::Term;
 use crate::view::Holder;
@@ -236,8 +236,7 @@ impl dyn Lock + '_ {
     /// - If it tries once, also [`SessionRefused`](ErrorKind::SessionRefused), [`PoolExhausted`](ErrorKind::PoolExhausted) and
     ///   [`InvalidKey`](ErrorKind::InvalidKey), as [`try_acquire`](Lock::try_acquire). A call that may wait goes on trying then.
     pub fn acquire(&self, context: impl Into<Context>) -> Result<LockGuard> {
-        let context = context.into();
-        LockGuard::acquire(self, &context, Deed::of(&context)?)
+        LockGuard::acquire(self, &context.into())
     }
 
     /// Waits for the lock as `acquire` does, runs `work` with the term, and releases the lock, also if `work`

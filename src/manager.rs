@@ -94,10 +94,10 @@ impl dyn SyncManager + '_ {
     /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].
     ///
     /// # Errors
-    /// - As [`lock_with_key`](SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key.
+    /// - As [`lock_with_key`](SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key, or two of them are one number for the server.
     /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
     pub fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
-        MultiLock::new(keys.into_iter().map(|key| self.lock(key)))
+        MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
     }
 }
 
@@ -153,10 +153,10 @@ pub trait SyncManagerExt: SyncManager {
     /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].
     ///
     /// # Errors
-    /// - As [`lock_with_key`](SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key.
+    /// - As [`lock_with_key`](SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key, or two of them are one number for the server.
     /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
     fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
-        MultiLock::new(keys.into_iter().map(|key| self.lock(key)))
+        MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
     }
 }
 

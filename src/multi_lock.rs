@@ -2,22 +2,24 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use postgres::Transaction;
 
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result, chain};
-use crate::guard::{Deed, LockGuard};
+use crate::guard::{LockGuard, WhenTaken};
 use crate::key::Key;
 use crate::lock::Lock;
 use crate::loss::{Loss, Lost, Signal};
-use crate::session_budget::{SessionBudget, Share};
+use crate::process::in_parallel;
 use crate::term::Term;
 
 /// Several locks that are taken together: all of them, or none.
 ///
-/// Every process takes them in the same order, whatever the order in which the caller names them. So two sets that have keys in common never
-/// wait for each other. A key that is named twice is taken once.
+/// Every process takes them in the same order, whatever the order in which the caller names them. So sets that have keys in common wait
+/// for each other, and never in a circle. A key that is named twice is taken once.
 ///
 /// ```
 /// use std::time::Duration;
@@ -32,36 +34,58 @@ use crate::term::Term;
 /// # Ok::<(), dsync::Error>(())
 /// ```
 ///
-/// Each lock of the set is a lock like any other: it excludes guards and claims of its key, has a term with a token of its own, and
-/// takes a session of the manager. Each may be lost by itself. All methods may be called from any thread.
+/// Each lock of the set is a lock like any other, made as [`lock`](crate::PostgresManager::lock) of the manager makes it: it excludes guards
+/// and claims of its key, has a term with a token of its own, and takes a session of the manager. Each may be lost by itself. All methods
+/// may be called from any thread.
 ///
-/// A thread that has a guard of one of the keys, or waits for a set while it has a guard of another key, may wait for itself, or for a
-/// thread that waits for it: take all that a piece of work needs with one call.
+/// A thread that has a guard of one of the keys waits for itself, and one that has a guard of another key may be waited for by the thread
+/// that it waits for: take all that a piece of work needs with one call.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct MultiLock {
     /// In the order in which all processes take them. Never empty.
     locks: Vec<Arc<dyn Lock>>,
+    /// The keys as they were named, each with the index of its lock.
+    named: Arc<[(Key, usize)]>,
 }
 
 impl MultiLock {
-    pub(crate) fn new(locks: impl IntoIterator<Item = Result<Arc<dyn Lock>>>) -> Result<Self> {
-        let mut locks = locks.into_iter().collect::<Result<Vec<_>>>()?;
+    pub(crate) fn new(locks: impl IntoIterator<Item = (Key, Result<Arc<dyn Lock>>)>) -> Result<Self> {
+        let mut named = Vec::new();
+        for (key, lock) in locks {
+            named.push((key, lock?));
+        }
+        let mut locks: Vec<_> = named.iter().map(|(_, lock)| Arc::clone(lock)).collect();
         locks.sort_by_key(|lock| lock.place());
-        locks.dedup_by_key(|lock| lock.place());
+        locks.dedup_by(|a, b| is_same(a, b));
         let Some(first) = locks.first() else {
             let message = "the set of locks is empty; name one key at least";
             return Err(Error::new(ErrorKind::InvalidKey, message));
         };
-        if let Some(most) = first.budget().map(|budget| budget.total()).filter(|most| locks.len() > *most) {
+        if locks.iter().any(|lock| lock.owner() != first.owner()) {
+            let message = "the locks of the set are of different managers; take a set of each";
+            return Err(Error::new(ErrorKind::InvalidConfig, message));
+        }
+        if let Some(pair) = locks.windows(2).find(|pair| pair[0].place() == pair[1].place()) {
             let message = format!(
-                "the set has {} locks, of which each takes a session, and the manager may open {most}; raise max_sessions, or take \
-                 one lock for all",
-                locks.len()
+                "the keys {:?} and {:?} are one number for the server; name one of them only",
+                pair[0].key(),
+                pair[1].key()
+            );
+            return Err(Error::new(ErrorKind::InvalidKey, message));
+        }
+        if locks.len() > first.most_at_once() {
+            let message = format!(
+                "the set has {} locks, of which each takes a session, and the manager may open {}; raise max_sessions, or take one \
+                 lock for all",
+                locks.len(),
+                first.most_at_once()
             );
             return Err(Error::new(ErrorKind::InvalidConfig, message));
         }
-        Ok(Self { locks })
+        let index = |lock| locks.iter().position(|other| is_same(other, lock)).unwrap_or_default();
+        let named = named.iter().map(|(key, lock)| (key.clone(), index(lock))).collect();
+        Ok(Self { locks, named })
     }
 
     /// The keys in text, each once, in the order in which they are taken.
@@ -69,44 +93,63 @@ impl MultiLock {
         self.locks.iter().map(|lock| lock.key())
     }
 
-    /// Waits until all the locks are held, for a [`Duration`](std::time::Duration), until an [`Instant`](std::time::Instant), or as a [`Context`] says; that
-    /// bounds all of them together. A time of zero, or one that has passed before the call, means *try once*, as for a single lock.
+    /// Waits until all the locks are held, for a [`Duration`], until an [`Instant`], or as a [`Context`] says; that bounds all of them
+    /// together. A time of zero, or one that has passed before the call, means *try once*, as for a single lock.
     ///
-    /// An attempt that fails gives back what it had. Where the server has to be told of that, it takes up to the release timeout longer.
+    /// Where the manager has no session left for a lock of the set, the call gives back what it has, so that nobody waits for it
+    /// meanwhile, and begins anew a moment later. It begins anew, too, if it has lost one of them when it has the next.
+    ///
+    /// An attempt that fails leaves nothing behind. Where the server has to be told of that, it takes up to twice the release timeout
+    /// longer.
     ///
     /// # Errors
-    /// As `acquire` of a [`Lock`]; the text names the key. Where sets of this manager that hold their locks, or wait for them, have all the
-    /// sessions that it may open, the call waits for these first.
+    /// As `acquire` of a [`Lock`]. The text names the key that was not to be had.
     pub fn acquire(&self, context: impl Into<Context>) -> Result<MultiGuard> {
         self.acquire_as(&context.into())
     }
 
     fn acquire_as(&self, context: &Context) -> Result<MultiGuard> {
-        let deed = Deed::of(context)?;
-        let share = match (self.budget()?, deed) {
-            (None, _) => None,
-            (Some(budget), Deed::Waits) => {
-                Some(budget.take(self.locks.len(), context).map_err(|kind| no_session(kind, budget))?)
-            }
-            (Some(budget), Deed::TriesOnce) => Some(self.take_at_once(budget)?),
-        };
-        self.collect(share, |lock| {
-            if deed == Deed::Waits {
+        /// How long to pause where there is no session, and how long after many a pause.
+        const PAUSES: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(100)];
+        let begun = Instant::now();
+        let when_taken = WhenTaken::of(context)?;
+        let mut longest = PAUSES[0];
+        loop {
+            let outcome = self.collect(|lock, has_others| {
                 // A lock of the set before this one may have taken all the time.
-                context.check()?;
+                let ended = context.ended().filter(|_| has_others && when_taken == WhenTaken::Waits);
+                if let Some(kind) = ended {
+                    return Err(gave_up(kind, begun, lock.key()));
+                }
+                LockGuard::acquire_beside(lock, context, Some(when_taken), has_others)
+            });
+            let error = match outcome {
+                Err(error)
+                    if when_taken == WhenTaken::Waits
+                        && matches!(error.kind(), ErrorKind::PoolExhausted | ErrorKind::Lost) =>
+                {
+                    error
+                }
+                outcome => return outcome,
+            };
+            // By lot, so that two sets do not get in each other's way again.
+            let pause = longest.mul_f64(fastrand::f64());
+            longest = (2 * longest).min(PAUSES[1]);
+            let pause = context.expires_at().map_or(pause, |end| pause.min(end - Instant::now()));
+            let _ = context.cancelled().recv_timeout(pause);
+            if let Some(kind) = context.ended() {
+                return Err(gave_up(kind, begun, self.locks[0].key()).with_source(error));
             }
-            LockGuard::acquire(lock, context, deed)
-        })
+        }
     }
 
     /// Takes all the locks if all are free now, and none of them otherwise: then it gives `None`. It takes as long as as many calls of
     /// [`Lock::try_acquire`].
     ///
     /// # Errors
-    /// As [`Lock::try_acquire`]; [`PoolExhausted`](ErrorKind::PoolExhausted) also where other sets of this manager have the sessions.
+    /// As [`Lock::try_acquire`]; and [`Lost`](ErrorKind::Lost): one of them was lost before the last one was had.
     pub fn try_acquire(&self) -> Result<Option<MultiGuard>> {
-        let share = self.budget()?.map(|budget| self.take_at_once(budget)).transpose()?;
-        let outcome = self.collect(share, |lock| {
+        let outcome = self.collect(|lock, _| {
             lock.try_acquire()?.ok_or_else(|| Error::new(ErrorKind::LockUnavailable, "another one has it"))
         });
         match outcome {
@@ -132,50 +175,33 @@ impl MultiLock {
         guard.release().map(|()| outcome)
     }
 
-    /// The sessions from which the set takes its own; `None` where a lock takes none, or the set is of one lock, which waits for nothing
-    /// while it has another.
-    fn budget(&self) -> Result<Option<&Arc<SessionBudget>>> {
-        // Fails in a forked child.
-        for lock in &self.locks {
-            lock.queue()?;
-        }
-        Ok(self.locks.first().filter(|_| self.locks.len() > 1).and_then(|lock| lock.budget()))
-    }
-
-    fn take_at_once(&self, budget: &Arc<SessionBudget>) -> Result<Share> {
-        budget.try_take(self.locks.len()).ok_or_else(|| no_session(ErrorKind::PoolExhausted, budget))
-    }
-
     /// Takes one lock after the other; gives back what it has if there is one that it does not get.
-    fn collect(
-        &self,
-        share: Option<Share>,
-        take: impl Fn(&dyn Lock) -> Result<LockGuard>,
-    ) -> Result<MultiGuard> {
+    fn collect(&self, take: impl Fn(&dyn Lock, bool) -> Result<LockGuard>) -> Result<MultiGuard> {
         let (signal, lost) = Signal::new();
-        let mut taken = MultiGuard { guards: Vec::with_capacity(self.locks.len()), lost, share };
+        let guards = Vec::with_capacity(self.locks.len());
+        let mut taken = MultiGuard { guards, named: Arc::clone(&self.named), lost };
         for lock in &self.locks {
-            let guard = take(&**lock)?;
+            let guard = take(&**lock, !taken.guards.is_empty())?;
             guard.lost().raises(&signal);
             taken.guards.push(guard);
-        }
-        if let Some(guard) = taken.guards.iter().find(|guard| !guard.is_held()) {
-            return Err(Error::lost(guard.key(), guard.loss().as_ref()));
+            if let Some(guard) = taken.guards.iter().find(|guard| !guard.is_held()) {
+                return Err(Error::lost(guard.key(), guard.loss().as_ref()));
+            }
         }
         Ok(taken)
     }
 }
 
-fn no_session(kind: ErrorKind, budget: &SessionBudget) -> Error {
-    let message = format!(
-        "sets of locks of this manager have all {} sessions that it may open; raise max_sessions, or release sets that are not needed",
-        budget.total()
-    );
-    let cause = Error::new(ErrorKind::PoolExhausted, message);
-    if kind == ErrorKind::PoolExhausted {
-        return cause;
-    }
-    Error::new(kind, "waited for the sessions of a set of locks").with_source(cause)
+/// True if both are the one handle of a key.
+fn is_same(a: &Arc<dyn Lock>, b: &Arc<dyn Lock>) -> bool {
+    std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b))
+}
+
+fn gave_up(kind: ErrorKind, begun: Instant, key: &str) -> Error {
+    Error::new(
+        kind,
+        format!("waited {:.1?} for a set of locks, and then had yet to get {key:?}", begun.elapsed()),
+    )
 }
 
 /// Held locks of a [`MultiLock`] for the length of a scope: all released when dropped.
@@ -186,10 +212,9 @@ fn no_session(kind: ErrorKind, budget: &SessionBudget) -> Error {
 pub struct MultiGuard {
     /// In the order of the locks. Empty once released.
     guards: Vec<LockGuard>,
+    named: Arc<[(Key, usize)]>,
     /// Disconnects at the first end of a term.
     lost: Lost,
-    /// Dropped after the guards.
-    share: Option<Share>,
 }
 
 impl MultiGuard {
@@ -215,8 +240,9 @@ impl MultiGuard {
 
     /// The term of the lock with this key; `None` if that is not of the set.
     pub fn term(&self, key: impl Into<Key>) -> Option<&Term> {
-        let key = key.into().to_string();
-        self.terms().find(|(name, _)| *name == key).map(|(_, term)| term)
+        let key = key.into();
+        let (_, index) = self.named.iter().find(|(named, _)| *named == key)?;
+        self.guards.get(*index).map(LockGuard::term)
     }
 
     /// The keys in text, and their terms, in the order of [`MultiLock::keys`].
@@ -237,43 +263,50 @@ impl MultiGuard {
     /// the release timeout (2 s by default).
     ///
     /// # Errors
-    /// The first of those that [`LockGuard::release`] would have returned, [`Lost`](ErrorKind::Lost) before others.
+    /// One of those that [`LockGuard::release`] would have returned, [`Lost`](ErrorKind::Lost) before others.
     pub fn release(mut self) -> Result<()> {
-        let mut outcome = Ok(());
-        self.give_back(|_, error| {
-            let was_lost = outcome.as_ref().is_err_and(|known: &Error| known.kind() == ErrorKind::Lost);
-            if outcome.is_ok() || error.kind() == ErrorKind::Lost && !was_lost {
-                outcome = Err(error);
-            }
-        });
-        outcome
+        let mut failures = self.give_back();
+        failures.sort_by_key(|(_, error)| error.kind() != ErrorKind::Lost);
+        failures.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
     }
 
-    /// Releases all that is left, the last one first, in the time that one release has.
-    fn give_back(&mut self, mut failed: impl FnMut(&str, Error)) {
-        let Some(by) = self.guards.first().map(LockGuard::release_by) else { return };
-        while let Some(mut guard) = self.guards.pop() {
-            let key = guard.key().to_owned();
-            if let (Err(error), _) = guard.give_back(by) {
-                if error.kind() == ErrorKind::OtherProcess {
-                    // A mutex of the parent's, or of a channel of its, may be locked for ever here.
-                    std::mem::forget((self.share.take(), self.lost.clone()));
+    /// Releases all that is left, in the time that one release has: at once, so that a session that does not answer holds up its own lock
+    /// only. The keys of those for which that failed, and why.
+    fn give_back(&mut self) -> Vec<(String, Error)> {
+        let Some(first) = self.guards.first() else { return Vec::new() };
+        let (by, is_here) = (first.release_by(), first.term().check_process().is_ok());
+        let guards = Mutex::new(std::mem::take(&mut self.guards));
+        let failures = Mutex::new(Vec::new());
+        let give_back = || {
+            loop {
+                let Some(mut guard) = guards.lock().pop() else { break };
+                let key = guard.key().to_owned();
+                if let (Err(error), _) = guard.give_back(by) {
+                    failures.lock().push((key, error));
                 }
-                failed(&key, error);
             }
+        };
+        if is_here {
+            let count = guards.lock().len();
+            in_parallel(count, give_back);
+        } else {
+            give_back();
+            // The mutex of a channel of the parent's may be locked for ever here.
+            std::mem::forget(self.lost.clone());
         }
+        failures.into_inner()
     }
 }
 
 impl Drop for MultiGuard {
     /// Releases the locks, waiting no longer than [`MultiGuard::release`] does. Failures are logged.
     fn drop(&mut self) {
-        self.give_back(|key, error| {
+        for (key, error) in self.give_back() {
             // The loss itself was logged; in another process there is nothing to release.
             if !matches!(error.kind(), ErrorKind::Lost | ErrorKind::OtherProcess) {
                 log::warn!("lock {key:?}: {}", chain(&error));
             }
-        });
+        }
     }
 }
 

@@ -128,6 +128,24 @@ pub(crate) fn no_thread(error: io::Error) -> Error {
     Error::new(ErrorKind::SessionUnavailable, message).with_source(error)
 }
 
+/// Runs `work` on as many threads as there are `pieces`, up to a limit: to give a lock back takes a round trip, and to end a
+/// wait a cancel request, which is a connection of its own.
+pub(crate) fn in_parallel(pieces: usize, work: impl Fn() + Sync) {
+    const AT_ONCE: usize = 32;
+    if pieces == 0 {
+        return;
+    }
+    thread::scope(|scope| {
+        for _ in 1..pieces.min(AT_ONCE) {
+            // Without a thread to spare it is done by fewer.
+            if thread::Builder::new().spawn_scoped(scope, &work).is_err() {
+                break;
+            }
+        }
+        work();
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -169,6 +169,10 @@ impl Guarded for MemoryLock {
         self.key.advisory("").place()
     }
 
+    fn owner(&self) -> (usize, u64) {
+        (Arc::as_ptr(&self.server).addr(), self.manager)
+    }
+
     fn trouble(&self) -> Option<Error> {
         let is_down = self.server.see(|state| state.is_down());
         is_down.then(|| Error::new(ErrorKind::SessionUnavailable, "the memory server is down"))
@@ -188,7 +192,7 @@ impl Guarded for MemoryLock {
         Ok(self.server.see(|state| state.is_asked_to_resign(&self.key, token)))
     }
 
-    fn claim_term(&self, context: Option<&Context>, wanted_since: Instant) -> Result<HeldTerm> {
+    fn claim_term(&self, context: Option<&Context>, wanted_since: Instant, _: bool) -> Result<HeldTerm> {
         let lock = self.this.upgrade().ok_or_else(Error::stopped)?;
         self.server.see(|state| state.claim_or_none(self.manager, &self.key))?;
         // Not under the mutex, and before the claim can be given the lock by another thread.

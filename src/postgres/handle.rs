@@ -25,7 +25,6 @@ use crate::pg::pool::Pool;
 use crate::pg::registry::Registry;
 use crate::pg::sql;
 use crate::pg::sql::{Entry, Request};
-use crate::session_budget::SessionBudget;
 use crate::snapshot::ClaimSnapshot;
 use crate::telling::{Observing, Story};
 use crate::term::{Fence, Term};
@@ -294,8 +293,12 @@ impl Guarded for PostgresLock {
         self.number.place()
     }
 
-    fn budget(&self) -> Option<&Arc<SessionBudget>> {
-        Some(self.registry.budget())
+    fn owner(&self) -> (usize, u64) {
+        (Arc::as_ptr(&self.registry).addr(), 0)
+    }
+
+    fn most_at_once(&self) -> usize {
+        usize::try_from(self.registry.config().max_sessions).unwrap_or(usize::MAX)
     }
 
     fn trouble(&self) -> Option<Error> {
@@ -319,13 +322,18 @@ impl Guarded for PostgresLock {
         self.registry.ask(|pool| inspect::is_asked_to_resign(pool, self.number, token))
     }
 
-    fn claim_term(&self, context: Option<&Context>, wanted_since: Instant) -> Result<HeldTerm> {
+    fn claim_term(
+        &self,
+        context: Option<&Context>,
+        wanted_since: Instant,
+        has_others: bool,
+    ) -> Result<HeldTerm> {
         let at_most = self.registry.config().release_timeout;
         let (patience, context) = match context {
             Some(context) => (Patience::Lock, context.clone()),
             None => (Patience::TryOnce, Context::deadline(self.registry.attempt_by())),
         };
-        let span = Span::OneTerm { waits: patience == Patience::Lock, at_most };
+        let span = Span::OneTerm { waits: patience == Patience::Lock, has_others, at_most };
         let lock = self.this.upgrade().ok_or_else(Error::stopped)?;
         let active = {
             let mut state = self.state.lock();

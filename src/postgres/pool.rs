@@ -16,7 +16,9 @@ use postgres::types::ToSql;
 use r2d2::{ManageConnection, NopErrorHandler, PooledConnection};
 use scheduled_thread_pool::{OnPoolDropBehavior, ScheduledThreadPool};
 
+use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result, chain};
+use crate::local_queue::LocalQueue;
 use crate::loss::LossReason;
 use crate::observer::Sessions;
 use crate::pg::catalog;
@@ -39,6 +41,8 @@ use crate::telling::Observing;
 /// itself is made by `r2d2_postgres`.
 pub(crate) struct Pool {
     slots: r2d2::Pool<Slots>,
+    /// Those who wait for a slot, first come, first served. The first one looks for it.
+    line: Arc<LocalQueue>,
     idle_thread: IdleThread,
     dialer: Arc<Dialer>,
     watchdog: Arc<Watchdog>,
@@ -204,7 +208,7 @@ impl IdleThread {
 /// r2d2 makes slots on a thread of its own, which may have to wait for its turn on a busy machine.
 const TURNS: u32 = 10;
 
-/// How often to see whether there is a slot, or work for the thread that makes slots, while somebody waits for one.
+/// How soon to see whether there is a slot, or work for the thread that makes slots, where somebody waits for one.
 const SLOT_LOOKS_EVERY: Duration = Duration::from_micros(200);
 
 impl Pool {
@@ -239,6 +243,7 @@ impl Pool {
             .build_unchecked(Slots);
         Ok(Self {
             slots,
+            line: Arc::default(),
             idle_thread,
             dialer: Arc::new(dialer.with_password(config.password.clone())),
             watchdog: Watchdog::new((config.lease_plan().heartbeat_timeout / 8).min(LOOKS_EVERY)),
@@ -264,6 +269,7 @@ impl Pool {
 
     /// A slot with an open session, if there is one at hand.
     pub(crate) fn take_open(&self) -> Option<PooledSlot> {
+        let _turn = self.line.try_enter()?;
         self.slots.try_get().filter(|slot| slot.is_open())
     }
 
@@ -317,20 +323,26 @@ impl Pool {
         u64::try_from(self.made.elapsed().as_millis()).unwrap_or(u64::MAX - 1) + 1
     }
 
-    /// Takes a slot, waiting for one until the pool's patience ends.
-    pub(crate) fn take(&self) -> std::result::Result<PooledSlot, Refusal> {
-        if let Some(slot) = self.slots.try_get() {
+    /// Takes a slot; if `waits`, also one that comes back within the pool's patience.
+    pub(crate) fn take(&self, waits: bool) -> std::result::Result<PooledSlot, Refusal> {
+        let turn = self.line.try_enter();
+        if turn.is_some()
+            && let Some(slot) = self.slots.try_get()
+        {
             return Ok(slot);
         }
-        if self.slots.state().connections >= self.slots.max_size() {
+        if self.is_full() {
             self.crowded_at.store(self.now(), Ordering::Relaxed);
         }
-        for _ in 0..TURNS {
-            if let Some(slot) = self.await_slot() {
-                return Ok(slot);
-            }
-            if self.slots.state().connections >= self.slots.max_size() {
-                break;
+        if waits || !self.is_full() {
+            let turn = turn.or_else(|| self.line.enter(&Context::timeout(PATIENCE)).ok());
+            for _ in 0..turn.map_or(0, |_| TURNS) {
+                if let Some(slot) = self.await_slot() {
+                    return Ok(slot);
+                }
+                if self.is_full() {
+                    break;
+                }
             }
         }
         Err(Refusal::new(
@@ -342,20 +354,28 @@ impl Pool {
         ))
     }
 
-    /// A slot that is new or comes back within the pool's patience.
+    /// A slot that is new or comes back within the pool's patience. For the first in the line.
     ///
     /// r2d2 would wait for it in `parking_lot`, and supervisors take slots whenever they like, so also while the process is being
-    /// forked: see [`IdleThread`].
+    /// forked: see [`IdleThread`]. It does so here only for the moment in which it is asked for a new slot.
     fn await_slot(&self) -> Option<PooledSlot> {
-        let begun = Instant::now();
-        self.idle_thread.call();
-        // Without patience: it asks for one more slot, if there may be one.
-        let mut slot = self.slots.get_timeout(Duration::ZERO).ok();
+        let (begun, mut nap) = (Instant::now(), SLOT_LOOKS_EVERY);
+        let mut slot = None;
+        if !self.is_full() {
+            self.idle_thread.call();
+            slot = self.slots.get_timeout(Duration::ZERO).ok();
+        }
         while slot.is_none() && begun.elapsed() < PATIENCE {
-            thread::sleep(SLOT_LOOKS_EVERY);
+            thread::sleep(nap);
+            nap = (2 * nap).min(SLOT_LOOKS_EVERY * 10);
             slot = self.slots.try_get();
         }
         slot
+    }
+
+    /// True if there are as many slots as there may be.
+    fn is_full(&self) -> bool {
+        self.slots.state().connections >= self.slots.max_size()
     }
 
     /// Opens the slot's session if it is not open. `control` can end the attempt.
@@ -491,7 +511,7 @@ impl Pool {
     /// Asks something on a session of the pool, which goes back there. The statement is written for the schema `dsync`.
     pub(crate) fn ask(&self, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
         let (pool, patience) = (self, self.heartbeat_timeout);
-        let mut slot = pool.take().map_err(Refusal::into_error)?;
+        let mut slot = pool.take(true).map_err(Refusal::into_error)?;
         pool.open(&mut slot, &StreamControl::new()).map_err(Refusal::into_error)?;
         let Some(session) = slot.session() else { return Err(Refusal::not_postgres().into_error()) };
         let statement = session.schema().apply(statement);

@@ -6,7 +6,6 @@ use std::fmt;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock, Weak};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -25,8 +24,7 @@ use crate::pg::pool::Pool;
 use crate::pg::pool::Slot;
 use crate::pg::session::refusal::Refusal;
 use crate::pg::stream::StreamControl;
-use crate::process::{Origin, drive, no_thread};
-use crate::session_budget::SessionBudget;
+use crate::process::{Origin, drive, in_parallel, no_thread};
 use crate::snapshot::Snapshot;
 use crate::telling::Observing;
 use crate::view::{Holder, LockView};
@@ -39,8 +37,6 @@ pub(crate) struct Registry {
     observing: Option<Arc<Observing>>,
     state: Mutex<State>,
     idle: Arc<IdleSupervisors>,
-    /// The sessions that sets of locks take.
-    budget: Arc<SessionBudget>,
 }
 
 struct State {
@@ -134,9 +130,7 @@ impl Registry {
         let observing = config.observer.as_ref().map(|observer| Observing::new(Arc::clone(observer)));
         let pool = Arc::new(Pool::new(&config, observing.clone())?);
         let state = Mutex::new(State { stage: Stage::New, pool: Some(pool), locks: HashMap::new() });
-        let budget = SessionBudget::new(usize::try_from(config.max_sessions).unwrap_or(usize::MAX));
-        let (origin, idle) = (Origin::here(), Arc::default());
-        Ok(Arc::new(Self { config, origin, observing, state, idle, budget }))
+        Ok(Arc::new(Self { config, origin: Origin::here(), observing, state, idle: Arc::default() }))
     }
 
     /// Looks at the server: see [`PostgresManager`](crate::PostgresManager).
@@ -159,7 +153,7 @@ impl Registry {
             }
         };
         let _ending = StartGuard { registry: self, start: &start, _under_way: under_way };
-        let look = || pool.open(&mut pool.take()? as &mut Slot, &start.control);
+        let look = || pool.open(&mut pool.take(true)? as &mut Slot, &start.control);
         let refusal = match drive(look) {
             Ok(outcome) => outcome.err(),
             Err(error) => Some(Refusal::system(no_thread(error))),
@@ -226,11 +220,6 @@ impl Registry {
     /// The process that made the manager.
     pub(crate) fn origin(&self) -> Origin {
         self.origin
-    }
-
-    /// The sessions that sets of locks take.
-    pub(crate) fn budget(&self) -> &Arc<SessionBudget> {
-        &self.budget
     }
 
     /// The supervisors without a claim.
@@ -395,24 +384,6 @@ impl Registry {
         }
         outcome
     }
-}
-
-/// Runs `work` on as many threads as there are `pieces`, up to a limit: to give a lock back takes a round trip, and to end a
-/// wait a cancel request, which is a connection of its own.
-fn in_parallel(pieces: usize, work: impl Fn() + Sync) {
-    const AT_ONCE: usize = 32;
-    if pieces == 0 {
-        return;
-    }
-    thread::scope(|scope| {
-        for _ in 1..pieces.min(AT_ONCE) {
-            // Without a thread to spare it is done by fewer.
-            if thread::Builder::new().spawn_scoped(scope, &work).is_err() {
-                break;
-            }
-        }
-        work();
-    });
 }
 
 impl fmt::Debug for Registry {

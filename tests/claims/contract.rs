@@ -113,7 +113,7 @@ on_both! {
     a_set_of_locks_is_taken_as_a_whole_and_each_key_once
     a_set_of_which_one_lock_is_busy_is_not_taken
     a_set_is_lost_with_the_first_of_its_locks
-    a_set_that_names_nothing_is_refused
+    a_set_that_cannot_be_one_is_refused
     sets_in_whatever_order_never_wait_for_each_other
     work_is_done_under_all_locks_of_a_set
 }
@@ -1644,7 +1644,7 @@ fn is_free(manager: &dyn SyncManager, key: &Key) -> bool {
 
 fn a_set_of_locks_is_taken_as_a_whole_and_each_key_once(world: &dyn World) {
     let (ours, theirs) = (world.manager(), world.manager());
-    let keys = [Key::from("x"), Key::from(7), Key::from((7, 7)), Key::from("y")];
+    let keys = [Key::from("x"), Key::from(7), Key::from((7, 7)), Key::from("#7")];
     let named = keys.iter().chain(&keys[..2]).cloned();
     let set = ours.multi_lock(named).unwrap();
     assert_eq!(set.keys().count(), keys.len(), "each once");
@@ -1709,11 +1709,35 @@ fn a_set_is_lost_with_the_first_of_its_locks(world: &dyn World) {
     assert_free(world);
 }
 
-fn a_set_that_names_nothing_is_refused(world: &dyn World) {
+fn a_set_that_cannot_be_one_is_refused(world: &dyn World) {
+    /// Has a manager for each half of the keys.
+    #[derive(Debug)]
+    struct Halves([Arc<dyn SyncManager>; 2]);
+    impl SyncManager for Halves {
+        fn start(&self) -> Result<(), Error> {
+            Ok(())
+        }
+        fn stop(&self) -> Result<(), Error> {
+            Ok(())
+        }
+        fn lock_with_key(&self, key: Key, options: LockOptions) -> Result<Arc<dyn Lock>, Error> {
+            let key = key.to_string();
+            let (half, key) = key.split_once('/').unwrap();
+            self.0[usize::from(half == "right")].lock_with_key(key.into(), options)
+        }
+    }
     let manager = world.manager();
     let none: [&str; 0] = [];
     assert_eq!(kind(manager.multi_lock(none)), ErrorKind::InvalidKey);
     assert_eq!(kind(manager.multi_lock(["x", ""])), ErrorKind::InvalidKey);
+    let halves: Arc<dyn SyncManager> = Arc::new(Halves([manager, world.manager()]));
+    assert_eq!(kind(halves.multi_lock(["left/x", "right/x"])), ErrorKind::InvalidConfig);
+    let guard = halves.multi_lock(["left/y", "left/x", "left/y"]).unwrap().acquire(PATIENCE).unwrap();
+    let token = |key: &str| guard.term(key).unwrap().token();
+    assert!(
+        guard.terms().count() == 2 && token("left/x") != token("left/y"),
+        "by the keys as they are named"
+    );
 }
 
 /// Threads of two processes take sets of three of five keys, named in an order that lots have.

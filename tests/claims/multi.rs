@@ -3,49 +3,109 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{Config, ErrorKind, LossReason, MultiGuard, SyncManager};
+use dsync::{Config, Context, ErrorKind, Key, LossReason, MultiGuard, SyncManager};
+use support::process::Signal;
 use support::{Database, Server};
 
-use crate::common::{self, PATIENCE, Process, becomes, eventually, hear, kind, lock, started};
+use crate::common::{self, PATIENCE, Process, becomes, begin, eventually, hear, kind, lock, soon, started};
 
-/// Each of them would wait for a session that another one has, if each took one after the other.
+/// Each could wait for a session that another one has, if it kept its locks meanwhile.
 #[test]
-fn sets_that_want_more_sessions_than_there_are_take_turns() {
-    const SESSIONS: usize = 4;
+fn sets_and_others_that_want_more_sessions_than_there_are_all_have_their_turns() {
     let database = Database::fresh().unwrap();
-    let sessions = u32::try_from(SESSIONS).unwrap();
-    let manager = started(Config::from_url(&database.url()).unwrap().max_sessions(sessions));
+    let manager = || started(Config::from_url(&database.url()).unwrap().max_sessions(2));
+    let managers = [manager(), manager()];
     thread::scope(|scope| {
-        for thread in 0..8 {
-            let manager = &manager;
+        // Of the one manager, a set has `a` and wants a session for `b`, while the last session waits for `a`; of the two, each has
+        // the lock for which the other one waits.
+        for (index, keys) in [&["a", "b"][..], &["c"], &["c", "d"], &["a"]].into_iter().enumerate() {
+            let manager = &managers[index / 2];
             scope.spawn(move || {
-                for round in 0..5 {
-                    let keys = (0..3).map(|key| format!("{thread}/{round}/{key}"));
-                    manager.multi_lock(keys).unwrap().acquire(PATIENCE).unwrap().release().unwrap();
+                for _ in 0..20 {
+                    let set = manager.multi_lock(keys.iter().copied()).unwrap();
+                    set.acquire(PATIENCE).unwrap().release().unwrap();
                 }
             });
         }
+        let claimed = lock(&managers[0], "a");
+        scope.spawn(move || {
+            for _ in 0..20 {
+                claimed.lock(&soon()).unwrap();
+                claimed.release().unwrap();
+            }
+        });
     });
-    let all = (0..SESSIONS).map(|key| format!("all/{key}"));
-    let guard = manager.multi_lock(all.clone()).unwrap().acquire(PATIENCE).unwrap();
-    let two = manager.multi_lock(["y", "z"]).unwrap();
-    let error = two.try_acquire().unwrap_err();
+}
+
+#[test]
+fn a_set_without_a_session_for_all_its_locks_keeps_none_of_them() {
+    let database = Database::fresh().unwrap();
+    let few = Config::from_url(&database.url()).unwrap().max_sessions(2);
+    let (manager, theirs) = (started(few), started(Config::from_url(&database.url()).unwrap()));
+    let guard = lock(&manager, "the last but one").acquire(PATIENCE).unwrap();
+    let set = manager.multi_lock(["a", "b"]).unwrap();
+    let error = set.try_acquire().unwrap_err();
     assert!(
         error.kind() == ErrorKind::PoolExhausted && error.to_string().contains("max_sessions"),
         "{error}"
     );
-    let error = two.acquire(Duration::from_millis(50)).unwrap_err();
+    let error = set.acquire(Duration::from_millis(50)).unwrap_err();
     assert!(
         error.kind() == ErrorKind::TimedOut && format!("{error:#}").contains("max_sessions"),
         "{error:#}"
     );
+    let waiting = {
+        let set = set.clone();
+        begin(move || set.acquire(PATIENCE).map(|set| set.is_held()))
+    };
+    let both = theirs.multi_lock(["a", "b"]).unwrap();
+    for _ in 0..20 {
+        both.acquire(PATIENCE).unwrap().release().unwrap();
+    }
+    assert!(!waiting.is_ready());
     guard.release().unwrap();
-    two.try_acquire().unwrap().expect("they are free").release().unwrap();
-    let error = manager.multi_lock(all.chain(["one too many".to_owned()])).unwrap_err();
+    assert!(waiting.get().unwrap());
+
+    let _guard = lock(&manager, "the last but one").acquire(PATIENCE).unwrap();
+    let waiting = begin(move || set.acquire(Context::background()).map(drop));
+    manager.stop().unwrap();
+    assert_eq!(kind(waiting.get()), ErrorKind::SyncManagerStopped);
+}
+
+#[test]
+fn a_set_that_can_never_be_held_is_refused() {
+    let database = Database::fresh().unwrap();
+    let manager = started(Config::from_url(&database.url()).unwrap().max_sessions(2));
+    let error = manager.multi_lock(["a", "b", "c"]).unwrap_err();
     assert!(
         error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("max_sessions"),
         "{error}"
     );
+    // The number that the name has in this namespace.
+    let name = Key::from("billing/invoice-run");
+    let error = manager.multi_lock([name, Key::from(-8_639_657_970_933_492_344_i64)]).unwrap_err();
+    assert!(error.kind() == ErrorKind::InvalidKey && error.to_string().contains("billing"), "{error}");
+}
+
+#[test]
+fn a_set_that_loses_a_lock_while_it_waits_for_the_next_begins_anew() {
+    let database = Database::fresh().unwrap();
+    let operator = &mut database.client().unwrap();
+    let [ours, theirs] = [(); 2].map(|()| started(Config::from_url(&database.url()).unwrap()));
+    let set = ours.multi_lock(["a", "b"]).unwrap();
+    let keys: Vec<_> = set.keys().map(str::to_owned).collect();
+    let guard = lock(&theirs, &keys[1]).acquire(PATIENCE).unwrap();
+    let waiting = begin(move || {
+        let guard = set.acquire(PATIENCE).unwrap();
+        (guard.is_held(), guard.release().is_ok())
+    });
+    eventually("the wait", || theirs.inspect(keys[1].as_str()).unwrap().waiters.len() == 1);
+    let end = "SELECT pg_terminate_backend(pid, 60000) FROM dsync.locks WHERE key = $1";
+    assert_eq!(operator.query(end, &[&keys[0]]).unwrap().len(), 1);
+    let between = lock(&theirs, &keys[0]).acquire(PATIENCE).unwrap();
+    guard.release().unwrap();
+    between.release().unwrap();
+    assert_eq!(waiting.get(), (true, true));
 }
 
 #[test]
@@ -55,20 +115,27 @@ fn a_set_that_loses_one_lock_keeps_the_others_until_its_release() {
     let [ours, theirs] = [(); 2].map(|()| started(Config::from_url(&database.url()).unwrap()));
     let guard = ours.multi_lock(["a", "b", "c"]).unwrap().acquire(PATIENCE).unwrap();
     let lost = guard.lost().clone();
-    let end = "SELECT pg_terminate_backend(pid) FROM dsync.locks WHERE key = 'b'";
-    assert_eq!(operator.query(end, &[]).unwrap().len(), 1);
+    let mut end = |key: &str| {
+        let end = "SELECT pg_terminate_backend(pid) FROM dsync.locks WHERE key = $1";
+        assert_eq!(operator.query(end, &[&key]).unwrap().len(), 1);
+        hear(guard.term(key).unwrap().lost());
+    };
+    end("b");
     hear(&lost);
     assert!(!guard.is_held());
-    assert_eq!(guard.loss().unwrap().reason, LossReason::Terminated);
+    let loss = guard.loss().unwrap();
+    assert_eq!(loss.reason, LossReason::Terminated);
+    end("c");
+    assert_eq!(guard.loss().unwrap(), loss, "the first one");
     let is_held = |key: &str| guard.term(key).unwrap().is_held();
-    assert!(is_held("a") && !is_held("b") && is_held("c"));
+    assert!(is_held("a") && !is_held("b") && !is_held("c"));
     lock(&theirs, "b").acquire(PATIENCE).unwrap().release().unwrap();
     assert!(lock(&theirs, "a").try_acquire().unwrap().is_none());
     let mut transaction = operator.transaction().unwrap();
     assert_eq!(kind(guard.fence(&mut transaction)), ErrorKind::Lost);
     drop(transaction);
     let error = guard.release().unwrap_err();
-    assert!(error.kind() == ErrorKind::Lost && error.to_string().contains("\"b\""), "{error}");
+    assert_eq!(error.kind(), ErrorKind::Lost, "{error}");
     theirs
         .multi_lock(["a", "b", "c"])
         .unwrap()
@@ -98,6 +165,26 @@ fn the_release_of_a_set_takes_no_longer_than_one_where_the_server_does_not_answe
         let took = begun.elapsed();
         drop(frozen);
         assert!(took < bound + Duration::from_secs(2), "it took {took:?}");
+    }
+}
+
+#[test]
+fn a_session_that_does_not_answer_holds_up_its_own_lock_only() {
+    let database = Database::fresh().unwrap();
+    let [ours, theirs] = [(); 2].map(|()| started(Config::from_url(&database.url()).unwrap()));
+    let set = ours.multi_lock(["a", "b", "c"]).unwrap();
+    let keys: Vec<_> = set.keys().map(str::to_owned).collect();
+    for hung in &keys {
+        let guard = set.acquire(PATIENCE).unwrap();
+        let pid = ours.inspect(hung.as_str()).unwrap().holder.unwrap().pid;
+        support::process::signal(pid, Signal::Stop).unwrap();
+        let released = begin(move || guard.release());
+        for key in keys.iter().filter(|key| *key != hung) {
+            lock(&theirs, key).acquire(PATIENCE).unwrap().release().unwrap();
+        }
+        assert!(!released.is_ready(), "the others did not wait for it");
+        released.get().unwrap_err();
+        support::process::signal(pid, Signal::Continue).unwrap();
     }
 }
 
@@ -178,8 +265,11 @@ fn the_locks_of_a_process_that_dies_with_a_set_are_free() {
     holder.kill();
     let begun = Instant::now();
     set.acquire(PATIENCE).unwrap().release().unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(15), "within the lease");
-    eventually("all sessions of the dead one are gone", || set.try_acquire().unwrap().is_some());
+    assert!(
+        begun.elapsed() < Duration::from_secs(5),
+        "the system has told the server at once: {:?}",
+        begun.elapsed()
+    );
 }
 
 /// Not a test: a process that takes a set and is killed.

@@ -127,7 +127,7 @@ mod tests {
     #[test]
     fn a_term_whose_time_is_over_is_lost_and_not_released() {
         let at_most = Duration::from_secs(2);
-        for span in [Span::UntilReleased, Span::OneTerm { waits: true, at_most }] {
+        for span in [Span::UntilReleased, Span::OneTerm { waits: true, has_others: false, at_most }] {
             let claim = Claim::new("k".to_owned(), at_most, span, None, None);
             assert!(claim.announce_acquired(Instant::now(), None));
             // As in a process that was frozen, whose watchdog has not looked yet.

@@ -255,7 +255,7 @@ impl Engine {
         let pool = &self.spec.pool;
         let slot = match &mut self.slot {
             Some(slot) => slot,
-            None => self.slot.insert(pool.take()?),
+            None => self.slot.insert(pool.take(!self.claim.has_others())?),
         };
         pool.open(slot, stream)?;
         slot.session().map(|session| session.control()).ok_or_else(Refusal::not_postgres)

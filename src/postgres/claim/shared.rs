@@ -53,8 +53,8 @@ pub(crate) enum Span {
     /// Until the application ends it: another term follows on one that was lost.
     UntilReleased,
     /// For one term at the most; if it does not wait for that, until the server says that another session holds the lock. Then it
-    /// ends, for which it has `at_most`.
-    OneTerm { waits: bool, at_most: Duration },
+    /// ends, for which it has `at_most`. A caller that `has_others` does not wait for a session while it has these.
+    OneTerm { waits: bool, has_others: bool, at_most: Duration },
 }
 
 /// What the thread that runs the engine is using, and so how it can be interrupted.
@@ -236,6 +236,11 @@ impl Claim {
         self.span != Span::UntilReleased
     }
 
+    /// True if its caller has other locks, and so does not wait for a session.
+    pub(crate) fn has_others(&self) -> bool {
+        matches!(self.span, Span::OneTerm { has_others: true, .. })
+    }
+
     /// True if the application wants to be warned before a term ends.
     pub(crate) fn has_grace(&self) -> bool {
         self.grace.is_some()
@@ -254,6 +259,12 @@ impl Claim {
             }
             Phase::Queueing if patience != Patience::Lock => return Err(Error::lock_unavailable(&self.key)),
             Phase::Queueing | Phase::Acquiring => {}
+        }
+        if self.has_others()
+            && let Some(problem) = &status.problem
+            && problem.kind() == ErrorKind::PoolExhausted
+        {
+            return Err(problem.clone());
         }
         if patience != Patience::Lock
             && let Some(problem) = &status.problem
@@ -673,7 +684,7 @@ impl Claim {
         let mut status = self.status.lock();
         if status.is_open() {
             status.phase = match status.span {
-                Span::OneTerm { waits: false, at_most } => {
+                Span::OneTerm { waits: false, at_most, .. } => {
                     Phase::Ending { reason: EndReason::Unavailable, by: Instant::now() + at_most }
                 }
                 _ => Phase::Queueing,
