@@ -7,7 +7,7 @@ use postgres::Client;
 
 use crate::crew::WORKERS;
 use crate::fault::{Fault, Hit, Kind};
-use crate::report::{KEYS, Moment, Report, Usage, What};
+use crate::report::{Holder, KEYS, Moment, Report, Usage, What};
 
 /// How long a holder may go on believing, *after* an operator has ended its session (alone or by a shutdown of the
 /// server) or after it was thawed.
@@ -36,6 +36,7 @@ enum How {
 #[derive(Debug)]
 struct Term {
     worker: usize,
+    holder: Holder,
     begun: Moment,
     /// The last time that something was done in it.
     seen: Moment,
@@ -75,6 +76,10 @@ pub(crate) struct Referee {
     failures: BTreeMap<String, usize>,
     refused: usize,
     failed: usize,
+    /// Leaders' closures that worked on after the loss that they were told of.
+    ignored: usize,
+    /// What leaders have told.
+    events: BTreeMap<String, usize>,
     violations: Vec<String>,
 }
 
@@ -145,16 +150,21 @@ impl Referee {
         match report.what {
             What::Before(usage) => self.before[worker] = Some(usage),
             What::After(usage) => self.after[worker] = Some(usage),
-            What::Begun { key, token } => {
-                let term = Term { worker, begun: at, seen: at, end: None };
+            What::Begun { key, token, holder } => {
+                let term = Term { worker, holder, begun: at, seen: at, end: None };
                 if self.terms[key].insert(token, term).is_some() {
                     self.violation(format!("{}: token {token} was given out twice", KEYS[key]));
                 }
             }
             What::Commits { key, token } => {
                 self.units[key].begun += 1;
-                if let Some(term) = self.terms[key].get_mut(&token) {
-                    term.seen = at;
+                let Some(term) = self.terms[key].get_mut(&token) else { return };
+                term.seen = at;
+                if term.end.is_some() {
+                    self.violation(format!(
+                        "{}: worker {worker} works in term {token}, which it had told the end of, and the fence lets it",
+                        KEYS[key]
+                    ));
                 }
             }
             What::Committed { key } => self.units[key].confirmed += 1,
@@ -171,6 +181,16 @@ impl Referee {
                 *self.losses.entry(reason.unwrap_or_else(|| "silent".to_owned())).or_default() += 1;
                 self.end(worker, key, token, at, How::Lost);
             }
+            What::Ignores { key, token, shown } => {
+                self.ignored += 1;
+                if !shown {
+                    self.violation(format!(
+                        "{}: worker {worker} works on after the loss of term {token}, and its leader's status does not show it",
+                        KEYS[key]
+                    ));
+                }
+            }
+            What::Heard { event } => *self.events.entry(event).or_default() += 1,
             What::Missed { error } => *self.missed.entry(error).or_default() += 1,
             What::Returned { call, outcome, took, limit } => {
                 if took > limit + SLACK {
@@ -287,8 +307,9 @@ impl Referee {
                     } else {
                         overlaps.unexplained += 1;
                         violations.push(format!(
-                            "{name}: worker {} held term {token} from {} to {} ({:?}), and worker {} had begun term {later} at {}\n{}",
+                            "{name}: worker {} held term {token} ({}) from {} to {} ({:?}), and worker {} had begun term {later} at {}\n{}",
                             term.worker,
+                            term.holder.name(),
                             micros(term.begun),
                             micros(*end),
                             term.end.as_ref().map(|(_, how)| how),
@@ -439,18 +460,27 @@ impl Referee {
         if (self.faults.len() as u64) < length.as_secs() / 2 {
             self.violation("there was less than one fault in two seconds, so little is proven");
         }
+        let holders = Holder::ALL.map(|holder| {
+            let all = self.terms.iter().flat_map(BTreeMap::values);
+            (holder.name().to_owned(), all.filter(|term| term.holder == holder).count())
+        });
+        if holders.iter().any(|(_, count)| *count == 0) {
+            self.violation("no claim, no guard or no leader ever had a key, so nothing is proven of it");
+        }
         let units: i64 = self.units.iter().map(|units| units.confirmed).sum();
         let doubtful: i64 = self.units.iter().map(|units| units.begun - units.confirmed).sum();
         println!("seed {seed}, {:.0} s", length.as_secs_f64());
         println!(
-            "acquisitions         {}, and {} attempts that got nothing: {}",
+            "acquisitions         {}: {}; and {} attempts that got nothing: {}",
             self.acquisitions(),
+            list(&holders.into()),
             self.missed.values().sum::<usize>(),
             list(&self.missed)
         );
         let kinds = Kind::ALL.map(|kind| format!("{} {}", kind.title(), self.count(kind)));
         println!("faults               {}: {}", self.faults.len(), kinds.join(", "));
         println!("losses signalled     {}: {}", self.lost(), list(&self.losses));
+        println!("told by leaders      {}; {} worked on after a loss", list(&self.events), self.ignored);
         println!("unconfirmed releases {}: {}", self.failures.values().sum::<usize>(), list(&self.failures));
         println!(
             "units of work        {units}, {doubtful} in doubt, {} failed, {} refused by the fence",

@@ -7,6 +7,29 @@ use std::time::{Duration, SystemTime};
 /// The keys that everybody fights for. Everywhere else a key is its place in this list.
 pub(crate) const KEYS: [&str; 5] = ["red", "green", "blue", "black", "white"];
 
+/// So many of the keys, from the first, have a leader in each process, beside claims and guards.
+pub(crate) const LED: usize = 2;
+
+/// How a key is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Holder {
+    Claim,
+    Guard,
+    Leader,
+}
+
+impl Holder {
+    pub(crate) const ALL: [Self; 3] = [Self::Claim, Self::Guard, Self::Leader];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Claim => "claim",
+            Self::Guard => "guard",
+            Self::Leader => "leader",
+        }
+    }
+}
+
 /// A moment on the clock that all processes of one machine share, as the time since 1970.
 pub(crate) type Moment = Duration;
 
@@ -30,7 +53,7 @@ pub(crate) enum What {
     /// It had this before its manager was made.
     Before(Usage),
     /// It holds the key.
-    Begun { key: usize, token: i64 },
+    Begun { key: usize, token: i64, holder: Holder },
     /// It is about to commit a unit of fenced work.
     Commits { key: usize, token: i64 },
     /// The server has confirmed that commit.
@@ -43,9 +66,13 @@ pub(crate) enum What {
     Released { key: usize, token: i64 },
     /// It has lost the key. The reason is `None` if nobody told it.
     Lost { key: usize, token: i64, reason: Option<String> },
+    /// It has lost the key, was told, and works on. `shown` if the leader's status shows that.
+    Ignores { key: usize, token: i64, shown: bool },
+    /// A leader of it has told this event.
+    Heard { event: String },
     /// It could not get a key.
     Missed { error: String },
-    /// A call of the library has returned. It was to take no longer than `limit`.
+    /// A call of the library, a word without blanks, has returned. It was to take no longer than `limit`.
     Returned { call: String, outcome: String, took: Duration, limit: Duration },
     /// It has this after its manager is gone.
     After(Usage),
@@ -69,7 +96,7 @@ impl fmt::Display for Report {
         write!(f, "{MARK} {} ", self.at.as_micros())?;
         match &self.what {
             What::Before(usage) => write!(f, "before {} {}", usage.threads, usage.descriptors),
-            What::Begun { key, token } => write!(f, "begun {key} {token}"),
+            What::Begun { key, token, holder } => write!(f, "begun {key} {token} {}", holder.name()),
             What::Commits { key, token } => write!(f, "commits {key} {token}"),
             What::Committed { key } => write!(f, "committed {key}"),
             What::Refused { key } => write!(f, "refused {key}"),
@@ -78,6 +105,8 @@ impl fmt::Display for Report {
             What::Lost { key, token, reason } => {
                 write!(f, "lost {key} {token} {}", reason.as_deref().unwrap_or(SILENT))
             }
+            What::Ignores { key, token, shown } => write!(f, "ignores {key} {token} {shown}"),
+            What::Heard { event } => write!(f, "heard {event}"),
             What::Missed { error } => write!(f, "missed {error}"),
             What::Returned { call, outcome, took, limit } => {
                 write!(f, "returned {call} {outcome} {} {}", took.as_micros(), limit.as_micros())
@@ -98,7 +127,7 @@ impl Report {
         let at = Moment::from_micros(number(words)?);
         let what = match words.next()? {
             "before" => What::Before(usage(words)?),
-            "begun" => What::Begun { key: key(words)?, token: number(words)? },
+            "begun" => What::Begun { key: key(words)?, token: number(words)?, holder: holder(words)? },
             "commits" => What::Commits { key: key(words)?, token: number(words)? },
             "committed" => What::Committed { key: key(words)? },
             "refused" => What::Refused { key: key(words)? },
@@ -108,6 +137,8 @@ impl Report {
                 let (key, token, reason) = (key(words)?, number(words)?, words.next()?);
                 What::Lost { key, token, reason: (reason != SILENT).then(|| reason.to_owned()) }
             }
+            "ignores" => What::Ignores { key: key(words)?, token: number(words)?, shown: number(words)? },
+            "heard" => What::Heard { event: words.next()?.to_owned() },
             "missed" => What::Missed { error: words.next()?.to_owned() },
             "returned" => What::Returned {
                 call: words.next()?.to_owned(),
@@ -128,6 +159,11 @@ fn number<'a, N: FromStr>(words: &mut impl Iterator<Item = &'a str>) -> Option<N
 
 fn key<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<usize> {
     number(words).filter(|key| *key < KEYS.len())
+}
+
+fn holder<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<Holder> {
+    let name = words.next()?;
+    Holder::ALL.into_iter().find(|holder| holder.name() == name)
 }
 
 fn usage<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<Usage> {

@@ -1,19 +1,23 @@
 //! One of the processes that fight for the keys, and the work that it does while it holds one.
 
+use std::convert::Infallible;
 use std::error::Error;
 use std::io::{self, Write};
-use std::sync::Arc;
-use std::thread;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+use std::{iter, panic, thread};
 
-use crossbeam_channel::{RecvTimeoutError, select};
-use dsync::{Config, Context, ErrorKind, Lock, Loss, PostgresManager, SyncManager, Term};
+use crossbeam_channel::{Receiver, RecvTimeoutError, select, unbounded};
+use dsync::{
+    Config, Context, ErrorKind, Leader, LeaderEvent, LeaderOptions, Lock, Loss, PostgresManager, SyncManager,
+    Tenure, Term,
+};
 use fastrand::Rng;
 use parking_lot::Mutex;
 use postgres::{Client, NoTls};
 use support::process;
 
-use crate::report::{KEYS, Moment, Report, Usage, What, moment, now};
+use crate::report::{Holder, KEYS, LED, Moment, Report, Usage, What, moment, now};
 
 /// Threads of one process.
 pub(crate) const THREADS: usize = 4;
@@ -29,6 +33,13 @@ const RELEASE: Duration = Duration::from_secs(2);
 
 /// What the one attempt of a guard may take: the time to connect, of 5 s, and that of a heartbeat.
 const ATTEMPT: Duration = Duration::from_secs(6);
+
+/// What a question to the server may take: three times the time to connect, of 5 s, and that of a heartbeat.
+const QUESTION: Duration = Duration::from_secs(16);
+
+/// What the closure of a leader may take until it returns: the longest term, of 2.5 s, and a unit of work whose connection
+/// takes its time, of 2 s.
+const LEAVES: Duration = Duration::from_secs(5);
 
 /// How long a thread waits for the channel of a term that is over by the clock.
 const SIGNAL: Duration = Duration::from_secs(5);
@@ -79,18 +90,28 @@ fn fight(worker: usize, url: &str, seed: u64, stop: &Context) -> Outcome<()> {
     let seats = seats.collect::<dsync::Result<Vec<_>>>()?;
     address.application_name(&format!("work-{worker}")).connect_timeout(Duration::from_secs(2));
     let mut rng = Rng::with_seed(seed);
-    let outcomes: Vec<Outcome<()>> = thread::scope(|scope| {
+    let mut fighter = || {
+        let writer = Writer { address: address.clone(), client: None };
+        Fighter { stop: stop.clone(), rng: rng.fork(), writer }
+    };
+    let leaders = seats[..LED].iter().map(|seat| fighter().stand(seat));
+    let leaders = leaders.collect::<dsync::Result<Vec<_>>>()?;
+    let mut outcomes: Vec<Outcome<()>> = thread::scope(|scope| {
         let fighters: Vec<_> = (0..THREADS)
             .map(|_| {
-                let writer = Writer { address: address.clone(), client: None };
-                let mut fighter = Fighter { stop, rng: rng.fork(), writer };
-                let seats = &seats;
-                scope.spawn(move || fighter.fight(seats))
+                let (mut fighter, seats, leaders) = (fighter(), &seats, &leaders);
+                scope.spawn(move || fighter.fight(seats, leaders))
             })
             .collect();
         let joined = fighters.into_iter().map(|fighter| fighter.join());
         joined.map(|outcome| outcome.unwrap_or_else(|_| Err("a thread panicked".into()))).collect()
     });
+    for leader in leaders {
+        let began = Instant::now();
+        let outcome = leader.wait().stop(LEAVES + RELEASE);
+        returned("leader-stop", &outcome, began, LEAVES + RELEASE)?;
+        outcomes.push(outcome.map_err(Into::into));
+    }
     let began = Instant::now();
     let outcome = manager.stop();
     returned("stop", &outcome, began, RELEASE)?;
@@ -105,8 +126,35 @@ struct Seat {
     claimed: Mutex<()>,
 }
 
-struct Fighter<'a> {
-    stop: &'a Context,
+/// A term of this process.
+struct Held<'a> {
+    holder: Holder,
+    term: &'a Term,
+    /// What a leader's closure goes by.
+    tenure: Option<&'a Tenure>,
+    /// Tells how the term was lost, which has begun at that moment.
+    loss: &'a dyn Fn(Moment) -> Option<Loss>,
+}
+
+impl<'a> Held<'a> {
+    /// One that is no leader's.
+    fn new(holder: Holder, term: &'a Term, loss: &'a dyn Fn(Moment) -> Option<Loss>) -> Self {
+        Self { holder, term, tenure: None, loss }
+    }
+
+    /// Whether the work must stop: the term is lost, or its leader is told to stop.
+    fn must_stop(&self) -> bool {
+        self.tenure.map_or_else(|| !self.term.is_held(), Tenure::must_stop)
+    }
+
+    /// The channel that says so.
+    fn stopping(&self) -> &Receiver<Infallible> {
+        self.tenure.map_or_else(|| self.term.lost().channel(), Tenure::stopping)
+    }
+}
+
+struct Fighter {
+    stop: Context,
     rng: Rng,
     writer: Writer,
 }
@@ -117,9 +165,13 @@ enum Ended {
     Lost,
 }
 
-impl Fighter<'_> {
-    fn fight(&mut self, seats: &[Seat]) -> Outcome<()> {
+impl Fighter {
+    fn fight(&mut self, seats: &[Seat], leaders: &[Arc<OnceLock<Leader>>]) -> Outcome<()> {
         while self.stop.check().is_ok() {
+            if self.rng.u8(..20) == 0 {
+                let led = self.rng.usize(..LED);
+                self.depose(&seats[led], leaders[led].wait())?;
+            }
             let seat = &seats[self.rng.usize(..seats.len())];
             if self.rng.u8(..3) == 0 {
                 let claimed = seat.claimed.lock();
@@ -152,14 +204,14 @@ impl Fighter<'_> {
             Ok(None) => return Ok(tell(What::Missed { error: "taken".to_owned() })?),
             Err(error) => return Ok(tell(What::Missed { error: format!("{:?}", error.kind()) })?),
         };
-        self.serve(seat, guard.term(), || guard.loss())?;
+        self.serve(seat.key, &Held::new(Holder::Guard, guard.term(), &|_| guard.loss()))?;
         let began = Instant::now();
         if self.rng.bool() {
             let outcome = guard.release();
-            returned("release of a guard", &outcome, began, RELEASE)?;
+            returned("guard-release", &outcome, began, RELEASE)?;
         } else {
             drop(guard);
-            returned("drop of a guard", &Ok(()), began, RELEASE)?;
+            returned("guard-drop", &Ok(()), began, RELEASE)?;
         }
         Ok(())
     }
@@ -178,8 +230,9 @@ impl Fighter<'_> {
         match &outcome {
             Err(error) => tell(What::Missed { error: format!("{:?}", error.kind()) })?,
             Ok(()) => {
+                let loss = |_| seat.lock.last_loss();
                 while let Some(term) = seat.lock.term()
-                    && self.serve(seat, &term, || seat.lock.last_loss())? == Ended::Lost
+                    && self.serve(seat.key, &Held::new(Holder::Claim, &term, &loss))? == Ended::Lost
                     && self.rng.u8(..3) > 0
                 {
                     // The claim goes on in the background, unless it is given up, one time in three.
@@ -194,25 +247,96 @@ impl Fighter<'_> {
         Ok(returned("release", &outcome, began, RELEASE)?)
     }
 
-    /// One term: works or idles for a while, unless it is lost before.
-    fn serve(&mut self, seat: &Seat, term: &Term, loss: impl Fn() -> Option<Loss>) -> Outcome<Ended> {
-        let key = seat.key;
+    /// Leads again and again, until the leader is stopped.
+    fn stand(mut self, seat: &Seat) -> dsync::Result<Arc<OnceLock<Leader>>> {
+        let (key, leader) = (seat.key, Arc::<OnceLock<Leader>>::default());
+        let (tell_loss, losses) = unbounded();
+        let options = LeaderOptions::new()
+            .stand_back(Duration::from_millis(20))
+            .back_off(Duration::from_millis(5), Duration::from_millis(50))
+            .watch_interval(Duration::from_millis(500))
+            .on_event(move |event| {
+                // Neither can be told when nobody listens any more.
+                if let LeaderEvent::Lost(loss) = event {
+                    let _ = tell_loss.send(loss.clone());
+                }
+                let _ = tell(What::Heard { event: name_of(event) });
+            });
+        let own = Arc::clone(&leader);
+        let work = move |tenure: &Tenure| {
+            // Fails when nobody listens any more, and then standard input has ended.
+            let _ = self.lead(key, tenure, own.wait(), &losses);
+            if self.rng.u8(..50) == 0 {
+                // Without the message of the panic hook.
+                panic::resume_unwind(Box::new("a panic now and then"));
+            }
+        };
+        // It has not been set before.
+        let _ = leader.set(Leader::start_with(Arc::clone(&seat.lock), options, work)?);
+        Ok(leader)
+    }
+
+    /// One term of a leader. If it is lost, goes on working for a while now and then: a mistake that the fence makes good.
+    fn lead(&mut self, key: usize, tenure: &Tenure, leader: &Leader, losses: &Receiver<Loss>) -> Outcome<()> {
+        let term = tenure.term();
+        // One that comes after the closure of its term had returned is left from before.
+        let next = || losses.recv_timeout(SIGNAL).ok();
+        let loss = |begun| iter::from_fn(next).find(|loss| moment(loss.at) >= begun);
+        let held = Held { holder: Holder::Leader, term, tenure: Some(tenure), loss: &loss };
+        if self.serve(key, &held)? == Ended::Lost
+            && self.rng.bool()
+            && let Some(token) = term.token()
+        {
+            let status = leader.status();
+            tell(What::Ignores { key, token, shown: status.at_work && !status.leads })?;
+            let end = Instant::now() + self.millis(1..200);
+            while Instant::now() < end {
+                self.writer.unit(key, token, term)?;
+                thread::sleep(self.millis(0..8));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the leader of this process step down, or the one that leads in whichever process.
+    fn depose(&mut self, seat: &Seat, leader: &Leader) -> Outcome<()> {
+        if self.rng.bool() {
+            leader.step_down();
+            return Ok(());
+        }
+        let began = Instant::now();
+        let outcome = seat.lock.request_resignation();
+        Ok(returned("request_resignation", &outcome, began, QUESTION)?)
+    }
+
+    /// One term: works or idles for a while, unless it is lost before, or must stop.
+    fn serve(&mut self, key: usize, held: &Held<'_>) -> Outcome<Ended> {
+        let term = held.term;
         let begun = now();
         // Lost already?
         let Some(token) = term.token().filter(|_| term.is_held()) else { return Ok(Ended::Lost) };
-        tell(What::Begun { key, token })?;
-        // Some wait for the loss, since a claim without a thread that works is watched all the same.
+        tell(What::Begun { key, token, holder: held.holder })?;
+        // Some wait for the loss, since a claim without a thread that works is watched all the same. And one leader in eight
+        // leads for so long that it can be asked to resign, of which it hears within a heartbeat.
         let idle = self.rng.u8(..30) == 0;
-        let end = Instant::now() + if idle { self.millis(500..2500) } else { self.millis(1..50) };
+        let long = idle || held.holder == Holder::Leader && self.rng.u8(..8) == 0;
+        let end = Instant::now() + if long { self.millis(500..2500) } else { self.millis(1..50) };
+        // Whoever is to step down may finish its work: nobody else leads before.
+        let finishes = self.rng.bool();
+        let mut believed = begun;
         loop {
             let at = now();
-            if !term.is_held() {
-                let reason = reason(&loss, term, begun);
-                let (at, reason) = reason.map_or((at, None), |(heard, name)| (heard.min(at), Some(name)));
+            let told = held.must_stop();
+            if told && !term.is_held() {
+                let reason = reason(held, begun);
+                // It has believed in the term for as long as it was not told, whenever the library says that it told.
+                let ended = |(heard, name): (Moment, _)| (heard.max(believed).min(at), Some(name));
+                let (at, reason) = reason.map_or((at, None), ended);
                 tell_at(at, What::Lost { key, token, reason })?;
                 return Ok(Ended::Lost);
             }
-            if Instant::now() >= end || self.stop.check().is_err() {
+            believed = at;
+            if Instant::now() >= end || told && !finishes || self.stop.check().is_err() {
                 tell_at(at, What::Released { key, token })?;
                 return Ok(Ended::Finished);
             }
@@ -220,8 +344,9 @@ impl Fighter<'_> {
                 self.writer.unit(key, token, term)?;
             }
             let pause = if idle { end.saturating_duration_since(Instant::now()) } else { self.millis(0..8) };
+            let stopping = if told { term.lost().channel() } else { held.stopping() };
             select! {
-                recv(term.lost()) -> _ => {}
+                recv(stopping) -> _ => {}
                 recv(self.stop.cancelled()) -> _ => {}
                 default(pause) => {}
             }
@@ -235,12 +360,12 @@ impl Fighter<'_> {
 
 /// When the term was lost, and why, once its channel says so. `None` if it does not, or if nothing is known of that
 /// loss.
-fn reason(loss: &impl Fn() -> Option<Loss>, term: &Term, begun: Moment) -> Option<(Moment, String)> {
-    match term.lost().recv_timeout(SIGNAL) {
+fn reason(held: &Held<'_>, begun: Moment) -> Option<(Moment, String)> {
+    match held.stopping().recv_timeout(SIGNAL) {
         Err(RecvTimeoutError::Disconnected) => {}
         Err(RecvTimeoutError::Timeout) => return None,
     }
-    let loss = loss()?;
+    let loss = (held.loss)(begun)?;
     let at = moment(loss.at);
     // Not the loss of an earlier term.
     (at >= begun).then(|| (at, format!("{:?}", loss.reason)))
@@ -303,6 +428,12 @@ fn until_the_parent_is_gone() -> io::Result<Context> {
     Ok(context)
 }
 
+/// The name of the event, without what is in it.
+fn name_of(event: &LeaderEvent) -> String {
+    let text = format!("{event:?}");
+    text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default().to_owned()
+}
+
 fn returned<T>(call: &str, outcome: &dsync::Result<T>, began: Instant, limit: Duration) -> io::Result<()> {
     let outcome = outcome.as_ref().map_or_else(|error| format!("{:?}", error.kind()), |_| "ok".to_owned());
     tell(What::Returned { call: call.to_owned(), outcome, took: began.elapsed(), limit })
@@ -315,6 +446,8 @@ fn tell(what: What) -> io::Result<()> {
 /// Not `println!`, which panics when nobody listens any more.
 fn tell_at(at: Moment, what: What) -> io::Result<()> {
     let line = format!("{}\n", Report { at, what });
+    // What the referee does not understand it does not judge.
+    debug_assert!(Report::read(&line).is_some(), "{line}");
     let mut out = io::stdout().lock();
     out.write_all(line.as_bytes())?;
     out.flush()

@@ -80,8 +80,12 @@ impl Postgres {
         Self { operator: Mutex::new(database.client().unwrap()), database }
     }
 
+    pub(crate) fn url(&self) -> String {
+        self.database.url()
+    }
+
     pub(crate) fn config(&self) -> dsync::Config {
-        let config = dsync::Config::from_url(&self.database.url()).unwrap();
+        let config = dsync::Config::from_url(&self.url()).unwrap();
         // Slices and heartbeats shorter than by default, so that a test sees several of them.
         config
             .wait_slice(Duration::from_secs(1))

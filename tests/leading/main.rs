@@ -15,4 +15,5 @@ mod proxy;
 mod chaos;
 mod contract;
 mod crew;
+mod processes;
 mod server;
