@@ -69,8 +69,8 @@ pub(crate) fn is_asked_to_resign(pool: &Pool, key: AdvisoryKey, token: i64) -> R
     rows.first().map_or(Ok(false), |row| get(row, 0))
 }
 
-/// Adds a holder or a waiter. Only a foreign application can hold a lock with several sessions (`pg_advisory_lock_shared`);
-/// the first one stands for them.
+/// Adds a holder or a waiter. Several sessions hold a lock only if it is shared, on connections of applications' own; the first
+/// one stands for them.
 fn add(view: &mut LockView, row: &Row) -> Result<()> {
     let (granted, pid): (bool, i32) = (get(row, 2)?, get(row, 3)?);
     let client_addr: Option<IpAddr> = get(row, 4)?;
