@@ -149,13 +149,14 @@ fn locks_of_the_application_behave_as_always(manager: &PostgresManager, client: 
         let builder = client.build_transaction().isolation_level(IsolationLevel::ReadCommitted);
         let mut transaction = builder.start().unwrap();
         let [x, y] = [dsync::Key::from("x"), free.clone()].map(|key| manager.transaction_lock(key).unwrap());
-        assert_eq!(kind(x.acquire(&mut transaction, shortly)), ErrorKind::TimedOut);
         y.acquire(&mut transaction, PATIENCE).unwrap();
+        assert_eq!(kind(x.acquire(&mut transaction, shortly)), ErrorKind::TimedOut);
         transaction.commit().unwrap();
 
         let [x, y] = [dsync::Key::from("x"), free].map(|key| manager.session_lock(key).unwrap());
-        assert_eq!(kind(x.acquire(client, shortly)), ErrorKind::TimedOut);
-        y.acquire(client, PATIENCE).unwrap().release().unwrap();
+        let mut guard = y.acquire(client, PATIENCE).unwrap();
+        assert_eq!(kind(x.acquire(&mut guard, shortly)), ErrorKind::TimedOut);
+        guard.release().unwrap();
     }
     let after = client.simple_query("SHOW lock_timeout").unwrap();
     assert_eq!(format!("{before:?}"), format!("{after:?}"));

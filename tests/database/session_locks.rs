@@ -99,13 +99,16 @@ fn a_lock_that_did_not_last_is_told_by_its_release() {
             tells(&error, ErrorKind::Lost, &["\"x\"", why, "another holder may have been at work meanwhile"]);
         }
     }
-    // Also where nobody has noticed it before.
-    let mut client = database.client().unwrap();
-    let guard = manager.session_lock("x").unwrap().acquire(&mut client, PATIENCE).unwrap();
+    // Also where nobody has noticed it before, and whether the driver reads the server's last word or the end first.
     let end = "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_database ON oid = database
                WHERE locktype = 'advisory' AND datname = current_database()";
-    assert_eq!(operator.query(end, &[]).unwrap().len(), 1);
-    assert_eq!(kind(guard.release()), ErrorKind::Lost);
+    for _ in 0..20 {
+        let mut client = database.client().unwrap();
+        let guard = manager.session_lock("x").unwrap().acquire(&mut client, PATIENCE).unwrap();
+        assert_eq!(operator.query(end, &[]).unwrap().len(), 1);
+        assert_eq!(kind(guard.release()), ErrorKind::Lost);
+        becomes("the locks", &0, || advisory_locks(&mut operator));
+    }
 }
 
 #[test]
@@ -150,7 +153,8 @@ fn a_wait_that_ends_leaves_the_connection_as_it_was() {
     let begun = Instant::now();
     let error = lock.acquire(&mut client, Duration::from_millis(150)).unwrap_err();
     tells(&error, ErrorKind::TimedOut, &["\"x\"", "another session holds it", AS_BEFORE]);
-    assert!(begun.elapsed() >= Duration::from_millis(150));
+    // Not for a slice, which is 5 s.
+    assert!((Duration::from_millis(150)..Duration::from_secs(3)).contains(&begun.elapsed()));
     assert_eq!(kind(lock.acquire(&mut client, Duration::ZERO)), ErrorKind::TimedOut);
     assert_eq!(lock_timeout(&mut client), "7s");
 

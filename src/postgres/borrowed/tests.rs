@@ -8,24 +8,33 @@ use super::rows;
 use crate::key::AdvisoryKey;
 use crate::pg::sql::{Advisory, Lasting};
 
-/// A connection of which the server's messages are kept.
-fn client(url: &str) -> (Client, Arc<Mutex<Vec<String>>>) {
-    let said = Arc::new(Mutex::new(Vec::new()));
-    let mut config: postgres::Config = url.parse().unwrap();
-    let listener = Arc::clone(&said);
-    config.notice_callback(move |notice| listener.lock().unwrap().push(notice.message().to_owned()));
-    (config.connect(NoTls).unwrap(), said)
-}
+/// Of the operators that the statement needs, others come first. They are asked last, and only about a lock that is held.
+const TRAPS: &str = "CREATE SCHEMA traps;
+    DO $do$ DECLARE type text; BEGIN
+        FOREACH type IN ARRAY '{text, oid, int4, int2}'::text[] LOOP
+            EXECUTE format('CREATE FUNCTION traps.trap(%1$s, %1$s) RETURNS bool LANGUAGE plpgsql AS
+                            $f$ BEGIN RAISE ''trapped''; END $f$;
+                            CREATE OPERATOR traps.= (LEFTARG = %1$s, RIGHTARG = %1$s, FUNCTION = traps.trap)', type);
+        END LOOP;
+    END $do$;
+    SET search_path = traps, pg_catalog";
 
-fn locks(client: &mut Client) -> i64 {
-    let query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()";
-    client.query_one(query, &[]).unwrap().get(0)
+fn locks(operator: &mut Client) -> i64 {
+    let query = "SELECT count(*) FROM pg_locks JOIN pg_database ON oid = database
+                 WHERE locktype = 'advisory' AND datname = current_database()";
+    operator.query_one(query, &[]).unwrap().get(0)
 }
 
 #[test]
 fn a_lock_of_a_session_that_was_granted_before_the_wait_failed_is_taken_back() {
     let database = support::Database::fresh().unwrap();
-    let (mut client, said) = client(&database.url());
+    let mut operator = database.client().unwrap();
+    let said = Arc::new(Mutex::new(Vec::new()));
+    let mut config: postgres::Config = database.url().parse().unwrap();
+    let listener = Arc::clone(&said);
+    config.notice_callback(move |notice| listener.lock().unwrap().push(notice.message().to_owned()));
+    let mut client = config.connect(NoTls).unwrap();
+    client.batch_execute(TRAPS).unwrap();
     for key in [
         AdvisoryKey::Single(7),
         AdvisoryKey::Single(-7),
@@ -35,17 +44,18 @@ fn a_lock_of_a_session_that_was_granted_before_the_wait_failed_is_taken_back() {
     ] {
         for shared in [false, true] {
             let advisory = Advisory { key, lasting: Lasting::Session, shared };
-            let others = Advisory { shared: !shared, ..advisory };
-            rows(&mut client, &others.attempt()).unwrap();
+            let other = Advisory { shared: !shared, ..advisory };
+            rows(&mut client, &other.attempt()).unwrap();
             rows(&mut client, &advisory.attempt()).unwrap();
-            assert_eq!(locks(&mut client), 2, "{key:?}");
-            for left in [1, 1] {
+            assert_eq!(locks(&mut operator), 2, "{key:?}");
+            // Twice, of which the second finds nothing: the other one is not touched.
+            for _ in 0..2 {
                 let answer = rows(&mut client, &advisory.take_back()).unwrap();
-                assert_eq!(locks(&mut client), left, "{key:?}");
+                assert_eq!(locks(&mut operator), 1, "{key:?}");
                 assert_eq!(answer.last().unwrap()[0].as_deref(), Some("0"), "the statement timeout");
             }
-            rows(&mut client, &others.take_back()).unwrap();
-            assert_eq!(locks(&mut client), 0, "{key:?}");
+            rows(&mut client, &other.take_back()).unwrap();
+            assert_eq!(locks(&mut operator), 0, "{key:?}");
         }
     }
     assert!(said.lock().unwrap().is_empty(), "the server warns of nothing: {said:?}");
