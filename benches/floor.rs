@@ -1,4 +1,4 @@
-//! What the library costs above the driver used by hand: lock and release, and the hand-over to a waiter.
+//! What the library costs above the driver used by hand: lock and release, a lock in a transaction, and the hand-over to a waiter.
 //!
 //! Each round measures every contender once, so that whatever else the machine does hits all of them alike; the figures
 //! to look at are the ratios. All is measured on one processor, where they do not depend on which contender the scheduler
@@ -137,6 +137,7 @@ fn measure(bench: &mut Bench, place: Place) {
     if place == Place::OneProcessor {
         sets(bench, place, &database.url());
     }
+    transactions(bench, place, &database.url());
     hand_overs(bench, place, &database.url());
 }
 
@@ -259,6 +260,38 @@ fn sets(bench: &mut Bench, place: Place, url: &str) {
         let what = place.name(&format!("multi_lock of three: acquire + release, {}", NAMES[mode]));
         bench.row(Row::compared(what, "µs", &floors[mode][0], ours, None));
     }
+}
+
+/// A lock that nobody else wants, on a connection that is there already.
+fn transactions(bench: &mut Bench, place: Place, url: &str) {
+    let plan = bench.choose(
+        Plan { repetitions: 7, rounds: 1_000, warm_up: 200 },
+        Plan { repetitions: 3, rounds: 50, warm_up: 20 },
+    );
+    let [mut client, mut raw] = [(); 2].map(|()| raw::connect(url));
+    let statement = raw.prepare("SELECT pg_advisory_xact_lock($1)").expect("a statement");
+    let [manager, _] = managers(url);
+    let lock = manager.transaction_lock("bench").expect("a lock");
+    let contenders = vec![
+        Contender::new(raw::NAME, move || {
+            [micros(time(|| {
+                let mut transaction = raw.transaction().expect("a transaction");
+                transaction.execute(&statement, &[&KEY]).expect("the lock");
+                transaction.commit().expect("the commit");
+            }))]
+        }),
+        Contender::new("dsync", move || {
+            [micros(time(|| {
+                let mut transaction = client.transaction().expect("a transaction");
+                lock.acquire(&mut transaction, PATIENCE).expect("the lock");
+                transaction.commit().expect("the commit");
+            }))]
+        }),
+    ];
+    let series = interleave_list(plan, contenders);
+    bench.heading(&place.heading("transaction lock, nobody else there"));
+    let what = place.name("transaction lock: begin + acquire + commit");
+    bench.row(Row::compared(what, "µs", &series[0][0], &series[1][0], None));
 }
 
 fn hand_overs(bench: &mut Bench, place: Place, url: &str) {

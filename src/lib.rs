@@ -43,6 +43,7 @@ pub use crate::metrics_observer::MetricsObserver;
 pub use crate::multi_lock::{MultiGuard, MultiLock};
 pub use crate::observer::Observer;
 pub use crate::pg::{CATALOG_SQL, CatalogMode, Config, PostgresManager, Socket, catalog_sql};
+pub use crate::pg::{SessionGuard, SessionLock, TransactionLock};
 pub use crate::snapshot::{ClaimSnapshot, ClaimState, Snapshot};
 pub use crate::term::Term;
 pub use crate::view::{Holder, LockView, Waiter};

@@ -88,6 +88,22 @@ fn a_nightly_job_runs_on_one_of_two_machines() {
 }
 
 #[test]
+fn invoices_of_two_machines_have_numbers_without_gaps() {
+    let database = Database::fresh().unwrap();
+    let machines = [(); 2].map(|()| Example::start("transaction", &database));
+    for machine in &machines {
+        machine.says("is written");
+    }
+    for machine in machines {
+        machine.says("done");
+        machine.succeeds();
+    }
+    let query = "SELECT count(*), count(DISTINCT number), max(number) FROM invoice";
+    let row = database.client().unwrap().query_one(query, &[]).unwrap();
+    assert_eq!([0, 1, 2].map(|column| row.get::<_, i64>(column)), [200; 3]);
+}
+
+#[test]
 fn leaders_follow_each_other() {
     let database = Database::fresh().unwrap();
     let mut first = Example::start("leader", &database);

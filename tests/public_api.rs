@@ -50,6 +50,8 @@ fn what_threads_share_may_be_sent_and_shared() {
     is_shared::<dsync::MemoryManager>();
     is_shared::<dsync::MemoryServer>();
     is_shared::<dsync::LockOptions>();
+    is_shared::<dsync::TransactionLock>();
+    is_shared::<dsync::SessionLock>();
     is_shared::<dsync::LockView>();
     is_shared::<dyn dsync::Observer>();
     is_shared::<dsync::Snapshot>();

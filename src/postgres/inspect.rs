@@ -116,8 +116,8 @@ fn not_ended(error: Error, holder: &Holder) -> Error {
     Error::new(ErrorKind::SessionRefused, text).with_source(error)
 }
 
-/// Adds a holder or a waiter. Only a foreign application can hold a lock with several sessions (`pg_advisory_lock_shared`);
-/// the first one stands for them.
+/// Adds a holder or a waiter. Several sessions hold a lock only if it is shared, on connections of applications' own; the first
+/// one stands for them.
 fn add(view: &mut LockView, row: &Row) -> Result<()> {
     let (granted, pid): (bool, i32) = (get(row, 2)?, get(row, 3)?);
     let client_addr: Option<IpAddr> = get(row, 4)?;

@@ -8,9 +8,11 @@ use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
 use crate::multi_lock::MultiLock;
+use crate::pg::borrowed::{SessionLock, TransactionLock, Wanted};
 use crate::pg::config::{CatalogMode, Config};
 use crate::pg::inspect;
 use crate::pg::registry::Registry;
+use crate::pg::sql::{Advisory, Lasting};
 use crate::process::drive;
 use crate::snapshot::Snapshot;
 use crate::view::{Holder, LockView};
@@ -103,6 +105,44 @@ impl PostgresManager {
     /// As [`lock_with_key`](SyncManager::lock_with_key).
     pub fn lock_with(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
         self.lock_with_key(key.into(), options)
+    }
+
+    /// The lock with this key, for a transaction of the application's own: see [`TransactionLock`]. It excludes the guards and
+    /// claims of [`lock`](Self::lock), and lives without this manager, which need not have been started. No I/O happens here. Where the
+    /// manager is the process-wide one, keep it: give [`init_with`](crate::init_with) a clone of the `Arc` that it is in.
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # use dsync::PostgresManager;
+    /// # fn example(manager: &PostgresManager, client: &mut dsync::postgres::Client) -> Result<(), Box<dyn std::error::Error>> {
+    /// let mut transaction = client.transaction()?;
+    /// manager.transaction_lock("invoices")?.acquire(&mut transaction, Duration::from_secs(5))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`InvalidKey`](ErrorKind::InvalidKey), [`OtherProcess`](ErrorKind::OtherProcess).
+    pub fn transaction_lock(&self, key: impl Into<Key>) -> Result<TransactionLock> {
+        self.wanted(&key.into(), Lasting::Transaction).map(TransactionLock::new)
+    }
+
+    /// The lock with this key, for a session of the application's own: see [`SessionLock`]. Otherwise as
+    /// [`transaction_lock`](Self::transaction_lock).
+    ///
+    /// # Errors
+    /// As that.
+    pub fn session_lock(&self, key: impl Into<Key>) -> Result<SessionLock> {
+        let wanted = self.wanted(&key.into(), Lasting::Session)?;
+        Ok(SessionLock::new(wanted, self.registry.config().release_timeout))
+    }
+
+    fn wanted(&self, key: &Key, lasting: Lasting) -> Result<Wanted> {
+        self.registry.origin().check(format_args!("the manager"))?;
+        key.validate()?;
+        let config = self.registry.config();
+        let advisory = Advisory { key: key.advisory(&config.namespace), lasting, shared: false };
+        Ok(Wanted { key: key.to_string(), advisory, slice: config.wait_slice })
     }
 
     /// How the manager, its claims and its sessions stand now, as this process knows. No I/O happens, and no call that is under

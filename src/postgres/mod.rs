@@ -1,5 +1,6 @@
 //! Locks on PostgreSQL. `ARCHITECTURE.md` draws how the rooms fit together.
 
+mod borrowed;
 mod catalog;
 mod claim;
 mod config;
@@ -13,6 +14,7 @@ mod sql;
 mod stream;
 mod watchdog;
 
+pub use borrowed::{SessionGuard, SessionLock, TransactionLock};
 pub use catalog::{CATALOG_SQL, catalog_sql};
 pub use config::{CatalogMode, Config};
 pub use manager::PostgresManager;

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use dsync::{Config, ErrorKind, LockOptions, PostgresManager, SyncManager, json_valuer};
-use postgres::{Client, NoTls};
+use postgres::{Client, IsolationLevel, NoTls};
 use support::{Database, Server};
 
 use crate::common::{
@@ -114,6 +114,7 @@ fn locks_behave_as_always(place: &mut Place) {
     term.fence(&mut transaction).unwrap();
     transaction.commit().unwrap();
     assert!(term.is_current(&mut client).unwrap());
+    locks_of_the_application_behave_as_always(&first, &mut client);
 
     x.release().unwrap();
     waiting.get().unwrap();
@@ -137,6 +138,28 @@ fn locks_behave_as_always(place: &mut Place) {
         manager.stop().unwrap();
     }
     assert_eq!(place.advisory_locks(), 0);
+}
+
+/// What the application locks on such a connection. The lock `x` is held.
+fn locks_of_the_application_behave_as_always(manager: &PostgresManager, client: &mut Client) {
+    // Shorter than the timeouts.
+    let shortly = Duration::from_millis(10);
+    let before = client.simple_query("SHOW lock_timeout").unwrap();
+    for free in [dsync::Key::from("y"), (7, -7).into()] {
+        let builder = client.build_transaction().isolation_level(IsolationLevel::ReadCommitted);
+        let mut transaction = builder.start().unwrap();
+        let [x, y] = [dsync::Key::from("x"), free.clone()].map(|key| manager.transaction_lock(key).unwrap());
+        y.acquire(&mut transaction, PATIENCE).unwrap();
+        assert_eq!(kind(x.acquire(&mut transaction, shortly)), ErrorKind::TimedOut);
+        transaction.commit().unwrap();
+
+        let [x, y] = [dsync::Key::from("x"), free].map(|key| manager.session_lock(key).unwrap());
+        let mut guard = y.acquire(client, PATIENCE).unwrap();
+        assert_eq!(kind(x.acquire(&mut guard, shortly)), ErrorKind::TimedOut);
+        guard.release().unwrap();
+    }
+    let after = client.simple_query("SHOW lock_timeout").unwrap();
+    assert_eq!(format!("{before:?}"), format!("{after:?}"));
 }
 
 /// With settings of the role, and then with settings of the database.
@@ -261,6 +284,7 @@ const TRAPS: &str = r"
             WHERE pronamespace = 'pg_catalog'::regnamespace AND prokind = 'f' AND proname IN (
                 'pg_try_advisory_lock', 'pg_advisory_lock', 'pg_advisory_unlock', 'pg_advisory_unlock_all',
                 'pg_advisory_xact_lock', 'set_config', 'current_setting', 'pg_backend_pid', 'pg_is_in_recovery',
+                'pg_try_advisory_xact_lock', 'starts_with', 'statement_timestamp', 'transaction_timestamp', 'date_part',
                 'nextval', 'setval', 'clock_timestamp', 'now', 'has_table_privilege', 'has_sequence_privilege',
                 'extract', 'current_database', 'textcat')
             AND pg_get_function_arguments(oid) !~ 'VARIADIC'
@@ -274,7 +298,7 @@ const TRAPS: &str = r"
             WHERE oprnamespace = 'pg_catalog'::regnamespace AND oprkind = 'b'
             AND oprname IN ('||', '=', '<>', '<', '>', '<=', '>=', '<<', '>>', '|', '+', '-', '*', '~~')
             AND oprleft IN ('int8'::regtype, 'int4'::regtype, 'bool'::regtype, 'text'::regtype, 'interval'::regtype,
-                            'timestamptz'::regtype, 'oid'::regtype, 'name'::regtype, 'numeric'::regtype)
+                            'timestamptz'::regtype, 'oid'::regtype, 'name'::regtype, 'numeric'::regtype, 'int2'::regtype)
             AND oprright NOT IN (SELECT oid FROM pg_type WHERE typtype = 'p')
         LOOP
             EXECUTE format('CREATE FUNCTION traps.operator(%s, %s) RETURNS %s LANGUAGE plpgsql AS
@@ -288,6 +312,8 @@ const TRAPS: &str = r"
     CREATE DOMAIN traps.text AS pg_catalog.text CHECK (traps.trap());
     CREATE DOMAIN traps.int8 AS pg_catalog.int8 CHECK (traps.trap());
     CREATE DOMAIN traps.int4 AS pg_catalog.int4 CHECK (traps.trap());
+    CREATE DOMAIN traps.int2 AS pg_catalog.int2 CHECK (traps.trap());
+    CREATE DOMAIN traps.oid AS pg_catalog.oid CHECK (traps.trap());
     CREATE DOMAIN traps.interval AS pg_catalog.interval CHECK (traps.trap());
     CREATE DOMAIN traps.timestamptz AS pg_catalog.timestamptz CHECK (traps.trap());
     CREATE DOMAIN traps.bytea AS pg_catalog.bytea CHECK (traps.trap());

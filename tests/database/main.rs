@@ -14,3 +14,5 @@ mod hostile;
 mod introspection;
 mod neighbours;
 mod server_log;
+mod session_locks;
+mod transaction_locks;

@@ -269,7 +269,7 @@ fn broken_connection(error: &(dyn StdError + 'static)) -> bool {
 /// the server starts, stops, fails over, or is asked for the catalog at a bad moment; there `try_lock` waits, since it is
 /// soon over. A server without a free connection is [`PoolExhausted`](ErrorKind::PoolExhausted): it passes when somebody
 /// leaves, but that may be never, so `lock` waits for it, and `try_lock` does not.
-fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
+pub(crate) fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
     use ErrorKind::{PoolExhausted, SessionRefused, SessionUnavailable};
     const PASSING: &str = "it should pass by itself; see the server's log";
     if let Some(database) = error.as_db_error() {

@@ -4,6 +4,7 @@
 //! runs on a connection of the application's names schemas, types and operators in full. All statements are written for the
 //! schema `dsync`: see [`schema`].
 
+mod advisory;
 mod catalog;
 mod claim;
 mod fence;
@@ -13,6 +14,7 @@ mod resignation;
 pub(crate) mod schema;
 mod session;
 
+pub(crate) use advisory::*;
 pub(crate) use catalog::*;
 pub(crate) use claim::*;
 pub(crate) use fence::*;
