@@ -17,6 +17,7 @@ mod memory;
 #[cfg(feature = "metrics")]
 mod metrics_observer;
 pub mod observer;
+mod once;
 // The folder is called after the server; in the interface, the driver has that name.
 #[path = "postgres/mod.rs"]
 mod pg;
@@ -40,6 +41,7 @@ pub use crate::memory::{MemoryManager, MemoryServer};
 #[cfg(feature = "metrics")]
 pub use crate::metrics_observer::MetricsObserver;
 pub use crate::observer::Observer;
+pub use crate::once::{Once, Period, Run};
 pub use crate::pg::{CATALOG_SQL, CatalogMode, Config, PostgresManager, Socket, catalog_sql};
 pub use crate::snapshot::{ClaimSnapshot, ClaimState, Snapshot};
 pub use crate::term::Term;

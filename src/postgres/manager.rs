@@ -2,11 +2,14 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::SystemTime;
 
+use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
+use crate::once::{Once, Period, Run};
 use crate::pg::config::{CatalogMode, Config};
 use crate::pg::inspect;
 use crate::pg::registry::Registry;
@@ -127,6 +130,37 @@ impl PostgresManager {
     /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
     pub fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
         self.lock(key)?.request_resignation()
+    }
+
+    /// Does `work` if it has not been done in this [`Period`] yet, at most one process at a time: see `once` of
+    /// [`dyn Lock`](crate::Lock#method.once).
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
+    pub fn once<T, E: From<Error>>(
+        &self,
+        key: impl Into<Key>,
+        every: impl Into<Period>,
+        context: impl Into<Context>,
+        work: impl FnOnce(&Run<'_>) -> std::result::Result<T, E>,
+    ) -> std::result::Result<Once<T>, E> {
+        self.lock(key)?.once(every, context, work)
+    }
+
+    /// When the work under this key began the last time that it succeeded: see [`Lock::last_success`].
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
+    pub fn last_success(&self, key: impl Into<Key>) -> Result<Option<SystemTime>> {
+        self.lock(key)?.last_success()
+    }
+
+    /// Forgets the last success of the work under this key, so that it is due at once: see [`Lock::forget_success`].
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
+    pub fn forget_success(&self, key: impl Into<Key>) -> Result<bool> {
+        self.lock(key)?.forget_success()
     }
 
     /// Who holds the lock with this key, and who waits for it, in whichever process.

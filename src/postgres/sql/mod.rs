@@ -12,6 +12,7 @@ pub(crate) mod quiet;
 mod resignation;
 pub(crate) mod schema;
 mod session;
+mod success;
 
 pub(crate) use catalog::*;
 pub(crate) use claim::*;
@@ -19,6 +20,7 @@ pub(crate) use fence::*;
 pub(crate) use inspect::*;
 pub(crate) use resignation::*;
 pub(crate) use session::*;
+pub(crate) use success::*;
 
 use std::time::Duration;
 
@@ -131,7 +133,17 @@ macro_rules! era {
     };
 }
 
-/// "dsync ga" in ASCII, of no meaning.
+/// "dsync ga" in ASCII, of no meaning. The function `fence` of the catalog has it, too.
 const FENCE_LOCK: i64 = 0x6473_796e_6320_6761;
 
 use era;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_function_of_the_catalog_shares_the_fence_lock() {
+        assert!(CATALOG.contains(&format!("of_id # {FENCE_LOCK};")));
+    }
+}
