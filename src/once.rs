@@ -76,7 +76,8 @@ impl From<Duration> for Period {
 /// What came of work that is to be done once a period.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Once<T> {
-    /// This call has done the work, and its success is recorded. What the work returned.
+    /// This call has done the work, and its success is recorded, if the work did not choose to do that [itself](Run::record). What the work
+    /// returned.
     Ran(T),
     /// It has been done, by this process or another one.
     NotDue {
@@ -208,7 +209,7 @@ fn acquire<L: Lock + ?Sized>(lock: &L, context: &Context) -> Result<Option<LockG
 
 /// Records that the work has succeeded. It is done, so it is worth some attempts.
 fn record<L: Lock + ?Sized>(lock: &L, guard: &LockGuard, started: SystemTime) -> Result<()> {
-    /// A session that rested in the pool may have died there, and another claim may have the last one for a moment.
+    /// A session may end in that moment, and another claim may have the last one for a while.
     const ATTEMPTS: usize = 5;
     let mut trouble = None;
     for _ in 0..ATTEMPTS {

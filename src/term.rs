@@ -42,6 +42,8 @@ use crate::process::Origin;
 /// # }
 /// ```
 ///
+/// Transactions of other drivers and languages stand behind the same fence by [`fence_text`](Self::fence_text).
+///
 /// For a store outside of this database, send the [`token`](Self::token) along with each write, keep the greatest token
 /// seen with the data, and refuse a write with a smaller one, in one atomic step (`UPDATE … WHERE token <= $1`, a
 /// conditional put). The check belongs where the data is; one that the writer does itself beforehand proves nothing.

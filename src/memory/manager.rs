@@ -20,7 +20,8 @@ use crate::telling::Observing;
 
 /// Locks within this process, without a database: for an application's own tests.
 ///
-/// It keeps the same contract as [`PostgresManager`](crate::PostgresManager), but for what only a server can give. A
+/// It keeps the same contract as [`PostgresManager`](crate::PostgresManager), but for what only a server can give: no database knows its
+/// terms, so [`Term::fence`](crate::Term::fence) and [`Run::record`](crate::Run::record) fail. A
 /// manager plays the part of one process; for two that compete, put two on one [`MemoryServer`], which can also take
 /// locks away and be down. Dropping a manager stops it.
 ///

@@ -17,5 +17,6 @@ mod guard_edges;
 mod guards;
 mod instance;
 mod observing;
+mod once;
 mod stepping_down;
 mod threads;

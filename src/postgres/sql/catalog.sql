@@ -118,12 +118,13 @@ LEFT JOIN pg_stat_activity AS activity ON activity.pid = waiter.pid;
 -- transaction to the lease, and takes nothing for a token that is known to be an old one, so that who comes late holds up nobody.
 CREATE OR REPLACE FUNCTION dsync.fence(term text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $check$
 DECLARE
-    part    text[] := regexp_match(term, '^fence1:([0-9a-f]{16}):([np]):([0-9]{1,19}):([1-9][0-9]{0,9})$');
-    of_id   int8 := ('x' || part[1])::bit(64)::int8;
-    is_pair bool := part[2] = 'p';
-    of_term int8 := part[3];
+    -- To match and to capture in one would take 0.1 ms.
+    part    text[] := CASE WHEN term ~ '^fence1:[0-9a-f]{16}:[np]:[0-9]{1,19}:[1-9][0-9]{0,9}$' THEN string_to_array(term, ':') END;
+    of_id   int8 := ('x' || part[2])::bit(64)::int8;
+    is_pair bool := part[3] = 'p';
+    of_term int8 := part[4];
     own     text := current_setting('idle_in_transaction_session_timeout');
-    pause   text := part[4];            -- the longest that is allowed, in milliseconds
+    pause   text := part[5];            -- the longest that is allowed, in milliseconds
     gate    int8 := of_id # 7238262541130950497;  -- the fence lock's key
 BEGIN
     IF part IS NULL THEN
