@@ -172,6 +172,13 @@ impl Error {
         Self::new(ErrorKind::InvalidConfig, text)
     }
 
+    pub(crate) fn no_record() -> Self {
+        let text = "what was done once a period is recorded in the catalog, by a term that has a token, and the manager was told to do \
+                    without the catalog, or the lock without a token; set the catalog to automatic, or leave \
+                    LockOptions::without_token out";
+        Self::new(ErrorKind::InvalidConfig, text)
+    }
+
     /// A term had ended before the application ended it.
     pub(crate) fn lost(key: &str, loss: Option<&Loss>) -> Self {
         let why = loss.map_or_else(|| "the manager was stopped".to_owned(), Loss::to_string);

@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::local_queue::{LocalQueue, Turn};
 use crate::lock::Lock;
 use crate::loss::{Loss, Lost};
+use crate::once::Successes;
 use crate::telling::Observing;
 use crate::term::Term;
 
@@ -56,6 +57,12 @@ pub trait Guarded {
     fn resignation_interval(&self) -> Option<Duration> {
         None
     }
+
+    /// When the work under this lock began that succeeded last, and the server's time now. Asks the server.
+    fn successes(&self) -> Result<Successes>;
+
+    /// Records that the work which began at `started` has succeeded; `false` if the term is over. Tells the server.
+    fn record_success(&self, term: &Term, started: SystemTime) -> Result<bool>;
 
     /// Whether somebody has asked the holder of the term with this token to resign. Asks the server.
     fn is_asked_to_resign(&self, _token: i64) -> Result<bool> {

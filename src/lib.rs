@@ -18,6 +18,7 @@ mod memory;
 mod metrics_observer;
 mod multi_lock;
 pub mod observer;
+mod once;
 // The folder is called after the server; in the interface, the driver has that name.
 #[path = "postgres/mod.rs"]
 mod pg;
@@ -42,6 +43,7 @@ pub use crate::memory::{MemoryManager, MemoryServer};
 pub use crate::metrics_observer::MetricsObserver;
 pub use crate::multi_lock::{MultiGuard, MultiLock};
 pub use crate::observer::Observer;
+pub use crate::once::{Once, Period, Run};
 pub use crate::pg::{CATALOG_SQL, CatalogMode, Config, PostgresManager, Socket, catalog_sql};
 pub use crate::pg::{SessionGuard, SessionLock, TransactionLock};
 pub use crate::snapshot::{ClaimSnapshot, ClaimState, Snapshot};

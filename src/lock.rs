@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crossbeam_channel::Sender;
 use serde_core::Serialize;
@@ -11,6 +11,7 @@ use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{Guarded, LockGuard};
 use crate::loss::{Loss, Lost};
+use crate::once::{self, Once, Period, Run};
 use crate::term::Term;
 use crate::view::Holder;
 
@@ -214,6 +215,21 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// ```
     fn break_lock(&self) -> Result<Option<Holder>>;
 
+    /// When the work under this key began the last time that it succeeded, by the server's clock; `None` if nothing is recorded. See `once`.
+    /// It takes as long as [`holder`](Self::holder).
+    ///
+    /// # Errors
+    /// Those of `holder`, and [`InvalidConfig`](ErrorKind::InvalidConfig): this manager does without the catalog, or this lock without
+    /// a token.
+    fn last_success(&self) -> Result<Option<SystemTime>>;
+
+    /// Forgets the last success, so that the work is due at once. `true` if there was one. Work that is being done now is recorded all
+    /// the same when it succeeds. It takes as long as [`holder`](Self::holder), or longer where the server waits for a standby.
+    ///
+    /// # Errors
+    /// As [`last_success`](Self::last_success).
+    fn forget_success(&self) -> Result<bool>;
+
     /// How the most recent lost term of this handle ended; `None` if none was lost. A `release` is not a loss.
     fn last_loss(&self) -> Option<Loss>;
 }
@@ -257,6 +273,94 @@ impl dyn Lock + '_ {
     /// ```
     pub fn with_lock<T>(&self, context: impl Into<Context>, work: impl FnOnce(&Term) -> T) -> Result<T> {
         LockGuard::with(self, &context.into(), work)
+    }
+
+    /// Does `work` if it has not been done in this [`Period`] yet: at most one process at a time, and only if it is due. The
+    /// lock is taken for that, as `acquire` does, and given back.
+    ///
+    /// It is due if nine tenths of the period ([`Period::due_after`]) are over since the work *began* the last time that it succeeded, by the
+    /// clock of the server alone. The clocks of those who call play no part. If it has not succeeded yet, it is due; so it is if
+    /// the server's clock was set back to before the last success, which the log tells of.
+    ///
+    /// `context` says how long to wait for another process that does the work now: a `Duration`, an `Instant`, a [`Context`]. With
+    /// `Duration::ZERO` nobody is waited for. Who has waited looks again, and does the work if the other one has failed.
+    ///
+    /// # How often the work is done
+    ///
+    /// **At least once** by default. When `work` returns `Ok`, its success is recorded in the table `dsync.success`, in a fenced transaction that is on
+    /// the disk, and on a synchronous standby, when the call returns. If it returns an error or panics, if its term is lost, or its process dies,
+    /// nothing is recorded: the next one that calls does it again. So the work must bear that it is done again after it was done in part, or was
+    /// done and not recorded.
+    ///
+    /// **Exactly once**, as far as the work is one transaction in this database: let that transaction record the success, by [`Run::record`].
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use dsync::{MemoryManager, SyncManager};
+    /// use dsync::{Error, Once};
+    ///
+    /// # let manager = MemoryManager::new();
+    /// # manager.start()?;
+    /// const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+    /// let outcome = manager.once("nightly-report", DAY, Duration::ZERO, |run| {
+    ///     for chapter in 1..=100 {
+    ///         if run.lost().is_lost() {
+    ///             break; // another machine may have begun; nothing is recorded
+    ///         }
+    ///         // … write the chapter …
+    ///     }
+    ///     Ok::<_, Error>(100)
+    /// })?;
+    /// match outcome {
+    ///     Once::Ran(chapters) => println!("{chapters} chapters"),
+    ///     Once::NotDue { due_in, .. } => println!("done already, due again in {due_in:?}"),
+    ///     Once::Busy => println!("another machine does it now"),
+    /// }
+    /// # assert_eq!(outcome, Once::Ran(100));
+    /// # Ok::<(), dsync::Error>(())
+    /// ```
+    ///
+    /// Exactly once, with an error of the application's:
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # use dsync::PostgresManager;
+    /// # const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+    /// type Failure = Box<dyn std::error::Error>;
+    ///
+    /// fn interest(manager: &PostgresManager, client: &mut dsync::postgres::Client) -> Result<(), Failure> {
+    ///     manager.once("interest", DAY, Duration::ZERO, |run| -> Result<(), Failure> {
+    ///         let mut transaction = client.transaction()?;
+    ///         run.record(&mut transaction)?; // first of all
+    ///         transaction.execute("UPDATE account SET balance = balance * 1.0001", &[])?;
+    ///         Ok(transaction.commit()?)
+    ///     })?;
+    ///     Ok(())
+    /// }
+    /// ```
+    ///
+    /// # What it takes
+    ///
+    /// One round trip on a session of the pool if the work is not due. Else the lock has a session, and a second one of the pool is
+    /// needed now and then: with `max_sessions` of 1 it fails. The lock is the one that others have under this key by other means, so
+    /// keep a key for one piece of work. If the server does not answer, it takes up to three attempts (`connect_timeout` and heartbeat
+    /// timeout together) longer than `context` says. `work` runs on this thread, for as long as it takes.
+    ///
+    /// # Errors
+    /// Those of `work`, as they are; nothing is recorded then. And as an error of the same type, which `?` needs to be made of [`Error`]:
+    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): this manager does without the catalog, or this lock without a token; or the period
+    ///   cannot be. The work was not done.
+    /// - Those of `acquire`, but for another holder; [`SessionUnavailable`](ErrorKind::SessionUnavailable),
+    ///   [`PoolExhausted`](ErrorKind::PoolExhausted), [`SessionRefused`](ErrorKind::SessionRefused): the server could not be asked whether the
+    ///   work is due, or told that it is done; the text says which.
+    /// - [`Lost`](ErrorKind::Lost): the work returned `Ok`, but its term had ended before. Nothing is recorded.
+    pub fn once<T, E: From<Error>>(
+        &self,
+        every: impl Into<Period>,
+        context: impl Into<Context>,
+        work: impl FnOnce(&Run<'_>) -> std::result::Result<T, E>,
+    ) -> std::result::Result<Once<T>, E> {
+        once::run(self, every.into(), &context.into(), work)
     }
 }
 

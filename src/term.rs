@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crossbeam_channel::Receiver;
 use postgres::types::ToSql;
@@ -41,6 +42,8 @@ use crate::process::Origin;
 /// # }
 /// ```
 ///
+/// Transactions of other drivers and languages stand behind the same fence by [`fence_text`](Self::fence_text).
+///
 /// For a store outside of this database, send the [`token`](Self::token) along with each write, keep the greatest token
 /// seen with the data, and refuse a write with a smaller one, in one atomic step (`UPDATE … WHERE token <= $1`, a
 /// conditional put). The check belongs where the data is; one that the writer does itself beforehand proves nothing.
@@ -65,6 +68,12 @@ pub(crate) trait Fence: fmt::Debug + Send + Sync {
 
     /// Whether no later term has begun.
     fn is_current(&self, ask: &mut Ask<'_>, token: i64) -> Result<bool>;
+
+    /// As [`hold`](Self::hold), and records in the same transaction that the work under the key which began at `started` has succeeded.
+    fn record(&self, ask: &mut Ask<'_>, token: i64, started: SystemTime) -> Result<bool>;
+
+    /// What the catalog's function `fence` is given of the term; `None` where no database knows it.
+    fn text(&self, token: i64) -> Option<String>;
 }
 
 /// Runs a statement on a connection of the application's; the first row of the answer, if there is one.
@@ -151,12 +160,30 @@ impl Term {
     /// # Errors
     /// - [`Lost`](ErrorKind::Lost): the term is over. Roll the transaction back.
     /// - [`OtherProcess`](ErrorKind::OtherProcess): the term was begun before a `fork`, by the parent process.
-    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the manager keeps no catalog, so there is nothing to check.
+    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the manager keeps no catalog, or no database at all since it is in memory, so
+    ///   there is nothing to check.
     /// - [`SessionRefused`](ErrorKind::SessionRefused): the role lacks rights, the transaction is read-only, or its
     ///   connection is to another database. The text says which.
     /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): the statement failed; the source says why. The transaction
     ///   cannot go on.
     pub fn fence(&self, transaction: &mut Transaction<'_>) -> Result<()> {
+        self.hold(transaction, |fence, ask, token| fence.hold(ask, token))
+    }
+
+    /// As [`fence`](Self::fence), and records in `transaction` that the work which began at `started` has succeeded.
+    pub(crate) fn record_success(
+        &self,
+        transaction: &mut Transaction<'_>,
+        started: SystemTime,
+    ) -> Result<()> {
+        self.hold(transaction, |fence, ask, token| fence.record(ask, token, started))
+    }
+
+    fn hold(
+        &self,
+        transaction: &mut Transaction<'_>,
+        hold: impl FnOnce(&dyn Fence, &mut Ask<'_>, i64) -> Result<bool>,
+    ) -> Result<()> {
         self.check_process()?;
         if !self.is_held() {
             return Err(over());
@@ -165,7 +192,49 @@ impl Term {
         let mut ask =
             |text: &str, parameters: &[&(dyn ToSql + Sync)]| transaction.query_opt(text, parameters);
         // Last again: the term may have ended while the server was at it.
-        if fence.hold(&mut ask, token)? && self.is_held() { Ok(()) } else { Err(over()) }
+        if hold(fence, &mut ask, token)? && self.is_held() { Ok(()) } else { Err(over()) }
+    }
+
+    /// The fence in text, for transactions that are not the `postgres` crate's: of diesel or sqlx, of `psql`, of another language, of a
+    /// child process that is given it by its environment. Such a transaction calls a function of the catalog before all else:
+    ///
+    /// ```sql
+    /// BEGIN;
+    /// SELECT dsync.fence('fence1:8d5e957f29789348:…');
+    /// UPDATE ledger SET balance = balance - 10 WHERE id = 1;
+    /// COMMIT;
+    /// ```
+    ///
+    /// The function does what [`fence`](Self::fence) does in the database: the next holder waits until the transaction ends, pauses
+    /// are bounded, and where a later term has begun it raises an error, by which the transaction ends. It cannot know what only this
+    /// process knows, that the term was lost or released and nobody has the lock yet. Then it lets the transaction go on, and a
+    /// later term waits for it.
+    ///
+    /// | SQLSTATE | meaning |
+    /// |---|---|
+    /// | `ZDF01` | The term is over: roll back, and do not try again. PostgreSQL and the SQL standard use no code that begins with `ZD`. |
+    /// | `40001` | Above `READ COMMITTED`: the transaction sees a state from before the term, or from before a later one. Try it again; the next attempt tells which. |
+    /// | `22023`, `22003` | The text is none that a term has given. `NULL` is none, too. |
+    /// | `42501` | The role lacks a right, or row security hides the row; `25006`: the transaction is read-only. |
+    /// | `3F000`, `42883` | There is no such function: this is another database, or the catalog is older than version 4. |
+    ///
+    /// Its role needs `EXECUTE` on the function, which all roles have by default, and what [`fence`](Self::fence) needs. In autocommit
+    /// mode the call checks and protects nothing. With another [schema](crate::Config::schema) than `dsync`, the function is there. The
+    /// text is no secret.
+    ///
+    /// ```no_run
+    /// # use std::process::Command;
+    /// # fn example(guard: &dsync::LockGuard) -> Result<(), Box<dyn std::error::Error>> {
+    /// let fence = guard.term().fence_text().ok_or("there is no catalog")?;
+    /// Command::new("nightly-report.py").env("FENCE", fence).status()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// `None` if there is no [`token`](Self::token), and for a lock in memory, of which no database knows.
+    #[must_use]
+    pub fn fence_text(&self) -> Option<String> {
+        self.fence.as_deref().zip(self.token).and_then(|(fence, token)| fence.text(token))
     }
 
     /// Whether no later term has begun, by the database's word at this moment. It proves nothing of the next moment: for

@@ -41,6 +41,7 @@ fn what_threads_share_may_be_sent_and_shared() {
     is_shared::<dsync::Leader>();
     is_shared::<dsync::Tenure>();
     is_shared::<dsync::Term>();
+    is_shared::<dsync::Run<'_>>();
     is_shared::<dsync::Lost>();
     is_shared::<dsync::Context>();
     is_shared::<dsync::Canceller>();

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{at, never, select_biased};
 use parking_lot::Mutex;
@@ -16,6 +16,7 @@ use crate::key::Key;
 use crate::local_queue::LocalQueue;
 use crate::lock::{Lock, LockOptions, annotate};
 use crate::loss::{Loss, LossReason, Lost, lost_already};
+use crate::once::Successes;
 use crate::telling::{Observing, Story};
 use crate::term::Term;
 use crate::view::Holder;
@@ -192,6 +193,18 @@ impl Guarded for MemoryLock {
         Ok(self.server.see(|state| state.is_asked_to_resign(&self.key, token)))
     }
 
+    fn successes(&self) -> Result<Successes> {
+        if self.options.without_token {
+            return Err(Error::no_record());
+        }
+        self.server.see(|state| state.successes(self.manager, &self.key))
+    }
+
+    fn record_success(&self, term: &Term, started: SystemTime) -> Result<bool> {
+        let token = term.token().ok_or_else(Error::no_record)?;
+        self.server.change(|state, _| state.record_success(self.manager, &self.key, token, started))
+    }
+
     fn claim_term(&self, context: Option<&Context>, wanted_since: Instant, _: bool) -> Result<HeldTerm> {
         let lock = self.this.upgrade().ok_or_else(Error::stopped)?;
         self.server.see(|state| state.claim_or_none(self.manager, &self.key))?;
@@ -325,6 +338,15 @@ impl Lock for MemoryLock {
     fn break_lock(&self) -> Result<Option<Holder>> {
         let holder = self.holder()?;
         Ok(holder.filter(|_| self.server.take_away(&self.key, LossReason::Terminated)))
+    }
+
+    fn last_success(&self) -> Result<Option<SystemTime>> {
+        Ok(self.successes()?.last)
+    }
+
+    fn forget_success(&self) -> Result<bool> {
+        self.successes()?;
+        Ok(self.server.change(|state, _| state.set_success(&self.key, None)))
     }
 
     fn last_loss(&self) -> Option<Loss> {

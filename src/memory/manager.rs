@@ -2,24 +2,28 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
 use super::lock::MemoryLock;
 use super::server::MemoryServer;
-use crate::error::Result;
+use crate::context::Context;
+use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
 use crate::multi_lock::MultiLock;
 use crate::observer::Observer;
+use crate::once::{Once, Period, Run};
 use crate::snapshot::{ClaimSnapshot, Snapshot};
 use crate::telling::Observing;
 use crate::view::Holder;
 
 /// Locks within this process, without a database: for an application's own tests.
 ///
-/// It keeps the same contract as [`PostgresManager`](crate::PostgresManager), but for what only a server can give. A
+/// It keeps the same contract as [`PostgresManager`](crate::PostgresManager), but for what only a server can give: no database knows its
+/// terms, so [`Term::fence`](crate::Term::fence) and [`Run::record`](crate::Run::record) fail. A
 /// manager plays the part of one process; for two that compete, put two on one [`MemoryServer`], which can also take
 /// locks away and be down. Dropping a manager stops it.
 ///
@@ -125,6 +129,37 @@ impl MemoryManager {
     /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
     pub fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
         MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
+    }
+
+    /// Does `work` if it has not been done in this [`Period`] yet, at most one process at a time: see `once` of
+    /// [`dyn Lock`](crate::Lock#method.once).
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+    pub fn once<T, E: From<Error>>(
+        &self,
+        key: impl Into<Key>,
+        every: impl Into<Period>,
+        context: impl Into<Context>,
+        work: impl FnOnce(&Run<'_>) -> std::result::Result<T, E>,
+    ) -> std::result::Result<Once<T>, E> {
+        self.lock(key)?.once(every, context, work)
+    }
+
+    /// When the work under this key began the last time that it succeeded: see [`Lock::last_success`].
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+    pub fn last_success(&self, key: impl Into<Key>) -> Result<Option<SystemTime>> {
+        self.lock(key)?.last_success()
+    }
+
+    /// Forgets the last success of the work under this key, so that it is due at once: see [`Lock::forget_success`].
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+    pub fn forget_success(&self, key: impl Into<Key>) -> Result<bool> {
+        self.lock(key)?.forget_success()
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
@@ -69,6 +70,13 @@ impl MemoryServer {
     pub fn warn(&self, key: impl Into<Key>) -> bool {
         let key = key.into();
         self.server.change(|state, _| state.warn(&key))
+    }
+
+    /// Makes the work under this key one that last succeeded when it began at `time`, by the clock of this machine, which managers in memory go
+    /// by: as if it had been done yesterday, say. See [`Lock::once`](crate::Lock#method.once).
+    pub fn set_last_success(&self, key: impl Into<Key>, time: SystemTime) {
+        let key = key.into();
+        self.server.change(|state, _| state.set_success(&key, Some(time)));
     }
 
     /// Begins an outage. Nothing happens if there is one already.

@@ -15,6 +15,7 @@ use super::lock::MemoryLock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
 use crate::loss::{Alive, Loss, LossReason, Lost};
+use crate::once::Successes;
 use crate::snapshot::{ClaimSnapshot, ClaimState};
 use crate::telling::Story;
 use crate::term::{Ask, Fence, Term};
@@ -28,6 +29,8 @@ pub(super) struct State {
     /// First come, first served. Unless the server is down, the front of a queue has the lock. No queue is empty.
     queues: HashMap<Key, VecDeque<Claim>>,
     last_id: u64,
+    /// When the work under a key began that succeeded last. Over an outage they stay, as on a server.
+    successes: HashMap<Key, SystemTime>,
     /// What observers are to be told once the mutex is free.
     untold: Vec<Arc<Story>>,
 }
@@ -266,11 +269,17 @@ impl State {
 
     /// What a manager is told of who has the lock.
     pub(super) fn holder_seen_by(&self, manager: u64, key: &Key) -> Result<Option<Holder>> {
-        self.claim_or_none(manager, key)?;
-        if self.down {
-            return Err(Error::new(ErrorKind::SessionUnavailable, "the memory server is down"));
-        }
+        self.check_up(manager, key)?;
         Ok(self.queues.get(key).and_then(VecDeque::front).and_then(Claim::holder))
+    }
+
+    /// Fails if a manager cannot ask the server.
+    fn check_up(&self, manager: u64, key: &Key) -> Result<()> {
+        self.claim_or_none(manager, key)?;
+        match self.down {
+            true => Err(Error::new(ErrorKind::SessionUnavailable, "the memory server is down")),
+            false => Ok(()),
+        }
     }
 
     /// Asks the holder to resign; `false` if there is none that has a token.
@@ -291,6 +300,37 @@ impl State {
         match self.queues.get(key).and_then(VecDeque::front).map(|claim| &claim.stage) {
             Some(Stage::Held(term)) => term.asked_to_resign && i64::try_from(term.token) == Ok(token),
             _ => false,
+        }
+    }
+
+    /// When the work under the key began that succeeded last, and the time of this machine, which stands in for the server's.
+    pub(super) fn successes(&self, manager: u64, key: &Key) -> Result<Successes> {
+        self.check_up(manager, key)?;
+        Ok(Successes { last: self.successes.get(key).copied(), now: SystemTime::now() })
+    }
+
+    /// Records a success, if the term with this token has not ended; whether that is so.
+    pub(super) fn record_success(
+        &mut self,
+        manager: u64,
+        key: &Key,
+        token: i64,
+        started: SystemTime,
+    ) -> Result<bool> {
+        self.check_up(manager, key)?;
+        let holder = self.queues.get(key).and_then(VecDeque::front).and_then(Claim::holder);
+        let is_current = holder.is_some_and(|holder| holder.token == Some(token));
+        if is_current {
+            self.set_success(key, Some(started));
+        }
+        Ok(is_current)
+    }
+
+    /// Sets or forgets when the work under the key began that succeeded last; whether there was a record.
+    pub(super) fn set_success(&mut self, key: &Key, started: Option<SystemTime>) -> bool {
+        match started {
+            Some(started) => self.successes.insert(key.clone(), started).is_some(),
+            None => self.successes.remove(key).is_some(),
         }
     }
 
@@ -539,16 +579,32 @@ impl Change {
     }
 }
 
-/// In memory no database keeps the tokens, so the end of the term, which [`Term`] itself looks at, is all there is to know.
+/// No database keeps the tokens, so none can check one.
 #[derive(Debug)]
 struct Unfenced;
 
+impl Unfenced {
+    fn refuses<T>() -> Result<T> {
+        let message = "the term is of a lock in memory, of which no database knows, so nothing in one can be fenced by it; use a \
+                       PostgresManager in tests of fenced writes";
+        Err(Error::new(ErrorKind::InvalidConfig, message))
+    }
+}
+
 impl Fence for Unfenced {
     fn hold(&self, _: &mut Ask<'_>, _: i64) -> Result<bool> {
-        Ok(true)
+        Self::refuses()
     }
 
     fn is_current(&self, _: &mut Ask<'_>, _: i64) -> Result<bool> {
-        Ok(true)
+        Self::refuses()
+    }
+
+    fn record(&self, _: &mut Ask<'_>, _: i64, _: SystemTime) -> Result<bool> {
+        Self::refuses()
+    }
+
+    fn text(&self, _: i64) -> Option<String> {
+        None
     }
 }

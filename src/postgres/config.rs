@@ -29,7 +29,7 @@ use settings::{Given, Origin, Unless, Unread};
 /// Whoever owns a table can attach code to it, which runs with the rights of those who write there. So the schema and what
 /// the catalog has in it must belong to the role of the locks, to one that this role is a member of, to the owner of the
 /// database, or to a superuser; and there must be no triggers, no rules, no inheritance, and nothing that does not come with
-/// PostgreSQL, on the tables. Everything else is [refused](crate::ErrorKind::SessionRefused), with the name of the owner and
+/// PostgreSQL, on the tables, and no other function of the name `fence`. Everything else is [refused](crate::ErrorKind::SessionRefused), with the name of the owner and
 /// of the object. This is looked at in PostgreSQL's own tables before the first statement on the schema: with the manager's
 /// first session, and again when a part of the catalog was found missing.
 ///
@@ -44,7 +44,7 @@ pub enum CatalogMode {
     Automatic,
     /// The catalog must be there, in this library's version: an administrator has run [`CATALOG_SQL`](crate::CATALOG_SQL).
     MustExist,
-    /// There is none, and so neither fencing tokens nor annotations. All else works.
+    /// There is none, and so neither fencing tokens nor annotations, nor records of what was done when (`once`). All else works.
     None,
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 
@@ -14,6 +14,7 @@ use crate::key::{AdvisoryKey, Key};
 use crate::local_queue::LocalQueue;
 use crate::lock::{Lock, LockOptions};
 use crate::loss::{Loss, Lost, lost_already};
+use crate::once::Successes;
 use crate::pg::catalog::fence::RowFence;
 use crate::pg::claim::caller::ActiveClaim;
 use crate::pg::claim::shared::{Claim, EndReason, Patience, Span};
@@ -39,7 +40,7 @@ pub(crate) struct PostgresLock {
     /// The number by which the server knows the key.
     number: AdvisoryKey,
     /// The fence of all its terms; `None` without a catalog.
-    fence: Option<Arc<dyn Fence>>,
+    fence: Option<Arc<RowFence>>,
     options: LockOptions,
     registry: Arc<Registry>,
     /// The threads that want guards.
@@ -65,7 +66,7 @@ impl PostgresLock {
         let number = key.advisory(&config.namespace);
         let fence = (config.catalog != CatalogMode::None && !options.without_token).then(|| {
             let schema = Arc::clone(&config.schema);
-            Arc::new(RowFence { key: number, longest_pause: config.lease, schema }) as Arc<dyn Fence>
+            Arc::new(RowFence { key: number, longest_pause: config.lease, schema })
         });
         Arc::new_cyclic(|this| Self {
             this: this.clone(),
@@ -196,6 +197,16 @@ impl PostgresLock {
         self.fence.is_some()
     }
 
+    fn fence(&self) -> Option<Arc<dyn Fence>> {
+        self.fence.clone().map(|fence| fence as Arc<dyn Fence>)
+    }
+
+    /// The fence of its terms, without which nothing is recorded of its work.
+    fn recorder(&self) -> Result<&Arc<RowFence>> {
+        self.check_process()?;
+        self.fence.as_ref().ok_or_else(Error::no_record)
+    }
+
     /// What the claims of this lock ask for.
     fn request(&self) -> Request {
         let config = self.registry.config();
@@ -322,6 +333,16 @@ impl Guarded for PostgresLock {
         self.registry.ask(|pool| inspect::is_asked_to_resign(pool, self.number, token))
     }
 
+    fn successes(&self) -> Result<Successes> {
+        self.recorder()?;
+        self.registry.successes(&self.key)
+    }
+
+    fn record_success(&self, term: &Term, started: SystemTime) -> Result<bool> {
+        let (fence, token) = (self.recorder()?, term.token().ok_or_else(Error::no_record)?);
+        self.registry.ask(|pool| inspect::record_success(pool, fence, token, started))
+    }
+
     fn claim_term(
         &self,
         context: Option<&Context>,
@@ -344,7 +365,7 @@ impl Guarded for PostgresLock {
         let mut claimed = ClaimOfGuard { lock, claim: Arc::clone(&active.claim), is_released: false };
         let outcome = active.lock(patience, &context);
         drop(active);
-        let term = claimed.claim.term(self.fence.clone());
+        let term = claimed.claim.term(self.fence());
         match (outcome, term) {
             (Ok(()), Some(term)) => Ok(HeldTerm { term, hold: Box::new(claimed) }),
             (outcome, _) => {
@@ -452,7 +473,7 @@ impl Lock for PostgresLock {
     }
 
     fn term(&self) -> Option<Term> {
-        self.current()?.claim.term(self.fence.clone())
+        self.current()?.claim.term(self.fence())
     }
 
     fn holder(&self) -> Result<Option<Holder>> {
@@ -471,6 +492,15 @@ impl Lock for PostgresLock {
     fn break_lock(&self) -> Result<Option<Holder>> {
         self.check_process()?;
         self.registry.break_lock(&self.key)
+    }
+
+    fn last_success(&self) -> Result<Option<SystemTime>> {
+        Ok(self.successes()?.last)
+    }
+
+    fn forget_success(&self) -> Result<bool> {
+        self.recorder()?;
+        self.registry.forget_success(&self.key)
     }
 
     fn last_loss(&self) -> Option<Loss> {

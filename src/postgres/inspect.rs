@@ -1,4 +1,4 @@
-//! Asks the server who holds and who waits, and asks holders to resign, or ends their sessions.
+//! Asks the server who holds and who waits, asks holders to resign or ends their sessions, and keeps the records of successes.
 
 use std::error::Error as _;
 use std::net::IpAddr;
@@ -9,10 +9,12 @@ use postgres::error::SqlState;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::AdvisoryKey;
+use crate::once::Successes;
+use crate::pg::catalog::fence::RowFence;
 use crate::pg::pool::Pool;
 use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::Failure;
-use crate::pg::sql::{self, Scope};
+use crate::pg::sql::{self, Commit, Scope};
 use crate::view::{Holder, LockView, Waiter};
 
 /// One key, and how the catalog knows it.
@@ -114,6 +116,26 @@ fn not_ended(error: Error, holder: &Holder) -> Error {
          has one of them (a superuser's session is ended by superusers only)"
     );
     Error::new(ErrorKind::SessionRefused, text).with_source(error)
+}
+
+/// When the work under the key began that succeeded last, and the server's time.
+pub(crate) fn successes(pool: &Pool, named: &Named<'_>) -> Result<Successes> {
+    let rows = pool.ask(sql::LAST_SUCCESS, &[&named.namespace, &named.name])?;
+    let row = rows.first().ok_or_else(|| Refusal::not_postgres().into_error())?;
+    Ok(Successes { last: get(row, 0)?, now: get(row, 1)? })
+}
+
+/// Records that the work which began at `started` has succeeded; `false` if the term with this token is over.
+pub(crate) fn record_success(pool: &Pool, fence: &RowFence, token: i64, started: SystemTime) -> Result<bool> {
+    let (id, pair, pause) = (fence.key.id(), fence.key.is_pair(), fence.longest_pause());
+    let statement = sql::record_success(pair, Commit::Synchronous);
+    let rows = pool.ask(&statement, &[&id, &pair, &token, &pause, &started])?;
+    Ok(!rows.is_empty())
+}
+
+/// Forgets the last success; `false` if there was none.
+pub(crate) fn forget_success(pool: &Pool, named: &Named<'_>) -> Result<bool> {
+    Ok(!pool.ask(sql::FORGET_SUCCESS, &[&named.namespace, &named.name])?.is_empty())
 }
 
 /// Adds a holder or a waiter. Several sessions hold a lock only if it is shared, on connections of applications' own; the first

@@ -2,12 +2,15 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::SystemTime;
 
+use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
 use crate::manager::SyncManager;
 use crate::multi_lock::MultiLock;
+use crate::once::{Once, Period, Run};
 use crate::pg::borrowed::{SessionLock, TransactionLock, Wanted};
 use crate::pg::config::{CatalogMode, Config};
 use crate::pg::inspect;
@@ -185,6 +188,37 @@ impl PostgresManager {
     /// - [`InvalidConfig`](ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
     pub fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
         MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
+    }
+
+    /// Does `work` if it has not been done in this [`Period`] yet, at most one process at a time: see `once` of
+    /// [`dyn Lock`](crate::Lock#method.once).
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
+    pub fn once<T, E: From<Error>>(
+        &self,
+        key: impl Into<Key>,
+        every: impl Into<Period>,
+        context: impl Into<Context>,
+        work: impl FnOnce(&Run<'_>) -> std::result::Result<T, E>,
+    ) -> std::result::Result<Once<T>, E> {
+        self.lock(key)?.once(every, context, work)
+    }
+
+    /// When the work under this key began the last time that it succeeded: see [`Lock::last_success`].
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
+    pub fn last_success(&self, key: impl Into<Key>) -> Result<Option<SystemTime>> {
+        self.lock(key)?.last_success()
+    }
+
+    /// Forgets the last success of the work under this key, so that it is due at once: see [`Lock::forget_success`].
+    ///
+    /// # Errors
+    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
+    pub fn forget_success(&self, key: impl Into<Key>) -> Result<bool> {
+        self.lock(key)?.forget_success()
     }
 
     /// Who holds the lock with this key, and who waits for it, in whichever process.

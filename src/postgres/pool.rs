@@ -508,33 +508,40 @@ impl Pool {
         Ok(session)
     }
 
-    /// Asks something on a session of the pool, which goes back there. The statement is written for the schema `dsync`.
+    /// Asks something on a session of the pool, which goes back there. The statement is written for the schema `dsync`, and may be run
+    /// twice: where a session has died while it rested in the pool, a new one is asked.
     pub(crate) fn ask(&self, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
-        let (pool, patience) = (self, self.heartbeat_timeout);
-        let mut slot = pool.take(true).map_err(Refusal::into_error)?;
-        pool.open(&mut slot, &StreamControl::new()).map_err(Refusal::into_error)?;
-        let Some(session) = slot.session() else { return Err(Refusal::not_postgres().into_error()) };
-        let statement = session.schema().apply(statement);
-        session.query(&statement, parameters, Instant::now() + patience).map_err(|failure| {
-        if let Failure::Lost { .. } = failure {
-            slot.taint();
-        }
-        let refusal = match failure {
-            // It waits for nothing but a table.
-            Failure::Lost { reason: LossReason::HeartbeatTimedOut, .. } => Refusal::new(
-                ErrorKind::SessionUnavailable,
-                format!(
-                    "the server has not answered within {patience:?}; see whether it runs, and in pg_locks whether a table \
-                     of the catalog is locked by another session"
+        let patience = self.heartbeat_timeout;
+        let mut slot = self.take(true).map_err(Refusal::into_error)?;
+        let refusal = loop {
+            let has_rested = slot.is_open();
+            self.open(&mut slot, &StreamControl::new()).map_err(Refusal::into_error)?;
+            let Some(session) = slot.session() else { return Err(Refusal::not_postgres().into_error()) };
+            let statement = session.schema().apply(statement);
+            let failure = match session.query(&statement, parameters, Instant::now() + patience) {
+                Ok(rows) => return Ok(rows),
+                Err(failure) => failure,
+            };
+            if let Failure::Lost { .. } = failure {
+                slot.taint();
+            }
+            break match failure {
+                // It waits for nothing but a table.
+                Failure::Lost { reason: LossReason::HeartbeatTimedOut, .. } => Refusal::new(
+                    ErrorKind::SessionUnavailable,
+                    format!(
+                        "the server has not answered within {patience:?}; see whether it runs, and in pg_locks whether a table \
+                         of the catalog is locked by another session"
+                    ),
                 ),
-            ),
-            failure => Refusal::from_failure(failure),
+                Failure::Lost { .. } if has_rested => continue,
+                failure => Refusal::from_failure(failure),
+            };
         };
         if refusal.is_about_catalog() {
-            pool.catalog_is_gone();
+            self.catalog_is_gone();
         }
-        refusal.into_error()
-    })
+        Err(refusal.into_error())
     }
 
     /// Says of a refusal for want of time what the time was spent on.

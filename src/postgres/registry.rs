@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
 use crate::lock::LockOptions;
+use crate::once::Successes;
 use crate::pg::claim::caller::ActiveClaim;
 use crate::pg::claim::idle::IdleSupervisors;
 use crate::pg::claim::shared::EndReason;
@@ -263,6 +264,16 @@ impl Registry {
     /// Asks the holder of the lock with this key to resign; `false` if there is none that has a token.
     pub(crate) fn request_resignation(&self, key: &Key) -> Result<bool> {
         self.ask(|pool| inspect::request_resignation(pool, &self.named(key, &key.to_string())))
+    }
+
+    /// When the work under this key began that succeeded last, and the server's time.
+    pub(crate) fn successes(&self, key: &Key) -> Result<Successes> {
+        self.ask(|pool| inspect::successes(pool, &self.named(key, &key.to_string())))
+    }
+
+    /// Forgets the last success of the work under this key; `false` if there was none.
+    pub(crate) fn forget_success(&self, key: &Key) -> Result<bool> {
+        self.ask(|pool| inspect::forget_success(pool, &self.named(key, &key.to_string())))
     }
 
     /// The key, of which `text` is the text, as the catalog knows it.

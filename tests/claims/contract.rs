@@ -7,12 +7,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
 use dsync::{
     Context, Error, ErrorKind, Key, Lock, LockOptions, LossReason, Lost, MemoryManager, MemoryServer,
-    MultiGuard, SyncManager, json_valuer,
+    MultiGuard, Once, Period, SyncManager, json_valuer,
 };
 use parking_lot::Mutex;
 
@@ -116,6 +116,18 @@ on_both! {
     a_set_that_cannot_be_one_is_refused
     sets_in_whatever_order_never_wait_for_each_other
     work_is_done_under_all_locks_of_a_set
+    // Work that is done once a period.
+    work_is_done_once_a_period
+    work_that_fails_or_panics_is_due_still
+    work_whose_term_is_lost_is_due_still
+    work_that_is_being_done_is_left_alone
+    who_has_waited_for_the_work_looks_again
+    thirty_nights_are_thirty_runs
+    a_record_in_the_future_is_ignored
+    a_success_can_be_read_and_forgotten
+    work_fails_where_nobody_answers
+    work_without_a_token_or_in_a_period_that_cannot_be_is_refused
+    once_works_in_generic_code_and_for_any_key
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -141,6 +153,9 @@ trait World {
 
     /// A manager that was not started, whose server cannot be reached.
     fn cut_off(&self) -> Arc<dyn SyncManager>;
+
+    /// As if the work of `x` had begun and succeeded at this time.
+    fn succeeded_at(&self, time: SystemTime);
 }
 
 impl dyn World + '_ {
@@ -195,6 +210,10 @@ impl World for Memory {
     fn cut_off(&self) -> Arc<dyn SyncManager> {
         self.0.go_down();
         self.new_manager()
+    }
+
+    fn succeeded_at(&self, time: SystemTime) {
+        self.0.set_last_success("x", time);
     }
 }
 
@@ -252,6 +271,12 @@ impl World for Postgres {
         // All its attempts together would take longer than any test.
         let config = config.connect_timeout(PATIENCE * 4);
         Arc::new(dsync::PostgresManager::new(config).unwrap())
+    }
+
+    fn succeeded_at(&self, time: SystemTime) {
+        let statement = "INSERT INTO dsync.success VALUES ('dsync', 'x', $1)
+                         ON CONFLICT (namespace, key) DO UPDATE SET started = excluded.started";
+        self.operator.lock().execute(statement, &[&time]).unwrap();
     }
 }
 
@@ -1522,20 +1547,6 @@ fn guards_work_in_generic_code_and_for_any_key(world: &dyn World) {
         let options = LockOptions::new();
         drop(manager.lock_with("other", options).unwrap().acquire(Instant::now() + PATIENCE).unwrap());
     }
-    /// A manager of the application's, around one of ours.
-    #[derive(Debug)]
-    struct Wrapped(Arc<dyn SyncManager>);
-    impl SyncManager for Wrapped {
-        fn start(&self) -> Result<(), Error> {
-            self.0.start()
-        }
-        fn stop(&self) -> Result<(), Error> {
-            self.0.stop()
-        }
-        fn lock_with_key(&self, key: Key, options: LockOptions) -> Result<Arc<dyn Lock>, Error> {
-            self.0.lock_with_key(key, options)
-        }
-    }
     once(&Wrapped(world.new_manager()));
 }
 
@@ -1784,6 +1795,264 @@ fn work_is_done_under_all_locks_of_a_set(world: &dyn World) {
         .join()
         .unwrap_err();
     assert!(is_free(&*theirs, &"x".into()) && is_free(&*theirs, &"y".into()));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Work that is done once a period
+// ---------------------------------------------------------------------------------------------------------------------
+
+const HOUR: Duration = Duration::from_secs(60 * 60);
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Work that succeeds at once; whether it was done.
+fn does_it(manager: &dyn SyncManager) -> bool {
+    match manager.once("x", DAY, PATIENCE, |_| Ok::<_, Error>(())).unwrap() {
+        Once::Ran(()) => true,
+        Once::NotDue { .. } => false,
+        Once::Busy => panic!("nobody else is at it"),
+    }
+}
+
+fn work_is_done_once_a_period(world: &dyn World) {
+    let [first, second] = [world.manager(), world.manager()];
+    let outcome = first.once("x", DAY, PATIENCE, |run| {
+        assert!(run.term().is_held() && !run.lost().is_lost());
+        assert_eq!(run.last_success(), None);
+        // So long that the beginning can be told from the end.
+        let begun = SystemTime::now();
+        thread::sleep(Duration::from_millis(20));
+        assert!(run.started() <= begun);
+        Ok::<_, Error>(run.started())
+    });
+    let Once::Ran(started) = outcome.unwrap() else { panic!("it was due") };
+    assert_eq!(second.last_success("x").unwrap(), Some(started), "the beginning is what counts");
+    for manager in [&first, &second] {
+        let outcome = manager.once("x", DAY, PATIENCE, |_| -> Result<(), Error> { unreachable!() });
+        let Once::NotDue { last_success, due_in } = outcome.unwrap() else { panic!("it is not due") };
+        assert_eq!(last_success, started);
+        assert!(due_in <= DAY * 9 / 10 && due_in > DAY * 9 / 10 - HOUR, "{due_in:?}");
+    }
+    world.succeeded_at(SystemTime::now() - DAY * 9 / 10 + HOUR);
+    assert!(!does_it(&*second));
+    world.succeeded_at(SystemTime::now() - DAY * 9 / 10);
+    assert!(does_it(&*second));
+    assert!(!does_it(&*first));
+    // Another time than the default.
+    let hourly = Period::every(HOUR).due_after(HOUR / 2);
+    world.succeeded_at(SystemTime::now() - HOUR / 2 + HOUR / 10);
+    let outcome = first.once("x", hourly, PATIENCE, |_| -> Result<(), Error> { unreachable!() });
+    assert!(matches!(outcome.unwrap(), Once::NotDue { .. }));
+    world.succeeded_at(SystemTime::now() - HOUR / 2);
+    let outcome = first.once("x", hourly, PATIENCE, |run| Ok::<_, Error>(run.last_success().is_some()));
+    assert_eq!(outcome.unwrap(), Once::Ran(true));
+    assert_free(world);
+}
+
+fn work_that_fails_or_panics_is_due_still(world: &dyn World) {
+    #[derive(Debug, PartialEq)]
+    enum Failure {
+        OutOfPaper,
+        Lock(ErrorKind),
+    }
+    impl From<Error> for Failure {
+        fn from(error: Error) -> Self {
+            Self::Lock(error.kind())
+        }
+    }
+    let [first, second] = [world.manager(), world.manager()];
+    let failed = first.once("x", DAY, PATIENCE, |_| Err::<(), _>(Failure::OutOfPaper));
+    assert_eq!(failed, Err(Failure::OutOfPaper), "as the work gave it");
+    assert_free(world);
+    let manager = Arc::clone(&first);
+    let work = thread::spawn(move || {
+        manager.once("x", DAY, PATIENCE, |_| -> Result<(), Error> { panic!("in the work, on purpose") })
+    });
+    assert!(work.join().is_err());
+    assert_eq!(second.last_success("x").unwrap(), None);
+    let refused = first.once("x", Duration::ZERO, PATIENCE, |_| Ok::<_, Failure>(()));
+    assert_eq!(refused, Err(Failure::Lock(ErrorKind::InvalidConfig)));
+    assert!(does_it(&*second));
+    assert_free(world);
+}
+
+fn work_whose_term_is_lost_is_due_still(world: &dyn World) {
+    let [first, second] = [world.manager(), world.manager()];
+    let lost = first.once("x", DAY, PATIENCE, |run| {
+        world.take_away();
+        hear(run.lost());
+        Ok::<_, Error>(())
+    });
+    let error = lost.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Lost);
+    assert!(error.to_string().contains(&world.reason().to_string()), "{error}");
+    assert_eq!(first.last_success("x").unwrap(), None);
+    // Where another one has done it meanwhile, that is what is recorded.
+    let lost = first.once("x", DAY, PATIENCE, |run| {
+        world.take_away();
+        hear(run.lost());
+        assert!(does_it(&*second));
+        Ok::<_, Error>(())
+    });
+    assert_eq!(kind(lost), ErrorKind::Lost);
+    assert!(!does_it(&*first));
+    assert_free(world);
+}
+
+fn work_that_is_being_done_is_left_alone(world: &dyn World) {
+    let [first, second] = [world.manager(), world.manager()];
+    let outcome = first.once("x", DAY, PATIENCE, |_| {
+        // In another process, and in another thread of the same one.
+        for manager in [&first, &second] {
+            for time in [Duration::ZERO, Duration::from_millis(20)] {
+                let outcome = manager.once("x", DAY, time, |_| -> Result<(), Error> { unreachable!() });
+                assert_eq!(outcome.unwrap(), Once::Busy, "{time:?}");
+            }
+            let outcome = manager.once("x", DAY, cancelled(), |_| -> Result<(), Error> { unreachable!() });
+            assert_eq!(kind(outcome), ErrorKind::Cancelled);
+        }
+        Ok::<_, Error>(())
+    });
+    assert_eq!(outcome.unwrap(), Once::Ran(()));
+    assert_free(world);
+}
+
+fn who_has_waited_for_the_work_looks_again(world: &dyn World) {
+    for succeeds in [false, true] {
+        let [first, second] = [world.manager(), world.manager()];
+        let mut waiting = None;
+        let outcome = first.once("x", DAY, PATIENCE, |_| {
+            waiting = Some(begin(move || does_it(&*second)));
+            world.wait_for_waiters(1);
+            if succeeds { Ok(()) } else { cancelled().check() }
+        });
+        assert_eq!(outcome.is_ok(), succeeds);
+        assert_eq!(waiting.unwrap().get(), !succeeds);
+        first.forget_success("x").unwrap();
+    }
+    assert_free(world);
+}
+
+/// Started each night by two machines, a little sooner or later than the night before. If the end counted, or the whole period had to be
+/// over, nights would be left out.
+fn thirty_nights_are_thirty_runs(world: &dyn World) {
+    let machines = [world.manager(), world.manager()];
+    let mut lots = fastrand::Rng::with_seed(30);
+    let mut jitter = || Duration::from_secs(lots.u64(..2 * 60 * 60));
+    let (mut before, mut runs) = (jitter(), 0);
+    for night in 0..30 {
+        let tonight = jitter();
+        if night > 0 {
+            world.succeeded_at(SystemTime::now() - (DAY + tonight - before));
+        }
+        runs += usize::from(does_it(&*machines[night % 2]));
+        // The other machine starts up to an hour later.
+        world.succeeded_at(SystemTime::now() - jitter() / 2);
+        assert!(!does_it(&*machines[(night + 1) % 2]), "night {night}");
+        before = tonight;
+    }
+    assert_eq!(runs, 30);
+}
+
+fn a_record_in_the_future_is_ignored(world: &dyn World) {
+    let manager = world.manager();
+    assert!(does_it(&*manager));
+    for ahead in [HOUR, 500 * DAY] {
+        world.succeeded_at(SystemTime::now() + ahead);
+        assert!(does_it(&*manager));
+        assert!(manager.last_success("x").unwrap().unwrap() <= SystemTime::now(), "it is put right");
+        assert!(!does_it(&*manager));
+    }
+}
+
+fn a_success_can_be_read_and_forgotten(world: &dyn World) {
+    let [first, second] = [world.manager(), world.manager()];
+    assert_eq!(first.last_success("x").unwrap(), None);
+    assert!(!first.forget_success("x").unwrap());
+    assert!(does_it(&*first));
+    let recorded = second.last_success("x").unwrap().unwrap();
+    assert!(recorded <= SystemTime::now() && recorded > SystemTime::now() - HOUR);
+    assert_eq!(second.last_success("y").unwrap(), None);
+    assert!(!second.forget_success("y").unwrap());
+    assert!(second.forget_success("x").unwrap() && !second.forget_success("x").unwrap());
+    assert_eq!(first.last_success("x").unwrap(), None);
+    assert!(does_it(&*first));
+    first.stop().unwrap();
+    assert_eq!(kind(first.last_success("x")), ErrorKind::SyncManagerStopped);
+    let outcome = first.once("x", DAY, PATIENCE, |_| -> Result<(), Error> { unreachable!() });
+    assert_eq!(kind(outcome), ErrorKind::SyncManagerStopped);
+}
+
+fn work_fails_where_nobody_answers(world: &dyn World) {
+    let manager = world.cut_off();
+    manager.start().unwrap();
+    for (time, wanted) in
+        [(Duration::ZERO, ErrorKind::SessionUnavailable), (Duration::from_millis(20), ErrorKind::TimedOut)]
+    {
+        let outcome = manager.once("x", DAY, time, |_| -> Result<(), Error> { unreachable!() });
+        assert_eq!(kind(outcome), wanted);
+    }
+    assert_eq!(kind(manager.last_success("x")), ErrorKind::SessionUnavailable);
+    assert_eq!(kind(manager.forget_success("x")), ErrorKind::SessionUnavailable);
+}
+
+fn work_without_a_token_or_in_a_period_that_cannot_be_is_refused(world: &dyn World) {
+    let manager = world.manager();
+    let lock = manager.lock_with("x", LockOptions::new().without_token()).unwrap();
+    for outcome in [
+        lock.once(DAY, PATIENCE, |_| -> Result<(), Error> { unreachable!() }),
+        // The same handle.
+        manager.once("x", DAY, PATIENCE, |_| -> Result<(), Error> { unreachable!() }),
+    ] {
+        let error = outcome.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+        assert!(error.to_string().contains("without_token"), "{error}");
+    }
+    assert_eq!(kind(lock.last_success()), ErrorKind::InvalidConfig);
+    assert_eq!(kind(lock.forget_success()), ErrorKind::InvalidConfig);
+    drop(lock);
+    for period in [Duration::ZERO.into(), Period::every(HOUR).due_after(DAY)] {
+        let outcome = manager.once("x", period, PATIENCE, |_| -> Result<(), Error> { unreachable!() });
+        assert_eq!(kind(outcome), ErrorKind::InvalidConfig);
+    }
+    assert_eq!(kind(manager.once("", DAY, PATIENCE, |_| Ok::<_, Error>(()))), ErrorKind::InvalidKey);
+}
+
+fn once_works_in_generic_code_and_for_any_key(world: &dyn World) {
+    use dsync::SyncManagerExt;
+    fn each_once<M: SyncManager>(manager: &M) {
+        manager.start().unwrap();
+        let keys = [
+            Key::from("#-1:2"),
+            Key::from((-1, 2)),
+            Key::from("it's \\ \"ours\""),
+            Key::from(7_u64),
+            Key::from("k".repeat(Key::MAX_LEN)),
+        ];
+        for key in &keys {
+            let outcome = manager.once(key.clone(), DAY, PATIENCE, |_| Ok::<_, Error>(()));
+            assert_eq!(outcome.unwrap(), Once::Ran(()), "{key}");
+        }
+        for key in keys {
+            assert!(manager.last_success(key.clone()).unwrap().is_some());
+            assert!(manager.forget_success(key).unwrap());
+        }
+    }
+    each_once(&Wrapped(world.new_manager()));
+}
+
+/// A manager of the application's, around one of ours.
+#[derive(Debug)]
+struct Wrapped(Arc<dyn SyncManager>);
+impl SyncManager for Wrapped {
+    fn start(&self) -> Result<(), Error> {
+        self.0.start()
+    }
+    fn stop(&self) -> Result<(), Error> {
+        self.0.stop()
+    }
+    fn lock_with_key(&self, key: Key, options: LockOptions) -> Result<Arc<dyn Lock>, Error> {
+        self.0.lock_with_key(key, options)
+    }
 }
 
 /// Waits until so many threads wait for guards of this lock in this process.

@@ -18,5 +18,6 @@ mod guards;
 mod instance;
 mod multi;
 mod observing;
+mod once;
 mod stepping_down;
 mod threads;

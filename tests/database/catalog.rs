@@ -90,11 +90,11 @@ fn a_newer_catalog_is_refused_and_an_older_one_brought_up_to_date() {
     client.batch_execute(CATALOG_SQL).unwrap();
 
     // Whatever columns it has.
-    for change in ["UPDATE dsync.version SET version = 4", "ALTER TABLE dsync.lock ADD COLUMN more int4"] {
+    for change in ["UPDATE dsync.version SET version = 5", "ALTER TABLE dsync.lock ADD COLUMN more int4"] {
         client.batch_execute(change).unwrap();
         let error = PostgresManager::new(config(&database)).unwrap().start().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FailedInitialization);
-        assert!(error.to_string().contains("version 4, this library needs 3"), "{error}");
+        assert!(error.to_string().contains("version 5, this library needs 4"), "{error}");
     }
 
     client.batch_execute("ALTER TABLE dsync.lock DROP COLUMN more").unwrap();
@@ -102,7 +102,7 @@ fn a_newer_catalog_is_refused_and_an_older_one_brought_up_to_date() {
     let strict = config(&database).catalog(CatalogMode::MustExist);
     assert_eq!(kind(PostgresManager::new(strict).unwrap().start()), ErrorKind::FailedInitialization);
     one_term(&lock(&started(config(&database)), "x"));
-    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 3);
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 4);
     assert_eq!(count(&mut client, "SELECT count(*) FROM dsync.waiters"), 0);
 }
 
@@ -203,6 +203,54 @@ fn a_catalog_of_version_2_is_brought_up_to_date_and_whoever_could_lock_can_ask_t
         assert!(theirs.request_resignation(schema).unwrap(), "the rights are those on the locks");
         held.release().unwrap();
         assert!(!theirs.request_resignation(schema).unwrap());
+        client.batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).unwrap();
+    }
+}
+
+/// As version 3 made it.
+const VERSION_3: &str = include_str!("fixtures/catalog-version-3.sql");
+
+#[test]
+fn a_catalog_of_version_3_is_brought_up_to_date_with_the_rights_on_its_locks() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    let [user, writer, onlooker] =
+        ["user", "writer", "onlooker"].map(|name| format!("{name}_{}", database.name()));
+    client
+        .batch_execute(&format!(
+            "{VERSION_3}
+             CREATE ROLE {user} LOGIN; CREATE ROLE {writer} LOGIN; CREATE ROLE {onlooker} LOGIN;
+             GRANT USAGE ON SCHEMA dsync TO {user}, {writer}, {onlooker};
+             GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO {user};
+             GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation TO {user};
+             GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO {user};
+             GRANT SELECT, UPDATE ON dsync.lock TO {writer};
+             GRANT SELECT ON dsync.locks, dsync.waiters TO {onlooker};
+             -- As a careful administrator has it.
+             ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC"
+        ))
+        .unwrap();
+    let modest = Config::from_url(&database.url().replace("postgres@", &format!("{user}@"))).unwrap();
+    let error = PostgresManager::new(modest.clone()).unwrap().start().unwrap_err();
+    assert!(error.to_string().contains("CATALOG_SQL"), "{error}");
+    drop(started(config(&database)));
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 4);
+    one_term(&lock(&started(modest), "x"));
+    let rights = |client: &mut Client, role: &str| -> (bool, Vec<bool>) {
+        let query = "SELECT has_function_privilege($1, 'dsync.fence(text)', 'EXECUTE'),
+                            array(SELECT has_table_privilege($1, 'dsync.success', what)
+                                  FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS what)";
+        let row = client.query_one(query, &[&role]).unwrap();
+        (row.get(0), row.get(1))
+    };
+    assert_eq!(rights(&mut client, &user), (true, vec![true; 4]));
+    assert_eq!(rights(&mut client, &writer), (true, vec![false; 4]));
+    assert_eq!(rights(&mut client, &onlooker), (false, vec![false; 4]));
+    // What an administrator takes away stays away.
+    client.batch_execute(&format!("REVOKE INSERT ON dsync.success FROM {user}")).unwrap();
+    client.batch_execute(CATALOG_SQL).unwrap();
+    assert_eq!(rights(&mut client, &user), (true, vec![true, false, true, true]));
+    for role in [&user, &writer, &onlooker] {
         client.batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).unwrap();
     }
 }
@@ -385,12 +433,45 @@ fn a_schema_that_somebody_else_has_planted_is_refused_and_none_of_its_code_is_ru
         "TABLE dsync.version",
         "SEQUENCE dsync.token",
         "VIEW dsync.locks",
+        "TABLE dsync.success",
+        "FUNCTION dsync.fence(text)",
     ] {
         administrator.batch_execute(&format!("ALTER {part} OWNER TO {}", intern.name)).unwrap();
         intern.is_refused(part);
         administrator.batch_execute(&format!("ALTER {part} OWNER TO postgres")).unwrap();
     }
     drop(started(config(&database)));
+}
+
+/// A call takes the function whose argument fits best: `varchar` is what some drivers send.
+#[test]
+fn a_function_that_is_planted_beside_the_fence_is_refused() {
+    let database = Database::fresh().unwrap();
+    let mut intern = Intern::hire(&database);
+    let mut administrator = database.client().unwrap();
+    for (before, argument) in
+        [(true, "text"), (true, "varchar"), (false, "varchar"), (false, "term text, more int4 DEFAULT 1")]
+    {
+        let schema =
+            format!("CREATE SCHEMA IF NOT EXISTS dsync; GRANT ALL ON SCHEMA dsync TO {}", intern.name);
+        if before {
+            administrator.batch_execute(&schema).unwrap();
+        } else {
+            administrator.batch_execute(&format!("{CATALOG_SQL}; {schema}")).unwrap();
+            drop(started(config(&database)));
+        }
+        let trap = format!(
+            "CREATE FUNCTION dsync.fence({argument}) RETURNS void LANGUAGE plpgsql AS $$ BEGIN
+                 EXECUTE 'ALTER ROLE {} SUPERUSER'; EXCEPTION WHEN OTHERS THEN RETURN; END $$",
+            intern.name
+        );
+        intern.client.batch_execute(&trap).unwrap();
+        intern.is_refused(argument);
+        let error = administrator.batch_execute(CATALOG_SQL).unwrap_err();
+        let message = error.as_db_error().unwrap().message().to_owned();
+        assert!(message.contains(&format!("belongs to the role {}", intern.name)), "{message}");
+        administrator.batch_execute("ROLLBACK; DROP SCHEMA dsync CASCADE").unwrap();
+    }
 }
 
 /// The schema is in order, but somebody may make tables there, and was faster.
@@ -449,6 +530,23 @@ fn what_the_owner_has_put_onto_the_catalog_is_refused_by_its_name() {
             "dsync.era uses what does not",
         ),
         ("ALTER TABLE dsync.era SET LOGGED", "dsync.era is not what the catalog of locks has"),
+        ("ALTER TABLE dsync.success SET UNLOGGED", "dsync.success is not what the catalog of locks has"),
+        (
+            "ALTER FUNCTION dsync.fence SECURITY DEFINER",
+            "dsync.fence(term text) is not the one that the catalog",
+        ),
+        (
+            "ALTER FUNCTION dsync.fence RESET search_path",
+            "dsync.fence(term text) is not the one that the catalog",
+        ),
+        (
+            "ALTER FUNCTION dsync.fence SET role = 'postgres'",
+            "dsync.fence(term text) is not the one that the catalog",
+        ),
+        (
+            "CREATE FUNCTION dsync.fence(varchar) RETURNS void LANGUAGE sql AS ''",
+            "dsync.fence(character varying) is not the one that the catalog",
+        ),
     ];
     for (change, told) in cases {
         let drop_views =
@@ -545,6 +643,10 @@ fn the_catalog_may_be_in_a_schema_of_any_name() {
         term.fence(&mut transaction).unwrap();
         transaction.commit().unwrap();
         assert!(term.is_current(&mut client).unwrap());
+        let text = term.fence_text().unwrap();
+        client.query_one(&format!("SELECT {in_sql}.fence($1)"), &[&text]).unwrap();
+        let error = client.query_one(&format!("SELECT {in_sql}.fence('x')"), &[]).unwrap_err();
+        assert_eq!(error.code().unwrap().code(), "22023", "{error}");
         assert_eq!(first.inspect(name).unwrap().holder.unwrap().token, term.token());
         assert_eq!(first.inspect_all().unwrap().len(), 1);
         eventually("the waiter", || first.inspect(name).unwrap().waiters.len() == 1);
@@ -555,6 +657,8 @@ fn the_catalog_may_be_in_a_schema_of_any_name() {
         eventually("the waiter's turn", || waiter.term().is_some());
         waiter.release().unwrap();
         let before = one_term(&holder);
+        let error = client.query_one(&format!("SELECT {in_sql}.fence($1)"), &[&text]).unwrap_err();
+        assert_eq!(error.code().unwrap().code(), "ZDF01", "{error}");
         client.batch_execute(&format!("DROP SCHEMA {in_sql} CASCADE")).unwrap();
         assert!(one_term(&waiter) > before);
     }
@@ -606,6 +710,8 @@ fn a_hostile_search_path_and_hostile_defaults_do_not_matter() {
         ("<>", "text", "text"),
         ("<", "interval", "interval"),
         (">", "interval", "interval"),
+        ("#", "int8", "int8"),
+        ("||", "text", "text"),
     ] {
         let name = format!("evil.trap_{left}_{right}");
         evil += &format!(
@@ -645,6 +751,7 @@ fn a_hostile_search_path_and_hostile_defaults_do_not_matter() {
     let term = one.term().unwrap();
     let mut transaction = victim.transaction().unwrap();
     term.fence(&mut transaction).unwrap();
+    transaction.execute("SELECT dsync.fence($1)", &[&term.fence_text()]).unwrap();
     transaction.commit().unwrap();
     assert!(term.is_current(&mut victim).unwrap());
     for view in ["locks", "waiters"] {

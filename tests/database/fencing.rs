@@ -1,14 +1,16 @@
 //! Fenced transactions: what a former holder writes is refused, and a successor waits for what is being written.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{Config, Error, ErrorKind, Lock, PostgresManager, SyncManager, Term};
-use postgres::{Client, IsolationLevel, NoTls, Transaction};
+use dsync::{Config, ErrorKind, Key, Lock, LockOptions, MemoryManager, PostgresManager, SyncManager, Term};
+use postgres::{Client, GenericClient, IsolationLevel, NoTls, Transaction};
 use support::Database;
 use support::process::Signal;
 
@@ -61,7 +63,7 @@ fn end_session(operator: &mut Client, key: &str) {
 }
 
 /// The bound on pauses that the transaction has.
-fn bound(transaction: &mut impl postgres::GenericClient) -> String {
+fn bound(transaction: &mut impl GenericClient) -> String {
     transaction.query_one("SHOW idle_in_transaction_session_timeout", &[]).unwrap().get(0)
 }
 
@@ -466,11 +468,15 @@ fn worker_waits() {
 // No update is lost
 // ---------------------------------------------------------------------------------------------------------------------
 
-/// Reads and writes as if nobody else did; whether that was committed.
-fn increment(term: &Term, client: &mut Client, key: &str, pauses: [Duration; 2]) -> bool {
-    let mut attempt = || -> Result<(), Error> {
+/// Reads and writes as if nobody else did, fenced by `Term::fence` or by the function of the catalog; whether that was committed.
+fn increment(term: &Term, by_function: bool, client: &mut Client, key: &str, pauses: [Duration; 2]) -> bool {
+    let mut attempt = || -> Result<(), String> {
         let mut transaction = client.transaction().unwrap();
-        term.fence(&mut transaction)?;
+        if by_function {
+            call(&mut transaction, &text(term))?;
+        } else {
+            term.fence(&mut transaction).map_err(|error| format!("{:?}", error.kind()))?;
+        }
         let value: i64 =
             transaction.query_one("SELECT value FROM counter WHERE key = $1", &[&key]).unwrap().get(0);
         thread::sleep(pauses[0]);
@@ -481,8 +487,8 @@ fn increment(term: &Term, client: &mut Client, key: &str, pauses: [Duration; 2])
     };
     match attempt() {
         Ok(()) => true,
-        Err(error) => {
-            assert_eq!(error.kind(), ErrorKind::Lost, "{error}");
+        Err(refusal) => {
+            assert_eq!(refusal, if by_function { OVER } else { "Lost" });
             false
         }
     }
@@ -509,12 +515,12 @@ fn a_thousand_interleavings_lose_no_update() {
                 for _ in 0..ROUNDS {
                     let mut pause = || Duration::from_micros(random.u64(..3000));
                     let (first, second, before) = ([pause(), pause()], [pause(), pause()], pause());
-                    let queues_first = random.bool();
+                    let (queues_first, by_function) = (random.bool(), random.bool());
                     holder.lock(&soon()).unwrap();
                     let Some(term) = holder.term() else { continue };
                     let waiting = queues_first.then(|| wait_in_thread(&rival));
                     committed += thread::scope(|scope| {
-                        let writer = scope.spawn(|| increment(&term, &mut one, &key, first));
+                        let writer = scope.spawn(|| increment(&term, by_function, &mut one, &key, first));
                         thread::sleep(before);
                         end_session(&mut operator, &key);
                         hear(term.lost());
@@ -525,7 +531,10 @@ fn a_thousand_interleavings_lose_no_update() {
                         }
                         // It began after the other's transaction had ended, or the other one's is refused.
                         let rivals = rival.term().unwrap();
-                        assert!(increment(&rivals, &mut other, &key, second), "it is the holder now");
+                        assert!(
+                            increment(&rivals, !by_function, &mut other, &key, second),
+                            "it is the holder now"
+                        );
                         let written = writer.join().unwrap();
                         if !written {
                             refused.fetch_add(1, Ordering::Relaxed);
@@ -653,4 +662,294 @@ fn a_connection_that_is_lost_is_no_lost_term() {
     drop(transaction);
     assert!(term.is_held());
     scene.lose();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// By the function of the catalog, which any language can call
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// The SQLSTATE of a later term's beginning.
+const OVER: &str = "ZDF01";
+
+fn text(term: &Term) -> String {
+    term.fence_text().unwrap()
+}
+
+/// Calls the function in the transaction; the SQLSTATE of its error.
+fn call(transaction: &mut impl GenericClient, text: &str) -> Result<(), String> {
+    let outcome = transaction.execute("SELECT dsync.fence($1)", &[&text]);
+    outcome.map(drop).map_err(|error| error.code().unwrap().code().to_owned())
+}
+
+fn refused(code: &str) -> Result<(), String> {
+    Err(code.to_owned())
+}
+
+#[test]
+fn the_function_refuses_a_former_holder_by_a_state_of_its_own() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    let text = text(&scene.term());
+    let mut transaction = scene.writer.transaction().unwrap();
+    call(&mut transaction, &text).unwrap();
+    // What some drivers make of a text.
+    transaction.execute("SELECT dsync.fence($1::varchar)", &[&text]).unwrap();
+    transaction.commit().unwrap();
+
+    scene.supersede();
+    assert_eq!(call(&mut scene.writer.transaction().unwrap(), &text), refused(OVER));
+    // The term is told to roll back, and need not: its savepoint goes on.
+    let mut transaction = scene.writer.transaction().unwrap();
+    let mut savepoint = transaction.transaction().unwrap();
+    assert_eq!(call(&mut savepoint, &text), refused(OVER));
+    savepoint.rollback().unwrap();
+    transaction.commit().unwrap();
+    scene.writer.batch_execute("DELETE FROM dsync.lock").unwrap();
+    assert_eq!(call(&mut scene.writer.transaction().unwrap(), &text), refused(OVER));
+}
+
+#[test]
+fn the_function_knows_terms_of_numbers_and_pairs() {
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database));
+    let mut writer = database.client().unwrap();
+    for key in [Key::from(-1), Key::from(i64::MAX), Key::from((-1, 2)), Key::from((i32::MIN, -1))] {
+        let lock = manager.lock(key.clone()).unwrap();
+        let old = lock.acquire(soon()).unwrap();
+        let former = text(old.term());
+        old.release().unwrap();
+        let guard = lock.acquire(soon()).unwrap();
+        let mut transaction = writer.transaction().unwrap();
+        call(&mut transaction, &text(guard.term())).unwrap();
+        guard.release().unwrap();
+        assert!(lock.try_acquire().unwrap().is_none(), "{key}: the fence lock is shared");
+        transaction.commit().unwrap();
+        drop(lock.try_acquire().unwrap().expect("free again"));
+        assert_eq!(call(&mut writer.transaction().unwrap(), &former), refused(OVER), "{key}");
+    }
+}
+
+#[test]
+fn the_next_term_begins_only_when_transactions_that_called_the_function_have_ended() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    scene.writer.batch_execute("CREATE TABLE story (line text)").unwrap();
+    let text = text(&scene.term());
+    let mut transaction = scene.writer.transaction().unwrap();
+    // As psql sends it.
+    transaction.batch_execute(&format!("SELECT dsync.fence('{text}')")).unwrap();
+    let lost = scene.holder.lost();
+    end_session(&mut database.client().unwrap(), "x");
+    hear(&lost);
+    scene.holder.release().unwrap();
+    let begun = Instant::now();
+    assert_eq!(kind(scene.rival.try_lock(&soon())), ErrorKind::LockUnavailable);
+    assert!(begun.elapsed() < Duration::from_secs(4), "the fence lock tells, and not the end of a slice");
+    let waiting = wait_in_thread(&scene.rival);
+    transaction.execute("INSERT INTO story VALUES ('the last word of the old term')", &[]).unwrap();
+    assert!(!waiting.is_ready() && scene.rival.term().is_none());
+    transaction.commit().unwrap();
+    waiting.get().unwrap();
+    assert_eq!(call(&mut scene.writer.transaction().unwrap(), &text), refused(OVER));
+    scene.rival.release().unwrap();
+}
+
+#[test]
+fn a_transaction_that_the_function_has_refused_holds_up_nobody() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    scene.supersede();
+    let text = text(&scene.term());
+    let mut transaction = scene.writer.transaction().unwrap();
+    let mut savepoint = transaction.transaction().unwrap();
+    assert_eq!(call(&mut savepoint, &text), refused(OVER));
+    savepoint.rollback().unwrap();
+    scene.holder.release().unwrap();
+    for next in [&scene.rival, &scene.holder, &scene.holder, &scene.rival] {
+        next.try_lock(&soon()).unwrap();
+        next.release().unwrap();
+    }
+    transaction.commit().unwrap();
+}
+
+#[test]
+fn the_function_bounds_the_pauses_of_its_transaction_alone() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    let text = text(&scene.term());
+    for (own, wanted) in
+        [("300ms", "300ms"), ("1h", "15s"), ("0", "15s"), ("14999ms", "14999ms"), ("2d", "15s")]
+    {
+        scene
+            .writer
+            .batch_execute(&format!(
+                "SET idle_in_transaction_session_timeout = '{own}'; SET search_path = public"
+            ))
+            .unwrap();
+        let before = bound(&mut scene.writer);
+        let mut transaction = scene.writer.transaction().unwrap();
+        call(&mut transaction, &text).unwrap();
+        assert_eq!(bound(&mut transaction), wanted);
+        let path: String = transaction.query_one("SHOW search_path", &[]).unwrap().get(0);
+        assert_eq!(path, "public", "its own");
+        transaction.commit().unwrap();
+        assert_eq!(bound(&mut scene.writer), before);
+    }
+}
+
+/// What any framework tries again, it may try again here: the next attempt sees the present.
+#[test]
+fn above_read_committed_the_function_has_a_transaction_tried_again() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    let mut operator = database.client().unwrap();
+    for level in [IsolationLevel::ReadCommitted, IsolationLevel::RepeatableRead, IsolationLevel::Serializable]
+    {
+        let sees_the_present = matches!(level, IsolationLevel::ReadCommitted);
+        let old = text(&scene.term());
+        let mut transaction = begin(&mut scene.writer, level);
+        call(&mut transaction, &old).unwrap();
+        transaction.commit().unwrap();
+
+        // It has read already when the next term begins: it must not write by what it has read.
+        let mut transaction = begin(&mut scene.writer, level);
+        transaction.batch_execute("SELECT 1").unwrap();
+        operator.execute("UPDATE dsync.lock SET token = nextval('dsync.token')", &[]).unwrap();
+        let state = if sees_the_present { OVER } else { "40001" };
+        assert_eq!(call(&mut transaction, &old), refused(state), "{level:?}");
+        drop(transaction);
+        assert_eq!(call(&mut begin(&mut scene.writer, level), &old), refused(OVER), "{level:?}");
+
+        // And it has read already when its own term begins.
+        let mut writer = database.client().unwrap();
+        let mut early = begin(&mut writer, level);
+        early.batch_execute("SELECT 1").unwrap();
+        scene.holder.release().unwrap();
+        scene.holder.lock(&soon()).unwrap();
+        let new = text(&scene.term());
+        let outcome = call(&mut early, &new);
+        if sees_the_present {
+            outcome.unwrap();
+            drop(early);
+        } else {
+            assert_eq!(outcome, refused("40001"), "{level:?}");
+            drop(early);
+            call(&mut begin(&mut writer, level), &new).unwrap();
+        }
+    }
+}
+
+#[test]
+fn the_function_has_the_rights_of_its_caller() {
+    let database = Database::fresh().unwrap();
+    let scene = Scene::set(&database);
+    let text = text(&scene.term());
+    let mut administrator = database.client().unwrap();
+    let role = format!("role_{}", database.name());
+    administrator.batch_execute(&format!("CREATE ROLE {role} LOGIN")).unwrap();
+    let url = database.url().replace("postgres@", &format!("{role}@"));
+    let mut clerk = Client::connect(&url, NoTls).unwrap();
+    let mut fenced = || call(&mut clerk.transaction().unwrap(), &text);
+    for grant in ["USAGE ON SCHEMA dsync", "SELECT ON dsync.lock", "UPDATE ON dsync.lock"] {
+        assert_eq!(fenced(), refused("42501"), "before {grant}");
+        administrator.batch_execute(&format!("GRANT {grant} TO {role}")).unwrap();
+    }
+    fenced().unwrap();
+    administrator.batch_execute("REVOKE EXECUTE ON FUNCTION dsync.fence FROM PUBLIC").unwrap();
+    assert_eq!(fenced(), refused("42501"));
+    administrator.batch_execute(&format!("GRANT EXECUTE ON FUNCTION dsync.fence TO {role}")).unwrap();
+    fenced().unwrap();
+    // A row that cannot be seen is not taken for one that is gone.
+    administrator.batch_execute("ALTER TABLE dsync.lock ENABLE ROW LEVEL SECURITY").unwrap();
+    assert_eq!(fenced(), refused("42501"));
+    administrator.batch_execute("CREATE POLICY all_rows ON dsync.lock USING (true)").unwrap();
+    fenced().unwrap();
+    scene.supersede();
+    administrator.batch_execute("ALTER TABLE dsync.lock DISABLE ROW LEVEL SECURITY").unwrap();
+    assert_eq!(fenced(), refused(OVER));
+    let mut read_only = clerk.build_transaction().read_only(true).start().unwrap();
+    assert_eq!(call(&mut read_only, &text), refused("25006"));
+    drop(read_only);
+    drop(clerk);
+    administrator.batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).unwrap();
+}
+
+#[test]
+fn a_text_that_no_term_has_given_is_refused() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    let good = text(&scene.term());
+    let [kind, id, pair, token, pause] = good.split(':').collect::<Vec<_>>()[..] else { panic!("{good}") };
+    let outcome = scene.writer.query_one("SELECT dsync.fence(NULL)", &[]);
+    assert_eq!(outcome.unwrap_err().code().unwrap().code(), "22023");
+    for bad in [
+        "",
+        "x",
+        &format!("{good} "),
+        &format!(" {good}"),
+        &format!("{good}\n"),
+        &format!("{kind}:{id}:{pair}:{token}"),
+        &format!("{kind}:{id}:{pair}:{token}:0"),
+        &format!("{kind}:{id}:{pair}:{token}:-1"),
+        &format!("{kind}:{id}:x:{token}:{pause}"),
+        &format!("{kind}:{}:{pair}:{token}:{pause}", &id[1..]),
+        &format!("{kind}:{}:{pair}:{token}:{pause}", id.replace(|_: char| true, "G")),
+        &format!("{kind}:{id}:{pair}::{pause}"),
+        &format!("fence2:{id}:{pair}:{token}:{pause}"),
+    ] {
+        assert_eq!(call(&mut scene.writer, bad), refused("22023"), "{bad:?}");
+    }
+    let huge = format!("{kind}:{id}:{pair}:9999999999999999999:{pause}");
+    assert_eq!(call(&mut scene.writer, &huge), refused("22003"));
+    assert_eq!(call(&mut scene.writer, &format!("{kind}:{id}:{pair}:{token}:9999999999")), refused("22023"));
+    call(&mut scene.writer, &good).unwrap();
+}
+
+/// A child that knows nothing of this library, and is given the term by its environment.
+#[test]
+fn a_child_process_writes_behind_the_fence_of_its_parent_s_term() {
+    let database = Database::fresh().unwrap();
+    let mut scene = Scene::set(&database);
+    scene.writer.batch_execute("CREATE TABLE story (line text)").unwrap();
+    let fence = text(&scene.term());
+    let psql = database.server().binaries().program("psql");
+    let script = "\\set VERBOSITY verbose
+        BEGIN; SELECT dsync.fence(:'fence'); INSERT INTO story VALUES ('by the child'); COMMIT;";
+    let mut child_writes = || {
+        let mut child = Command::new("sh")
+            .args(["-c", r#""$PSQL" -q -v ON_ERROR_STOP=1 -v fence="$FENCE" "$URL""#])
+            .envs([("PSQL", psql.as_os_str()), ("FENCE", fence.as_ref()), ("URL", database.url().as_ref())])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let lines = scene.writer.query_one("SELECT count(*) FROM story", &[]).unwrap();
+        (output.status.success(), lines.get::<_, i64>(0), String::from_utf8(output.stderr).unwrap())
+    };
+    let (success, lines, told) = child_writes();
+    assert!(success && lines == 1, "{told}");
+    let mut operator = database.client().unwrap();
+    operator.execute("UPDATE dsync.lock SET token = nextval('dsync.token')", &[]).unwrap();
+    let (success, lines, told) = child_writes();
+    assert!(!success && lines == 1 && told.contains("ZDF01: the term is over"), "{told}");
+}
+
+#[test]
+fn a_term_that_no_database_knows_has_no_fence() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    let memory = MemoryManager::new();
+    memory.start().unwrap();
+    let guard = memory.lock("x").unwrap().acquire(soon()).unwrap();
+    assert_eq!(guard.term().fence_text(), None);
+    let error = guard.term().fence(&mut client.transaction().unwrap()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+    assert!(error.to_string().contains("in memory"), "{error}");
+    assert_eq!(kind(guard.term().is_current(&mut client)), ErrorKind::InvalidConfig);
+
+    let manager = started(config(&database));
+    let tokenless = manager.lock_with("y", LockOptions::new().without_token()).unwrap();
+    assert_eq!(tokenless.acquire(soon()).unwrap().term().fence_text(), None);
 }

@@ -112,6 +112,7 @@ fn locks_behave_as_always(place: &mut Place) {
     let mut client = place.client();
     let mut transaction = client.build_transaction().read_only(false).start().unwrap();
     term.fence(&mut transaction).unwrap();
+    transaction.execute("SELECT dsync.fence($1)", &[&term.fence_text()]).unwrap();
     transaction.commit().unwrap();
     assert!(term.is_current(&mut client).unwrap());
     locks_of_the_application_behave_as_always(&first, &mut client);

@@ -289,7 +289,7 @@ fn a_long_wait_after_short_ones_leaves_one_error_at_the_most() {
 fn where_there_are_no_blocks_a_claim_waits_without_them() {
     let server = Server::start().unwrap();
     in_both_modes(|mode| {
-        for obstacle in ["DROP EXTENSION plpgsql", "REVOKE USAGE ON LANGUAGE plpgsql FROM PUBLIC"] {
+        for obstacle in ["DROP EXTENSION plpgsql CASCADE", "REVOKE USAGE ON LANGUAGE plpgsql FROM PUBLIC"] {
             println!("{obstacle}");
             let mut scene = Scene::set(&server);
             let role = format!("role_of_{}", scene.database.name());
@@ -298,7 +298,7 @@ fn where_there_are_no_blocks_a_claim_waits_without_them() {
                 .batch_execute(&format!(
                     "CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA dsync TO {role};
                      GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO {role};
-                     GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation TO {role};
+                     GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation, dsync.success TO {role};
                      GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO {role}; {obstacle}"
                 ))
                 .unwrap();

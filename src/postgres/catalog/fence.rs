@@ -1,15 +1,15 @@
 //! The check of a term's token in the database.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use postgres::Row;
 use postgres::error::SqlState;
 
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::AdvisoryKey;
-use crate::pg::sql;
 use crate::pg::sql::schema::Schema;
+use crate::pg::sql::{self, Commit};
 use crate::term::{Ask, Fence};
 
 /// Where the catalog keeps the newest token of a key, and for how long a fenced transaction may pause.
@@ -23,8 +23,48 @@ pub(crate) struct RowFence {
 impl Fence for RowFence {
     fn hold(&self, ask: &mut Ask<'_>, token: i64) -> Result<bool> {
         let Self { key, schema, .. } = self;
-        let (id, pair, pause) = (key.id(), key.is_pair(), self.longest_pause.as_millis().to_string());
-        match ask(schema.fence(pair), &[&id, &pair, &token, &pause]) {
+        let (id, pair, pause) = (key.id(), key.is_pair(), self.longest_pause());
+        let answer = ask(schema.fence(pair), &[&id, &pair, &token, &pause]);
+        self.held(answer, ask)
+    }
+
+    fn record(&self, ask: &mut Ask<'_>, token: i64, started: SystemTime) -> Result<bool> {
+        let Self { key, schema, .. } = self;
+        let (id, pair, pause) = (key.id(), key.is_pair(), self.longest_pause());
+        let statement = schema.apply(&sql::record_success(pair, Commit::AsItIs));
+        let answer = ask(&statement, &[&id, &pair, &token, &pause, &started]);
+        self.held(answer, ask)
+    }
+
+    fn is_current(&self, ask: &mut Ask<'_>, token: i64) -> Result<bool> {
+        let Self { key, schema, .. } = self;
+        let answer = ask(schema.is_current(), &[&key.id(), &key.is_pair(), &token]);
+        let answer = answer.map_err(|error| failed(schema, error))?;
+        let (found, hidden) = (self.read(answer.as_ref(), 0)?, self.read(answer.as_ref(), 1)?);
+        if !found && hidden { Err(row_security(schema)) } else { Ok(found) }
+    }
+
+    fn text(&self, token: i64) -> Option<String> {
+        // It is read by the function of the catalog. Whoever changes it gives it another number at its beginning.
+        let (id, kind) = (self.key.id().cast_unsigned(), if self.key.is_pair() { 'p' } else { 'n' });
+        Some(format!("fence1:{id:016x}:{kind}:{token}:{}", self.longest_pause()))
+    }
+}
+
+impl RowFence {
+    /// In milliseconds, as the statements take it.
+    pub(crate) fn longest_pause(&self) -> String {
+        self.longest_pause.as_millis().to_string()
+    }
+
+    /// Whether a statement that holds the row has found it. If not, it asks whether the row was only hidden.
+    fn held(
+        &self,
+        answer: std::result::Result<Option<Row>, postgres::Error>,
+        ask: &mut Ask<'_>,
+    ) -> Result<bool> {
+        let schema = &self.schema;
+        match answer {
             Ok(Some(_)) => Ok(true),
             // Only here, since it takes a round trip of its own.
             Ok(None) => {
@@ -38,16 +78,6 @@ impl Fence for RowFence {
         }
     }
 
-    fn is_current(&self, ask: &mut Ask<'_>, token: i64) -> Result<bool> {
-        let Self { key, schema, .. } = self;
-        let answer = ask(schema.is_current(), &[&key.id(), &key.is_pair(), &token]);
-        let answer = answer.map_err(|error| failed(schema, error))?;
-        let (found, hidden) = (self.read(answer.as_ref(), 0)?, self.read(answer.as_ref(), 1)?);
-        if !found && hidden { Err(row_security(schema)) } else { Ok(found) }
-    }
-}
-
-impl RowFence {
     /// A column of the answer to a question that is answered by yes or no; without an answer, no.
     fn read(&self, answer: Option<&Row>, column: usize) -> Result<bool> {
         answer.map_or(Ok(false), |row| row.try_get(column)).map_err(|error| failed(&self.schema, error))
@@ -68,7 +98,7 @@ fn failed(schema: &Schema, error: postgres::Error) -> Error {
         Some(&SqlState::INSUFFICIENT_PRIVILEGE) => (
             ErrorKind::SessionRefused,
             "let an administrator run: GRANT USAGE ON SCHEMA dsync TO role; GRANT SELECT, UPDATE ON dsync.lock TO role; \
-             and, if the text is about row security: ALTER TABLE dsync.lock DISABLE ROW LEVEL SECURITY",
+             for Run::record also GRANT SELECT, INSERT, UPDATE ON dsync.success TO role; and, if the text is about row security: ALTER TABLE dsync.lock DISABLE ROW LEVEL SECURITY",
         ),
         Some(&SqlState::READ_ONLY_SQL_TRANSACTION) => (
             ErrorKind::SessionRefused,

@@ -13,7 +13,7 @@ use crate::pg::sql;
 use crate::pg::sql::schema::Schema;
 
 /// The version of the catalog that this library works with.
-const VERSION: i32 = 3;
+const VERSION: i32 = 4;
 
 /// The SQL that makes the catalog, for an administrator to run where the role of the locks may not.
 ///
@@ -29,8 +29,9 @@ const VERSION: i32 = 3;
 /// administrator.batch_execute(
 ///     "GRANT USAGE ON SCHEMA dsync TO app;
 ///      GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO app;
-///      GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation TO app;
-///      GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO app;",
+///      GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation, dsync.success TO app;
+///      GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO app;
+///      GRANT EXECUTE ON FUNCTION dsync.fence(text) TO app;",
 /// )?;
 /// # Ok(())
 /// # }

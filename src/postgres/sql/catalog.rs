@@ -4,57 +4,69 @@ use std::time::Duration;
 
 use super::era;
 
-/// Makes the catalog's tables, sequence and views; or brings them up to date, or refuses what somebody else has made there.
+/// Makes the catalog's tables, sequence, views and function; or brings them up to date, or refuses what somebody else has made there.
 pub(crate) const CATALOG: &str = concat!(
     include_str!("catalog.sql"),
     "DO $check$\nDECLARE granted record; problem text := (SELECT found.text FROM (\n",
     include_str!("catalog_check.sql"),
     ") AS found);\nBEGIN\n    IF problem IS NOT NULL THEN RAISE EXCEPTION '%', problem USING ERRCODE = 'ZDS01'; END IF;\n    \
-     -- Version 2 had no resignations. Whoever may use the locks may use these.\n    \
-     IF EXISTS (SELECT FROM dsync.version AS known WHERE known.version < 3) THEN\n        \
-     FOR granted IN\n            \
-     SELECT allowed.privilege_type AS what,\n                   \
-     CASE WHEN allowed.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(allowed.grantee)) END AS whom\n            \
-     FROM pg_class AS class JOIN pg_namespace AS schema ON schema.oid = class.relnamespace,\n                 \
-     aclexplode(class.relacl) AS allowed\n            \
-     WHERE schema.nspname = 'dsync' AND class.relname = 'lock' AND allowed.grantee <> class.relowner\n              \
-     AND allowed.privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')\n        \
-     LOOP\n            \
+     -- Version 2 had no resignations, version 3 no successes and no function. Whoever may use the locks may use these.\n    \
+     FOR granted IN\n        \
+     SELECT known.version AS version, allowed.privilege_type AS what,\n               \
+     CASE WHEN allowed.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(allowed.grantee)) END AS whom,\n               \
+     bool_or(allowed.privilege_type = 'INSERT') OVER (PARTITION BY allowed.grantee) AS takes_locks\n        \
+     FROM dsync.version AS known, pg_class AS class JOIN pg_namespace AS schema ON schema.oid = class.relnamespace,\n             \
+     aclexplode(class.relacl) AS allowed\n        \
+     WHERE schema.nspname = 'dsync' AND class.relname = 'lock' AND allowed.grantee <> class.relowner\n          \
+     AND allowed.privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')\n    \
+     LOOP\n        \
+     IF granted.version < 3 THEN\n            \
      EXECUTE format('GRANT %s ON %I.resignation TO %s', granted.what, 'dsync', granted.whom);\n        \
-     END LOOP;\n    \
+     END IF;\n        \
+     IF granted.version < 4 AND granted.takes_locks THEN\n            \
+     EXECUTE format('GRANT %s ON %I.success TO %s', granted.what, 'dsync', granted.whom);\n        \
+     END IF;\n        \
+     IF granted.version < 4 AND granted.what = 'UPDATE' THEN\n            \
+     EXECUTE format('GRANT EXECUTE ON FUNCTION %I.fence(text) TO %s', 'dsync', granted.whom);\n        \
      END IF;\n    \
-     INSERT INTO dsync.version (version) VALUES (3)\n    \
+     END LOOP;\n    \
+     INSERT INTO dsync.version (version) VALUES (4)\n    \
      ON CONFLICT (sole) DO UPDATE SET version = excluded.version WHERE version.version < excluded.version;\n\
      END $check$;\n\nRESET search_path;\n"
 );
 
 /// What speaks against the schema, if anything does, whether that is about trust, and whether all of this version's catalog is
-/// there. It reads nothing but `pg_catalog`, and so neither runs anybody's code nor puts an error into the server's log
+/// there; but for the function, where PL/pgSQL was dropped. It reads nothing but `pg_catalog`, and so neither runs anybody's code nor puts an error into the server's log
 /// where there is no catalog.
 pub(crate) const CATALOG_CHECK: &str = concat!(
     "WITH found AS MATERIALIZED (",
     include_str!("catalog_check.sql"),
     ") SELECT (SELECT text FROM found), (SELECT about_trust FROM found), \
-        (SELECT count(*) = 7 AND bool_or(class.relname = 'era' AND class.relnatts = 4) \
+        (SELECT count(*) = 8 AND bool_or(class.relname = 'era' AND class.relnatts = 4) \
          FROM pg_class AS class JOIN pg_namespace AS schema ON schema.oid = class.relnamespace \
          WHERE schema.nspname = 'dsync' \
-         AND class.relname IN ('version', 'token', 'era', 'lock', 'resignation', 'locks', 'waiters'))"
+         AND class.relname IN ('version', 'token', 'era', 'lock', 'resignation', 'success', 'locks', 'waiters')) \
+        AND (EXISTS (SELECT FROM pg_proc AS proc JOIN pg_namespace AS schema ON schema.oid = proc.pronamespace \
+                     WHERE schema.nspname = 'dsync' AND proc.proname = 'fence') \
+             OR NOT EXISTS (SELECT FROM pg_language WHERE lanname = 'plpgsql'))"
 );
 
 /// Whether there is the schema, and whether all that is there is this very role's own and as the library makes it, which is
 /// how it mostly is. It takes less than half of the time that [`CATALOG_CHECK`] does, most of which a new backend spends on
-/// looking things up; what this does not say yes to, that decides.
+/// looking things up; what this does not say yes to, that decides. The numbers of the types `text` and `void`, 25 and 2278, are the same on
+/// every server.
 pub(crate) const CATALOG_IS_OWN: &str = "WITH object AS MATERIALIZED ( \
          SELECT class.*, schema.nspowner FROM pg_namespace AS schema LEFT JOIN pg_class AS class \
-         ON class.relnamespace = schema.oid AND class.relname IN ('version', 'token', 'era', 'lock', 'resignation', 'locks', 'waiters') \
+         ON class.relnamespace = schema.oid AND class.relname IN ('version', 'token', 'era', 'lock', 'resignation', 'success', 'locks', 'waiters') \
          WHERE schema.nspname = 'dsync') \
-     SELECT count(*) > 0, count(*) = 7 AND bool_and( \
+     SELECT count(*) > 0, count(*) = 8 AND bool_and( \
          pg_get_userbyid(nspowner) = current_user AND pg_get_userbyid(relowner) = current_user \
          AND CASE relname WHEN 'version' THEN relkind = 'r' AND relpersistence = 'p' AND relnatts = 2 \
                           WHEN 'token' THEN relkind = 'S' AND relpersistence = 'p' \
                           WHEN 'era' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 4 \
                           WHEN 'lock' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 8 \
                           WHEN 'resignation' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 4 \
+                          WHEN 'success' THEN relkind = 'r' AND relpersistence = 'p' AND relnatts = 3 \
                           ELSE relkind = 'v' END \
          AND NOT relhastriggers AND NOT relhassubclass AND NOT relrowsecurity AND relhasrules = (relkind = 'v')) \
      AND NOT EXISTS ( \
@@ -65,6 +77,12 @@ pub(crate) const CATALOG_IS_OWN: &str = "WITH object AS MATERIALIZED ( \
      AND NOT EXISTS ( \
          SELECT FROM object JOIN pg_depend AS used ON used.classid = 'pg_class'::regclass AND used.objid = object.oid \
          AND used.refclassid = 'pg_type'::regclass) \
+     AND (SELECT count(*) = 1 AND bool_and( \
+              pg_get_userbyid(proowner) = current_user AND prokind = 'f' AND NOT prosecdef AND pronargs = 1 \
+              AND proargtypes[0] = 25 AND prorettype = 2278 \
+              AND proconfig[1] = 'search_path=pg_catalog, pg_temp' AND proconfig[2] IS NULL) \
+          FROM pg_proc JOIN pg_namespace AS schema ON schema.oid = pronamespace \
+          WHERE schema.nspname = 'dsync' AND proname = 'fence') \
      FROM object";
 
 /// The version of the catalog.

@@ -18,12 +18,18 @@ WITH RECURSIVE own (oid) AS (
     ('era', 'r', 'u', '{"sole bool","since timestamptz","place text","server timestamptz"}'),
     ('lock', 'r', 'u', '{"id int8","pair bool","namespace text","key text","token int8","annotation bytea","pid int4","since timestamptz"}'),
     ('resignation', 'r', 'u', '{"id int8","pair bool","token int8","asked timestamptz"}'),
+    ('success', 'r', 'p', '{"namespace text","key text","started timestamptz"}'),
     ('locks', 'v', 'p', NULL),
     ('waiters', 'v', 'p', NULL)
 ), object AS MATERIALIZED (
     SELECT class.*, expected.kind, expected.persistence, expected.columns, quote_ident('dsync') || '.' || quote_ident(expected.name) AS called
     FROM expected JOIN pg_class AS class ON class.relname = expected.name
     JOIN pg_namespace AS schema ON schema.oid = class.relnamespace AND schema.nspname = 'dsync'
+), fence AS MATERIALIZED (
+    -- All of that name: a call may mean one that takes its argument in another type.
+    SELECT proc.*, quote_ident('dsync') || '.fence(' || pg_get_function_identity_arguments(proc.oid) || ')' AS called
+    FROM pg_proc AS proc JOIN pg_namespace AS schema ON schema.oid = proc.pronamespace AND schema.nspname = 'dsync'
+    WHERE proc.proname = 'fence'
 ), part (classid, objid, called) AS (
     SELECT 'pg_class'::regclass, object.oid, object.called FROM object
     UNION ALL SELECT 'pg_class'::regclass, index.indexrelid, object.called
@@ -41,6 +47,9 @@ WITH RECURSIVE own (oid) AS (
     SELECT 2, called || ' belongs to the role ' || quote_ident(pg_get_userbyid(relowner))
     FROM object WHERE relowner NOT IN (SELECT trusted.oid FROM trusted)
     UNION ALL
+    SELECT 2, 'the function ' || called || ' belongs to the role ' || quote_ident(pg_get_userbyid(proowner))
+    FROM fence WHERE proowner NOT IN (SELECT trusted.oid FROM trusted)
+    UNION ALL
     SELECT 3, called || ' is not what the catalog of locks has under this name'
     FROM object WHERE relkind <> kind::"char" OR relpersistence <> persistence::"char"
     UNION ALL
@@ -50,6 +59,11 @@ WITH RECURSIVE own (oid) AS (
         FROM pg_attribute JOIN pg_type AS type ON type.oid = atttypid WHERE attrelid = object.oid AND attnum > 0 AND NOT attisdropped) AS there
     -- The first two columns of the era are all that version 1 had.
     WHERE there.columns <> object.columns AND NOT (object.relname = 'era' AND there.columns = object.columns[:2])
+    UNION ALL
+    SELECT 10, 'the function ' || called || ' is not the one that the catalog of locks has under this name'
+    FROM fence WHERE prokind <> 'f' OR pronargs <> 1 OR proargtypes[0] <> 'text'::regtype OR prorettype <> 'void'::regtype
+                  -- With quote_all_identifiers the names are in quotes.
+                  OR prosecdef OR replace(array_to_string(proconfig, ';'), '"', '') IS DISTINCT FROM 'search_path=pg_catalog, pg_temp'
     UNION ALL
     SELECT 5, called || ' has the trigger ' || quote_ident(tgname)
     FROM object JOIN pg_trigger ON tgrelid = object.oid AND NOT tgisinternal

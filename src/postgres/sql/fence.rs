@@ -11,7 +11,8 @@ use super::Shape;
 /// stays. It is set before anything is taken, and nothing is taken for a token that is known to be an old one: a caller that
 /// is refused, and lets its transaction stand open, holds up nobody.
 ///
-/// Runs on a connection of the application's, whose `search_path` may be anything.
+/// Runs on a connection of the application's, whose `search_path` may be anything. The function `fence` of the catalog does the same for
+/// other languages.
 pub(crate) fn fence(pair: bool) -> String {
     let fence_lock = Shape::plain(pair).fence_lock();
     format!(

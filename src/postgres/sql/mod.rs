@@ -13,6 +13,7 @@ pub(crate) mod quiet;
 mod resignation;
 pub(crate) mod schema;
 mod session;
+mod success;
 
 pub(crate) use advisory::*;
 pub(crate) use catalog::*;
@@ -21,6 +22,7 @@ pub(crate) use fence::*;
 pub(crate) use inspect::*;
 pub(crate) use resignation::*;
 pub(crate) use session::*;
+pub(crate) use success::*;
 
 use std::time::Duration;
 
@@ -133,7 +135,17 @@ macro_rules! era {
     };
 }
 
-/// "dsync ga" in ASCII, of no meaning.
+/// "dsync ga" in ASCII, of no meaning. The function `fence` of the catalog has it, too.
 const FENCE_LOCK: i64 = 0x6473_796e_6320_6761;
 
 use era;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_function_of_the_catalog_shares_the_fence_lock() {
+        assert!(CATALOG.contains(&format!("of_id # {FENCE_LOCK};")));
+    }
+}

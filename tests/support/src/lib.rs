@@ -33,6 +33,7 @@
 
 mod account;
 mod binaries;
+pub mod clock;
 mod database;
 mod error;
 mod folder;
