@@ -344,10 +344,11 @@ impl dyn Lock + '_ {
     /// One round trip on a session of the pool if the work is not due. Else the lock has a session, and a second one of the pool is
     /// needed now and then: with `max_sessions` of 1 it fails. The lock is the one that others have under this key by other means, so
     /// keep a key for one piece of work. If the server does not answer, it takes up to three attempts (`connect_timeout` and heartbeat
-    /// timeout together) longer than `context` says. `work` runs on this thread, for as long as it takes.
+    /// timeout together) longer than `context` says. `work` runs on this thread, for as long as it takes. While the term lasts, the record
+    /// is tried five times, with pauses of 3 s in all.
     ///
     /// # Errors
-    /// Those of `work`, as they are; nothing is recorded then. And as an error of the same type, which `?` needs to be made of [`Error`]:
+    /// Those of `work`, as they are; nothing is recorded then, but what `Run::record` has. And as an error of the same type, which `?` needs to be made of [`Error`]:
     /// - [`InvalidConfig`](ErrorKind::InvalidConfig): this manager does without the catalog, or this lock without a token; or the period
     ///   cannot be. The work was not done.
     /// - Those of `acquire`, but for another holder; [`SessionUnavailable`](ErrorKind::SessionUnavailable),

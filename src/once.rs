@@ -209,11 +209,14 @@ fn acquire<L: Lock + ?Sized>(lock: &L, context: &Context) -> Result<Option<LockG
 
 /// Records that the work has succeeded. It is done, so it is worth some attempts.
 fn record<L: Lock + ?Sized>(lock: &L, guard: &LockGuard, started: SystemTime) -> Result<()> {
-    /// A session may end in that moment, and another claim may have the last one for a while.
-    const ATTEMPTS: usize = 5;
+    /// A session may end in that moment, another claim have the last one for a while, or the server be full.
+    const ATTEMPTS: u32 = 5;
+    /// After the first attempt. Each further one is twice as long: 3 s in all, longer than a rush for sessions mostly lasts.
+    const PAUSE: Duration = Duration::from_millis(200);
     let mut trouble = None;
-    for _ in 0..ATTEMPTS {
-        if !guard.is_held() {
+    for attempt in 0..ATTEMPTS {
+        let is_lost = attempt > 0 && guard.lost().wait_timeout(PAUSE * 2_u32.pow(attempt - 1));
+        if is_lost || !guard.is_held() {
             return Err(lost(lock.key(), guard));
         }
         match lock.record_success(guard.term(), started) {

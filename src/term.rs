@@ -163,7 +163,7 @@ impl Term {
     /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the manager keeps no catalog, or no database at all since it is in memory, so
     ///   there is nothing to check.
     /// - [`SessionRefused`](ErrorKind::SessionRefused): the role lacks rights, the transaction is read-only, or its
-    ///   connection is to another database. The text says which.
+    ///   connection is to a standby or to another database. The text says which.
     /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): the statement failed; the source says why. The transaction
     ///   cannot go on.
     pub fn fence(&self, transaction: &mut Transaction<'_>) -> Result<()> {
@@ -213,13 +213,13 @@ impl Term {
     /// | SQLSTATE | meaning |
     /// |---|---|
     /// | `ZDF01` | The term is over: roll back, and do not try again. PostgreSQL and the SQL standard use no code that begins with `ZD`. |
-    /// | `40001` | Above `READ COMMITTED`: the transaction sees a state from before the term, or from before a later one. Try it again; the next attempt tells which. |
+    /// | `40001` | Above `READ COMMITTED`: the transaction sees a state from before the term, or from before a later one. Try it again; the next attempt tells which. If it sees a state from before the first term of the key, it gets `ZDF01`. |
     /// | `22023`, `22003` | The text is none that a term has given. `NULL` is none, too. |
-    /// | `42501` | The role lacks a right, or row security hides the row; `25006`: the transaction is read-only. |
+    /// | `42501` | The role lacks a right, or row security hides the row; `25006`: the transaction is read-only; `0A000`: the server is a standby. |
     /// | `3F000`, `42883` | There is no such function: this is another database, or the catalog is older than version 4. |
     ///
     /// Its role needs `EXECUTE` on the function, which all roles have by default, and what [`fence`](Self::fence) needs. In autocommit
-    /// mode the call checks and protects nothing. With another [schema](crate::Config::schema) than `dsync`, the function is there. The
+    /// mode the call protects nothing that comes after it. With another [schema](crate::Config::schema) than `dsync`, the function is there. The
     /// text is no secret.
     ///
     /// ```no_run

@@ -287,6 +287,26 @@ fn sessions_that_have_died_cost_no_turn() {
     assert!(matches!(manager.once("report", DAY, Duration::ZERO, unreachable).unwrap(), Once::NotDue { .. }));
 }
 
+/// The work is done, so it is worth a wait: without one, all attempts would be over in half a second.
+#[test]
+fn a_session_that_another_claim_has_for_a_second_costs_no_turn() {
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database).max_sessions(2));
+    let other = manager.lock("other").unwrap();
+    let mut releasing = None;
+    let outcome = manager.once("report", DAY, PATIENCE, |_| {
+        let guard = other.acquire(PATIENCE)?;
+        releasing = Some(thread::spawn(move || {
+            thread::sleep(Duration::from_secs(1));
+            guard.release()
+        }));
+        Ok::<_, Error>(())
+    });
+    assert_eq!(outcome.unwrap(), Once::Ran(()));
+    assert!(manager.last_success("report").unwrap().is_some());
+    releasing.unwrap().join().unwrap().unwrap();
+}
+
 #[test]
 fn what_the_record_needs_is_told() {
     let database = Database::fresh().unwrap();

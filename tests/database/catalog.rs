@@ -255,6 +255,44 @@ fn a_catalog_of_version_3_is_brought_up_to_date_with_the_rights_on_its_locks() {
     }
 }
 
+/// Who brings it up to date may be one of several roles that the owner trusts, or an administrator. Else the other roles would not trust
+/// what that one has made, and the owner could not use it.
+#[test]
+fn what_an_older_catalog_lacks_belongs_to_the_owner_of_its_locks() {
+    let server = Server::start().unwrap();
+    for (older, by_administrator) in
+        [(VERSION_2, false), (VERSION_3, false), (VERSION_2, true), (VERSION_3, true)]
+    {
+        let database = server.database().unwrap();
+        let mut administrator = database.client().unwrap();
+        let name = database.name();
+        let roles = ["owner", "first", "second"].map(|role| format!("{role}_{name}"));
+        let [owner, first, second] = &roles;
+        administrator
+            .batch_execute(&format!(
+                "CREATE ROLE {owner} LOGIN; CREATE ROLE {first} LOGIN IN ROLE {owner};
+                 CREATE ROLE {second} LOGIN IN ROLE {owner}; ALTER DATABASE {name} OWNER TO {owner};
+                 SET ROLE {owner}; {older}; RESET ROLE"
+            ))
+            .unwrap();
+        if by_administrator {
+            administrator.batch_execute(CATALOG_SQL).unwrap();
+        }
+        for role in [first, second, owner] {
+            let url = database.url().replace("postgres@", &format!("{role}@"));
+            let manager = started(Config::from_url(&url).unwrap());
+            one_term(&lock(&manager, "x"));
+            assert!(!manager.request_resignation("x").unwrap());
+            assert!(!manager.forget_success("x").unwrap());
+        }
+        let query = "SELECT count(*) FROM (
+                         SELECT relowner FROM pg_class WHERE relnamespace = 'dsync'::regnamespace
+                         UNION ALL SELECT proowner FROM pg_proc WHERE pronamespace = 'dsync'::regnamespace
+                     ) AS part (owner) WHERE pg_get_userbyid(owner) <> $1";
+        assert_eq!(administrator.query_one(query, &[owner]).unwrap().get::<_, i64>(0), 0);
+    }
+}
+
 /// What is in the way of a look at the catalog is told, and no host and port are to be checked.
 #[test]
 fn a_table_of_the_catalog_that_somebody_has_locked_is_told_of() {

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use dsync::{Config, ErrorKind, Key, Lock, LockOptions, MemoryManager, PostgresManager, SyncManager, Term};
 use postgres::{Client, GenericClient, IsolationLevel, NoTls, Transaction};
-use support::Database;
 use support::process::Signal;
+use support::{Database, Replication, Server};
 
 use crate::common::{self, PATIENCE, Process, eventually, hear, kind, lock, soon, started, wait_in_thread};
 
@@ -837,6 +837,43 @@ fn above_read_committed_the_function_has_a_transaction_tried_again() {
             call(&mut begin(&mut writer, level), &new).unwrap();
         }
     }
+}
+
+/// No row tells that there is a term.
+#[test]
+fn above_read_committed_a_transaction_from_before_the_first_term_is_refused() {
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database));
+    for (number, level) in
+        [IsolationLevel::RepeatableRead, IsolationLevel::Serializable].into_iter().enumerate()
+    {
+        let mut writer = database.client().unwrap();
+        let mut early = begin(&mut writer, level);
+        early.batch_execute("SELECT 1").unwrap();
+        let first = lock(&manager, &format!("new {number}"));
+        first.lock(&soon()).unwrap();
+        let term = first.term().unwrap();
+        assert_eq!(kind(term.fence(&mut early)), ErrorKind::Lost);
+        assert_eq!(call(&mut early, &text(&term)), refused(OVER));
+        drop(early);
+        call(&mut begin(&mut writer, level), &text(&term)).unwrap();
+    }
+}
+
+#[test]
+fn on_a_standby_nothing_can_be_fenced() {
+    let primary = Server::start().unwrap();
+    let manager = started(Config::from_url(&primary.url()).unwrap());
+    let held = lock(&manager, "x");
+    held.lock(&soon()).unwrap();
+    let term = held.term().unwrap();
+    let standby = primary.standby(Replication::Asynchronous).unwrap();
+    standby.wait_caught_up(&primary).unwrap();
+    let mut client = standby.client().unwrap();
+    let error = term.fence(&mut client.transaction().unwrap()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::SessionRefused);
+    assert!(error.to_string().contains("must be on the primary"), "{error}");
+    assert_eq!(call(&mut client, &text(&term)), refused("0A000"));
 }
 
 #[test]

@@ -100,7 +100,8 @@ fn failed(schema: &Schema, error: postgres::Error) -> Error {
             "let an administrator run: GRANT USAGE ON SCHEMA dsync TO role; GRANT SELECT, UPDATE ON dsync.lock TO role; \
              for Run::record also GRANT SELECT, INSERT, UPDATE ON dsync.success TO role; and, if the text is about row security: ALTER TABLE dsync.lock DISABLE ROW LEVEL SECURITY",
         ),
-        Some(&SqlState::READ_ONLY_SQL_TRANSACTION) => (
+        // The other is what a standby says of an unlogged table.
+        Some(&SqlState::READ_ONLY_SQL_TRANSACTION | &SqlState::FEATURE_NOT_SUPPORTED) => (
             ErrorKind::SessionRefused,
             "a fenced transaction must not be read-only, and must be on the primary",
         ),

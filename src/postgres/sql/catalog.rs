@@ -10,7 +10,21 @@ pub(crate) const CATALOG: &str = concat!(
     "DO $check$\nDECLARE granted record; problem text := (SELECT found.text FROM (\n",
     include_str!("catalog_check.sql"),
     ") AS found);\nBEGIN\n    IF problem IS NOT NULL THEN RAISE EXCEPTION '%', problem USING ERRCODE = 'ZDS01'; END IF;\n    \
-     -- Version 2 had no resignations, version 3 no successes and no function. Whoever may use the locks may use these.\n    \
+     -- Version 2 had no resignations, version 3 no successes and no function. Whoever has the locks has these, and not whoever\n    \
+     -- brings them up to date, whom others need not trust; whoever may use the locks may use these.\n    \
+     FOR granted IN\n        \
+     SELECT known.version AS version, quote_ident(pg_get_userbyid(class.relowner)) AS whom\n        \
+     FROM dsync.version AS known, pg_class AS class JOIN pg_namespace AS schema ON schema.oid = class.relnamespace\n        \
+     WHERE schema.nspname = 'dsync' AND class.relname = 'lock'\n    \
+     LOOP\n        \
+     IF granted.version < 3 THEN\n            \
+     EXECUTE format('ALTER TABLE %I.resignation OWNER TO %s', 'dsync', granted.whom);\n        \
+     END IF;\n        \
+     IF granted.version < 4 THEN\n            \
+     EXECUTE format('ALTER TABLE %I.success OWNER TO %s', 'dsync', granted.whom);\n            \
+     EXECUTE format('ALTER FUNCTION %I.fence(text) OWNER TO %s', 'dsync', granted.whom);\n        \
+     END IF;\n    \
+     END LOOP;\n    \
      FOR granted IN\n        \
      SELECT known.version AS version, allowed.privilege_type AS what,\n               \
      CASE WHEN allowed.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(allowed.grantee)) END AS whom,\n               \

@@ -114,7 +114,7 @@ LEFT JOIN pg_stat_activity AS activity ON activity.pid = waiter.pid;
 -- The fence of a term for transactions in any language: SELECT dsync.fence('…') with the text that Term::fence_text gives. It keeps a
 -- later term from beginning until the transaction ends. If one has begun, it raises an error of SQLSTATE ZDF01; for a text that is
 -- none of a term, one of 22023. Above READ COMMITTED, a transaction that sees a state from before the term, or from before a later
--- one, gets 40001, which has it tried again. It has the rights of its caller. As Term::fence, it bounds the pauses of the
+-- one, gets 40001, which has it tried again; before the first term of its key there is no row to tell that by. It has the rights of its caller. As Term::fence, it bounds the pauses of the
 -- transaction to the lease, and takes nothing for a token that is known to be an old one, so that who comes late holds up nobody.
 CREATE OR REPLACE FUNCTION dsync.fence(term text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $check$
 DECLARE
