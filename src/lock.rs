@@ -224,7 +224,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     fn last_success(&self) -> Result<Option<SystemTime>>;
 
     /// Forgets the last success, so that the work is due at once. `true` if there was one. Work that is being done now is recorded all
-    /// the same when it succeeds. It takes as long as [`holder`](Self::holder), or longer where the server waits for a standby.
+    /// the same when it succeeds. It takes as long as [`holder`](Self::holder), or longer where the server waits for a standby. If the
+    /// connection is lost before the answer, it asks again, and may say `false` of a success that it has forgotten.
     ///
     /// # Errors
     /// As [`last_success`](Self::last_success).
@@ -345,7 +346,9 @@ impl dyn Lock + '_ {
     /// needed now and then: with `max_sessions` of 1 it fails. The lock is the one that others have under this key by other means, so
     /// keep a key for one piece of work. If the server does not answer, it takes up to three attempts (`connect_timeout` and heartbeat
     /// timeout together) longer than `context` says. `work` runs on this thread, for as long as it takes. While the term lasts, the record
-    /// is tried five times, with pauses of 3 s in all.
+    /// is tried five times, for a heartbeat timeout each where somebody has locked its table, with pauses of 3 s in all.
+    ///
+    /// A call for the same key within `work` waits for itself as long as its `context` says, and gives `Busy` then.
     ///
     /// # Errors
     /// Those of `work`, as they are; nothing is recorded then, but what `Run::record` has. And as an error of the same type, which `?` needs to be made of [`Error`]:

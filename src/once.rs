@@ -130,7 +130,7 @@ impl Run<'_> {
 
     /// Records the success in `transaction`, which is [fenced](Term::fence) by this: then the work and the record are committed
     /// together or not at all, and the work is done exactly once, as far as it consists of what this transaction writes. Call it first of
-    /// all in the transaction. After it, `once` records nothing itself, also if the transaction is not committed.
+    /// all in the transaction, and in one transaction at a time: a second one waits for the first. After it, `once` records nothing itself, also if the transaction is not committed.
     ///
     /// The transaction may be on any connection to the database that the lock is in. Its role needs what
     /// [`Term::fence`] asks for, and `SELECT`, `INSERT` and `UPDATE` on `dsync.success`. It takes one round trip.

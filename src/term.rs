@@ -155,7 +155,8 @@ impl Term {
     /// While the transaction is open the next holder waits. So that a frozen process cannot keep it waiting for ever, the
     /// server is told to end the transaction's session when it pauses for longer than the lease between two statements
     /// (`idle_in_transaction_session_timeout`, for this transaction only; a shorter one stays as it is). A statement that
-    /// runs long holds the next holder up for as long: bound it with `statement_timeout`.
+    /// runs long holds the next holder up for as long: bound it with `statement_timeout`. A transaction that is prepared
+    /// (`PREPARE TRANSACTION`) holds it up without a bound, until it is committed or rolled back.
     ///
     /// # Errors
     /// - [`Lost`](ErrorKind::Lost): the term is over. Roll the transaction back.
