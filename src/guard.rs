@@ -162,6 +162,11 @@ impl LockGuard {
         let (queue, observing) = (lock.queue()?, lock.observing());
         let gave_up = |kind| {
             let (waited, key) = (begun.elapsed(), lock.key());
+            if kind == ErrorKind::PoolExhausted {
+                let text =
+                    format!("the thread whose turn it is at {key:?} finds no session; raise max_sessions");
+                return Error::new(kind, text);
+            }
             let text = format!(
                 "waited {waited:.1?} for lock {key:?}, which a guard of another thread of this process holds, or one of this thread; a \
                  thread must drop its guard before it takes a second one"
@@ -171,9 +176,16 @@ impl LockGuard {
         Observing::attempt(observing, lock.key(), true, || {
             let when_taken = when_taken.map_or_else(|| WhenTaken::of(context), Ok)?;
             let tries_once = when_taken == WhenTaken::TriesOnce;
+            // Whoever has the turn may wait for a session that somebody has who waits for the caller's other locks.
+            let no_session =
+                || lock.trouble().map(|error| error.kind()).filter(|kind| *kind == ErrorKind::PoolExhausted);
+            let obstacle: Option<&dyn Fn() -> Option<ErrorKind>> =
+                if has_others { Some(&no_session) } else { None };
             let turn = match queue.try_enter() {
                 Some(turn) => Ok(turn),
-                None => Observing::thread_waits(observing, lock.key(), || queue.enter(context)),
+                None => {
+                    Observing::thread_waits(observing, lock.key(), || queue.enter_unless(context, obstacle))
+                }
             };
             let turn = turn.map_err(gave_up)?;
             // Its turn may have come in the very moment in which the context ended, which gives it no attempt of its own.

@@ -2,8 +2,9 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
-use crossbeam_channel::{Sender, at, bounded, never, select_biased};
+use crossbeam_channel::{Sender, at, bounded, never, select_biased, tick};
 
 use crate::context::Context;
 use crate::error::ErrorKind;
@@ -57,6 +58,16 @@ enum Step {
 impl LocalQueue {
     /// Waits for a turn, until `context` ends: then gives how.
     pub(crate) fn enter(self: &Arc<Self>, context: &Context) -> Result<Turn, ErrorKind> {
+        self.enter_unless(context, None)
+    }
+
+    /// As `enter`; asks ten times a second whether there is an obstacle, and gives up for what that says.
+    pub(crate) fn enter_unless(
+        self: &Arc<Self>,
+        context: &Context,
+        obstacle: Option<&dyn Fn() -> Option<ErrorKind>>,
+    ) -> Result<Turn, ErrorKind> {
+        const ASKS_EVERY: Duration = Duration::from_millis(100);
         /// Leaves the line, however the wait ends.
         struct Place<'a> {
             queue: &'a LocalQueue,
@@ -76,6 +87,7 @@ impl LocalQueue {
         let number = self.0.lock().join(look);
         let _place = Place { queue: self, number };
         let deadline = context.expires_at().map_or_else(never, at);
+        let asks = obstacle.map_or_else(never, |_| tick(ASKS_EVERY));
         loop {
             let lost = match self.0.lock().step(number) {
                 Step::Turn => return Ok(Turn { queue: Arc::clone(self), number }),
@@ -87,6 +99,11 @@ impl LocalQueue {
                 recv(lost) -> _ => {}
                 recv(context.cancelled()) -> _ => return Err(ErrorKind::Cancelled),
                 recv(deadline) -> _ => return Err(ErrorKind::TimedOut),
+                recv(asks) -> _ => {
+                    if let Some(kind) = obstacle.and_then(|obstacle| obstacle()) {
+                        return Err(kind);
+                    }
+                }
             }
         }
     }

@@ -191,7 +191,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     ///
     /// A holder of this library hears of it as [`Terminated`](crate::LossReason::Terminated), and its fenced writes are refused from the
     /// next term on. A guard is over then, and so is a leader's term; a claim acquires the lock again when its turn comes, behind those that wait. What
-    /// else the session does is ended with it: where an application's own session has the lock, that is its transaction.
+    /// else the session does is ended with it: where an application's own session has the lock, that is its transaction. Of several
+    /// sessions that share the lock it ends one: call it until it gives `None`.
     ///
     /// It takes some round trips on a session of the pool, and waits for the end of the holder's session for up to half the heartbeat timeout. If the
     /// server does not answer, it takes as long as [`holder`](Self::holder).

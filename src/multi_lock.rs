@@ -96,8 +96,8 @@ impl MultiLock {
     /// Waits until all the locks are held, for a [`Duration`], until an [`Instant`], or as a [`Context`] says; that bounds all of them
     /// together. A time of zero, or one that has passed before the call, means *try once*, as for a single lock.
     ///
-    /// Where the manager has no session left for a lock of the set, the call gives back what it has, so that nobody waits for it
-    /// meanwhile, and begins anew a moment later. It begins anew, too, if it has lost one of them when it has the next.
+    /// Where the manager has no session left for a lock of the set, or for the thread of this process whose turn it is there, the call gives
+    /// back what it has, so that nobody waits for it meanwhile, and begins anew a moment later; the first time is logged. It begins anew, too, if it has lost one of them when it has the next.
     ///
     /// An attempt that fails leaves nothing behind. Where the server has to be told of that, it takes up to twice the release timeout
     /// longer.
@@ -132,6 +132,8 @@ impl MultiLock {
                 }
                 outcome => return outcome,
             };
+            let level = if longest == PAUSES[0] { log::Level::Warn } else { log::Level::Debug };
+            log::log!(level, "a set of locks gives back what it has, and begins anew: {}", chain(&error));
             // By lot, so that two sets do not get in each other's way again.
             let pause = longest.mul_f64(fastrand::f64());
             longest = (2 * longest).min(PAUSES[1]);

@@ -308,7 +308,7 @@ impl Pool {
     /// How long it may take to have a slot and to open its session.
     pub(crate) fn takes_at_most(&self) -> Duration {
         let attempts = if self.catalog_ready.load(Ordering::Relaxed) { 2 } else { 3 };
-        PATIENCE * TURNS + self.connect_timeout * attempts
+        PATIENCE * (1 + TURNS) + self.connect_timeout * attempts
     }
 
     /// Whether a slot that is free in all but name is to be given back at once, since others want one.
@@ -360,8 +360,8 @@ impl Pool {
     /// forked: see [`IdleThread`]. It does so here only for the moment in which it is asked for a new slot.
     fn await_slot(&self) -> Option<PooledSlot> {
         let (begun, mut nap) = (Instant::now(), SLOT_LOOKS_EVERY);
-        let mut slot = None;
-        if !self.is_full() {
+        let mut slot = self.slots.try_get();
+        if slot.is_none() && !self.is_full() {
             self.idle_thread.call();
             slot = self.slots.get_timeout(Duration::ZERO).ok();
         }
@@ -373,9 +373,10 @@ impl Pool {
         slot
     }
 
-    /// True if there are as many slots as there may be.
+    /// True if somebody has taken each slot that there may be.
     fn is_full(&self) -> bool {
-        self.slots.state().connections >= self.slots.max_size()
+        let Sessions { in_use, limit } = self.sessions();
+        in_use >= limit
     }
 
     /// Opens the slot's session if it is not open. `control` can end the attempt.

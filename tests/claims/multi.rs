@@ -72,6 +72,29 @@ fn a_set_without_a_session_for_all_its_locks_keeps_none_of_them() {
     assert_eq!(kind(waiting.get()), ErrorKind::SyncManagerStopped);
 }
 
+/// The thread whose turn it is waits for a session, which somebody has who waits for what the set has.
+#[test]
+fn a_set_does_not_wait_behind_a_thread_of_its_process_that_finds_no_session() {
+    let database = Database::fresh().unwrap();
+    let manager = started(Config::from_url(&database.url()).unwrap().max_sessions(2));
+    let set = manager.multi_lock(["a", "b"]).unwrap();
+    let keys: Vec<_> = set.keys().map(str::to_owned).collect();
+    let [first, second] = [0, 1].map(|index| lock(&manager, &keys[index]));
+    let (other, held) = (lock(&manager, "c").acquire(PATIENCE).unwrap(), first.acquire(PATIENCE).unwrap());
+    let thread = begin(move || second.acquire(PATIENCE).map(drop));
+    eventually("the thread finds no session", || {
+        manager.snapshot().claim(&keys[1]).is_some_and(|claim| claim.last_error.is_some())
+    });
+    let waiting = begin(move || set.acquire(PATIENCE).map(drop));
+    eventually("the set waits", || format!("{first:?}").contains("waiting_threads: 1"));
+    // The set may have the one session, and must not keep it from the thread.
+    held.release().unwrap();
+    thread.get().unwrap();
+    assert!(!waiting.is_ready(), "there is no session for its second lock");
+    other.release().unwrap();
+    waiting.get().unwrap();
+}
+
 #[test]
 fn a_set_that_can_never_be_held_is_refused() {
     let database = Database::fresh().unwrap();

@@ -449,7 +449,9 @@ impl Engine {
 
     /// Keeps an error for those who ask, and logs it: the first of its kind in a series as a warning.
     fn note(&mut self, error: Error) {
-        let known = self.logged.replace(error.kind()) == Some(error.kind());
+        // A set of locks begins anew then, many times, and tells of it once.
+        let is_of_set = self.claim.has_others() && error.kind() == ErrorKind::PoolExhausted;
+        let known = self.logged.replace(error.kind()) == Some(error.kind()) || is_of_set;
         let level = if known { log::Level::Debug } else { log::Level::Warn };
         log::log!(level, "lock {:?}: {}", self.claim.key(), chain(&error));
         self.problem = Some(error);
