@@ -201,7 +201,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// Those of `holder`, and
     /// - [`SessionRefused`](ErrorKind::SessionRefused): the role may not end sessions of the holder's role. PostgreSQL lets members of that role and
     ///   of `pg_signal_backend` do so, and superusers alone for a superuser's session ([Server Signaling
-    ///   Functions](https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-ADMIN-SIGNAL)).
+    ///   Functions](https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-ADMIN-SIGNAL)). Or a prepared transaction has
+    ///   the lock, which has no session.
     /// - [`TimedOut`](ErrorKind::TimedOut): the session was told to end, and has not ended yet. It will when its process comes to look.
     ///
     /// ```

@@ -1,5 +1,6 @@
 //! Several locks at once: all of them, or none.
 
+use std::error::Error as _;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,6 +38,9 @@ use crate::term::Term;
 /// Each lock of the set is a lock like any other, made as [`lock`](crate::PostgresManager::lock) of the manager makes it: it excludes guards
 /// and claims of its key, has a term with a token of its own, and takes a session of the manager. Each may be lost by itself. All methods
 /// may be called from any thread.
+///
+/// A set that needs nearly all sessions that its manager may open can be passed over by locks that need one: keep
+/// [`max_sessions`](crate::Config::max_sessions) above what is used at once.
 ///
 /// A thread that has a guard of one of the keys waits for itself, and one that has a guard of another key may be waited for by the thread
 /// that it waits for: take all that a piece of work needs with one call.
@@ -109,11 +113,13 @@ impl MultiLock {
     }
 
     fn acquire_as(&self, context: &Context) -> Result<MultiGuard> {
-        /// How long to pause where there is no session, and how long after many a pause.
-        const PAUSES: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(100)];
+        /// How long to pause where there is no session, at first and after many a pause; and after many where it is the server that
+        /// has none.
+        const PAUSES: [Duration; 3] =
+            [Duration::from_millis(2), Duration::from_millis(100), Duration::from_secs(2)];
         let begun = Instant::now();
         let when_taken = WhenTaken::of(context)?;
-        let mut longest = PAUSES[0];
+        let (mut longest, mut trouble) = (PAUSES[0], None::<Error>);
         loop {
             let outcome = self.collect(|lock, has_others| {
                 // A lock of the set before this one may have taken all the time.
@@ -130,18 +136,27 @@ impl MultiLock {
                 {
                     error
                 }
+                // What was in the way before says more than where the time was over.
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::Cancelled)
+                        && trouble.is_some() =>
+                {
+                    let error = gave_up(error.kind(), begun, self.locks[0].key());
+                    return Err(trouble.into_iter().fold(error, Error::with_source));
+                }
                 outcome => return outcome,
             };
             let level = if longest == PAUSES[0] { log::Level::Warn } else { log::Level::Debug };
             log::log!(level, "a set of locks gives back what it has, and begins anew: {}", chain(&error));
             // By lot, so that two sets do not get in each other's way again.
             let pause = longest.mul_f64(fastrand::f64());
-            longest = (2 * longest).min(PAUSES[1]);
+            longest = (2 * longest).min(if error.source().is_some() { PAUSES[2] } else { PAUSES[1] });
             let pause = context.expires_at().map_or(pause, |end| pause.min(end - Instant::now()));
             let _ = context.cancelled().recv_timeout(pause);
             if let Some(kind) = context.ended() {
                 return Err(gave_up(kind, begun, self.locks[0].key()).with_source(error));
             }
+            trouble = Some(error);
         }
     }
 

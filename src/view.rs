@@ -31,7 +31,8 @@ pub struct Holder {
     /// The fencing token of the term. `None` if the catalog knows nothing of it: the lock is held by a manager without
     /// catalog, by an application that uses the same number, or since this very instant.
     pub token: Option<i64>,
-    /// The process that serves the session, for `pg_terminate_backend` and `pg_stat_activity`.
+    /// The process that serves the session, for `pg_terminate_backend` and `pg_stat_activity`. 0 if a prepared transaction has the lock,
+    /// which has no session: see `pg_prepared_xacts`.
     pub pid: i32,
     /// Where the session comes from. `None` for a Unix socket, and for the sessions of other roles unless ours is a member
     /// of `pg_read_all_stats`.

@@ -86,6 +86,14 @@ pub(crate) fn break_lock(
     let millis = i64::try_from(at_most.as_millis()).unwrap_or(i64::MAX);
     for _ in 0..ATTEMPTS {
         let Some(holder) = one(pool, named, catalog)?.holder else { return Ok(None) };
+        if holder.pid == 0 {
+            let text = format!(
+                "a prepared transaction has the lock {:?}, and no session that could be ended; COMMIT PREPARED or ROLLBACK PREPARED it: \
+                 its name is in pg_prepared_xacts",
+                named.name
+            );
+            return Err(Error::new(ErrorKind::SessionRefused, text));
+        }
         log::warn!("lock {:?}: ending the session of its holder: {holder:?}", named.name);
         let rows = pool.ask(sql::END_HOLDER, &[&id, &pair, &holder.pid, &millis]);
         match rows.map_err(|error| not_ended(error, &holder))?.first().map(|row| get(row, 0)).transpose()? {

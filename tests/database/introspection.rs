@@ -8,8 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use dsync::{CatalogMode, Config, ErrorKind, Key, Lock, LockOptions, LockView, PostgresManager, SyncManager};
 use postgres::Client;
-use support::Database;
 use support::process::Signal;
+use support::{Database, Server};
 
 use crate::common::{self, PATIENCE, Process, eventually, kind, lock, soon, started};
 
@@ -538,4 +538,26 @@ fn a_holder_that_does_not_end_when_it_is_told_to_is_told_of() {
     let error = outcome.unwrap_err();
     assert!(error.kind() == ErrorKind::TimedOut && error.to_string().contains(&pid.to_string()), "{error}");
     eventually("the end of the session", || ours.inspect(4711).unwrap().holder.is_none());
+}
+
+#[test]
+fn a_lock_of_a_prepared_transaction_can_be_seen_and_not_broken() {
+    let server = Server::builder().setting("max_prepared_transactions", "2").start().unwrap();
+    let manager = started(Config::from_url(&server.url()).unwrap());
+    // So that the key has a row in the catalog.
+    lock(&manager, "x").acquire(PATIENCE).unwrap().release().unwrap();
+    let mut client = server.client().unwrap();
+    let mut transaction = client.transaction().unwrap();
+    manager.transaction_lock("x").unwrap().acquire(&mut transaction, PATIENCE).unwrap();
+    transaction.batch_execute("PREPARE TRANSACTION 'x'").unwrap();
+    drop(transaction);
+    assert_eq!(manager.inspect("x").unwrap().holder.unwrap().pid, 0);
+    assert_eq!(manager.inspect_all().unwrap()[0].holder.as_ref().unwrap().pid, 0);
+    let error = manager.break_lock("x").unwrap_err();
+    assert!(
+        error.kind() == ErrorKind::SessionRefused && error.to_string().contains("ROLLBACK PREPARED"),
+        "{error}"
+    );
+    client.batch_execute("ROLLBACK PREPARED 'x'").unwrap();
+    assert!(manager.inspect("x").unwrap().holder.is_none());
 }

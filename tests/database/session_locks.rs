@@ -1,5 +1,6 @@
 //! Locks that a session of the application's takes: whom they exclude, how they are given back, and what a failure leaves.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -262,4 +263,32 @@ fn a_guard_that_is_dropped_in_async_code_gives_the_lock_back() {
     let guard = lock.acquire(&mut client, PATIENCE).unwrap();
     runtime.block_on(async { guard.release() }).unwrap();
     assert_eq!(advisory_locks(&mut operator), 0);
+}
+
+/// A cancel request that was meant for something else may strike the release. Whatever it says then, the lock is free.
+#[test]
+fn a_release_that_is_struck_by_cancel_requests_leaves_no_lock() {
+    let database = Database::fresh().unwrap();
+    let lock = manager(&database).session_lock("struck").unwrap();
+    let [mut client, mut operator] = [(); 2].map(|()| database.client().unwrap());
+    let backend: i32 = client.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                operator.execute("SELECT pg_cancel_backend($1)", &[&backend]).unwrap();
+                thread::sleep(Duration::from_micros(fastrand::u64(..2_000)));
+            }
+        });
+        let mut other = database.client().unwrap();
+        for round in 0..200 {
+            let Ok(Some(guard)) = lock.try_acquire(&mut client) else { continue };
+            match guard.release() {
+                Ok(()) => {}
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Lost, "round {round}: {error:#}"),
+            }
+            assert!(lock.try_acquire(&mut other).unwrap().is_some(), "round {round}: the lock stayed behind");
+        }
+        over.store(true, Ordering::SeqCst);
+    });
 }

@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut};
 use std::time::Duration;
 
 use postgres::Client;
-use postgres::error::Severity;
+use postgres::error::{Severity, SqlState};
 
 use super::{Wanted, first, rows};
 use crate::context::Context;
@@ -149,14 +149,29 @@ fn unlock(client: &mut Client, lock: &SessionLock, backend: i32) -> Result<()> {
         let text = format!("{why}; another holder may have been at work meanwhile");
         error(ErrorKind::Lost, &format!("the lock did not last until its release: {text}"))
     };
-    let answer =
-        client.is_valid(*release_timeout).and_then(|()| rows(client, &wanted.advisory.unlock(backend)));
+    /// A cancel request that was meant for a statement before may come late, and strike this one. More of them do not come by accident.
+    const ATTEMPTS: usize = 5;
+    let mut strikes = 0;
+    let answer = loop {
+        let answer =
+            client.is_valid(*release_timeout).and_then(|()| rows(client, &wanted.advisory.unlock(backend)));
+        match answer {
+            Err(cause) if cause.code() == Some(&SqlState::QUERY_CANCELED) && strikes + 1 < ATTEMPTS => {
+                strikes += 1;
+            }
+            answer => break answer,
+        }
+    };
     match answer {
         Ok(rows) => match first(&rows) {
             Some(answer::GRANTED) => Ok(()),
             Some(answer::OTHER_BACKEND) => Err(lost(
                 "the connection has another session of the server's now, and the former one may have the lock for good: a pooler in \
                  transaction or statement mode stands before the server; connect to the server directly, or use a transaction lock",
+            )),
+            _ if strikes > 0 => Err(lost(
+                "the session does not have it; a cancel request struck the release, which may have given it back before, or else \
+                 somebody has sent DISCARD ALL or pg_advisory_unlock",
             )),
             _ => Err(lost("the session does not have it; see who sends DISCARD ALL or pg_advisory_unlock")),
         },
@@ -195,7 +210,8 @@ impl DerefMut for SessionGuard<'_> {
 }
 
 impl Drop for SessionGuard<'_> {
-    /// Releases the lock as [`release`](SessionGuard::release) does. A failure is logged.
+    /// Releases the lock as [`release`](SessionGuard::release) does. A failure is logged; the session may have the lock then, for as long
+    /// as the connection lasts.
     fn drop(&mut self) {
         if self.is_held
             && let Err(error) = self.give_back()

@@ -12,7 +12,7 @@ pub(crate) enum Scope {
     },
 }
 
-/// Who holds and who waits: namespace, key, granted, backend, address, application name, token, annotation, since, seconds
+/// Who holds and who waits: namespace, key, granted, backend (0 of a prepared transaction), address, application name, token, annotation, since, seconds
 /// of waiting. Of each key, first the holder, then the waiters in their order.
 ///
 /// `pg_locks` is looked at once, so that what comes is the state of one moment. A row whose holder is not the one that
@@ -39,7 +39,7 @@ pub(crate) fn inspect(scope: Scope) -> String {
                     (locks.classid::int8 << 32 | locks.objid::int8) AS id, (locks.objsubid = 2) AS pair \
              FROM pg_locks AS locks WHERE locks.locktype = 'advisory' \
              AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database()) {which}) \
-         SELECT lock.namespace, lock.key, found.granted, found.pid, activity.client_addr, activity.application_name, \
+         SELECT lock.namespace, lock.key, found.granted, coalesce(found.pid, 0), activity.client_addr, activity.application_name, \
                 CASE WHEN term.holds THEN lock.token END, CASE WHEN term.holds THEN lock.annotation END, \
                 CASE WHEN term.holds THEN lock.since END, \
                 coalesce(greatest(extract(epoch FROM found.now - found.waitstart)::float8, 0), 0) \
