@@ -5,8 +5,8 @@
 //! ```
 //!
 //! With `DATABASE_URL` set, run it in two terminals at once: the second one leaves the work to the first. Run it again when the work is
-//! done: it is not due before tomorrow. Kill the one that works, and the next one begins. Without `DATABASE_URL` it starts a PostgreSQL
-//! server of its own and prints the address for the second terminal.
+//! done: it is not due before tomorrow. Kill the one that works and start another: it begins at once. Without `DATABASE_URL` it
+//! starts a PostgreSQL server of its own and prints the address for the second terminal.
 
 use std::env;
 use std::error::Error;

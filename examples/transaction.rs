@@ -65,7 +65,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         // The next one reads this number: the lock goes to others when the commit is visible to them.
         transaction.commit()?;
         written += 1;
-        println!("invoice {} of all is written", row.get::<_, i64>(0));
+        println!("invoice {} is written", row.get::<_, i64>(0));
     }
     println!("done");
     Ok(())

@@ -185,14 +185,15 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// ```
     fn request_resignation(&self) -> Result<bool>;
 
-    /// Takes the lock from whoever holds it, in whichever process, by ending the session that has it; gives who that was, and tells the log
-    /// before it does it. `None` if nobody holds the lock. For an operator who knows that the holder hangs: its work does not
-    /// stop by that, unless it heeds its signal.
+    /// Ends the session that holds the lock, in whichever process, and gives who that was; `None` if nobody holds it. The next that waits
+    /// gets the lock, and not the caller. The log names the holder first. For an operator who knows that the holder hangs. The
+    /// holder's work goes on, unless it heeds its lost channel.
     ///
     /// A holder of this library hears of it as [`Terminated`](crate::LossReason::Terminated), and its fenced writes are refused from the
     /// next term on. A guard is over then, and so is a leader's term; a claim acquires the lock again when its turn comes, behind those that wait. What
     /// else the session does is ended with it: where an application's own session has the lock, that is its transaction. Of several
-    /// sessions that share the lock it ends one: call it until it gives `None`.
+    /// sessions that share the lock it ends one; the view `dsync.locks` shows them all. Do not call it until it gives `None`: one that has
+    /// waited, and has got the lock meanwhile, would lose it too.
     ///
     /// It takes some round trips on a session of the pool, and waits for the end of the holder's session for up to half the heartbeat timeout. If the
     /// server does not answer, it takes as long as [`holder`](Self::holder).
@@ -278,8 +279,7 @@ impl dyn Lock + '_ {
         LockGuard::with(self, &context.into(), work)
     }
 
-    /// Does `work` if it has not been done in this [`Period`] yet: at most one process at a time, and only if it is due. The
-    /// lock is taken for that, as `acquire` does, and given back.
+    /// Does `work` if it is due by this [`Period`], in one process at a time. The lock is taken for that, as `acquire` does, and given back.
     ///
     /// It is due if nine tenths of the period ([`Period::due_after`]) are over since the work *began* the last time that it succeeded, by the
     /// clock of the server alone. The clocks of those who call play no part. If it has not succeeded yet, it is due; so it is if
@@ -308,7 +308,7 @@ impl dyn Lock + '_ {
     /// let outcome = manager.once("nightly-report", DAY, Duration::ZERO, |run| {
     ///     for chapter in 1..=100 {
     ///         if run.lost().is_lost() {
-    ///             break; // another machine may have begun; nothing is recorded
+    ///             break; // another machine may begin; `once` fails with `Lost`, and records nothing
     ///         }
     ///         // … write the chapter …
     ///     }
@@ -353,7 +353,7 @@ impl dyn Lock + '_ {
     /// A call for the same key within `work` waits for itself as long as its `context` says, and gives `Busy` then.
     ///
     /// # Errors
-    /// Those of `work`, as they are; nothing is recorded then, but what `Run::record` has. And as an error of the same type, which `?` needs to be made of [`Error`]:
+    /// Those of `work`, as they are; nothing is recorded then, but what `Run::record` has. Errors of the library come as the same `E`, by `E: From<Error>`:
     /// - [`InvalidConfig`](ErrorKind::InvalidConfig): this manager does without the catalog, or this lock without a token; or the period
     ///   cannot be. The work was not done.
     /// - Those of `acquire`, but for another holder; [`SessionUnavailable`](ErrorKind::SessionUnavailable),

@@ -86,7 +86,7 @@ impl dyn SyncManager + '_ {
         self.lock(key)?.request_resignation()
     }
 
-    /// Takes the lock with this key from whoever holds it: see [`Lock::break_lock`]. Gives who that was.
+    /// Ends the session that holds the lock with this key: see [`Lock::break_lock`]. Gives who that was.
     ///
     /// # Errors
     /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
@@ -103,7 +103,7 @@ impl dyn SyncManager + '_ {
         MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
     }
 
-    /// Does `work` if it has not been done in this [`Period`] yet, at most one process at a time: see `once` of
+    /// Does `work` if it is due by this [`Period`], in one process at a time: see `once` of
     /// [`dyn Lock`](crate::Lock#method.once).
     ///
     /// # Errors
@@ -176,7 +176,7 @@ pub trait SyncManagerExt: SyncManager {
         self.lock(key)?.request_resignation()
     }
 
-    /// Takes the lock with this key from whoever holds it: see [`Lock::break_lock`]. Gives who that was.
+    /// Ends the session that holds the lock with this key: see [`Lock::break_lock`]. Gives who that was.
     ///
     /// # Errors
     /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
@@ -193,7 +193,7 @@ pub trait SyncManagerExt: SyncManager {
         MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
     }
 
-    /// Does `work` if it has not been done in this [`Period`] yet, at most one process at a time: see `once` of
+    /// Does `work` if it is due by this [`Period`], in one process at a time: see `once` of
     /// [`dyn Lock`](crate::Lock#method.once).
     ///
     /// # Errors

@@ -39,11 +39,11 @@ use crate::term::Term;
 /// and claims of its key, has a term with a token of its own, and takes a session of the manager. Each may be lost by itself. All methods
 /// may be called from any thread.
 ///
-/// A set that needs nearly all sessions that its manager may open can be passed over by locks that need one: keep
+/// A set has to find sessions for all its locks. While other locks use them it may wait long: set
 /// [`max_sessions`](crate::Config::max_sessions) above what is used at once.
 ///
-/// A thread that has a guard of one of the keys waits for itself, and one that has a guard of another key may be waited for by the thread
-/// that it waits for: take all that a piece of work needs with one call.
+/// A thread that has a guard of one of these keys waits for itself. One that has a guard of another key can wait in a circle with a thread
+/// that has one of these keys and wants that one. So take all locks that a piece of work needs with one call.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct MultiLock {
@@ -100,8 +100,9 @@ impl MultiLock {
     /// Waits until all the locks are held, for a [`Duration`], until an [`Instant`], or as a [`Context`] says; that bounds all of them
     /// together. A time of zero, or one that has passed before the call, means *try once*, as for a single lock.
     ///
-    /// Where the manager has no session left for a lock of the set, or for the thread of this process whose turn it is there, the call gives
-    /// back what it has, so that nobody waits for it meanwhile, and begins anew a moment later; the first time is logged. It begins anew, too, if it has lost one of them when it has the next.
+    /// If the manager has no session for one of the locks, or for the thread of this process whose turn it is there, the call gives back what
+    /// it has, pauses for up to 100 ms (2 s where it is the server that has none), and starts over. So it does if it has lost one of
+    /// them by the time it has the next. The first time is logged.
     ///
     /// An attempt that fails leaves nothing behind. Where the server has to be told of that, it takes up to twice the release timeout
     /// longer.

@@ -23,8 +23,8 @@ use crate::term::Term;
 ///
 /// const HOUR: Duration = Duration::from_secs(60 * 60);
 /// let nightly: Period = (24 * HOUR).into();
-/// // A start by hand at noon is to count as that of the night before, and not as that of the next one.
-/// let nightly = Period::every(24 * HOUR).due_after(16 * HOUR);
+/// // It starts at 03:00. If that failed, and somebody starts it at noon, it is due again at 03:00, 15 hours later.
+/// let nightly = Period::every(24 * HOUR).due_after(12 * HOUR);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
@@ -34,7 +34,8 @@ pub struct Period {
 }
 
 impl Period {
-    /// Once in each stretch of time of this length. Due again after nine tenths of it.
+    /// For work that is started about once in each `period`, by cron say. It is due again nine tenths of `period` after the last success
+    /// began. A caller that asks more often gives [`due_after(period)`](Self::due_after); else the work is done each nine tenths of `period`.
     pub fn every(period: Duration) -> Self {
         Self { every: period, due_after: period - period / 10 }
     }
@@ -86,7 +87,7 @@ pub enum Once<T> {
         /// How long it takes until it is due again.
         due_in: Duration,
     },
-    /// Another process, or another thread of this one, has the lock: it does the work now. The time of the call was over first.
+    /// Another process, or another thread of this one, had the lock until `context` ended.
     Busy,
 }
 

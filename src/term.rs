@@ -159,7 +159,8 @@ impl Term {
     /// (`PREPARE TRANSACTION`) holds it up without a bound, until it is committed or rolled back.
     ///
     /// # Errors
-    /// - [`Lost`](ErrorKind::Lost): the term is over. Roll the transaction back.
+    /// - [`Lost`](ErrorKind::Lost): the term is over; or, above `READ COMMITTED`, the transaction began to read before the term did. Roll the
+    ///   transaction back. If [`is_held`](Self::is_held) is still true, try again in a new one.
     /// - [`OtherProcess`](ErrorKind::OtherProcess): the term was begun before a `fork`, by the parent process.
     /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the manager keeps no catalog, or no database at all since it is in memory, so
     ///   there is nothing to check.
@@ -213,15 +214,15 @@ impl Term {
     ///
     /// | SQLSTATE | meaning |
     /// |---|---|
-    /// | `ZDF01` | The term is over: roll back, and do not try again. PostgreSQL and the SQL standard use no code that begins with `ZD`. |
+    /// | `ZDF01` | A later term has begun: roll back, and do not try again. PostgreSQL and the SQL standard use no code that begins with `ZD`. |
     /// | `40001` | Above `READ COMMITTED`: the transaction sees a state from before the term, or from before a later one. Try it again; the next attempt tells which. If it sees a state from before the first term of the key, it gets `ZDF01`. |
     /// | `22023`, `22003` | The text is none that a term has given. `NULL` is none, too. |
     /// | `42501` | The role lacks a right, or row security hides the row; `25006`: the transaction is read-only; `0A000`: the server is a standby. |
     /// | `3F000`, `42883` | There is no such function: this is another database, or the catalog is older than version 4. |
     ///
     /// Its role needs `EXECUTE` on the function, which all roles have by default, and what [`fence`](Self::fence) needs. In autocommit
-    /// mode the call protects nothing that comes after it. With another [schema](crate::Config::schema) than `dsync`, the function is there. The
-    /// text is no secret.
+    /// mode the call protects nothing that comes after it. Where [`Config::schema`](crate::Config::schema) names another schema than `dsync`, call the
+    /// function of that one. The text is no secret.
     ///
     /// ```no_run
     /// # use std::process::Command;

@@ -114,7 +114,7 @@ impl MemoryManager {
         self.lock(key)?.request_resignation()
     }
 
-    /// Takes the lock with this key from whoever holds it: see [`Lock::break_lock`]. Gives who that was.
+    /// Ends the session that holds the lock with this key: see [`Lock::break_lock`]. Gives who that was.
     ///
     /// # Errors
     /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
@@ -131,7 +131,7 @@ impl MemoryManager {
         MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
     }
 
-    /// Does `work` if it has not been done in this [`Period`] yet, at most one process at a time: see `once` of
+    /// Does `work` if it is due by this [`Period`], in one process at a time: see `once` of
     /// [`dyn Lock`](crate::Lock#method.once).
     ///
     /// # Errors

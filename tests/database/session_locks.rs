@@ -1,9 +1,9 @@
 //! Locks that a session of the application's takes: whom they exclude, how they are given back, and what a failure leaves.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::bounded;
 use dsync::{Context, ErrorKind, Key, PostgresManager};
 use postgres::{Client, NoTls};
 use support::pgbouncer::{self, PoolMode};
@@ -272,23 +272,26 @@ fn a_release_that_is_struck_by_cancel_requests_leaves_no_lock() {
     let lock = manager(&database).session_lock("struck").unwrap();
     let [mut client, mut operator] = [(); 2].map(|()| database.client().unwrap());
     let backend: i32 = client.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
-    let over = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(Ordering::SeqCst) {
-                operator.execute("SELECT pg_cancel_backend($1)", &[&backend]).unwrap();
-                thread::sleep(Duration::from_micros(fastrand::u64(..2_000)));
-            }
-        });
-        let mut other = database.client().unwrap();
-        for round in 0..200 {
-            let Ok(Some(guard)) = lock.try_acquire(&mut client) else { continue };
-            match guard.release() {
-                Ok(()) => {}
-                Err(error) => assert_eq!(error.kind(), ErrorKind::Lost, "round {round}: {error:#}"),
-            }
-            assert!(lock.try_acquire(&mut other).unwrap().is_some(), "round {round}: the lock stayed behind");
+    // One for each round at the most. It disconnects at the end of the test, also of one that fails.
+    let (strike, strikes) = bounded::<()>(1);
+    thread::spawn(move || {
+        for () in strikes {
+            thread::sleep(Duration::from_micros(fastrand::u64(..1_000)));
+            operator.execute("SELECT pg_cancel_backend($1)", &[&backend]).unwrap();
         }
-        over.store(true, Ordering::SeqCst);
     });
+    let mut other = database.client().unwrap();
+    for round in 0..500 {
+        let _ = strike.try_send(());
+        let Ok(Some(guard)) = lock.try_acquire(&mut client) else {
+            // It may have the lock, as the error says.
+            while client.batch_execute("SELECT pg_advisory_unlock_all()").is_err() {}
+            continue;
+        };
+        match guard.release() {
+            Ok(()) => {}
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Lost, "round {round}: {error:#}"),
+        }
+        assert!(lock.try_acquire(&mut other).unwrap().is_some(), "round {round}: the lock stayed behind");
+    }
 }

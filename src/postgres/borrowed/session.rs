@@ -15,20 +15,24 @@ use crate::process::{Origin, drive, no_thread};
 
 /// A lock that a connection of the application's own takes, over any number of its transactions.
 ///
-/// [`PostgresManager::session_lock`](crate::PostgresManager::session_lock) makes it. It is for work that has to be done on the
-/// very session that has the lock: migrations with statements that run in no transaction, temporary tables, transactions at
-/// `SERIALIZABLE`.
+/// [`PostgresManager::session_lock`](crate::PostgresManager::session_lock) makes it. It is for work on one connection that is more than one
+/// transaction: migrations, temporary tables, transactions at `SERIALIZABLE`.
 ///
 /// ```no_run
 /// # use std::time::Duration;
 /// # use dsync::PostgresManager;
 /// # fn example(manager: &PostgresManager, client: &mut dsync::postgres::Client) -> Result<(), Box<dyn std::error::Error>> {
 /// let mut client = manager.session_lock("migrations")?.acquire(client, Duration::from_secs(60))?;
-/// client.batch_execute("CREATE INDEX CONCURRENTLY ON invoice (customer)")?;
+/// client.batch_execute("ALTER TABLE invoice ADD COLUMN paid bool")?;
+/// client.batch_execute("UPDATE invoice SET paid = false")?;
 /// client.release()?; // fails if the lock did not last until here
 /// # Ok(())
 /// # }
 /// ```
+///
+/// **Run no `CREATE INDEX CONCURRENTLY` on this connection.** That statement waits for all transactions that are older, those among them
+/// that wait for this very lock, and PostgreSQL ends one of the two as a deadlock. Hold a [guard](crate::LockGuard) instead, and build
+/// the index on another connection.
 ///
 /// It excludes whom a [`TransactionLock`](crate::TransactionLock) excludes, by the same rules, and waits in the same way: the lock
 /// ends with the session, is no term, and fences out nobody. What was said there of observers and
@@ -102,7 +106,7 @@ impl SessionLock {
     }
 }
 
-/// A lock on the session of the client that this is the borrow of: released when dropped. [`SessionLock`] makes it.
+/// Holds the lock and lends the client: use it as the `Client`. Releases the lock when dropped. [`SessionLock`] makes it.
 #[must_use = "the lock is released as soon as the guard is dropped"]
 pub struct SessionGuard<'a> {
     client: &'a mut Client,

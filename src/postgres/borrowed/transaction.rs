@@ -42,7 +42,7 @@ use crate::error::Result;
 ///
 /// It fences out no earlier term: a holder that has lost its lock without knowing, and writes in a transaction with
 /// [`Term::fence`](crate::Term::fence), is refused only after a later *term*, and not after a transaction that had this lock.
-/// So let all who write use the same kind of lock where a former holder must be refused.
+/// Where a former holder must be refused, let all who write use guards.
 ///
 /// Observers, metrics and snapshots do not show it; [`inspect`](crate::PostgresManager::inspect) shows the session that has it.
 /// [`MemoryManager`](crate::MemoryManager) has none, since it has no transactions.

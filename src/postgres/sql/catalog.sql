@@ -1,5 +1,5 @@
--- The catalog of locks, version 4: fencing tokens, who holds which lock, who is asked to resign, and what was
--- done last when.
+-- The catalog of locks, version 4: fencing tokens, who holds which lock, who is asked to resign, and when work
+-- succeeded last.
 --
 -- The library runs this itself where its role may create a schema. Where it may not, an administrator runs it, in the database
 -- of the locks, and then, for each role that uses locks:
@@ -11,7 +11,8 @@
 --     GRANT EXECUTE ON FUNCTION dsync.fence(text) TO role;
 --
 -- A role that takes no locks, but does fenced writes, needs USAGE on the schema, and SELECT and UPDATE on dsync.lock. To call
--- dsync.fence it also needs EXECUTE on that, which all roles have unless it was taken from PUBLIC. One
+-- dsync.fence it also needs EXECUTE on that, which all roles have unless it was taken from PUBLIC. For Run::record it
+-- also needs SELECT, INSERT and UPDATE on dsync.success. One
 -- that only looks, in psql say, needs USAGE on the schema, and SELECT on dsync.locks and dsync.waiters; to see where the
 -- sessions of other roles come from it also has to be a member of pg_read_all_stats.
 --
@@ -70,7 +71,7 @@ CREATE UNLOGGED TABLE IF NOT EXISTS dsync.resignation (
 );
 
 -- When work that is done once a period began the last time that it succeeded, by this server's clock. Logged, unlike what goes with
--- the locks: a crash must not have the work of a night done by day. A row stays until somebody resets it.
+-- the locks: a crash must not have the work of a night done by day. A row stays until forget_success deletes it.
 CREATE TABLE IF NOT EXISTS dsync.success (
     namespace text        NOT NULL,
     key       text        NOT NULL,
@@ -115,7 +116,7 @@ LEFT JOIN pg_stat_activity AS activity ON activity.pid = waiter.pid;
 -- later term from beginning until the transaction ends. If one has begun, it raises an error of SQLSTATE ZDF01; for a text that is
 -- none of a term, one of 22023. Above READ COMMITTED, a transaction that sees a state from before the term, or from before a later
 -- one, gets 40001, which has it tried again; before the first term of its key there is no row to tell that by. It has the rights of its caller. As Term::fence, it bounds the pauses of the
--- transaction to the lease, and takes nothing for a token that is known to be an old one, so that who comes late holds up nobody.
+-- transaction to the lease. A caller with an old token takes no lock, and so holds up nobody.
 CREATE OR REPLACE FUNCTION dsync.fence(term text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $check$
 DECLARE
     -- To match and to capture in one would take 0.1 ms.
