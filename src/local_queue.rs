@@ -1,4 +1,4 @@
-//! First come, first served, among the threads of one process that want guards of one lock.
+//! First come, first served, among the threads of one process: those that want guards of one lock, or slots of one pool.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,8 +11,8 @@ use crate::error::ErrorKind;
 use crate::loss::Lost;
 use crate::sync::Mutex;
 
-/// The threads of this process that want a guard of one lock. The first of them takes part at the server, with one session; the
-/// others wait here.
+/// The threads of this process that want a guard of one lock, or a slot of one pool. Of those that want a lock the first takes part at
+/// the server, with one session; the others wait here.
 ///
 /// The turn ends with the guard, and also with the guard's term: a term that was lost excludes nobody.
 #[derive(Debug, Default)]

@@ -152,7 +152,9 @@ impl MultiLock {
             // By lot, so that two sets do not get in each other's way again.
             let pause = longest.mul_f64(fastrand::f64());
             longest = (2 * longest).min(if error.source().is_some() { PAUSES[2] } else { PAUSES[1] });
-            let pause = context.expires_at().map_or(pause, |end| pause.min(end - Instant::now()));
+            let pause = context
+                .expires_at()
+                .map_or(pause, |end| pause.min(end.saturating_duration_since(Instant::now())));
             let _ = context.cancelled().recv_timeout(pause);
             if let Some(kind) = context.ended() {
                 return Err(gave_up(kind, begun, self.locks[0].key()).with_source(error));
