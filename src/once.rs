@@ -153,6 +153,7 @@ pub(crate) fn run<L: Lock + ?Sized, T, E: From<Error>>(
     work: impl FnOnce(&Run<'_>) -> std::result::Result<T, E>,
 ) -> std::result::Result<Once<T>, E> {
     period.validate()?;
+    let waits = context.ended().is_none();
     // It mostly is not, and then nobody need take the lock.
     match lock.successes() {
         Ok(seen) => {
@@ -161,7 +162,11 @@ pub(crate) fn run<L: Lock + ?Sized, T, E: From<Error>>(
             }
         }
         // Who may wait for the lock may wait for a server.
-        Err(error) if context.ended().is_none() && may_pass(&error) => {
+        Err(error) if waits && may_pass(&error) => {
+            if let Some(kind) = context.ended() {
+                let text = format!("whether the work under {:?} is due could not be asked in time", lock.key());
+                return Err(Error::new(kind, text).with_source(error).into());
+            }
             log::debug!("lock {:?}: whether the work is due is not known yet: {}", lock.key(), chain(&error));
         }
         Err(error) => return Err(error.into()),
