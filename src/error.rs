@@ -71,6 +71,9 @@ pub enum ErrorKind {
     InvalidKey,
     /// A setting cannot work.
     InvalidConfig,
+    /// The caller would wait for itself: it shares the lock and wants it for itself, or has it for itself and wants to share it. Give back the
+    /// one before asking for the other.
+    WouldDeadlock,
     /// The lock or manager was made in another process, before a `fork`. See
     /// [`PostgresManager`](crate::PostgresManager#forks).
     OtherProcess,
@@ -79,7 +82,7 @@ pub enum ErrorKind {
 impl ErrorKind {
     /// All of them, in their order, each at the index that its number is.
     #[cfg(feature = "metrics")]
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 15] = [
         Self::LockUnavailable,
         Self::TimedOut,
         Self::Cancelled,
@@ -93,6 +96,7 @@ impl ErrorKind {
         Self::UnlockFailed,
         Self::InvalidKey,
         Self::InvalidConfig,
+        Self::WouldDeadlock,
         Self::OtherProcess,
     ];
 
@@ -113,6 +117,7 @@ impl ErrorKind {
             Self::UnlockFailed => "unlock_failed",
             Self::InvalidKey => "invalid_key",
             Self::InvalidConfig => "invalid_config",
+            Self::WouldDeadlock => "would_deadlock",
             Self::OtherProcess => "other_process",
         }
     }
@@ -133,6 +138,7 @@ impl ErrorKind {
             Self::UnlockFailed => "failed to release lock",
             Self::InvalidKey => "invalid key",
             Self::InvalidConfig => "invalid configuration",
+            Self::WouldDeadlock => "would wait for itself",
             Self::OtherProcess => "made in another process",
         }
     }
@@ -164,6 +170,27 @@ impl Error {
             "another session holds {key:?}; without a guard, the claim goes on in the background until release()"
         );
         Self::new(ErrorKind::LockUnavailable, text)
+    }
+
+    /// The caller has the lock already, as a guard of this thread or a claim of this process: the other way than `wants_shared`.
+    pub(crate) fn would_deadlock(key: &str, who: &str, wants_shared: bool) -> Self {
+        let text = if wants_shared {
+            format!("{who} has {key:?} for itself and would wait for itself to share it; give it back first")
+        } else {
+            format!(
+                "{who} shares {key:?} and would wait for itself to have it alone; give it back first, and look again at what was \
+                 read, since a writer may come in between"
+            )
+        };
+        Self::new(ErrorKind::WouldDeadlock, text)
+    }
+
+    /// What is for one at a time was asked of a shared lock.
+    pub(crate) fn is_shared(key: &str, what: &str) -> Self {
+        let text = format!(
+            "{what} is for one process at a time, and the lock {key:?} is shared; use lock() in the place of shared_lock()"
+        );
+        Self::new(ErrorKind::InvalidConfig, text)
     }
 
     pub(crate) fn no_resignations() -> Self {

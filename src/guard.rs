@@ -1,7 +1,8 @@
 //! The everyday interface: a lock for the length of a scope.
 
+use std::cell::RefCell;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::context::Context;
@@ -10,6 +11,7 @@ use crate::local_queue::{LocalQueue, Turn};
 use crate::lock::Lock;
 use crate::loss::{Loss, Lost};
 use crate::once::Successes;
+use crate::process::Origin;
 use crate::telling::Observing;
 use crate::term::Term;
 
@@ -29,6 +31,9 @@ pub trait Guarded {
 
     /// Which manager it is of.
     fn owner(&self) -> (usize, u64);
+
+    /// Others may hold it at the same time.
+    fn is_shared(&self) -> bool;
 
     /// How many locks its manager can hold at once.
     fn most_at_once(&self) -> usize {
@@ -111,13 +116,65 @@ impl WhenTaken {
     }
 }
 
+/// The locks of which this thread has taken guards that are there still, whichever thread has them now.
+struct Taken {
+    by: Origin,
+    locks: Vec<TakenLock>,
+}
+
+struct TakenLock {
+    owner: (usize, u64),
+    place: (bool, i64),
+    shared: bool,
+    /// Gone with the guard.
+    guard: Weak<()>,
+}
+
+thread_local! {
+    static TAKEN: RefCell<Taken> = RefCell::new(Taken { by: Origin::here(), locks: Vec::new() });
+}
+
+impl Taken {
+    /// Runs `look` on what this thread has taken in this process. Not at the end of the thread, where nothing is known any more.
+    fn with<T: Default>(look: impl FnOnce(&mut Vec<TakenLock>) -> T) -> T {
+        let looked = TAKEN.try_with(|taken| {
+            let mut taken = taken.borrow_mut();
+            if !taken.by.is_here() {
+                *taken = Self { by: Origin::here(), locks: Vec::new() };
+            }
+            taken.locks.retain(|lock| lock.guard.strong_count() > 0);
+            look(&mut taken.locks)
+        });
+        looked.unwrap_or_default()
+    }
+
+    /// Notes that this thread has taken a guard; it is forgotten when what this gives is dropped.
+    fn note<L: Lock + ?Sized>(lock: &L) -> Arc<()> {
+        let guard = Arc::new(());
+        let (owner, place, shared) = (lock.owner(), lock.place(), lock.is_shared());
+        Self::with(|locks| locks.push(TakenLock { owner, place, shared, guard: Arc::downgrade(&guard) }));
+        guard
+    }
+}
+
+/// Refuses a lock that the caller has already the other way by a guard, since it would wait for itself.
+pub(crate) fn check_way<L: Lock + ?Sized>(lock: &L) -> Result<()> {
+    let (owner, place, shared) = (lock.owner(), lock.place(), lock.is_shared());
+    let is_other = |taken: &TakenLock| (taken.owner, taken.place) == (owner, place) && taken.shared != shared;
+    match Taken::with(|locks| locks.iter().any(is_other)) {
+        true => Err(Error::would_deadlock(lock.key(), "a guard that this thread has taken", shared)),
+        false => Ok(()),
+    }
+}
+
 /// A held lock for the length of a scope: released when dropped.
 ///
 /// Made by `acquire` and [`try_acquire`](Lock::try_acquire) of a [`Lock`]. Bind it to a name: `let _ = …` would release at
 /// once.
 ///
-/// - It excludes the other threads of this process, too. They take turns, first come, first served, each with a term and a
-///   token of its own, and other processes are served in between. All that wait use one session of the server.
+/// - It excludes the other threads of this process, too, unless the lock is [shared](crate::PostgresManager::shared_lock). They take turns,
+///   first come, first served, each with a term and a token of its own, and other processes are served in between. All that wait use
+///   one session of the server.
 /// - It is one term. When that is [lost](Self::lost), it does not come back, [`release`](Self::release) says so, and others
 ///   may have the lock: a guard does not make the lock safe to lose, so watch the channel.
 /// - It ends its own term and nothing else: no other guard's, and no claim of [`Lock::lock`].
@@ -141,8 +198,11 @@ pub struct LockGuard {
     term: Term,
     /// `None` once released.
     hold: Option<Box<dyn Hold>>,
-    /// Dropped after the hold: the next thread of this process comes when the lock has been given back.
+    /// Dropped after the hold: the next thread of this process comes when the lock has been given back. `None` of a shared lock, which
+    /// others may have meanwhile.
     turn: Option<Turn>,
+    /// Tells the thread that has taken it that the guard is there. `None` once released.
+    taken: Option<Arc<()>>,
 }
 
 impl LockGuard {
@@ -174,6 +234,7 @@ impl LockGuard {
             Error::new(kind, text)
         };
         Observing::attempt(observing, lock.key(), true, || {
+            check_way(lock)?;
             let when_taken = when_taken.map_or_else(|| WhenTaken::of(context), Ok)?;
             let tries_once = when_taken == WhenTaken::TriesOnce;
             // Whoever has the turn may wait for a session that somebody has who waits for the caller's other locks.
@@ -182,12 +243,14 @@ impl LockGuard {
             let obstacle: Option<&dyn Fn() -> Option<ErrorKind>> =
                 if has_others { Some(&no_session) } else { None };
             let turn = match queue.try_enter() {
-                Some(turn) => Ok(turn),
+                // Others may have it as well, so it need not be the turn of who does not wait.
+                None if lock.is_shared() && tries_once => None,
                 None => {
-                    Observing::thread_waits(observing, lock.key(), || queue.enter_unless(context, obstacle))
+                    let wait = || queue.enter_unless(context, obstacle);
+                    Some(Observing::thread_waits(observing, lock.key(), wait).map_err(gave_up)?)
                 }
+                turn => turn,
             };
-            let turn = turn.map_err(gave_up)?;
             // Its turn may have come in the very moment in which the context ended, which gives it no attempt of its own.
             if let Some(kind) = context.ended()
                 && !(tries_once && kind == ErrorKind::TimedOut)
@@ -207,9 +270,14 @@ impl LockGuard {
     /// Takes the lock if it is free.
     pub(crate) fn try_acquire<L: Lock + ?Sized>(lock: &L) -> Result<Option<Self>> {
         let (begun, queue) = (Instant::now(), lock.queue()?);
-        let outcome = Observing::attempt(lock.observing(), lock.key(), true, || match queue.try_enter() {
-            Some(turn) => Self::begin(lock, turn, None, begun, false),
-            None => Err(Error::new(ErrorKind::LockUnavailable, "another thread of this process holds it")),
+        let outcome = Observing::attempt(lock.observing(), lock.key(), true, || {
+            check_way(lock)?;
+            match queue.try_enter() {
+                None if !lock.is_shared() => {
+                    Err(Error::new(ErrorKind::LockUnavailable, "another thread of this process holds it"))
+                }
+                turn => Self::begin(lock, turn, None, begun, false),
+            }
         });
         match outcome {
             Ok(guard) => Ok(Some(guard)),
@@ -237,14 +305,18 @@ impl LockGuard {
 
     fn begin<L: Lock + ?Sized>(
         lock: &L,
-        turn: Turn,
+        turn: Option<Turn>,
         context: Option<&Context>,
         begun: Instant,
         has_others: bool,
     ) -> Result<Self> {
         let HeldTerm { term, hold } = lock.claim_term(context, begun, has_others)?;
-        turn.lasts_until(term.lost().clone());
-        Ok(Self { term, hold: Some(hold), turn: Some(turn) })
+        // Others may have a lock that is shared meanwhile.
+        let turn = turn.filter(|_| !lock.is_shared());
+        if let Some(turn) = &turn {
+            turn.lasts_until(term.lost().clone());
+        }
+        Ok(Self { term, hold: Some(hold), turn, taken: Some(Taken::note(lock)) })
     }
 
     /// The channel of the guard's term. It never reopens.
@@ -301,6 +373,7 @@ impl LockGuard {
     /// Releases the lock by `by` at the latest, unless that was done before.
     pub(crate) fn give_back(&mut self, by: Instant) -> (Result<()>, Option<Loss>) {
         let Some(mut hold) = self.hold.take() else { return (Ok(()), None) };
+        self.taken = None;
         if let Err(error) = self.term.check_process() {
             // A mutex of the parent's, or of a channel of its, may be locked for ever here. A channel is left alone by all but
             // the last that leaves it, and the clone is never dropped.
@@ -370,7 +443,12 @@ mod tests {
     fn a_guard_whose_time_is_over_is_lost_also_where_nobody_has_seen_it() {
         let (alive, lost) = Lost::pair();
         let term = Term::new(lost, None, None).with_expiry(Arc::new(Expiry::new(Instant::now())));
-        let guard = LockGuard { term, hold: Some(Box::new(Sleepy(Mutex::new(Some(alive))))), turn: None };
+        let guard = LockGuard {
+            term,
+            hold: Some(Box::new(Sleepy(Mutex::new(Some(alive))))),
+            turn: None,
+            taken: None,
+        };
         assert!(guard.lost().is_lost());
     }
 }

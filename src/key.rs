@@ -140,6 +140,21 @@ impl From<(i32, i32)> for Key {
     }
 }
 
+/// What a manager tells the handles of its locks apart by.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct HandleKey {
+    pub(crate) key: Key,
+    /// Of the lock that others may share.
+    pub(crate) shared: bool,
+}
+
+impl HandleKey {
+    /// That of the lock with the same key, the other way.
+    pub(crate) fn other_way(&self) -> Self {
+        Self { key: self.key.clone(), shared: !self.shared }
+    }
+}
+
 /// The arguments of `pg_advisory_lock`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum AdvisoryKey {

@@ -105,6 +105,7 @@ impl Leader {
     /// # Errors
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped), [`OtherProcess`](ErrorKind::OtherProcess).
     /// - [`FailedInitialization`](ErrorKind::FailedInitialization): a thread could not be started.
+    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the lock is shared.
     pub fn start(lock: Arc<dyn Lock>, work: impl FnMut(&Tenure) + Send + 'static) -> Result<Self> {
         Self::start_with(lock, LeaderOptions::new(), work)
     }
@@ -119,6 +120,9 @@ impl Leader {
         work: impl FnMut(&Tenure) + Send + 'static,
     ) -> Result<Self> {
         options.validate()?;
+        if lock.is_shared() {
+            return Err(Error::is_shared(lock.key(), "leadership"));
+        }
         // Fails in a forked child.
         lock.queue()?;
         if lock.is_stopped() {

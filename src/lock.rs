@@ -432,6 +432,7 @@ pub struct LockOptions {
     pub(crate) valuer: Option<LockValuer>,
     pub(crate) without_token: bool,
     pub(crate) grace: Option<Duration>,
+    pub(crate) shared: bool,
     /// Told whenever a claim has begun, if there is room.
     pub(crate) on_claim: Option<Sender<()>>,
 }
@@ -462,6 +463,13 @@ impl LockOptions {
     /// not answered at once.
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = Some(grace);
+        self
+    }
+
+    /// Others may share the lock: see [`shared_lock`](crate::PostgresManager::shared_lock). A shared lock and the one that is not are two
+    /// handles, each with options of its own. The valuer of a shared lock is not called.
+    pub fn shared(mut self) -> Self {
+        self.shared = true;
         self
     }
 
@@ -503,6 +511,7 @@ impl fmt::Debug for LockOptions {
             .field("valuer", &self.valuer.as_ref().map(|_| ".."))
             .field("without_token", &self.without_token)
             .field("grace", &self.grace)
+            .field("shared", &self.shared)
             .finish()
     }
 }

@@ -13,6 +13,130 @@ use crate::once::{Once, Period, Run};
 use crate::snapshot::Snapshot;
 use crate::view::Holder;
 
+/// The methods that a manager has for who calls it. Written once: managers have them of their own, so that nobody need import a trait, and
+/// [`SyncManagerExt`] gives them to all others.
+macro_rules! conveniences {
+    ($($visibility:tt)?) => {
+        /// The lock with this key, which is whatever can be a [`Key`]: a name, a number, a pair of numbers.
+        ///
+        /// # Errors
+        /// As [`lock_with_key`](crate::SyncManager::lock_with_key).
+        $($visibility)? fn lock(&self, key: impl Into<Key>) -> Result<Arc<dyn Lock>> {
+            self.lock_with_key(key.into(), LockOptions::new())
+        }
+
+        /// As `lock`, with options. They count when the handle is made: where there is one with this key, they
+        /// are ignored.
+        ///
+        /// # Errors
+        /// As [`lock_with_key`](crate::SyncManager::lock_with_key).
+        $($visibility)? fn lock_with(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
+            self.lock_with_key(key.into(), options)
+        }
+
+        /// The lock with this key that others may share: readers, who take it by this handle, have it together; who takes it by
+        /// [`lock`](Self::lock), a writer, has it alone.
+        ///
+        /// All that a [`Lock`](crate::Lock) does it does, for a lock that is shared: guards and claims, loss, fence, deadlines. It has options of its own: for
+        /// those, and with a manager of one's own kind, call [`lock_with`](Self::lock_with) and
+        /// [`LockOptions::shared`](crate::LockOptions::shared). Each guard has a session of the server for itself, also those of one process, so
+        /// [`max_sessions`](crate::Config::max_sessions) bounds the readers of a process.
+        ///
+        /// Who waits is served in the order in which they came, readers and writers alike: a reader that comes while a writer waits, waits
+        /// behind it, and `try_acquire` gives `None` then. So neither starves the other, however long they hold the lock. Those that wait
+        /// longer than a [slice](crate::Config::wait_slice) may be overtaken once, by who came in the same slice.
+        ///
+        /// The readers that follow each other without a writer between have one fencing token. A fence of theirs fails when a writer's term has
+        /// begun since, and not because another reader's has; a writer waits for the fenced transactions of readers. A reader's term has no
+        /// annotation.
+        ///
+        /// A reader cannot become a writer, or a writer a reader, without giving the lock back: two readers that want to would wait for each
+        /// other. A thread that has taken a guard and asks for the other, and a claim of this manager beside one the other way, is refused with
+        /// [`WouldDeadlock`](crate::ErrorKind::WouldDeadlock), also if the guard is with another thread now. What is for one at a time refuses a shared
+        /// lock with [`InvalidConfig`](crate::ErrorKind::InvalidConfig): a [`Leader`](crate::Leader), `once`.
+        ///
+        /// ```
+        /// use std::time::Duration;
+        /// use dsync::{MemoryManager, SyncManager};
+        ///
+        /// # let manager = MemoryManager::new();
+        /// # manager.start()?;
+        /// let readers = manager.shared_lock("catalog")?;
+        /// let (one, other) = (readers.acquire(Duration::from_secs(5))?, readers.acquire(Duration::from_secs(5))?);
+        /// assert!(one.is_held() && other.is_held());
+        /// drop((one, other));
+        ///
+        /// let writer = manager.lock("catalog")?.acquire(Duration::from_secs(5))?;
+        /// assert!(writer.is_held());
+        /// # Ok::<(), dsync::Error>(())
+        /// ```
+        ///
+        /// # Errors
+        /// As [`lock_with_key`](crate::SyncManager::lock_with_key).
+        $($visibility)? fn shared_lock(&self, key: impl Into<Key>) -> Result<Arc<dyn Lock>> {
+            self.lock_with_key(key.into(), LockOptions::new().shared())
+        }
+
+        /// Asks the leader that has the lock with this key to resign: see [`Lock::request_resignation`](crate::Lock::request_resignation). `true` if there is a holder to ask.
+        ///
+        /// # Errors
+        /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+        $($visibility)? fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
+            self.lock(key)?.request_resignation()
+        }
+
+        /// Ends the session that holds the lock with this key: see [`Lock::break_lock`](crate::Lock::break_lock). Gives who that was.
+        ///
+        /// # Errors
+        /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+        $($visibility)? fn break_lock(&self, key: impl Into<Key>) -> Result<Option<Holder>> {
+            self.lock(key)?.break_lock()
+        }
+
+        /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`](crate::MultiLock).
+        ///
+        /// # Errors
+        /// - As [`lock_with_key`](crate::SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key, or two of them are one number for the server.
+        /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
+        $($visibility)? fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
+            MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
+        }
+
+        /// Does `work` if it is due by this [`Period`](crate::Period), in one process at a time: see `once` of
+        /// [`dyn Lock`](crate::Lock#method.once).
+        ///
+        /// # Errors
+        /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+        $($visibility)? fn once<T, E: From<Error>>(
+            &self,
+            key: impl Into<Key>,
+            every: impl Into<Period>,
+            context: impl Into<Context>,
+            work: impl FnOnce(&Run<'_>) -> std::result::Result<T, E>,
+        ) -> std::result::Result<Once<T>, E> {
+            self.lock(key)?.once(every, context, work)
+        }
+
+        /// When the work under this key began the last time that it succeeded: see [`Lock::last_success`](crate::Lock::last_success).
+        ///
+        /// # Errors
+        /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+        $($visibility)? fn last_success(&self, key: impl Into<Key>) -> Result<Option<SystemTime>> {
+            self.lock(key)?.last_success()
+        }
+
+        /// Forgets the last success of the work under this key, so that it is due at once: see [`Lock::forget_success`](crate::Lock::forget_success).
+        ///
+        /// # Errors
+        /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
+        $($visibility)? fn forget_success(&self, key: impl Into<Key>) -> Result<bool> {
+            self.lock(key)?.forget_success()
+        }
+    };
+}
+
+pub(crate) use conveniences;
+
 /// Keeps the locks of an application: one handle per key.
 ///
 /// An application may implement it, to wrap a manager of this library, say. Then the locks that it hands out are this library's:
@@ -61,78 +185,7 @@ pub trait SyncManager: Send + Sync + fmt::Debug {
 }
 
 impl dyn SyncManager + '_ {
-    /// The lock with this key, which is whatever can be a [`Key`]: a name, a number, a pair of numbers.
-    ///
-    /// # Errors
-    /// As [`lock_with_key`](SyncManager::lock_with_key).
-    pub fn lock(&self, key: impl Into<Key>) -> Result<Arc<dyn Lock>> {
-        self.lock_with_key(key.into(), LockOptions::new())
-    }
-
-    /// As `lock`, with options. They count when the handle is made: where there is one with this key, they
-    /// are ignored.
-    ///
-    /// # Errors
-    /// As [`lock_with_key`](SyncManager::lock_with_key).
-    pub fn lock_with(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
-        self.lock_with_key(key.into(), options)
-    }
-
-    /// Asks the leader that has the lock with this key to resign: see [`Lock::request_resignation`]. `true` if there is a holder to ask.
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    pub fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
-        self.lock(key)?.request_resignation()
-    }
-
-    /// Ends the session that holds the lock with this key: see [`Lock::break_lock`]. Gives who that was.
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    pub fn break_lock(&self, key: impl Into<Key>) -> Result<Option<Holder>> {
-        self.lock(key)?.break_lock()
-    }
-
-    /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].
-    ///
-    /// # Errors
-    /// - As [`lock_with_key`](SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key, or two of them are one number for the server.
-    /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
-    pub fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
-        MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
-    }
-
-    /// Does `work` if it is due by this [`Period`], in one process at a time: see `once` of
-    /// [`dyn Lock`](crate::Lock#method.once).
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    pub fn once<T, E: From<Error>>(
-        &self,
-        key: impl Into<Key>,
-        every: impl Into<Period>,
-        context: impl Into<Context>,
-        work: impl FnOnce(&Run<'_>) -> std::result::Result<T, E>,
-    ) -> std::result::Result<Once<T>, E> {
-        self.lock(key)?.once(every, context, work)
-    }
-
-    /// When the work under this key began the last time that it succeeded: see [`Lock::last_success`].
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    pub fn last_success(&self, key: impl Into<Key>) -> Result<Option<SystemTime>> {
-        self.lock(key)?.last_success()
-    }
-
-    /// Forgets the last success of the work under this key, so that it is due at once: see [`Lock::forget_success`].
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    pub fn forget_success(&self, key: impl Into<Key>) -> Result<bool> {
-        self.lock(key)?.forget_success()
-    }
+    conveniences!(pub);
 }
 
 /// The same for generic code: `manager.lock(key)` on any `M: SyncManager`.
@@ -151,78 +204,7 @@ impl dyn SyncManager + '_ {
 /// # Ok::<(), dsync::Error>(())
 /// ```
 pub trait SyncManagerExt: SyncManager {
-    /// The lock with this key, which is whatever can be a [`Key`]: a name, a number, a pair of numbers.
-    ///
-    /// # Errors
-    /// As [`lock_with_key`](SyncManager::lock_with_key).
-    fn lock(&self, key: impl Into<Key>) -> Result<Arc<dyn Lock>> {
-        self.lock_with_key(key.into(), LockOptions::new())
-    }
-
-    /// As `lock`, with options. They count when the handle is made: where there is one with this key, they
-    /// are ignored.
-    ///
-    /// # Errors
-    /// As [`lock_with_key`](SyncManager::lock_with_key).
-    fn lock_with(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
-        self.lock_with_key(key.into(), options)
-    }
-
-    /// Asks the leader that has the lock with this key to resign: see [`Lock::request_resignation`]. `true` if there is a holder to ask.
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
-        self.lock(key)?.request_resignation()
-    }
-
-    /// Ends the session that holds the lock with this key: see [`Lock::break_lock`]. Gives who that was.
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    fn break_lock(&self, key: impl Into<Key>) -> Result<Option<Holder>> {
-        self.lock(key)?.break_lock()
-    }
-
-    /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].
-    ///
-    /// # Errors
-    /// - As [`lock_with_key`](SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key, or two of them are one number for the server.
-    /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
-    fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
-        MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
-    }
-
-    /// Does `work` if it is due by this [`Period`], in one process at a time: see `once` of
-    /// [`dyn Lock`](crate::Lock#method.once).
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    fn once<T, E: From<Error>>(
-        &self,
-        key: impl Into<Key>,
-        every: impl Into<Period>,
-        context: impl Into<Context>,
-        work: impl FnOnce(&Run<'_>) -> std::result::Result<T, E>,
-    ) -> std::result::Result<Once<T>, E> {
-        self.lock(key)?.once(every, context, work)
-    }
-
-    /// When the work under this key began the last time that it succeeded: see [`Lock::last_success`].
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    fn last_success(&self, key: impl Into<Key>) -> Result<Option<SystemTime>> {
-        self.lock(key)?.last_success()
-    }
-
-    /// Forgets the last success of the work under this key, so that it is due at once: see [`Lock::forget_success`].
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    fn forget_success(&self, key: impl Into<Key>) -> Result<bool> {
-        self.lock(key)?.forget_success()
-    }
+    conveniences!();
 }
 
 impl<M: SyncManager + ?Sized> SyncManagerExt for M {}

@@ -162,6 +162,8 @@ pub struct Acquired<'a> {
     pub waited: Duration,
     /// The fencing token, if the term has one.
     pub token: Option<i64>,
+    /// True if others may have the lock at the same time.
+    pub is_shared: bool,
 }
 
 /// A term was ended.

@@ -153,6 +153,9 @@ pub(crate) fn run<L: Lock + ?Sized, T, E: From<Error>>(
     work: impl FnOnce(&Run<'_>) -> std::result::Result<T, E>,
 ) -> std::result::Result<Once<T>, E> {
     period.validate()?;
+    if lock.is_shared() {
+        return Err(Error::is_shared(lock.key(), "work that is done once a period").into());
+    }
     let waits = context.ended().is_none();
     // It mostly is not, and then nobody need take the lock.
     match lock.successes() {
@@ -164,7 +167,8 @@ pub(crate) fn run<L: Lock + ?Sized, T, E: From<Error>>(
         // Who may wait for the lock may wait for a server.
         Err(error) if waits && may_pass(&error) => {
             if let Some(kind) = context.ended() {
-                let text = format!("whether the work under {:?} is due could not be asked in time", lock.key());
+                let text =
+                    format!("whether the work under {:?} is due could not be asked in time", lock.key());
                 return Err(Error::new(kind, text).with_source(error).into());
             }
             log::debug!("lock {:?}: whether the work is due is not known yet: {}", lock.key(), chain(&error));

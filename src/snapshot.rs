@@ -42,6 +42,8 @@ pub struct ClaimSnapshot {
     pub key: String,
     /// True if it is a guard's, which has one term.
     pub is_guard: bool,
+    /// True if others may have the lock at the same time.
+    pub is_shared: bool,
     /// How far it has come.
     pub state: ClaimState,
     /// The fencing token of the term, if the lock is held and the term has one.
@@ -59,9 +61,23 @@ pub struct ClaimSnapshot {
 impl fmt::Debug for ClaimSnapshot {
     /// Leaves out what there is not.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { key, is_guard, state, token, time_left, last_error, last_loss, waiting_threads } = self;
+        let Self {
+            key,
+            is_guard,
+            is_shared,
+            state,
+            token,
+            time_left,
+            last_error,
+            last_loss,
+            waiting_threads,
+        } = self;
         let mut debug = f.debug_struct("ClaimSnapshot");
-        debug.field("key", key).field("is_guard", is_guard).field("state", state);
+        debug.field("key", key).field("is_guard", is_guard);
+        if *is_shared {
+            debug.field("is_shared", is_shared);
+        }
+        debug.field("state", state);
         if let Some(token) = token {
             debug.field("token", token);
         }

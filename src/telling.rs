@@ -115,6 +115,7 @@ pub(crate) struct Story {
     observing: Arc<Observing>,
     key: String,
     is_guard: bool,
+    is_shared: bool,
     state: Mutex<StoryState>,
 }
 
@@ -141,10 +142,17 @@ enum Told {
 
 impl Story {
     /// That of a claim on a lock that is wanted since `wanted_since`.
-    pub(crate) fn new(observing: &Arc<Observing>, key: &str, is_guard: bool, wanted_since: Instant) -> Self {
+    pub(crate) fn new(
+        observing: &Arc<Observing>,
+        key: &str,
+        is_guard: bool,
+        is_shared: bool,
+        wanted_since: Instant,
+    ) -> Self {
+        let (observing, key) = (Arc::clone(observing), key.to_owned());
         let untold = VecDeque::new();
         let state = StoryState { wanted_since, held_since: None, untold, telling: false };
-        Self { observing: Arc::clone(observing), key: key.to_owned(), is_guard, state: Mutex::new(state) }
+        Self { observing, key, is_guard, is_shared, state: Mutex::new(state) }
     }
 
     // To be called where it happens, under whatever mutex.
@@ -205,10 +213,12 @@ impl Story {
     }
 
     fn tell_one(&self, told: &Told) {
-        let Self { observing, key, is_guard, .. } = self;
-        let (key, is_guard) = (key.as_str(), *is_guard);
+        let Self { observing, key, is_guard, is_shared, .. } = self;
+        let (key, is_guard, is_shared) = (key.as_str(), *is_guard, *is_shared);
         observing.call(|observer| match *told {
-            Told::Acquired { waited, token } => observer.acquired(&Acquired { key, is_guard, waited, token }),
+            Told::Acquired { waited, token } => {
+                observer.acquired(&Acquired { key, is_guard, waited, token, is_shared });
+            }
             Told::Released { held } => observer.released(&Released { key, is_guard, held }),
             Told::Lost { held, reason } => observer.lost(&TermLost { key, is_guard, held, reason }),
             Told::Trouble(ref error) => observer.trouble(&Trouble { key, is_guard, error }),

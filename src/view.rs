@@ -16,8 +16,10 @@ pub struct LockView {
     pub namespace: String,
     /// The key in text, as [`Key`](crate::Key) displays it.
     pub key: String,
-    /// The session that has the lock, if one has.
+    /// The session that has the lock, if one has. Of several that share it, the first.
     pub holder: Option<Holder>,
+    /// The others that share the lock with that one.
+    pub sharers: Vec<Holder>,
     /// The sessions that wait for it, in the order in which they will get it.
     pub waiters: Vec<Waiter>,
 }
@@ -26,9 +28,9 @@ pub struct LockView {
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Holder {
-    /// What the holder's [`LockValuer`](crate::LockValuer) said when the term began.
+    /// What the holder's [`LockValuer`](crate::LockValuer) said when the term began. `None` of a holder that shares the lock.
     pub annotation: Option<Vec<u8>>,
-    /// The fencing token of the term. `None` if the catalog knows nothing of it: the lock is held by a manager without
+    /// The fencing token of the term, which is one for all that share the lock. `None` if the catalog knows nothing of it: the lock is held by a manager without
     /// catalog, by an application that uses the same number, or since this very instant.
     pub token: Option<i64>,
     /// The process that serves the session, for `pg_terminate_backend` and `pg_stat_activity`. 0 if a prepared transaction has the lock,
@@ -39,27 +41,33 @@ pub struct Holder {
     pub client_addr: Option<IpAddr>,
     /// What the session calls itself.
     pub application_name: Option<String>,
-    /// When the term began, by the server's clock. `None` where the token is.
+    /// When the term began, by the server's clock. `None` where the token is, and of a holder that shares the lock.
     pub since: Option<SystemTime>,
+    /// True if others may have the lock at the same time.
+    pub is_shared: bool,
 }
 
 impl fmt::Debug for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { annotation, token, pid, client_addr, application_name, since } = self;
+        let Self { annotation, token, pid, client_addr, application_name, since, is_shared } = self;
         // The quotes and escapes are those of a text; what comes from another process must not break a line of the log.
         let annotation = annotation.as_deref().map(|bytes| match str::from_utf8(bytes) {
             Ok(text) => format!("{text:?}"),
             Err(_) => format!("b\"{}\"", bytes.escape_ascii()),
         });
         let since = since.map(date);
-        f.debug_struct("Holder")
+        let mut debug = f.debug_struct("Holder");
+        debug
             .field("annotation", &Shown(annotation))
             .field("token", token)
             .field("pid", pid)
             .field("client_addr", client_addr)
             .field("application_name", application_name)
-            .field("since", &Shown(since))
-            .finish()
+            .field("since", &Shown(since));
+        if *is_shared {
+            debug.field("is_shared", is_shared);
+        }
+        debug.finish()
     }
 }
 
@@ -88,6 +96,8 @@ pub struct Waiter {
     /// How long the session has had its place in the queue. A claim that waits longer than
     /// [`wait_slice`](crate::Config::wait_slice) takes a new place then.
     pub waiting_for: Duration,
+    /// Whether it wants to share the lock. `None` if it has waited for longer than that: then the server does not tell.
+    pub is_shared: Option<bool>,
 }
 
 #[cfg(test)]
@@ -103,6 +113,7 @@ mod tests {
             client_addr: Some(IpAddr::from([127, 0, 0, 1])),
             application_name: Some("app".to_owned()),
             since: Some(SystemTime::UNIX_EPOCH + Duration::from_millis(1_500)),
+            is_shared: false,
         };
         let shown = r#"Holder { annotation: Some("{\"pid\":7}"), token: Some(42), pid: 7, client_addr: Some(127.0.0.1), application_name: Some("app"), since: Some(1970-01-01T00:00:01.500Z) }"#;
         assert_eq!(format!("{holder:?}"), shown);

@@ -11,8 +11,8 @@ use super::server::Server;
 use super::state::{Annotated, Sight, State};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::guard::{Guarded, HeldTerm, Hold};
-use crate::key::Key;
+use crate::guard::{self, Guarded, HeldTerm, Hold};
+use crate::key::{HandleKey, Key};
 use crate::local_queue::LocalQueue;
 use crate::lock::{Lock, LockOptions, annotate};
 use crate::loss::{Loss, LossReason, Lost, lost_already};
@@ -42,6 +42,11 @@ pub(super) struct MemoryLock {
 const SLICE: Duration = Duration::from_secs(1);
 
 impl MemoryLock {
+    /// What its manager tells its handles apart by.
+    pub(super) fn handle_key(&self) -> HandleKey {
+        HandleKey { key: self.key.clone(), shared: self.options.shared }
+    }
+
     /// Claims the lock and waits until it is held, or until `refused` makes an error of what is in the way.
     fn acquire(
         &self,
@@ -53,15 +58,16 @@ impl MemoryLock {
             return Ok(());
         }
         Observing::attempt(self.observing.as_ref(), &self.text, false, || {
-            let known = self.server.see(|state| state.claim_or_none(self.manager, &self.key))?;
+            let key = self.handle_key();
+            let known = self.server.see(|state| state.claim_or_none(self.manager, &key))?;
             let claim = match known {
                 Some(claim) => claim,
-                // Not under the mutex, and before the claim can be given the lock by another thread.
                 None => {
+                    guard::check_way(self)?;
+                    // Not under the mutex, and before the claim can be given the lock by another thread.
                     let (annotation, story) = (self.annotation(), self.story(false, Instant::now()));
-                    let claim = self
-                        .server
-                        .change(|state, _| state.claim(self.manager, &self.key, annotation, story))?;
+                    let claim =
+                        self.server.change(|state, _| state.claim(self.manager, &key, annotation, story))?;
                     self.options.claim_begun();
                     claim
                 }
@@ -73,12 +79,13 @@ impl MemoryLock {
     /// What the observer is to be told of a new claim.
     fn story(&self, is_guard: bool, wanted_since: Instant) -> Option<Arc<Story>> {
         let observing = self.observing.as_ref()?;
-        Some(Arc::new(Story::new(observing, &self.text, is_guard, wanted_since)))
+        Some(Arc::new(Story::new(observing, &self.text, is_guard, self.options.shared, wanted_since)))
     }
 
     /// What the valuer makes.
     fn annotation(&self) -> Option<Vec<u8>> {
-        self.options.valuer.as_ref().and_then(|valuer| annotate(&self.text, valuer))
+        let valuer = self.options.valuer.as_ref().filter(|_| !self.options.shared);
+        valuer.and_then(|valuer| annotate(&self.text, valuer))
     }
 
     /// What the claim is to have in its next term.
@@ -174,6 +181,10 @@ impl Guarded for MemoryLock {
         (Arc::as_ptr(&self.server).addr(), self.manager)
     }
 
+    fn is_shared(&self) -> bool {
+        self.options.shared
+    }
+
     fn trouble(&self) -> Option<Error> {
         let is_down = self.server.see(|state| state.is_down());
         is_down.then(|| Error::new(ErrorKind::SessionUnavailable, "the memory server is down"))
@@ -207,12 +218,12 @@ impl Guarded for MemoryLock {
 
     fn claim_term(&self, context: Option<&Context>, wanted_since: Instant, _: bool) -> Result<HeldTerm> {
         let lock = self.this.upgrade().ok_or_else(Error::stopped)?;
-        self.server.see(|state| state.claim_or_none(self.manager, &self.key))?;
+        self.server.see(|state| state.check_started(self.manager))?;
         // Not under the mutex, and before the claim can be given the lock by another thread.
         let (annotation, story) = (self.annotation(), self.story(true, wanted_since));
         let loss = Arc::new(OnceLock::new());
         let claim = |state: &mut State| {
-            state.claim_term(self.manager, &self.key, annotation, Arc::clone(&loss), story)
+            state.claim_term(self.manager, &self.handle_key(), annotation, Arc::clone(&loss), story)
         };
         let id = self.server.change(|state, _| claim(state))?;
         let mut claimed = ClaimOfGuard { lock, id, loss };
@@ -303,7 +314,7 @@ impl Lock for MemoryLock {
     }
 
     fn wait(&self, context: &Context) -> Result<()> {
-        match self.server.see(|state| state.claim_of(self.manager, &self.key)) {
+        match self.server.see(|state| state.claim_of(self.manager, &self.handle_key())) {
             Some(_) if self.is_held() => Ok(()),
             Some(claim) => self.watch(claim, context, context.ended(), |_| None),
             None if self.server.see(|state| state.is_stopped(self.manager)) => Err(Error::stopped()),
@@ -312,7 +323,7 @@ impl Lock for MemoryLock {
     }
 
     fn release(&self) -> Result<()> {
-        self.server.change(|state, gone| state.end_claim(self.manager, &self.key, gone));
+        self.server.change(|state, gone| state.end_claim(self.manager, &self.handle_key(), gone));
         Ok(())
     }
 
@@ -321,7 +332,7 @@ impl Lock for MemoryLock {
     }
 
     fn term(&self) -> Option<Term> {
-        self.server.see(|state| state.term(self.manager, &self.key))
+        self.server.see(|state| state.term(self.manager, &self.handle_key()))
     }
 
     fn holder(&self) -> Result<Option<Holder>> {
@@ -329,6 +340,9 @@ impl Lock for MemoryLock {
     }
 
     fn request_resignation(&self) -> Result<bool> {
+        if self.options.shared {
+            return Err(Error::is_shared(&self.text, "leadership"));
+        }
         if self.options.without_token {
             return Err(Error::no_resignations());
         }

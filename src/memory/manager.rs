@@ -10,9 +10,9 @@ use super::lock::MemoryLock;
 use super::server::MemoryServer;
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::key::Key;
+use crate::key::{HandleKey, Key};
 use crate::lock::{Lock, LockOptions};
-use crate::manager::SyncManager;
+use crate::manager::{SyncManager, conveniences};
 use crate::multi_lock::MultiLock;
 use crate::observer::Observer;
 use crate::once::{Once, Period, Run};
@@ -89,78 +89,7 @@ impl MemoryManager {
         Snapshot { is_running, claims, ..Snapshot::default() }
     }
 
-    /// The lock with this key: a name, a number, or a pair of numbers.
-    ///
-    /// # Errors
-    /// As [`lock_with_key`](SyncManager::lock_with_key).
-    pub fn lock(&self, key: impl Into<Key>) -> Result<Arc<dyn Lock>> {
-        self.lock_with_key(key.into(), LockOptions::new())
-    }
-
-    /// As [`lock`](Self::lock), with options. They count when the handle is made: where there is one with this key, they
-    /// are ignored.
-    ///
-    /// # Errors
-    /// As [`lock_with_key`](SyncManager::lock_with_key).
-    pub fn lock_with(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
-        self.lock_with_key(key.into(), options)
-    }
-
-    /// Asks the leader that has the lock with this key to resign: see [`Lock::request_resignation`]. `true` if there is a holder to ask.
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    pub fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
-        self.lock(key)?.request_resignation()
-    }
-
-    /// Ends the session that holds the lock with this key: see [`Lock::break_lock`]. Gives who that was.
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    pub fn break_lock(&self, key: impl Into<Key>) -> Result<Option<Holder>> {
-        self.lock(key)?.break_lock()
-    }
-
-    /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].
-    ///
-    /// # Errors
-    /// - As [`lock_with_key`](SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key, or two of them are one number for the server.
-    /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
-    pub fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
-        MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
-    }
-
-    /// Does `work` if it is due by this [`Period`], in one process at a time: see `once` of
-    /// [`dyn Lock`](crate::Lock#method.once).
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    pub fn once<T, E: From<Error>>(
-        &self,
-        key: impl Into<Key>,
-        every: impl Into<Period>,
-        context: impl Into<Context>,
-        work: impl FnOnce(&Run<'_>) -> std::result::Result<T, E>,
-    ) -> std::result::Result<Once<T>, E> {
-        self.lock(key)?.once(every, context, work)
-    }
-
-    /// When the work under this key began the last time that it succeeded: see [`Lock::last_success`].
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    pub fn last_success(&self, key: impl Into<Key>) -> Result<Option<SystemTime>> {
-        self.lock(key)?.last_success()
-    }
-
-    /// Forgets the last success of the work under this key, so that it is due at once: see [`Lock::forget_success`].
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
-    pub fn forget_success(&self, key: impl Into<Key>) -> Result<bool> {
-        self.lock(key)?.forget_success()
-    }
+    conveniences!(pub);
 }
 
 impl Default for MemoryManager {
@@ -200,7 +129,8 @@ impl SyncManager for MemoryManager {
                 observing: self.observing.clone(),
             })
         };
-        let lock = server.change(|state, _| state.handle(self.id, &key, make))?;
+        let handle_key = HandleKey { key: key.clone(), shared: options.shared };
+        let lock = server.change(|state, _| state.handle(self.id, &handle_key, make))?;
         options.tell_if_ignored(&lock.text, &lock.options);
         Ok(lock)
     }

@@ -13,7 +13,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::lock::MemoryLock;
 use crate::error::{Error, ErrorKind, Result};
-use crate::key::Key;
+use crate::key::{HandleKey, Key};
 use crate::loss::{Alive, Loss, LossReason, Lost};
 use crate::once::Successes;
 use crate::snapshot::{ClaimSnapshot, ClaimState};
@@ -26,7 +26,8 @@ pub(super) struct State {
     down: bool,
     /// Those that were not stopped: to be absent is to be stopped.
     managers: HashMap<u64, Manager>,
-    /// First come, first served. Unless the server is down, the front of a queue has the lock. No queue is empty.
+    /// First come, first served. Unless the server is down, the front of a queue has the lock, and shares it with those behind it as far as
+    /// all of them may. No queue is empty.
     queues: HashMap<Key, VecDeque<Claim>>,
     last_id: u64,
     /// When the work under a key began that succeeded last. Over an outage they stay, as on a server.
@@ -38,7 +39,7 @@ pub(super) struct State {
 #[derive(Default)]
 struct Manager {
     started: bool,
-    handles: HashMap<Key, Weak<MemoryLock>>,
+    handles: HashMap<HandleKey, Weak<MemoryLock>>,
 }
 
 /// From the first `lock` or `try_lock` to the release.
@@ -141,7 +142,7 @@ impl State {
     pub(super) fn handle(
         &mut self,
         manager: u64,
-        key: &Key,
+        key: &HandleKey,
         make: impl FnOnce() -> Arc<MemoryLock>,
     ) -> Result<Arc<MemoryLock>> {
         let handles = &mut self.managers.get_mut(&manager).ok_or_else(Error::stopped)?.handles;
@@ -156,8 +157,9 @@ impl State {
     /// Forgets a handle that is being dropped, unless a new one has taken its place.
     pub(super) fn forget_handle(&mut self, lock: &MemoryLock) {
         let Some(manager) = self.managers.get_mut(&lock.manager) else { return };
-        if manager.handles.get(&lock.key).is_some_and(|known| std::ptr::eq(known.as_ptr(), lock)) {
-            manager.handles.remove(&lock.key);
+        let key = lock.handle_key();
+        if manager.handles.get(&key).is_some_and(|known| std::ptr::eq(known.as_ptr(), lock)) {
+            manager.handles.remove(&key);
         }
     }
 
@@ -166,24 +168,33 @@ impl State {
     }
 
     /// The number of the manager's claim on the key, if there is one, for a call that would begin one.
-    pub(super) fn claim_or_none(&self, manager: u64, key: &Key) -> Result<Option<u64>> {
+    pub(super) fn claim_or_none(&self, manager: u64, key: &HandleKey) -> Result<Option<u64>> {
+        self.check_started(manager)?;
+        Ok(self.claim_of(manager, key))
+    }
+
+    /// Fails if the manager was stopped, or was not started.
+    pub(super) fn check_started(&self, manager: u64) -> Result<()> {
         let known = self.managers.get(&manager).ok_or_else(Error::stopped)?;
         if !known.started {
             return Err(Error::not_started());
         }
-        Ok(self.claim_of(manager, key))
+        Ok(())
     }
 
     /// The claim of the manager on the key; a new one with this `annotation` if there is none.
     pub(super) fn claim(
         &mut self,
         manager: u64,
-        key: &Key,
+        key: &HandleKey,
         annotation: Option<Vec<u8>>,
         story: Option<Arc<Story>>,
     ) -> Result<u64> {
         if let Some(claim) = self.claim_or_none(manager, key)? {
             return Ok(claim);
+        }
+        if self.claim_of(manager, &key.other_way()).is_some() {
+            return Err(Error::would_deadlock(&key.key.to_string(), "a claim of this process", key.shared));
         }
         // The caller has the handle in its hands, so it is known unless the manager was stopped.
         self.begin(manager, key, annotation, story, None)
@@ -193,19 +204,19 @@ impl State {
     pub(super) fn claim_term(
         &mut self,
         manager: u64,
-        key: &Key,
+        key: &HandleKey,
         annotation: Option<Vec<u8>>,
         loss: Arc<OnceLock<Loss>>,
         story: Option<Arc<Story>>,
     ) -> Result<u64> {
-        self.claim_or_none(manager, key)?;
+        self.check_started(manager)?;
         self.begin(manager, key, annotation, story, Some(loss))
     }
 
     fn begin(
         &mut self,
         manager: u64,
-        key: &Key,
+        key: &HandleKey,
         annotation: Option<Vec<u8>>,
         story: Option<Arc<Story>>,
         for_one_term: Option<Arc<OnceLock<Loss>>>,
@@ -215,13 +226,13 @@ impl State {
         let id = self.next_id();
         let (stage, changed) = (Stage::Waiting, Change::new());
         let claim = Claim { id, lock, for_one_term, annotation, stage, changed, story };
-        self.queues.entry(key.clone()).or_default().push_back(claim);
-        self.grant(key);
+        self.queues.entry(key.key.clone()).or_default().push_back(claim);
+        self.grant(&key.key);
         Ok(id)
     }
 
     /// The number of the manager's claim on the key, if there is one.
-    pub(super) fn claim_of(&self, manager: u64, key: &Key) -> Option<u64> {
+    pub(super) fn claim_of(&self, manager: u64, key: &HandleKey) -> Option<u64> {
         self.find(manager, key).map(|claim| claim.id)
     }
 
@@ -235,7 +246,7 @@ impl State {
         }
     }
 
-    /// The claim that has the lock, if one has.
+    /// The claim that has the lock, if one has; of several, the first.
     pub(super) fn holder(&self, key: &Key) -> Option<(u64, Arc<MemoryLock>)> {
         let front = self.queues.get(key)?.front()?;
         matches!(front.stage, Stage::Held(_)).then(|| (front.id, Arc::clone(&front.lock)))
@@ -248,6 +259,7 @@ impl State {
         let snapshot = |claim: &Claim| ClaimSnapshot {
             key: claim.lock.text.clone(),
             is_guard: claim.is_for_one_term(),
+            is_shared: claim.is_shared(),
             state: match claim.stage {
                 Stage::Held(_) => ClaimState::Held,
                 Stage::Waiting if self.down => ClaimState::Connecting,
@@ -269,13 +281,13 @@ impl State {
 
     /// What a manager is told of who has the lock.
     pub(super) fn holder_seen_by(&self, manager: u64, key: &Key) -> Result<Option<Holder>> {
-        self.check_up(manager, key)?;
+        self.check_up(manager)?;
         Ok(self.queues.get(key).and_then(VecDeque::front).and_then(Claim::holder))
     }
 
     /// Fails if a manager cannot ask the server.
-    fn check_up(&self, manager: u64, key: &Key) -> Result<()> {
-        self.claim_or_none(manager, key)?;
+    fn check_up(&self, manager: u64) -> Result<()> {
+        self.check_started(manager)?;
         match self.down {
             true => Err(Error::new(ErrorKind::SessionUnavailable, "the memory server is down")),
             false => Ok(()),
@@ -305,7 +317,7 @@ impl State {
 
     /// When the work under the key began that succeeded last, and the time of this machine, which stands in for the server's.
     pub(super) fn successes(&self, manager: u64, key: &Key) -> Result<Successes> {
-        self.check_up(manager, key)?;
+        self.check_up(manager)?;
         Ok(Successes { last: self.successes.get(key).copied(), now: SystemTime::now() })
     }
 
@@ -317,7 +329,7 @@ impl State {
         token: i64,
         started: SystemTime,
     ) -> Result<bool> {
-        self.check_up(manager, key)?;
+        self.check_up(manager)?;
         let holder = self.queues.get(key).and_then(VecDeque::front).and_then(Claim::holder);
         let is_current = holder.is_some_and(|holder| holder.token == Some(token));
         if is_current {
@@ -349,7 +361,7 @@ impl State {
     }
 
     /// The term of the manager's claim on the key, if there is one.
-    pub(super) fn term(&self, manager: u64, key: &Key) -> Option<Term> {
+    pub(super) fn term(&self, manager: u64, key: &HandleKey) -> Option<Term> {
         self.find(manager, key)?.term()
     }
 
@@ -359,8 +371,8 @@ impl State {
     }
 
     /// Ends the manager's claim on the key, if there is one, and gives the lock to the next in the queue.
-    pub(super) fn end_claim(&mut self, manager: u64, key: &Key, gone: &mut Gone) {
-        self.end_where(key, gone, |claim| claim.lock.manager == manager && !claim.is_for_one_term());
+    pub(super) fn end_claim(&mut self, manager: u64, key: &HandleKey, gone: &mut Gone) {
+        self.end_where(&key.key, gone, |claim| claim.is_of(manager, key.shared));
     }
 
     /// Ends this claim; `false` if it has ended before.
@@ -402,10 +414,9 @@ impl State {
         gone: &mut Gone,
     ) -> bool {
         let Some(queue) = self.queues.get_mut(key) else { return false };
-        let held = queue
-            .front()
-            .is_some_and(|front| front.id == annotated.claim && matches!(front.stage, Stage::Held(_)));
-        if held && let Some(mut claim) = queue.pop_front() {
+        let is_it = |claim: &Claim| claim.id == annotated.claim && matches!(claim.stage, Stage::Held(_));
+        let index = queue.iter().position(is_it);
+        if let Some(mut claim) = index.and_then(|index| queue.remove(index)) {
             claim.lose(reason, &mut self.untold);
             claim.annotation = annotated.annotation;
             if claim.is_for_one_term() {
@@ -415,7 +426,7 @@ impl State {
             }
         }
         self.serve(key);
-        held
+        index.is_some()
     }
 
     /// Warns the holder; `false` if there is none, or it gave no grace.
@@ -433,11 +444,14 @@ impl State {
     pub(super) fn go_down(&mut self, gone: &mut Gone) {
         self.down = true;
         for queue in self.queues.values_mut() {
-            // Nobody but the front has a term.
-            let ends = queue.front().is_some_and(|front| front.is_for_one_term() && front.term().is_some());
-            queue.iter_mut().for_each(|claim| claim.lose(LossReason::ConnectionClosed, &mut self.untold));
-            if ends {
-                gone.extend(queue.pop_front());
+            for mut claim in std::mem::take(queue) {
+                let ends = claim.is_for_one_term() && claim.term().is_some();
+                claim.lose(LossReason::ConnectionClosed, &mut self.untold);
+                if ends {
+                    gone.push(claim);
+                } else {
+                    queue.push_back(claim);
+                }
             }
         }
         self.queues.retain(|_, queue| !queue.is_empty());
@@ -473,16 +487,24 @@ impl State {
         self.queues.len() + self.managers.values().map(|manager| manager.handles.len()).sum::<usize>()
     }
 
-    /// Gives the lock to the front of the queue, if nobody has it.
+    /// Gives the lock to the front of the queue, and to those behind it that may share it.
     fn grant(&mut self, key: &Key) {
-        let token = self.next_id();
-        let front = self.queues.get_mut(key).and_then(VecDeque::front_mut);
-        if let Some(claim) = front
-            && !self.down
-            && matches!(claim.stage, Stage::Waiting)
-        {
+        let next = self.next_id();
+        let Some(queue) = self.queues.get_mut(key).filter(|_| !self.down) else { return };
+        let first_is_shared = queue.front().is_some_and(Claim::is_shared);
+        let holders = match first_is_shared {
+            true => queue.iter().take_while(|claim| claim.is_shared()).count(),
+            false => 1,
+        };
+        // Those who share the lock have one token.
+        let shared = queue.front().and_then(Claim::held).map(|term| term.token);
+        let token = shared.filter(|_| first_is_shared).unwrap_or(next);
+        for claim in queue.iter_mut().take(holders) {
+            if let Stage::Held(_) = claim.stage {
+                continue;
+            }
             let (alive, lost) = Lost::pair();
-            let annotation = claim.annotation.take();
+            let annotation = claim.annotation.take().filter(|_| !first_is_shared);
             let (calm, warned) = bounded(0);
             claim.enter(Stage::Held(HeldTerm {
                 _alive: alive,
@@ -499,8 +521,8 @@ impl State {
         }
     }
 
-    fn find(&self, manager: u64, key: &Key) -> Option<&Claim> {
-        self.queues.get(key)?.iter().find(|claim| claim.lock.manager == manager && !claim.is_for_one_term())
+    fn find(&self, manager: u64, key: &HandleKey) -> Option<&Claim> {
+        self.queues.get(&key.key)?.iter().find(|claim| claim.is_of(manager, key.shared))
     }
 
     fn claim_with(&self, key: &Key, id: u64) -> Option<&Claim> {
@@ -526,6 +548,22 @@ impl Claim {
         self.for_one_term.is_some()
     }
 
+    fn is_shared(&self) -> bool {
+        self.lock.options.shared
+    }
+
+    /// True if it is the manager's claim of `lock`, and not of a guard.
+    fn is_of(&self, manager: u64, shared: bool) -> bool {
+        self.lock.manager == manager && !self.is_for_one_term() && self.is_shared() == shared
+    }
+
+    fn held(&self) -> Option<&HeldTerm> {
+        match &self.stage {
+            Stage::Held(term) => Some(term),
+            Stage::Waiting => None,
+        }
+    }
+
     fn term(&self) -> Option<Term> {
         let Stage::Held(term) = &self.stage else { return None };
         let fence = Arc::new(Unfenced);
@@ -547,7 +585,8 @@ impl Claim {
             pid: std::process::id().cast_signed(),
             client_addr: None,
             application_name: None,
-            since: token.map(|_| term.since),
+            since: token.map(|_| term.since).filter(|_| !self.is_shared()),
+            is_shared: self.is_shared(),
         })
     }
 

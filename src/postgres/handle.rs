@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -9,8 +10,8 @@ use parking_lot::Mutex;
 
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::guard::{Guarded, HeldTerm, Hold};
-use crate::key::{AdvisoryKey, Key};
+use crate::guard::{self, Guarded, HeldTerm, Hold};
+use crate::key::{AdvisoryKey, HandleKey};
 use crate::local_queue::LocalQueue;
 use crate::lock::{Lock, LockOptions};
 use crate::loss::{Loss, Lost, lost_already};
@@ -35,7 +36,7 @@ use crate::view::Holder;
 pub(crate) struct PostgresLock {
     /// Itself, so that a claim can keep it.
     this: Weak<Self>,
-    key: Key,
+    key: HandleKey,
     text: String,
     /// The number by which the server knows the key.
     number: AdvisoryKey,
@@ -46,6 +47,8 @@ pub(crate) struct PostgresLock {
     /// The threads that want guards.
     queue: Arc<LocalQueue>,
     state: Mutex<LockState>,
+    /// There is a claim of `lock` and `try_lock`.
+    has_claim: AtomicBool,
 }
 
 #[derive(Default)]
@@ -61,9 +64,9 @@ struct LockState {
 }
 
 impl PostgresLock {
-    pub(crate) fn new(key: Key, options: LockOptions, registry: Arc<Registry>) -> Arc<Self> {
-        let (text, config) = (key.to_string(), registry.config());
-        let number = key.advisory(&config.namespace);
+    pub(crate) fn new(key: HandleKey, options: LockOptions, registry: Arc<Registry>) -> Arc<Self> {
+        let (text, config) = (key.key.to_string(), registry.config());
+        let number = key.key.advisory(&config.namespace);
         let fence = (config.catalog != CatalogMode::None && !options.without_token).then(|| {
             let schema = Arc::clone(&config.schema);
             Arc::new(RowFence { key: number, longest_pause: config.lease, schema })
@@ -78,6 +81,7 @@ impl PostgresLock {
             registry,
             queue: Arc::default(),
             state: Mutex::default(),
+            has_claim: AtomicBool::new(false),
         })
     }
 
@@ -119,8 +123,10 @@ impl PostgresLock {
                     Some(active) if active.claim.is_ending() => Arc::clone(&active.claim),
                     Some(active) => return Ok(active.clone()),
                     None => {
+                        self.check_way()?;
                         let active = self.begin(&mut state, Span::UntilReleased, None)?;
                         state.claim = Some(active.clone());
+                        self.has_claim.store(true, Relaxed);
                         self.options.claim_begun();
                         return Ok(active);
                     }
@@ -131,13 +137,25 @@ impl PostgresLock {
         }
     }
 
+    /// Refuses a claim if this process has the lock the other way by another one, or this thread by a guard: it would wait for itself.
+    ///
+    /// The other lock's state is not looked at under this one's: another thread may be here for that one.
+    fn check_way(&self) -> Result<()> {
+        guard::check_way(self)?;
+        let other = self.registry.claimed(&self.key.other_way());
+        match other.is_some_and(|other| other.has_claim.load(Relaxed)) {
+            true => Err(Error::would_deadlock(&self.text, "a claim of this process", self.key.shared)),
+            false => Ok(()),
+        }
+    }
+
     /// Begins a claim, with an idle supervisor if there is one. The lock is wanted since `wanted_since`, or since now.
     fn begin(&self, state: &mut LockState, span: Span, wanted_since: Option<Instant>) -> Result<ActiveClaim> {
         let pool = self.registry.pool()?;
         let config = self.registry.config();
         let story = self.registry.observing().map(|observing| {
             let since = wanted_since.unwrap_or_else(Instant::now);
-            Story::new(observing, &self.text, span != Span::UntilReleased, since)
+            Story::new(observing, &self.text, span != Span::UntilReleased, self.key.shared, since)
         });
         let claim = Claim::new(
             self.text.clone(),
@@ -179,7 +197,7 @@ impl PostgresLock {
         let config = self.registry.config();
         LockSpec {
             request: self.request(),
-            valuer: self.options.valuer.clone().filter(|_| self.has_row()),
+            valuer: self.options.valuer.clone().filter(|_| self.has_row() && !self.key.shared),
             valuer_is_fast: AtomicBool::new(false),
             plan: config.lease_plan(),
             wait_slice: config.wait_slice,
@@ -210,7 +228,7 @@ impl PostgresLock {
     /// What the claims of this lock ask for.
     fn request(&self) -> Request {
         let config = self.registry.config();
-        let namespace = self.key.namespace(&config.namespace);
+        let namespace = self.key.key.namespace(&config.namespace);
         let entry = self.has_row().then(|| Entry {
             namespace: namespace.to_owned(),
             key: self.text.clone(),
@@ -221,6 +239,7 @@ impl PostgresLock {
             key: self.number,
             lease: config.lease,
             application_name: sql::application_name(own_name, &self.text),
+            shared: self.key.shared,
             entry,
         }
     }
@@ -248,7 +267,8 @@ impl PostgresLock {
         };
         let waiting_threads = self.queue.waiting();
         let claims = active.iter().filter_map(|active| active.claim.snapshot());
-        claims.map(|claim| ClaimSnapshot { waiting_threads, ..claim }).collect()
+        let is_shared = self.key.shared;
+        claims.map(|claim| ClaimSnapshot { waiting_threads, is_shared, ..claim }).collect()
     }
 
     /// Lets go of the pool: the manager has stopped, and there will be no other claim.
@@ -262,6 +282,7 @@ impl PostgresLock {
         let dropped = {
             let mut state = self.state.lock();
             let Some(active) = state.take(ended) else { return };
+            self.has_claim.store(state.claim.is_some(), Relaxed);
             state.last_loss =
                 ended.last_loss().into_iter().chain(state.last_loss.take()).max_by_key(|loss| loss.at);
             // Under the mutex, so that the next claim of this very lock finds it.
@@ -308,6 +329,10 @@ impl Guarded for PostgresLock {
         (Arc::as_ptr(&self.registry).addr(), 0)
     }
 
+    fn is_shared(&self) -> bool {
+        self.key.shared
+    }
+
     fn most_at_once(&self) -> usize {
         usize::try_from(self.registry.config().max_sessions).unwrap_or(usize::MAX)
     }
@@ -335,7 +360,7 @@ impl Guarded for PostgresLock {
 
     fn successes(&self) -> Result<Successes> {
         self.recorder()?;
-        self.registry.successes(&self.key)
+        self.registry.successes(&self.key.key)
     }
 
     fn record_success(&self, term: &Term, started: SystemTime) -> Result<bool> {
@@ -478,20 +503,23 @@ impl Lock for PostgresLock {
 
     fn holder(&self) -> Result<Option<Holder>> {
         self.check_process()?;
-        self.registry.inspect(&self.key).map(|view| view.holder)
+        self.registry.inspect(&self.key.key).map(|view| view.holder)
     }
 
     fn request_resignation(&self) -> Result<bool> {
         self.check_process()?;
+        if self.key.shared {
+            return Err(Error::is_shared(&self.text, "leadership"));
+        }
         if !self.has_row() {
             return Err(Error::no_resignations());
         }
-        self.registry.request_resignation(&self.key)
+        self.registry.request_resignation(&self.key.key)
     }
 
     fn break_lock(&self) -> Result<Option<Holder>> {
         self.check_process()?;
-        self.registry.break_lock(&self.key)
+        self.registry.break_lock(&self.key.key)
     }
 
     fn last_success(&self) -> Result<Option<SystemTime>> {
@@ -500,7 +528,7 @@ impl Lock for PostgresLock {
 
     fn forget_success(&self) -> Result<bool> {
         self.recorder()?;
-        self.registry.forget_success(&self.key)
+        self.registry.forget_success(&self.key.key)
     }
 
     fn last_loss(&self) -> Option<Loss> {

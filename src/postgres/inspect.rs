@@ -34,6 +34,7 @@ pub(crate) fn one(pool: &Pool, named: &Named<'_>, catalog: bool) -> Result<LockV
         namespace: named.namespace.to_owned(),
         key: named.name.to_owned(),
         holder: None,
+        sharers: Vec::new(),
         waiters: Vec::new(),
     };
     for row in &rows {
@@ -51,7 +52,8 @@ pub(crate) fn all(pool: &Pool) -> Result<Vec<LockView>> {
         match views.last_mut().filter(|view| view.namespace == namespace && view.key == key) {
             Some(view) => add(view, row)?,
             None => {
-                let mut view = LockView { namespace, key, holder: None, waiters: Vec::new() };
+                let mut view =
+                    LockView { namespace, key, holder: None, sharers: Vec::new(), waiters: Vec::new() };
                 add(&mut view, row)?;
                 views.push(view);
             }
@@ -146,24 +148,29 @@ pub(crate) fn forget_success(pool: &Pool, named: &Named<'_>) -> Result<bool> {
     Ok(!pool.ask(sql::FORGET_SUCCESS, &[&named.namespace, &named.name])?.is_empty())
 }
 
-/// Adds a holder or a waiter. Several sessions hold a lock only if it is shared, on connections of applications' own; the first
-/// one stands for them.
+/// Adds a holder or a waiter.
 fn add(view: &mut LockView, row: &Row) -> Result<()> {
     let (granted, pid): (bool, i32) = (get(row, 2)?, get(row, 3)?);
     let client_addr: Option<IpAddr> = get(row, 4)?;
     let application_name: Option<String> = get(row, 5)?;
+    let is_shared: Option<bool> = get(row, 10)?;
     if !granted {
         let waiting_for = Duration::try_from_secs_f64(get(row, 9)?).unwrap_or_default();
-        view.waiters.push(Waiter { pid, client_addr, application_name, waiting_for });
-    } else if view.holder.is_none() {
-        view.holder = Some(Holder {
-            annotation: get(row, 7)?,
-            token: get(row, 6)?,
-            pid,
-            client_addr,
-            application_name,
-            since: get::<Option<SystemTime>>(row, 8)?,
-        });
+        view.waiters.push(Waiter { pid, client_addr, application_name, waiting_for, is_shared });
+        return Ok(());
+    }
+    let holder = Holder {
+        annotation: get(row, 7)?,
+        token: get(row, 6)?,
+        pid,
+        client_addr,
+        application_name,
+        since: get(row, 8)?,
+        is_shared: is_shared == Some(true),
+    };
+    match view.holder {
+        None => view.holder = Some(holder),
+        Some(_) => view.sharers.push(holder),
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::Key;
 use crate::lock::{Lock, LockOptions};
-use crate::manager::SyncManager;
+use crate::manager::{SyncManager, conveniences};
 use crate::multi_lock::MultiLock;
 use crate::once::{Once, Period, Run};
 use crate::pg::borrowed::{SessionLock, TransactionLock, Wanted};
@@ -93,22 +93,7 @@ impl PostgresManager {
         Ok(manager)
     }
 
-    /// The lock with this key: a name, a number, or a pair of numbers.
-    ///
-    /// # Errors
-    /// As [`lock_with_key`](SyncManager::lock_with_key).
-    pub fn lock(&self, key: impl Into<Key>) -> Result<Arc<dyn Lock>> {
-        self.lock_with_key(key.into(), LockOptions::new())
-    }
-
-    /// As [`lock`](Self::lock), with options. They count when the handle is made: where there is one with this key, they
-    /// are ignored.
-    ///
-    /// # Errors
-    /// As [`lock_with_key`](SyncManager::lock_with_key).
-    pub fn lock_with(&self, key: impl Into<Key>, options: LockOptions) -> Result<Arc<dyn Lock>> {
-        self.lock_with_key(key.into(), options)
-    }
+    conveniences!(pub);
 
     /// The lock with this key, for a transaction of the application's own: see [`TransactionLock`]. It excludes the guards and
     /// claims of [`lock`](Self::lock), and lives without this manager, which need not have been started. No I/O happens here. Where the
@@ -163,62 +148,6 @@ impl PostgresManager {
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         if self.registry.origin().is_here() { self.registry.snapshot() } else { Snapshot::default() }
-    }
-
-    /// Asks the leader that has the lock with this key to resign: see [`Lock::request_resignation`]. `true` if there is a holder to ask.
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
-    pub fn request_resignation(&self, key: impl Into<Key>) -> Result<bool> {
-        self.lock(key)?.request_resignation()
-    }
-
-    /// Ends the session that holds the lock with this key: see [`Lock::break_lock`]. Gives who that was.
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
-    pub fn break_lock(&self, key: impl Into<Key>) -> Result<Option<Holder>> {
-        self.lock(key)?.break_lock()
-    }
-
-    /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`].
-    ///
-    /// # Errors
-    /// - As [`lock_with_key`](SyncManager::lock_with_key), and [`InvalidKey`](ErrorKind::InvalidKey): there is no key, or two of them are one number for the server.
-    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
-    pub fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
-        MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
-    }
-
-    /// Does `work` if it is due by this [`Period`], in one process at a time: see `once` of
-    /// [`dyn Lock`](crate::Lock#method.once).
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
-    pub fn once<T, E: From<Error>>(
-        &self,
-        key: impl Into<Key>,
-        every: impl Into<Period>,
-        context: impl Into<Context>,
-        work: impl FnOnce(&Run<'_>) -> std::result::Result<T, E>,
-    ) -> std::result::Result<Once<T>, E> {
-        self.lock(key)?.once(every, context, work)
-    }
-
-    /// When the work under this key began the last time that it succeeded: see [`Lock::last_success`].
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
-    pub fn last_success(&self, key: impl Into<Key>) -> Result<Option<SystemTime>> {
-        self.lock(key)?.last_success()
-    }
-
-    /// Forgets the last success of the work under this key, so that it is due at once: see [`Lock::forget_success`].
-    ///
-    /// # Errors
-    /// As that, and [`InvalidKey`](ErrorKind::InvalidKey).
-    pub fn forget_success(&self, key: impl Into<Key>) -> Result<bool> {
-        self.lock(key)?.forget_success()
     }
 
     /// Who holds the lock with this key, and who waits for it, in whichever process.

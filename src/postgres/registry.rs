@@ -12,7 +12,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result, chain};
-use crate::key::Key;
+use crate::key::{HandleKey, Key};
 use crate::lock::LockOptions;
 use crate::once::Successes;
 use crate::pg::claim::caller::ActiveClaim;
@@ -44,7 +44,7 @@ struct State {
     stage: Stage,
     /// `None` once stopped.
     pool: Option<Arc<Pool>>,
-    locks: HashMap<Key, Entry>,
+    locks: HashMap<HandleKey, Entry>,
 }
 
 #[derive(Debug)]
@@ -294,8 +294,9 @@ impl Registry {
         matches!(self.state.lock().stage, Stage::Stopped)
     }
 
-    /// The one handle for `key`.
+    /// The one handle for `key`, and for the way that `options` say.
     pub(crate) fn lock(self: &Arc<Self>, key: Key, options: LockOptions) -> Result<Arc<PostgresLock>> {
+        let key = HandleKey { key, shared: options.shared };
         let mut state = self.state.lock();
         if let Stage::Stopped = state.stage {
             return Err(Error::stopped());
@@ -308,8 +309,13 @@ impl Registry {
         Ok(lock)
     }
 
+    /// The lock with this key, if it is claimed.
+    pub(crate) fn claimed(&self, key: &HandleKey) -> Option<Arc<PostgresLock>> {
+        self.state.lock().locks.get(key)?.claimed.clone()
+    }
+
     /// Keeps `lock` while it is claimed; `false` if the manager has stopped.
-    pub(crate) fn keep(&self, key: &Key, lock: Arc<PostgresLock>) -> bool {
+    pub(crate) fn keep(&self, key: &HandleKey, lock: Arc<PostgresLock>) -> bool {
         let mut state = self.state.lock();
         if !matches!(state.stage, Stage::Running | Stage::Starting(_)) {
             return false;
@@ -321,12 +327,12 @@ impl Registry {
     }
 
     /// The claim on `key` is over. The caller drops what it gets, outside of any mutex.
-    pub(crate) fn let_go(&self, key: &Key) -> Option<Arc<PostgresLock>> {
+    pub(crate) fn let_go(&self, key: &HandleKey) -> Option<Arc<PostgresLock>> {
         self.state.lock().locks.get_mut(key)?.claimed.take()
     }
 
     /// A handle is gone. Its entry goes too, unless there is a new handle for the key.
-    pub(crate) fn forget(&self, key: &Key) {
+    pub(crate) fn forget(&self, key: &HandleKey) {
         let mut state = self.state.lock();
         if state.locks.get(key).is_some_and(|entry| entry.handle.strong_count() == 0) {
             state.locks.remove(key);

@@ -109,6 +109,15 @@ on_both! {
     no_schedule_of_guards_and_claims_breaks_exclusion
     // What an operator does.
     a_broken_lock_is_lost_and_goes_to_who_waits
+    // Sharing a lock.
+    a_shared_lock_is_had_by_many_and_by_none_of_them_beside_a_writer
+    a_reader_that_comes_later_waits_behind_a_writer
+    readers_without_a_writer_between_have_one_token
+    a_reader_that_is_lost_costs_no_other_the_lock
+    claims_share_a_lock_as_guards_do
+    who_has_a_lock_one_way_is_refused_it_the_other_way
+    what_is_for_one_at_a_time_refuses_a_shared_lock
+    no_schedule_of_readers_and_writers_breaks_exclusion
     // Several locks at once.
     a_set_of_locks_is_taken_as_a_whole_and_each_key_once
     a_set_of_which_one_lock_is_busy_is_not_taken
@@ -1642,6 +1651,173 @@ fn a_broken_lock_is_lost_and_goes_to_who_waits(world: &dyn World) {
     hear(first.lost());
     theirs.gets_it();
     assert!(theirs.lock.term().unwrap().token() > first.token());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sharing a lock
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// A process that wants to share the lock `x`.
+fn reader(world: &dyn World) -> Rival {
+    let manager = world.manager();
+    Rival { lock: manager.shared_lock("x").unwrap(), manager }
+}
+
+fn a_shared_lock_is_had_by_many_and_by_none_of_them_beside_a_writer(world: &dyn World) {
+    let (one, other, [writer]) = (reader(world), reader(world), world.rivals());
+    let readers = [&one.lock, &one.lock, &other.lock].map(|lock| lock.acquire(PATIENCE).unwrap());
+    assert!(readers.iter().all(|reader| reader.is_held()));
+    assert!(writer.lock.try_acquire().unwrap().is_none());
+    assert_eq!(kind(writer.lock.acquire(Duration::ZERO)), ErrorKind::TimedOut);
+    let holder = writer.lock.holder().unwrap().unwrap();
+    assert!(holder.is_shared && holder.token == readers[0].term().token(), "{holder:?}");
+
+    let waiting = writer.starts_waiting(&Context::background());
+    world.wait_for_waiters(1);
+    let mut held: Vec<_> = readers.into_iter().collect();
+    while let Some(reader) = held.pop() {
+        assert!(!waiting.is_ready(), "{} readers have it still", held.len() + 1);
+        reader.release().unwrap();
+    }
+    waiting.get().unwrap();
+    assert!(other.lock.try_acquire().unwrap().is_none());
+    assert!(!writer.lock.holder().unwrap().unwrap().is_shared);
+    writer.release();
+    other.lock.try_acquire().unwrap().unwrap().release().unwrap();
+}
+
+fn a_reader_that_comes_later_waits_behind_a_writer(world: &dyn World) {
+    let (first, later, [writer]) = (reader(world), reader(world), world.rivals());
+    let reading = first.lock.acquire(PATIENCE).unwrap();
+    let waiting = writer.starts_waiting(&Context::background());
+    world.wait_for_waiters(1);
+    assert!(later.lock.try_acquire().unwrap().is_none(), "others read, and a writer waits");
+    let later_one = later.starts_waiting(&Context::background());
+    world.wait_for_waiters(2);
+    reading.release().unwrap();
+    waiting.get().unwrap();
+    assert!(!later_one.is_ready());
+    writer.release();
+    later_one.get().unwrap();
+}
+
+fn readers_without_a_writer_between_have_one_token(world: &dyn World) {
+    let (one, other, [writer]) = (reader(world), reader(world), world.rivals());
+    let token = |lock: &Arc<dyn Lock>| {
+        let guard = lock.acquire(PATIENCE).unwrap();
+        (guard.term().token().unwrap(), guard)
+    };
+    let (before, guard) = token(&writer.lock);
+    drop(guard);
+    let ((first, first_guard), (second, second_guard)) = (token(&one.lock), token(&other.lock));
+    assert!(first > before && second == first, "{before} {first} {second}");
+    drop(first_guard);
+    let (third, third_guard) = token(&one.lock);
+    assert_eq!(third, first);
+    drop((second_guard, third_guard));
+    let (writing, guard) = token(&writer.lock);
+    assert!(writing > first);
+    drop(guard);
+    assert!(token(&one.lock).0 > writing);
+}
+
+fn a_reader_that_is_lost_costs_no_other_the_lock(world: &dyn World) {
+    let (one, other, [writer]) = (reader(world), reader(world), world.rivals());
+    let guards = [one.lock.acquire(PATIENCE).unwrap(), other.lock.acquire(PATIENCE).unwrap()];
+    assert!(writer.manager.break_lock("x").unwrap().unwrap().is_shared);
+    eventually("the loss of one", || guards.iter().filter(|guard| guard.is_held()).count() == 1);
+    assert!(writer.lock.try_acquire().unwrap().is_none(), "the other one has it");
+    let released = guards.map(|guard| guard.release().err().map(|error| error.kind()));
+    assert!(released.contains(&None) && released.contains(&Some(ErrorKind::Lost)), "{released:?}");
+    writer.lock();
+}
+
+fn claims_share_a_lock_as_guards_do(world: &dyn World) {
+    let (one, other, [writer]) = (reader(world), reader(world), world.rivals());
+    one.lock();
+    other.lock();
+    one.lock();
+    writer.is_refused();
+    assert!(one.is_held() && other.is_held() && !writer.is_held());
+    let snapshot = one.manager.snapshot();
+    assert!(snapshot.claim("x").unwrap().is_shared);
+    assert_eq!(one.lock.term().unwrap().token(), other.lock.term().unwrap().token());
+    one.release();
+    other.release();
+    writer.gets_it();
+    assert_eq!(kind(one.lock.try_lock(&soon())), ErrorKind::LockUnavailable);
+    writer.release();
+    one.gets_it();
+    one.manager.stop().unwrap();
+    writer.lock();
+}
+
+fn who_has_a_lock_one_way_is_refused_it_the_other_way(world: &dyn World) {
+    let manager = world.manager();
+    let (reading, writing) = (manager.shared_lock("x").unwrap(), x(&*manager));
+    for (first, second) in [(&reading, &writing), (&writing, &reading)] {
+        let guard = first.acquire(PATIENCE).unwrap();
+        assert_eq!(kind(second.acquire(PATIENCE)), ErrorKind::WouldDeadlock);
+        assert_eq!(kind(second.try_acquire()), ErrorKind::WouldDeadlock);
+        assert_eq!(kind(second.lock(&soon())), ErrorKind::WouldDeadlock);
+        assert_eq!(kind(second.try_lock(&soon())), ErrorKind::WouldDeadlock);
+        // Another thread is no reason to refuse, nor is another key.
+        let other = Arc::clone(second);
+        assert!(begin(move || other.try_acquire().unwrap().is_none()).get());
+        drop(manager.lock("y").unwrap().acquire(PATIENCE).unwrap());
+        guard.release().unwrap();
+
+        first.lock(&soon()).unwrap();
+        assert_eq!(kind(second.lock(&soon())), ErrorKind::WouldDeadlock);
+        assert!(second.try_acquire().unwrap().is_none(), "a guard waits for a claim as for another process");
+        first.release().unwrap();
+        second.lock(&soon()).unwrap();
+        second.release().unwrap();
+    }
+    let guard = reading.acquire(PATIENCE).unwrap();
+    let again = reading.acquire(PATIENCE).unwrap();
+    drop((guard, again));
+    writing.acquire(PATIENCE).unwrap().release().unwrap();
+}
+
+fn what_is_for_one_at_a_time_refuses_a_shared_lock(world: &dyn World) {
+    let lock = reader(world).lock;
+    assert_eq!(kind(dsync::Leader::start(Arc::clone(&lock), |_| ())), ErrorKind::InvalidConfig);
+    let outcome = lock.once(DAY, PATIENCE, |_| -> Result<(), Error> { unreachable!() });
+    assert_eq!(kind(outcome), ErrorKind::InvalidConfig);
+    assert_eq!(kind(lock.request_resignation()), ErrorKind::InvalidConfig);
+}
+
+/// Readers count how many they are; a writer finds none.
+fn no_schedule_of_readers_and_writers_breaks_exclusion(world: &dyn World) {
+    const ROUNDS: usize = 12;
+    let managers = [(); 3].map(|()| world.manager());
+    let (readers, writers, most) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for number in 0..9 {
+            let (manager, readers, writers, most) = (&managers[number % 3], &readers, &writers, &most);
+            scope.spawn(move || {
+                let writes = number % 3 == 0 || number == 4;
+                let lock = if writes { x(&**manager) } else { manager.shared_lock("x").unwrap() };
+                for _ in 0..ROUNDS {
+                    let guard = lock.acquire(PATIENCE).unwrap();
+                    let mine = if writes { writers } else { readers };
+                    let count = mine.fetch_add(1, Ordering::SeqCst) + 1;
+                    let others = if writes { readers } else { writers }.load(Ordering::SeqCst);
+                    assert_eq!(others, 0);
+                    if writes {
+                        assert_eq!(count, 1);
+                    } else {
+                        most.fetch_max(count, Ordering::SeqCst);
+                    }
+                    thread::sleep(Duration::from_millis(2));
+                    mine.fetch_sub(1, Ordering::SeqCst);
+                    guard.release().unwrap();
+                }
+            });
+        }
+    });
+    assert!(most.into_inner() > 1, "readers were there together");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ fn a_newer_catalog_is_refused_and_an_older_one_brought_up_to_date() {
     let strict = config(&database).catalog(CatalogMode::MustExist);
     assert_eq!(kind(PostgresManager::new(strict).unwrap().start()), ErrorKind::FailedInitialization);
     one_term(&lock(&started(config(&database)), "x"));
-    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 4);
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 5);
     assert_eq!(count(&mut client, "SELECT count(*) FROM dsync.waiters"), 0);
 }
 
@@ -234,7 +234,7 @@ fn a_catalog_of_version_3_is_brought_up_to_date_with_the_rights_on_its_locks() {
     let error = PostgresManager::new(modest.clone()).unwrap().start().unwrap_err();
     assert!(error.to_string().contains("CATALOG_SQL"), "{error}");
     drop(started(config(&database)));
-    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 4);
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 5);
     one_term(&lock(&started(modest), "x"));
     let rights = |client: &mut Client, role: &str| -> (bool, Vec<bool>) {
         let query = "SELECT has_function_privilege($1, 'dsync.fence(text)', 'EXECUTE'),
@@ -255,13 +255,39 @@ fn a_catalog_of_version_3_is_brought_up_to_date_with_the_rights_on_its_locks() {
     }
 }
 
+/// As version 4 made it.
+const VERSION_4: &str = include_str!("fixtures/catalog-version-4.sql");
+
+/// The locks that are held meanwhile are as they were.
+#[test]
+fn a_catalog_of_version_4_is_brought_up_to_date_under_its_locks() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    client.batch_execute(VERSION_4).unwrap();
+    client
+        .batch_execute(
+            "INSERT INTO dsync.era (place, server)
+             VALUES (pg_relation_filepath('dsync.era'), pg_postmaster_start_time());
+             INSERT INTO dsync.lock VALUES (7, false, '', '7', nextval('dsync.token'), NULL, 0, now());
+             SELECT pg_advisory_lock(7)",
+        )
+        .unwrap();
+    let manager = started(config(&database));
+    let readers = manager.shared_lock(7).unwrap();
+    assert!(readers.try_acquire().unwrap().is_none());
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 5);
+    client.batch_execute("SELECT pg_advisory_unlock(7)").unwrap();
+    let token = readers.acquire(common::PATIENCE).unwrap().term().token().unwrap();
+    assert!(token > 1 && token == count(&mut client, "SELECT readers FROM dsync.lock"));
+}
+
 /// Who brings it up to date may be one of several roles that the owner trusts, or an administrator. Else the other roles would not trust
 /// what that one has made, and the owner could not use it.
 #[test]
 fn what_an_older_catalog_lacks_belongs_to_the_owner_of_its_locks() {
     let server = Server::start().unwrap();
     for (older, by_administrator) in
-        [(VERSION_2, false), (VERSION_3, false), (VERSION_2, true), (VERSION_3, true)]
+        [VERSION_2, VERSION_3, VERSION_4].into_iter().flat_map(|older| [(older, false), (older, true)])
     {
         let database = server.database().unwrap();
         let mut administrator = database.client().unwrap();

@@ -15,4 +15,5 @@ mod introspection;
 mod neighbours;
 mod server_log;
 mod session_locks;
+mod shared_locks;
 mod transaction_locks;

@@ -35,7 +35,7 @@ fn all_is_told_once_and_in_its_order_whoever_tells() {
     explore(|| {
         let listener = StdArc::new(Listener::default());
         let observing = Observing::new(StdArc::new(StdArc::clone(&listener)));
-        let story = Arc::new(Story::new(&observing, "key", false, Instant::now()));
+        let story = Arc::new(Story::new(&observing, "key", false, false, Instant::now()));
         story.acquired(None);
         let watchdog = {
             let story = Arc::clone(&story);
@@ -64,7 +64,7 @@ fn what_is_noted_while_another_thread_tells_is_not_left_untold() {
     explore(|| {
         let listener = StdArc::new(Listener::default());
         let observing = Observing::new(StdArc::new(StdArc::clone(&listener)));
-        let story = Arc::new(Story::new(&observing, "key", false, Instant::now()));
+        let story = Arc::new(Story::new(&observing, "key", false, false, Instant::now()));
         story.acquired(None);
         let other = {
             let story = Arc::clone(&story);

@@ -85,7 +85,12 @@ impl Engine {
             spec: Arc::clone(spec),
             request: spec.request.clone(),
             claim,
-            lifecycle: Lifecycle::dedicated(timing, spec.uncertainty_window(), fastrand::u64(..)),
+            lifecycle: Lifecycle::dedicated(
+                timing,
+                spec.uncertainty_window(),
+                spec.request.shared,
+                fastrand::u64(..),
+            ),
             epoch,
             slot,
             control: None,
@@ -361,7 +366,9 @@ impl Engine {
         match outcome {
             Ok(Answer::Granted { token }) => {
                 self.token = token;
-                self.lost_backends.clear();
+                if !self.request.shared {
+                    self.lost_backends.clear();
+                }
                 Event::Claim(CLAIM, claim::Event::Granted { sent })
             }
             Ok(Answer::NotGranted | Answer::Taken) => Event::Claim(CLAIM, otherwise),

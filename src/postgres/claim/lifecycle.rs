@@ -31,15 +31,18 @@ pub(crate) enum Event {
 pub(crate) type Notices = Vec<(usize, claim::Notice)>;
 
 impl Lifecycle {
-    /// A session that is wanted by one claim, which has the number 0.
-    pub(crate) fn dedicated(timing: Timing, uncertainty_window: Duration, seed: u64) -> Self {
-        Self { session: Session::new(timing, seed), claims: vec![Claim::new(uncertainty_window)] }
+    /// A session that is wanted by one claim, which has the number 0, and may share its lock with other sessions.
+    pub(crate) fn dedicated(timing: Timing, uncertainty_window: Duration, shares: bool, seed: u64) -> Self {
+        Self { session: Session::new(timing, seed), claims: vec![Claim::new(uncertainty_window, shares)] }
     }
 
     /// As `dedicated`, with several claims, which are numbered from 0.
     #[cfg(test)]
     pub(crate) fn shared(timing: Timing, uncertainty_window: Duration, seed: u64, claims: usize) -> Self {
-        Self { session: Session::new(timing, seed), claims: vec![Claim::new(uncertainty_window); claims] }
+        Self {
+            session: Session::new(timing, seed),
+            claims: vec![Claim::new(uncertainty_window, false); claims],
+        }
     }
 
     /// What to do next: what a claim asks for comes before what the session can wait with.

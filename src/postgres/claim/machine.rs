@@ -34,6 +34,8 @@ pub(crate) struct Machine {
     /// How long the server may hold something for a session that was lost without its knowing: a wait, at the end of which
     /// it may be granted the lock, and a lease from then on.
     uncertainty_window: Duration,
+    /// Others may hold the lock beside this claim: a lost session of its own, too.
+    shares: bool,
     state: State,
     /// Until when the server may hold something for a session of this claim that was lost.
     uncertain_until: Time,
@@ -152,8 +154,8 @@ impl Effects {
 
 impl Machine {
     /// Begins a claim.
-    pub(crate) fn new(uncertainty_window: Duration) -> Self {
-        Self { uncertainty_window, state: State::WantingSession, uncertain_until: Time::ZERO }
+    pub(crate) fn new(uncertainty_window: Duration, shares: bool) -> Self {
+        Self { uncertainty_window, shares, state: State::WantingSession, uncertain_until: Time::ZERO }
     }
 
     /// What to do next.
@@ -184,9 +186,11 @@ impl Machine {
                 Effects { notice: Some(Notice::Busy), session: Some(session::Event::Served) }
             }
             (State::Trying | State::Queueing, Event::Granted { sent }) => {
-                // Only one session can have the lock, so no lost one does; and one that queued still would have been served
-                // first.
-                self.uncertain_until = Time::ZERO;
+                // Unless it is shared, only one session can have the lock, so no lost one does; and one that queued still would have
+                // been served first.
+                if !self.shares {
+                    self.uncertain_until = Time::ZERO;
+                }
                 self.state = State::Confirming;
                 Effects::tell_session(session::Event::LockTaken { sent })
             }

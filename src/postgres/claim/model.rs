@@ -376,7 +376,8 @@ impl Model {
                 let process = &mut world.processes[who];
                 process.claims_left -= 1;
                 process.owner = (who, process.claims_left);
-                process.lifecycle = Some(Lifecycle::dedicated(self.timing, self.uncertainty_window, 7));
+                process.lifecycle =
+                    Some(Lifecycle::dedicated(self.timing, self.uncertainty_window, false, 7));
             }
             Step::Release(who) => world.processes[who].released = Some(world.now),
             Step::SeeEndOfTerm(who) => world.processes[who].term = None,

@@ -572,6 +572,7 @@ impl Claim {
         Some(ClaimSnapshot {
             key: self.key.clone(),
             is_guard: self.is_for_one_term(),
+            is_shared: false,
             state,
             token: status.token.filter(|_| until.is_some()),
             time_left: until.map(|until| until.left()),

@@ -12,7 +12,7 @@ use crate::pg::session::control::SessionControl;
 use crate::pg::session::open::Session;
 use crate::pg::session::wire::Failure;
 use crate::pg::sql::quiet::{self, Told};
-use crate::pg::sql::{self, Entry, Request, Shape, Verb};
+use crate::pg::sql::{self, Entry, Place, Request, Shape, Verb};
 
 /// A session keeps lease and name from one claim to the next, where that follows soon.
 #[derive(Clone, Copy, Debug)]
@@ -63,9 +63,18 @@ pub(super) struct Memory {
     prepared_quietly: Vec<(Verb, Shape)>,
     /// The key for which this session waited last, if that was a short wait.
     waited_briefly: Option<AdvisoryKey>,
+    /// Where it stands that has waited for its lock since it was last without any.
+    place: Place,
+    /// It has waited for a slice in vain, or somebody has who was there before. It asks for the turnstile next.
+    wants_turnstile: bool,
 }
 
 impl Memory {
+    /// The session has been left without any lock, or has got its own and given back the turnstile.
+    fn begin_anew(&mut self) {
+        (self.place, self.wants_turnstile) = (Place::Newcomer, false);
+    }
+
     /// The lock that was asked for since the session was last without lease and name.
     pub(super) fn leased_lock(&self) -> Option<(AdvisoryKey, Shape)> {
         self.leased.map(|leased| (leased.key, leased.shape))
@@ -113,7 +122,10 @@ impl Session {
             return Ok(if granted { Answer::Granted { token: None } } else { Answer::Taken });
         }
         match self.take_known(Verb::Again, request, by) {
-            Ok(Some(token)) if former.is_none_or(|former| former < token) => {
+            // Readers have one token for many terms.
+            Ok(Some(token))
+                if former.is_none_or(|former| former < token || request.shared && former == token) =>
+            {
                 Ok(Answer::Granted { token: Some(token) })
             }
             Ok(None) if waits => Ok(Answer::NotGranted),
@@ -152,13 +164,22 @@ impl Session {
         }
         let begun = Instant::now();
         let follows_a_brief_one = self.memory.waited_briefly.take() == Some(request.key);
-        let outcome = if !self.memory.is_loud && !follows_a_brief_one {
-            self.queue_quietly(request, by)
-        } else {
-            self.queue_plainly(request, by)
+        let is_quiet = !self.memory.is_loud && !follows_a_brief_one;
+        let outcome = match (self.memory.wants_turnstile, is_quiet) {
+            (true, _) => self.enter_turnstile(request, by).map(|()| Answer::NotGranted),
+            (false, true) => self.queue_quietly(request, by),
+            (false, false) => self.queue_plainly(request, by),
         };
-        if matches!(outcome, Ok(Answer::Granted { .. })) && begun.elapsed() < BRIEF {
-            self.memory.waited_briefly = Some(request.key);
+        match outcome {
+            Ok(Answer::Granted { .. }) => {
+                self.memory.begin_anew();
+                if begun.elapsed() < BRIEF {
+                    self.memory.waited_briefly = Some(request.key);
+                }
+            }
+            // Whoever has the turnstile keeps it, and asks for nothing but the lock.
+            _ if self.memory.place == Place::Newcomer => self.memory.wants_turnstile = true,
+            _ => {}
         }
         let settled = control.end_slice(by);
         if !settled {
@@ -167,59 +188,105 @@ impl Session {
         }
         match outcome {
             Err(Failure::Refused(error)) if is_end_of_wait(&error) => Ok(Answer::NotGranted),
+            // There is somebody at the turnstile.
+            Ok(Answer::Taken) => Ok(Answer::NotGranted),
             outcome => outcome,
         }
     }
 
+    /// Waits for the turnstile, for a slice.
+    fn enter_turnstile(&mut self, request: &Request, by: Instant) -> Result<(), Failure> {
+        // It is the same with and without catalog.
+        let shape = Shape { catalog: false, ..request.shape() };
+        let id = request.key.id();
+        self.memory.place = Place::Newcomer;
+        let answer = match self.memory.is_loud {
+            false => self.run_quietly(Verb::Turnstile, shape, id, None, by)?,
+            true => None,
+        };
+        let place = match answer {
+            Some(Told::At(place)) => Some(place),
+            Some(_) => None,
+            None => {
+                let rows = self.run(Verb::Turnstile, shape, &[(&id, Type::INT8)], by)?;
+                Place::of_answer(only(&rows)?.try_get(0).map_err(Failure::of)?)
+            }
+        };
+        if let Some(place) = place {
+            (self.memory.place, self.memory.wants_turnstile) = (place, false);
+        }
+        Ok(())
+    }
+
     /// A slice whose end is an error, which the server logs.
     fn queue_plainly(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
+        let place = self.memory.place;
+        let verb = Verb::QueueAgain(place);
         if request.entry.is_none() {
-            let granted = self.run(Verb::QueueAgain, request.shape(), &[(&request.key.id(), Type::INT8)], by);
-            return granted.map(|_| Answer::Granted { token: None });
+            let rows = self.run(verb, request.shape(), &[(&request.key.id(), Type::INT8)], by)?;
+            let granted = only(&rows)?.try_get(0).map_err(Failure::of)?;
+            return Ok(if granted { Answer::Granted { token: None } } else { Answer::Taken });
         }
-        match self.take_known(Verb::QueueAgain, request, by)? {
+        match self.take_known(verb, request, by)? {
             Some(token) => Ok(Answer::Granted { token: Some(token) }),
-            None => self.take_unknown(Verb::Queue, request, by),
+            None => self.take_unknown(Verb::Queue(place), request, by),
         }
     }
 
     /// A slice whose end the server does not log.
     fn queue_quietly(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
-        let shape = request.shape();
-        for verb in [Verb::QueueAgain, Verb::Queue] {
-            if !self.memory.prepared_quietly.contains(&(verb, shape)) {
-                let statement = self.schema.apply(&sql::statement(verb, shape));
-                self.simple_query(&quiet::preparation(verb, shape, &statement), by)?;
-                self.memory.prepared_quietly.push((verb, shape));
-            }
-            let message = quiet::message(verb, shape, request.key.id(), request.entry.as_ref());
-            match self.last_row(&message, by) {
-                Ok(row) => {
-                    match row.as_ref().and_then(|row| row.try_get(0).ok().flatten()).and_then(quiet::told) {
-                        Some(Told::Over) => return Ok(Answer::NotGranted),
-                        Some(Told::Granted { token }) => {
-                            self.memory.leased =
-                                Some(Leased { key: request.key, shape: request.shape(), token });
-                            return Ok(Answer::Granted { token });
-                        }
-                        Some(Told::Nothing) => {}
-                        None => return Err(Failure::Lost { reason: LossReason::ServerError, cause: None }),
-                    }
+        let (shape, place) = (request.shape(), self.memory.place);
+        for verb in [Verb::QueueAgain(place), Verb::Queue(place)] {
+            let id = request.key.id();
+            let Some(told) = self.run_quietly(verb, shape, id, request.entry.as_ref(), by)? else { break };
+            match told {
+                Told::Over => return Ok(Answer::NotGranted),
+                Told::Granted { token } => {
+                    self.memory.leased = Some(Leased { key: request.key, shape, token });
+                    return Ok(Answer::Granted { token });
                 }
-                Err(Failure::Refused(error))
-                    if error.code().is_some_and(|code| quiet::is_unknown_here(code.code())) =>
-                {
-                    self.memory.is_loud = true;
-                    break;
-                }
-                Err(failure) => return Err(failure),
+                Told::Nothing if request.entry.is_none() => return Ok(Answer::Taken),
+                Told::Nothing => {}
+                Told::At(_) => return Err(Failure::Lost { reason: LossReason::ServerError, cause: None }),
             }
         }
         self.queue_plainly(request, by)
     }
 
+    /// What a slice says whose end the server does not log; `None` if the server does not know such slices.
+    fn run_quietly(
+        &mut self,
+        verb: Verb,
+        shape: Shape,
+        id: i64,
+        entry: Option<&Entry>,
+        by: Instant,
+    ) -> Result<Option<Told>, Failure> {
+        if !self.memory.prepared_quietly.contains(&(verb, shape)) {
+            self.simple_query(&self.schema.apply(&quiet::preparation(verb, shape)), by)?;
+            self.memory.prepared_quietly.push((verb, shape));
+        }
+        match self.last_row(&quiet::message(verb, shape, id, entry), by) {
+            Ok(row) => {
+                let told = row.as_ref().and_then(|row| row.try_get(0).ok().flatten()).and_then(quiet::told);
+                told.map(Some).ok_or(Failure::Lost { reason: LossReason::ServerError, cause: None })
+            }
+            Err(Failure::Refused(error))
+                if error.code().is_some_and(|code| quiet::is_unknown_here(code.code())) =>
+            {
+                self.memory.is_loud = true;
+                Ok(None)
+            }
+            Err(failure) => Err(failure),
+        }
+    }
+
     fn take_unknown(&mut self, verb: Verb, request: &Request, by: Instant) -> Result<Answer, Failure> {
         let mut outcome = self.take_unknown_once(verb, request, by);
+        if request.shared && matches!(outcome, Ok(Answered::Tokenless)) {
+            // Another reader has made the row theirs meanwhile.
+            outcome = self.take_unknown_once(verb, request, by);
+        }
         // After a crash of the server there is no token before a new era. The lock, if it is ours already, is taken twice.
         if let Ok(Answered::Tokenless) = outcome {
             self.new_era(by)?;
@@ -280,6 +347,7 @@ impl Session {
         let (key, shape) = (request.key, Shape { catalog: false, ..request.shape() });
         let verb = if stays { Verb::UnlockOnly } else { Verb::Unlock };
         let rows = self.run(verb, shape, &[(&key.id(), Type::INT8)], by)?;
+        self.memory.begin_anew();
         if !stays {
             self.memory.leased = None;
         }
@@ -289,6 +357,7 @@ impl Session {
     /// Leaves the session without any lock, lease and name; whether the server has none of the `lost` backends any more.
     pub(crate) fn settle(&mut self, lost: &[i32], by: Instant) -> Result<bool, Failure> {
         let row = self.simple_query(&sql::settle(lost), by)?;
+        self.memory.begin_anew();
         self.memory.leased = None;
         Ok(row.and_then(|row| row.try_get(3).ok().flatten().map(|clear| clear == "t")).unwrap_or(false))
     }

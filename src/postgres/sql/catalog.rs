@@ -44,7 +44,7 @@ pub(crate) const CATALOG: &str = concat!(
      EXECUTE format('GRANT EXECUTE ON FUNCTION %I.fence(text) TO %s', 'dsync', granted.whom);\n        \
      END IF;\n    \
      END LOOP;\n    \
-     INSERT INTO dsync.version (version) VALUES (4)\n    \
+     INSERT INTO dsync.version (version) VALUES (5)\n    \
      ON CONFLICT (sole) DO UPDATE SET version = excluded.version WHERE version.version < excluded.version;\n\
      END $check$;\n\nRESET search_path;\n"
 );
@@ -56,7 +56,7 @@ pub(crate) const CATALOG_CHECK: &str = concat!(
     "WITH found AS MATERIALIZED (",
     include_str!("catalog_check.sql"),
     ") SELECT (SELECT text FROM found), (SELECT about_trust FROM found), \
-        (SELECT count(*) = 8 AND bool_or(class.relname = 'era' AND class.relnatts = 4) \
+        (SELECT count(*) = 8 AND bool_and(class.relnatts = CASE class.relname WHEN 'era' THEN 4 WHEN 'lock' THEN 9 ELSE class.relnatts END) \
          FROM pg_class AS class JOIN pg_namespace AS schema ON schema.oid = class.relnamespace \
          WHERE schema.nspname = 'dsync' \
          AND class.relname IN ('version', 'token', 'era', 'lock', 'resignation', 'success', 'locks', 'waiters')) \
@@ -78,7 +78,7 @@ pub(crate) const CATALOG_IS_OWN: &str = "WITH object AS MATERIALIZED ( \
          AND CASE relname WHEN 'version' THEN relkind = 'r' AND relpersistence = 'p' AND relnatts = 2 \
                           WHEN 'token' THEN relkind = 'S' AND relpersistence = 'p' \
                           WHEN 'era' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 4 \
-                          WHEN 'lock' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 8 \
+                          WHEN 'lock' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 9 \
                           WHEN 'resignation' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 4 \
                           WHEN 'success' THEN relkind = 'r' AND relpersistence = 'p' AND relnatts = 3 \
                           ELSE relkind = 'v' END \

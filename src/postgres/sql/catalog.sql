@@ -1,4 +1,4 @@
--- The catalog of locks, version 4: fencing tokens, who holds which lock, who is asked to resign, and when work
+-- The catalog of locks, version 5: fencing tokens, who holds which lock, who is asked to resign, and when work
 -- succeeded last.
 --
 -- The library runs this itself where its role may create a schema. Where it may not, an administrator runs it, in the database
@@ -57,8 +57,11 @@ CREATE UNLOGGED TABLE IF NOT EXISTS dsync.lock (
     annotation  bytea,
     pid         int4        NOT NULL,   -- the backend of the newest term
     since       timestamptz NOT NULL,
+    readers     int8,                   -- the token again, if the newest term is shared; all that share the lock have this token
     PRIMARY KEY (id, pair)
 ) WITH (fillfactor = 50);               -- room to write the next term into the same page
+-- Version 4 had none. A process of that version writes another token and leaves it, which says that the term is not shared.
+ALTER TABLE dsync.lock ADD COLUMN IF NOT EXISTS readers int8;
 
 -- One row for each lock whose holder was asked to resign. Apart from dsync.lock, whose rows fenced transactions and those who wait
 -- for a lock keep for a while.
@@ -79,15 +82,16 @@ CREATE TABLE IF NOT EXISTS dsync.success (
     PRIMARY KEY (namespace, key)
 );
 
--- Who holds which lock now. A row that was left behind by a term which is over is not shown; where something else holds
--- the advisory lock, token, annotation and since are null. The backend's start tells a process id that is used again.
+-- Who holds which lock now; of a shared one, each session that does. A row that was left behind by a term which is over is not shown; where
+-- something else holds the advisory lock, token, annotation and since are null, and the latter two where it is shared. The backend's start
+-- tells a process id that is used again.
 CREATE OR REPLACE VIEW dsync.locks AS
 SELECT lock.namespace, lock.key,
-       CASE WHEN term.holds THEN lock.token END AS token,
+       CASE WHEN term.holds OR held.mode = 'ShareLock' AND lock.readers = lock.token THEN lock.token END AS token,
        CASE WHEN term.holds THEN lock.annotation END AS annotation,
        held.pid, activity.usename AS role, activity.client_addr, activity.application_name,
        CASE WHEN term.holds THEN lock.since END AS since,
-       lock.id, lock.pair
+       lock.id, lock.pair, held.mode = 'ShareLock' AS shared
 FROM dsync.lock AS lock
 JOIN pg_locks AS held
   ON held.locktype = 'advisory' AND held.granted
@@ -95,22 +99,25 @@ JOIN pg_locks AS held
  AND (held.classid::int8 << 32 | held.objid::int8) = lock.id AND (held.objsubid = 2) = lock.pair
 LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
 CROSS JOIN LATERAL (
-    SELECT held.pid = lock.pid AND coalesce(activity.backend_start <= lock.since, true) AS holds
+    SELECT held.mode <> 'ShareLock' AND held.pid = lock.pid AND coalesce(activity.backend_start <= lock.since, true) AS holds
 ) AS term;
 
 -- Who waits for which lock, first come first. `since` is when the session took its present place in the queue. Waiters for
--- a key that has never been held are not here, since nothing tells its name.
+-- a key that has never been held are not here, since nothing tells its name. One that has waited for longer than a slice waits for
+-- the turnstile of the lock, which is an advisory lock too, behind those that wait for the lock; whether it wants to share the lock is not known then.
 CREATE OR REPLACE VIEW dsync.waiters AS
 SELECT lock.namespace, lock.key, waiter.pid, activity.usename AS role, activity.client_addr,
        activity.application_name, waiter.waitstart AS since,
-       row_number() OVER (PARTITION BY lock.id, lock.pair ORDER BY waiter.waitstart NULLS LAST, waiter.pid) AS place,
-       lock.id, lock.pair
-FROM dsync.lock AS lock
-JOIN pg_locks AS waiter
-  ON waiter.locktype = 'advisory' AND NOT waiter.granted
- AND waiter.database = (SELECT oid FROM pg_database WHERE datname = current_database())
- AND (waiter.classid::int8 << 32 | waiter.objid::int8) = lock.id AND (waiter.objsubid = 2) = lock.pair
-LEFT JOIN pg_stat_activity AS activity ON activity.pid = waiter.pid;
+       row_number() OVER (PARTITION BY lock.id, lock.pair ORDER BY turnstile, waiter.waitstart NULLS LAST, waiter.pid) AS place,
+       lock.id, lock.pair, CASE WHEN NOT turnstile THEN waiter.mode = 'ShareLock' END AS shared
+FROM pg_locks AS waiter
+CROSS JOIN (VALUES (false), (true)) AS at (turnstile)
+JOIN dsync.lock AS lock
+  ON lock.id = (waiter.classid::int8 << 32 | waiter.objid::int8) # CASE WHEN turnstile THEN 7238262541130953845 ELSE 0 END
+ AND lock.pair = (waiter.objsubid = 2)
+LEFT JOIN pg_stat_activity AS activity ON activity.pid = waiter.pid
+WHERE waiter.locktype = 'advisory' AND NOT waiter.granted
+  AND waiter.database = (SELECT oid FROM pg_database WHERE datname = current_database());
 
 -- The fence of a term for transactions in any language: SELECT dsync.fence('…') with the text that Term::fence_text gives. It keeps a
 -- later term from beginning until the transaction ends. If one has begun, it raises an error of SQLSTATE ZDF01; for a text that is

@@ -16,7 +16,7 @@ WITH RECURSIVE own (oid) AS (
     ('version', 'r', 'p', '{"sole bool","version int4"}'::text[]),
     ('token', 'S', 'p', NULL),
     ('era', 'r', 'u', '{"sole bool","since timestamptz","place text","server timestamptz"}'),
-    ('lock', 'r', 'u', '{"id int8","pair bool","namespace text","key text","token int8","annotation bytea","pid int4","since timestamptz"}'),
+    ('lock', 'r', 'u', '{"id int8","pair bool","namespace text","key text","token int8","annotation bytea","pid int4","since timestamptz","readers int8"}'),
     ('resignation', 'r', 'u', '{"id int8","pair bool","token int8","asked timestamptz"}'),
     ('success', 'r', 'p', '{"namespace text","key text","started timestamptz"}'),
     ('locks', 'v', 'p', NULL),
@@ -57,8 +57,9 @@ WITH RECURSIVE own (oid) AS (
     FROM object CROSS JOIN LATERAL (
         SELECT array_agg(attname || ' ' || typname ORDER BY attnum) AS columns
         FROM pg_attribute JOIN pg_type AS type ON type.oid = atttypid WHERE attrelid = object.oid AND attnum > 0 AND NOT attisdropped) AS there
-    -- The first two columns of the era are all that version 1 had.
-    WHERE there.columns <> object.columns AND NOT (object.relname = 'era' AND there.columns = object.columns[:2])
+    -- The first two columns of the era are all that version 1 had, and the first eight of the locks those of version 4.
+    WHERE there.columns <> object.columns
+      AND NOT (there.columns = object.columns[:CASE object.relname WHEN 'era' THEN 2 WHEN 'lock' THEN 8 END])
     UNION ALL
     SELECT 10, 'the function ' || called || ' is not the one that the catalog of locks has under this name'
     FROM fence WHERE prokind <> 'f' OR pronargs <> 1 OR proargtypes[0] <> 'text'::regtype OR prorettype <> 'void'::regtype

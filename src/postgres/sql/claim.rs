@@ -1,5 +1,6 @@
 //! The statements of a claim: they take a lock, with token and row, and give it back.
 
+use super::quiet::WITHOUT_TOKEN;
 use super::{Shape, era};
 
 /// The statements of a claim.
@@ -17,14 +18,20 @@ pub(crate) enum Verb {
     /// As `Try`, but for a session that has served the same key before and kept the lease since, and with less to do for the
     /// server: see [`take_known`]. Gives the token, or no row: it does not tell why there is no lock.
     Again,
-    /// Queues for the lock until `lock_timeout`. Gives the same as `Try`.
+    /// Queues for the lock until `lock_timeout`; a [newcomer](Place::Newcomer) does not where somebody has the turnstile. Gives the
+    /// same as `Try`. Not without a catalog.
     ///
     /// If the slice before ended in an error *after* the lock had been granted, this takes it a second time, at once.
     /// [`Unlock`](Self::Unlock) lets go of it as often as it was taken.
-    Queue,
+    Queue(Place),
     /// As `Queue`, where the key has a row, or where there is no catalog. Gives the token, or at once no row: then it is for
-    /// `Queue` to find out why. Without a catalog, a row when the lock is had.
-    QueueAgain,
+    /// `Queue` to find out why. Without a catalog, whether the lock is had.
+    QueueAgain(Place),
+    /// Queues for the turnstile until `lock_timeout`: see [`Shape::turnstile`]. Gives where that leads to, as text.
+    ///
+    /// The session may have the lock already, granted in the last moment of a slice without our knowing. It does not wait then: whoever has
+    /// the turnstile waits for the lock. Else it lets go of all, so that it has the turnstile once, however the slices before ended.
+    Turnstile,
     /// Gives the lock back, says whether it was held, and takes lease and name off the session. Key as above.
     ///
     /// The session holds this one lock only, so letting go of all is letting go of it, however often it was taken.
@@ -33,25 +40,117 @@ pub(crate) enum Verb {
     UnlockOnly,
 }
 
+/// Where a session stands that queues for a lock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// It has not waited for a slice yet. It must pass the turnstile.
+    #[default]
+    Newcomer,
+    /// It has the turnstile, and gives it back with the grant.
+    Front,
+    /// It had the lock when it asked for the turnstile.
+    Within,
+}
+
+impl Place {
+    /// As [`Verb::Turnstile`] tells it.
+    pub(crate) fn of_answer(answer: &str) -> Option<Self> {
+        [Self::Front, Self::Within].into_iter().find(|place| place.answer() == answer)
+    }
+
+    fn answer(self) -> &'static str {
+        match self {
+            Self::Newcomer => "newcomer",
+            Self::Front => "front",
+            Self::Within => "within",
+        }
+    }
+
+    /// Part of the name of what is prepared.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Newcomer => "",
+            Self::Front => "_front",
+            Self::Within => "_within",
+        }
+    }
+
+    /// Waits for the lock.
+    fn wait(self, shape: Shape) -> String {
+        let wait = shape.wait_for_lock();
+        match self {
+            Self::Newcomer => format!("CASE WHEN {} THEN {wait} ELSE false END", shape.pass_turnstile()),
+            Self::Front | Self::Within => wait,
+        }
+    }
+
+    /// One more column, where `granted` says that there is something to give back.
+    fn leave(self, shape: Shape, granted: &str) -> String {
+        match self {
+            Self::Front => {
+                let turnstile = shape.turnstile();
+                format!(", CASE WHEN {granted} THEN pg_catalog.pg_advisory_unlock({turnstile}) END")
+            }
+            Self::Newcomer | Self::Within => String::new(),
+        }
+    }
+}
+
+/// Takes the lock if it is free. Readers would have it before a writer that is between two slices of its wait, so they pass the turnstile;
+/// writers have no way past one that waits.
+fn try_lock(shape: Shape) -> String {
+    let attempt = shape.try_lock();
+    if shape.shared {
+        format!("CASE WHEN {} THEN {attempt} ELSE false END", shape.pass_turnstile())
+    } else {
+        attempt
+    }
+}
+
 /// The text of a statement. Parameters: `$1` key; for `Try` and `Queue` also `$2` lease in milliseconds, as text, `$3`
 /// application name, and with the catalog `$4` namespace, `$5` name of the key, `$6` annotation; for `Again` and
 /// `QueueAgain` with the catalog `$2` to `$4` are the last three.
 pub(crate) fn statement(verb: Verb, shape: Shape) -> String {
-    if shape.catalog && matches!(verb, Verb::Again | Verb::QueueAgain) {
-        return take_known(verb, shape);
+    statement_with(verb, shape, &|_| String::new())
+}
+
+/// As [`statement`], with one more column: what `told` makes of the text that says what came of a wait, which is empty if there is nothing to
+/// tell.
+pub(super) fn statement_with(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> String) -> String {
+    if shape.catalog && matches!(verb, Verb::Again | Verb::QueueAgain(_)) {
+        return if shape.shared { share_known(verb, shape, told) } else { take_known(verb, shape, told) };
     }
     let unlock = shape.unlock("$1::pg_catalog.int8");
     let (granted, settings) = match verb {
         Verb::Try => (
-            shape.try_lock(),
+            try_lock(shape),
             ", pg_catalog.set_config('idle_session_timeout', $2::text, false), \
                pg_catalog.set_config('application_name', $3::text, false)",
         ),
-        Verb::QueueAgain => return format!("SELECT {}", shape.wait_for_lock()),
+        Verb::QueueAgain(place) => {
+            return format!(
+                "SELECT attempt.granted{left}{told} FROM (SELECT {granted} AS granted OFFSET 0) AS attempt",
+                left = place.leave(shape, "attempt.granted"),
+                told = told(&format!("CASE WHEN attempt.granted THEN '{WITHOUT_TOKEN}' ELSE '' END")),
+                granted = place.wait(shape)
+            );
+        }
+        Verb::Turnstile => {
+            let (turnstile, front, within) =
+                (shape.turnstile(), Place::Front.answer(), Place::Within.answer());
+            return format!(
+                "SELECT place.answer{told} FROM (SELECT CASE WHEN {granted} THEN '{within}' \
+                     WHEN (pg_catalog.pg_advisory_unlock_all())::text = '' \
+                     THEN CASE WHEN (pg_catalog.pg_advisory_lock({turnstile}))::text = '' THEN '{front}' END \
+                 END AS answer OFFSET 0) AS place",
+                told = told("place.answer"),
+                granted = shape.try_lock()
+            );
+        }
         // The settings stand from the `Try` before, and are
         // named only for the parameters to be the same.
-        Verb::Queue => (shape.wait_for_lock(), ", $2::text AS lease, $3::text AS application_name"),
-        Verb::Again => return format!("SELECT {}", shape.try_lock()),
+        Verb::Queue(place) => (place.wait(shape), ", $2::text AS lease, $3::text AS application_name"),
+        Verb::Again => return format!("SELECT {}", try_lock(shape)),
         Verb::Unlock => {
             return format!(
                 "SELECT {unlock}, pg_catalog.pg_advisory_unlock_all(), \
@@ -64,7 +163,7 @@ pub(crate) fn statement(verb: Verb, shape: Shape) -> String {
         }
     };
     if shape.catalog {
-        take_unknown(&granted, settings, verb, shape)
+        take_unknown(&granted, settings, verb, shape, told)
     } else {
         format!("SELECT {granted}, NULL::int8, NULL::text, NULL::text{settings}")
     }
@@ -84,12 +183,51 @@ pub(crate) fn statement(verb: Verb, shape: Shape) -> String {
 ///
 /// If fenced transactions of the former holder are still open, `Queue` waits for them, up to `lock_timeout`. `Try` would
 /// take back the lease if it failed there, so it does not wait for the fence lock.
-fn take_unknown(granted: &str, settings: &str, verb: Verb, shape: Shape) -> String {
+///
+/// Readers that share the lock share the row, too, and its token: see [`share_known`]. The first of them after a writer makes it theirs, as a
+/// term does that is alone. Of two that would at once, one gets no token, and finds the row of the other by its next statement.
+fn take_unknown(
+    granted: &str,
+    settings: &str,
+    verb: Verb,
+    shape: Shape,
+    told: &dyn Fn(&str) -> String,
+) -> String {
     let (pair, fence_lock) = (shape.pair, shape.fence_lock());
     let row = format!("dsync.lock AS lock WHERE lock.id = $1::int8 AND lock.pair = {pair}");
     let passed = match verb {
         Verb::Try => format!("pg_catalog.pg_try_advisory_xact_lock({fence_lock})"),
         _ => format!("(pg_catalog.pg_advisory_xact_lock({fence_lock}))::text = ''"),
+    };
+    const DRAWN: &str = "pg_catalog.nextval('dsync.token')";
+    let begins = |known| {
+        format!("attempt WHERE CASE WHEN attempt.granted AND {era} {known} THEN {passed} END", era = era!())
+    };
+    let (known, columns, values, source, is_new, theirs) = if shape.shared {
+        (
+            format!(
+                "known AS MATERIALIZED ( \
+                     SELECT lock.token FROM attempt, {row} AND attempt.granted AND {era} \
+                     AND lock.namespace = $4::text AND lock.key = $5::text AND lock.readers = lock.token \
+                     FOR KEY SHARE OF lock), ",
+                era = era!()
+            ),
+            (", readers", ", readers = excluded.readers"),
+            ("drawn.token", ", drawn.token"),
+            format!(
+                "(SELECT {DRAWN} AS token FROM {} OFFSET 0) AS drawn",
+                begins("AND NOT EXISTS (SELECT FROM known)")
+            ),
+            "AND lock.readers IS DISTINCT FROM lock.token",
+            "UNION ALL SELECT token FROM known",
+        )
+    } else {
+        (String::new(), ("", ""), (DRAWN, ""), begins(""), "", "")
+    };
+    let ((column, set), (token, value)) = (columns, values);
+    let left = match verb {
+        Verb::Queue(place) => place.leave(shape, "(SELECT token FROM term) IS NOT NULL"),
+        _ => String::new(),
     };
     format!(
         "WITH other AS MATERIALIZED ( \
@@ -97,18 +235,19 @@ fn take_unknown(granted: &str, settings: &str, verb: Verb, shape: Shape) -> Stri
              AND (lock.namespace <> $4::text OR lock.key <> $5::text)), \
          attempt AS MATERIALIZED ( \
              SELECT {granted} AS granted{settings} WHERE NOT EXISTS (SELECT FROM other)), \
-         term AS ( \
-             INSERT INTO dsync.lock AS lock (id, pair, namespace, key, token, annotation, pid, since) \
-             SELECT $1::int8, {pair}, $4::text, $5::text, pg_catalog.nextval('dsync.token'), $6::bytea, \
-                    pg_catalog.pg_backend_pid(), pg_catalog.clock_timestamp() \
-             FROM attempt WHERE CASE WHEN attempt.granted AND {era} THEN {passed} END \
+         {known}begun AS ( \
+             INSERT INTO dsync.lock AS lock (id, pair, namespace, key, token, annotation, pid, since{column}) \
+             SELECT $1::int8, {pair}, $4::text, $5::text, {token}, $6::bytea, \
+                    pg_catalog.pg_backend_pid(), pg_catalog.clock_timestamp(){value} \
+             FROM {source} \
              ON CONFLICT (id, pair) DO UPDATE \
-             SET token = excluded.token, annotation = excluded.annotation, pid = excluded.pid, since = excluded.since \
-             WHERE lock.namespace = excluded.namespace AND lock.key = excluded.key \
-             RETURNING lock.token) \
+             SET token = excluded.token, annotation = excluded.annotation, pid = excluded.pid, since = excluded.since{set} \
+             WHERE lock.namespace = excluded.namespace AND lock.key = excluded.key {is_new} \
+             RETURNING lock.token), \
+         term AS MATERIALIZED (SELECT token FROM begun {theirs}) \
          SELECT coalesce((SELECT granted FROM attempt), false), (SELECT token FROM term), \
-                (SELECT namespace FROM other), (SELECT key FROM other)",
-        era = era!()
+                (SELECT namespace FROM other), (SELECT key FROM other){left}{told}",
+        told = told("coalesce((SELECT token FROM term)::text, '')")
     )
 }
 
@@ -127,19 +266,25 @@ fn take_unknown(granted: &str, settings: &str, verb: Verb, shape: Shape) -> Stri
 /// in place, takes it away. The key's last term was this session's, a few milliseconds ago, so all that the promise asks for
 /// is a token above that one's; where it is not, the session notices, and has it drawn again. A session that queues need not
 /// have drawn one.
-fn take_known(verb: Verb, shape: Shape) -> String {
+fn take_known(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> String) -> String {
     let fence_lock = shape.fence_lock();
-    let taken = match verb {
-        Verb::Again => format!(
-            "WHEN {taken} THEN pg_catalog.pg_try_advisory_xact_lock({fence_lock})",
-            taken = shape.try_lock()
+    let (taken, left) = match verb {
+        Verb::QueueAgain(place) => (
+            format!(
+                "WHEN NOT {era} THEN false \
+                 WHEN {taken} \
+                 THEN (pg_catalog.pg_advisory_xact_lock({fence_lock}))::text = ''",
+                era = era!(),
+                taken = place.wait(shape)
+            ),
+            place.leave(shape, "true"),
         ),
-        _ => format!(
-            "WHEN NOT {era} THEN false \
-             WHEN {taken} \
-             THEN (pg_catalog.pg_advisory_xact_lock({fence_lock}))::text = ''",
-            era = era!(),
-            taken = shape.wait_for_lock()
+        _ => (
+            format!(
+                "WHEN {taken} THEN pg_catalog.pg_try_advisory_xact_lock({fence_lock})",
+                taken = try_lock(shape)
+            ),
+            String::new(),
         ),
     };
     format!(
@@ -148,7 +293,33 @@ fn take_known(verb: Verb, shape: Shape) -> String {
              pid = pg_catalog.pg_backend_pid(), since = pg_catalog.clock_timestamp() \
          WHERE lock.id = $1::int8 AND lock.pair = {pair} \
          AND CASE WHEN lock.namespace <> $2::text OR lock.key <> $3::text THEN false {taken} ELSE false END \
-         RETURNING lock.token",
-        pair = shape.pair
+         RETURNING lock.token{left}{told}",
+        pair = shape.pair,
+        told = told("lock.token::text")
+    )
+}
+
+/// Lock and token where the key has a row that is readers' already: gives the token, or no row at all. Nothing is written.
+///
+/// Since the row became theirs no writer's term has begun, so this reader's may have the same token: a fence compares it with the row's. And no
+/// fenced transaction of a writer's can be open: whoever made it theirs has waited for them. This statement began to look before it was granted
+/// the lock; `FOR KEY SHARE` looks at the row as it is then, and tries the condition once more if it has been written since. It is in
+/// nobody's way but that of who deletes the row.
+fn share_known(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> String) -> String {
+    let (taken, left) = match verb {
+        Verb::QueueAgain(place) => {
+            (format!("WHEN NOT {} THEN false WHEN {}", era!(), place.wait(shape)), place.leave(shape, "true"))
+        }
+        _ => (format!("WHEN {}", try_lock(shape)), String::new()),
+    };
+    format!(
+        "WITH term AS MATERIALIZED ( \
+             SELECT lock.token FROM dsync.lock AS lock WHERE lock.id = $1::int8 AND lock.pair = {pair} AND $4::bytea IS NULL \
+             AND CASE WHEN lock.namespace <> $2::text OR lock.key <> $3::text THEN false \
+                      {taken} THEN coalesce(lock.readers = lock.token, false) ELSE false END \
+             FOR KEY SHARE OF lock) \
+         SELECT term.token{left}{told} FROM term",
+        pair = shape.pair,
+        told = told("term.token::text")
     )
 }

@@ -1,5 +1,7 @@
 //! The statement that tells who holds and who waits, and the one that ends a holder's session.
 
+use super::TURNSTILE;
+
 /// Whose locks are asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Scope {
@@ -13,13 +15,13 @@ pub(crate) enum Scope {
 }
 
 /// Who holds and who waits: namespace, key, granted, backend (0 of a prepared transaction), address, application name, token, annotation, since, seconds
-/// of waiting. Of each key, first the holder, then the waiters in their order.
+/// of waiting, shared (null if that is not known). Of each key, first the holders, then the waiters in their order.
 ///
 /// `pg_locks` is looked at once, so that what comes is the state of one moment. A row whose holder is not the one that
-/// has the lock tells nothing of this term; nor does one that is older than the backend, whose process id is used again.
+/// has the lock tells nothing of this term; nor does one that is older than the backend, whose process id is used again. Of those that
+/// share the lock, it tells the token only. Whoever waits for the turnstile of a key waits for the lock, behind those that do so there.
 pub(crate) fn inspect(scope: Scope) -> String {
-    const THIS_KEY: &str =
-        "AND (locks.classid::int8 << 32 | locks.objid::int8) = $1::int8 AND (locks.objsubid = 2) = $2::bool";
+    const THIS_KEY: &str = "AND place.id = $1::int8 AND (locks.objsubid = 2) = $2::bool";
     let (which, row) = match scope {
         Scope::All => ("", "JOIN dsync.lock AS lock ON lock.id = found.id AND lock.pair = found.pair"),
         Scope::One { catalog: true } => (
@@ -30,25 +32,31 @@ pub(crate) fn inspect(scope: Scope) -> String {
         Scope::One { catalog: false } => (
             THIS_KEY,
             "CROSS JOIN (SELECT $3::text AS namespace, $4::text AS key, NULL::int8 AS token, \
-                                NULL::bytea AS annotation, NULL::int4 AS pid, NULL::timestamptz AS since) AS lock",
+                                NULL::bytea AS annotation, NULL::int4 AS pid, NULL::timestamptz AS since, NULL::int8 AS readers) AS lock",
         ),
     };
     format!(
         "WITH found AS MATERIALIZED ( \
              SELECT locks.pid, locks.granted, locks.waitstart, pg_catalog.clock_timestamp() AS now, \
-                    (locks.classid::int8 << 32 | locks.objid::int8) AS id, (locks.objsubid = 2) AS pair \
-             FROM pg_locks AS locks WHERE locks.locktype = 'advisory' \
+                    place.id, (locks.objsubid = 2) AS pair, place.turnstile, \
+                    CASE WHEN NOT place.turnstile THEN locks.mode = 'ShareLock' END AS shared \
+             FROM pg_locks AS locks \
+             CROSS JOIN LATERAL (SELECT (locks.classid::int8 << 32 | locks.objid::int8) AS id) AS number \
+             CROSS JOIN LATERAL (SELECT number.id, false AS turnstile \
+                                 UNION ALL SELECT number.id # {TURNSTILE}, true WHERE NOT locks.granted) AS place \
+             WHERE locks.locktype = 'advisory' \
              AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database()) {which}) \
          SELECT lock.namespace, lock.key, found.granted, coalesce(found.pid, 0), activity.client_addr, activity.application_name, \
-                CASE WHEN term.holds THEN lock.token END, CASE WHEN term.holds THEN lock.annotation END, \
+                CASE WHEN term.holds OR found.granted AND found.shared AND lock.readers = lock.token THEN lock.token END, \
+                CASE WHEN term.holds THEN lock.annotation END, \
                 CASE WHEN term.holds THEN lock.since END, \
-                coalesce(greatest(extract(epoch FROM found.now - found.waitstart)::float8, 0), 0) \
+                coalesce(greatest(extract(epoch FROM found.now - found.waitstart)::float8, 0), 0), found.shared \
          FROM found {row} \
          LEFT JOIN pg_stat_activity AS activity ON activity.pid = found.pid \
-         CROSS JOIN LATERAL (SELECT found.granted AND found.pid = lock.pid \
+         CROSS JOIN LATERAL (SELECT found.granted AND NOT found.shared AND found.pid = lock.pid \
                                     AND coalesce(activity.backend_start <= lock.since, true) AS holds) AS term \
          ORDER BY lock.namespace, lock.key, found.id, found.pair, found.granted DESC, \
-                  term.holds DESC NULLS LAST, found.waitstart NULLS LAST, found.pid"
+                  term.holds DESC NULLS LAST, found.turnstile, found.waitstart NULLS LAST, found.pid"
     )
 }
 

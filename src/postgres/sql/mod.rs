@@ -36,6 +36,8 @@ pub(crate) struct Request {
     pub(crate) lease: Duration,
     /// What the session is called while it serves the claim.
     pub(crate) application_name: String,
+    /// Others may share the lock.
+    pub(crate) shared: bool,
     /// What the catalog is told; `None` without a catalog.
     pub(crate) entry: Option<Entry>,
 }
@@ -51,7 +53,7 @@ pub(crate) struct Entry {
 impl Request {
     /// What the statements of the claim depend on.
     pub(crate) fn shape(&self) -> Shape {
-        Shape { pair: self.key.is_pair(), catalog: self.entry.is_some() }
+        Shape { pair: self.key.is_pair(), catalog: self.entry.is_some(), shared: self.shared }
     }
 }
 
@@ -62,12 +64,14 @@ pub(crate) struct Shape {
     pub(crate) pair: bool,
     /// Each term is written into the catalog.
     pub(crate) catalog: bool,
+    /// Others may share the lock.
+    pub(crate) shared: bool,
 }
 
 impl Shape {
     /// A lock as any statement of an application's takes it.
     pub(crate) fn plain(pair: bool) -> Self {
-        Self { pair, catalog: false }
+        Self { pair, catalog: false, shared: false }
     }
 
     /// The arguments of an advisory lock's functions for a key that is one number in SQL. With whatever search path.
@@ -85,34 +89,41 @@ impl Shape {
     /// Takes the lock if it is free, twice: see [`heartbeat`].
     pub(crate) fn try_lock(self) -> String {
         let key = self.numbers("$1::pg_catalog.int8");
-        let once = format!("pg_catalog.pg_try_advisory_lock({key})");
+        let once = format!("pg_catalog.pg_try_advisory_lock{}({key})", self.suffix());
         format!("CASE WHEN {once} THEN {once} ELSE false END")
     }
 
     /// Waits for the lock, and takes it twice. The type of the function's result is `void`, which is the empty text.
     pub(crate) fn wait_for_lock(self) -> String {
-        let key = self.numbers("$1::pg_catalog.int8");
+        let (key, suffix) = (self.numbers("$1::pg_catalog.int8"), self.suffix());
         format!(
-            "CASE WHEN (pg_catalog.pg_advisory_lock({key}))::text = '' \
-             THEN pg_catalog.pg_try_advisory_lock({key}) ELSE false END"
+            "CASE WHEN (pg_catalog.pg_advisory_lock{suffix}({key}))::text = '' \
+             THEN pg_catalog.pg_try_advisory_lock{suffix}({key}) ELSE false END"
         )
     }
 
     /// Gives the lock back once; whether it was held.
     pub(crate) fn unlock(self, number: &str) -> String {
-        format!("pg_catalog.pg_advisory_unlock({})", self.numbers(number))
+        format!("pg_catalog.pg_advisory_unlock{}({})", self.suffix(), self.numbers(number))
     }
 
     /// Gives the lock back once and takes it again, which succeeds only if it was held: see [`heartbeat`].
     pub(crate) fn prove(self, number: &str) -> String {
         let (unlock, key) = (self.unlock(number), self.numbers(number));
-        format!("CASE WHEN {unlock} THEN pg_catalog.pg_try_advisory_lock({key}) ELSE false END")
+        let suffix = self.suffix();
+        format!("CASE WHEN {unlock} THEN pg_catalog.pg_try_advisory_lock{suffix}({key}) ELSE false END")
+    }
+
+    /// What the names of the functions end with.
+    fn suffix(self) -> &'static str {
+        if self.shared { "_shared" } else { "" }
     }
 
     /// What the prepared statements of this shape are called.
     pub(crate) fn name(self) -> String {
-        let Self { pair, catalog } = self;
-        [(pair, "_pair"), (catalog, "_row")].iter().filter(|(is, _)| *is).map(|(_, name)| *name).collect()
+        let Self { pair, catalog, shared } = self;
+        let parts = [(pair, "_pair"), (catalog, "_row"), (shared, "_shared")];
+        parts.iter().filter(|(is, _)| *is).map(|(_, name)| *name).collect()
     }
 
     /// The fence lock: an advisory lock that a fenced transaction shares, and that a term takes for itself for a moment at its beginning.
@@ -121,6 +132,22 @@ impl Shape {
     /// That a key of the application's has this number is as unlikely as that two names have one hash.
     pub(crate) fn fence_lock(self) -> String {
         self.numbers(&format!("$1::pg_catalog.int8 OPERATOR(pg_catalog.#) {FENCE_LOCK}::pg_catalog.int8"))
+    }
+
+    /// The turnstile: an advisory lock that whoever has waited in vain for a slice has for itself until it is granted the lock, and
+    /// that everybody passes who begins to wait. At the end of a slice a session leaves the server's queue, and others that came
+    /// later would overtake it: readers that share the lock, without end.
+    pub(crate) fn turnstile(self) -> String {
+        self.numbers(&format!("$1::pg_catalog.int8 OPERATOR(pg_catalog.#) {TURNSTILE}::pg_catalog.int8"))
+    }
+
+    /// Whether nobody has the turnstile, who would have to be let go first.
+    pub(crate) fn pass_turnstile(self) -> String {
+        let turnstile = self.turnstile();
+        format!(
+            "CASE WHEN pg_catalog.pg_try_advisory_lock_shared({turnstile}) \
+             THEN pg_catalog.pg_advisory_unlock_shared({turnstile}) ELSE false END"
+        )
     }
 }
 
@@ -138,6 +165,9 @@ macro_rules! era {
 /// "dsync ga" in ASCII, of no meaning. The function `fence` of the catalog has it, too.
 const FENCE_LOCK: i64 = 0x6473_796e_6320_6761;
 
+/// "dsync tu" in ASCII, of no meaning.
+pub(crate) const TURNSTILE: i64 = 0x6473_796e_6320_7475;
+
 use era;
 
 #[cfg(test)]
@@ -147,5 +177,6 @@ mod tests {
     #[test]
     fn the_function_of_the_catalog_shares_the_fence_lock() {
         assert!(CATALOG.contains(&format!("of_id # {FENCE_LOCK};")));
+        assert!(CATALOG.contains(&format!("THEN {TURNSTILE} ELSE")));
     }
 }

@@ -10,8 +10,7 @@
 //! it). The answer is set by the statement that waits, as one more column of it: what is planned after the grant is what
 //! makes a hand-over slow.
 
-use crate::pg::sql::Entry;
-use crate::pg::sql::{Shape, Verb};
+use crate::pg::sql::{Entry, Place, Shape, Verb, statement_with};
 
 /// What came of a slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,33 +19,38 @@ pub(crate) enum Told {
     Over,
     /// The lock is held, and so is the row, if there is a catalog: the token.
     Granted { token: Option<i64> },
+    /// The session has the turnstile, or had the lock before.
+    At(Place),
     /// There is no token, for a reason that the plain statement tells.
     Nothing,
 }
 
 const OVER: &str = "over";
-const WITHOUT_TOKEN: &str = "granted";
+/// The answer where there is no catalog.
+pub(super) const WITHOUT_TOKEN: &str = "granted";
 
-/// Prepares `statement`, which is that of `verb`: [`Verb::Queue`] or [`Verb::QueueAgain`]. To be run once in a session.
+/// Prepares the statement of `verb`: [`Verb::Queue`], [`Verb::QueueAgain`] or [`Verb::Turnstile`]. To be run once in a session.
 ///
 /// So nothing of it is planned while somebody waits. And a server that logs long waits logs the name of the statement with
 /// each, and not its text twice.
-pub(crate) fn preparation(verb: Verb, shape: Shape, statement: &str) -> String {
-    let (token, types) = match (shape.catalog, verb) {
-        (false, _) => (format!("'{WITHOUT_TOKEN}'"), "int8"),
-        (true, Verb::QueueAgain) => ("lock.token::text".to_owned(), "int8, text, text, bytea"),
-        (true, _) => {
-            ("coalesce((SELECT token FROM term)::text, '')".to_owned(), "int8, text, text, text, text, bytea")
-        }
+pub(crate) fn preparation(verb: Verb, shape: Shape) -> String {
+    let types = match (shape.catalog, verb) {
+        (false, _) => "int8",
+        (true, Verb::QueueAgain(_)) => "int8, text, text, bytea",
+        (true, _) => "int8, text, text, text, text, bytea",
     };
-    format!(
-        "PREPARE {name} ({types}) AS {statement}, pg_catalog.set_config('dsync.answer', {token}, true)",
-        name = name(verb, shape)
-    )
+    let answer = |told: &str| format!(", pg_catalog.set_config('dsync.answer', {told}, true)");
+    let (name, statement) = (name(verb, shape), statement_with(verb, shape, &answer));
+    format!("PREPARE {name} ({types}) AS {statement}")
 }
 
 fn name(verb: Verb, shape: Shape) -> String {
-    format!("dsync_{}{}", if verb == Verb::QueueAgain { "again" } else { "queue" }, shape.name())
+    let (verb, place) = match verb {
+        Verb::QueueAgain(place) => ("again", place.name()),
+        Verb::Queue(place) => ("queue", place.name()),
+        _ => ("turnstile", ""),
+    };
+    format!("dsync_{verb}{}{place}", shape.name())
 }
 
 /// The message that runs a slice, for which there must have been a [`preparation`]. Its last row is the answer.
@@ -70,7 +74,7 @@ pub(crate) fn message(verb: Verb, shape: Shape, id: i64, entry: Option<&Entry>) 
     let id = "pg_catalog.current_setting('dsync.id')::pg_catalog.int8";
     let parameters = match (shape.catalog, verb) {
         (false, _) => id.to_owned(),
-        (true, Verb::QueueAgain) => format!("{id}, {NAMES}"),
+        (true, Verb::QueueAgain(_)) => format!("{id}, {NAMES}"),
         // Lease and name stand from the statement before.
         (true, _) => format!("{id}, '', '', {NAMES}"),
     };
@@ -93,7 +97,10 @@ pub(crate) fn told(answer: &str) -> Option<Told> {
         "" => Some(Told::Nothing),
         OVER => Some(Told::Over),
         WITHOUT_TOKEN => Some(Told::Granted { token: None }),
-        token => token.parse().ok().map(|token| Told::Granted { token: Some(token) }),
+        other => match Place::of_answer(other) {
+            Some(place) => Some(Told::At(place)),
+            None => other.parse().ok().map(|token| Told::Granted { token: Some(token) }),
+        },
     }
 }
 
@@ -121,9 +128,9 @@ mod tests {
     #[test]
     fn the_block_is_the_same_for_all_keys() {
         let message = |id, key: &str| {
-            let shape = Shape { pair: false, catalog: true };
+            let shape = Shape { pair: false, catalog: true, shared: false };
             let entry = Entry { namespace: "dsync".to_owned(), key: key.to_owned(), annotation: None };
-            let text = message(Verb::QueueAgain, shape, id, Some(&entry));
+            let text = message(Verb::QueueAgain(Place::Newcomer), shape, id, Some(&entry));
             text.split_once("DO ").unwrap().1.to_owned()
         };
         assert_eq!(message(1, "a"), message(2, "b"));
@@ -134,6 +141,8 @@ mod tests {
         assert_eq!(told("17"), Some(Told::Granted { token: Some(17) }));
         assert_eq!(told("granted"), Some(Told::Granted { token: None }));
         assert_eq!(told("over"), Some(Told::Over));
+        assert_eq!(told("front"), Some(Told::At(Place::Front)));
+        assert_eq!(told("within"), Some(Told::At(Place::Within)));
         assert_eq!(told(""), Some(Told::Nothing));
         assert_eq!(told("on"), None);
     }

@@ -84,7 +84,7 @@ fn lost(reason: LossReason) -> Option<Notice> {
 }
 
 fn dedicated() -> Lifecycle {
-    Lifecycle::dedicated(timing(), UNCERTAINTY_WINDOW, 1)
+    Lifecycle::dedicated(timing(), UNCERTAINTY_WINDOW, false, 1)
 }
 
 /// Gives the only claim's session an event; what is announced of the claim.
@@ -158,7 +158,7 @@ fn a_lock_that_is_free_is_had_renewed_and_given_back() {
 fn a_term_that_begins_fresh_has_its_first_heartbeat_before_it_where_the_wait_was_long() {
     let timing = Timing { begins_fresh: true, ..timing() };
     let after_a_wait_until = |now| {
-        let mut lifecycle = Lifecycle::dedicated(timing, UNCERTAINTY_WINDOW, 1);
+        let mut lifecycle = Lifecycle::dedicated(timing, UNCERTAINTY_WINDOW, false, 1);
         for event in [OPENED, BUSY] {
             lifecycle.handle(event, s(0));
         }
@@ -177,7 +177,7 @@ fn a_term_that_begins_fresh_has_its_first_heartbeat_before_it_where_the_wait_was
 /// manager's.
 fn heartbeats(late: Duration, delay: Duration) -> Vec<Time> {
     let timing = Timing { rhythm: Rhythm::of(HEARTBEAT, late), ..timing() };
-    let mut lifecycle = Lifecycle::dedicated(timing, UNCERTAINTY_WINDOW, 1);
+    let mut lifecycle = Lifecycle::dedicated(timing, UNCERTAINTY_WINDOW, false, 1);
     let mut now = delay;
     lifecycle.handle(OPENED, now);
     lifecycle.handle(of(0, ClaimEvent::Granted { sent: now }), now);
@@ -607,7 +607,7 @@ fn a_refusal_where_the_lock_is_held_leaves_it_uncertain() {
 
 /// The pauses of a session whose attempts fail at once, from when the first failed.
 fn pauses(seed: u64, patient: bool, outage: Duration) -> Vec<(Time, Duration)> {
-    let mut lifecycle = Lifecycle::dedicated(timing(), UNCERTAINTY_WINDOW, seed);
+    let mut lifecycle = Lifecycle::dedicated(timing(), UNCERTAINTY_WINDOW, false, seed);
     let begun = s(100);
     let (mut now, mut pauses) = (begun, Vec::new());
     while now < begun + outage {
