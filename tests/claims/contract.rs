@@ -338,6 +338,10 @@ impl<T> Outcome<T> {
     fn get(self) -> T {
         self.0.recv_timeout(PATIENCE).expect("the call ends in time and does not panic")
     }
+
+    fn is_ready(&self) -> bool {
+        !self.0.is_empty()
+    }
 }
 
 fn begin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Outcome<T> {
