@@ -44,9 +44,17 @@ const HOLD: Duration = Duration::from_millis(300);
 /// One that comes once, while many take and give back the lock the other way without end. How long it waited.
 fn one_among_many(config: &Config, many: usize, they_share: bool) -> Duration {
     let managers = [(); 4].map(|()| started(config.clone().wait_slice(SLICE).max_sessions(32)));
+    /// Ends the others however the test ends.
+    struct Over<'a>(&'a AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
     let over = AtomicBool::new(false);
     let holders = AtomicUsize::new(0);
     thread::scope(|scope| {
+        let ends = Over(&over);
         for number in 0..many {
             let (manager, over, holders) = (&managers[number % managers.len()], &over, &holders);
             scope.spawn(move || {
@@ -67,7 +75,7 @@ fn one_among_many(config: &Config, many: usize, they_share: bool) -> Duration {
         let begun = Instant::now();
         let guard = one.acquire(PATIENCE).unwrap();
         let waited = begun.elapsed();
-        over.store(true, Ordering::Relaxed);
+        drop(ends);
         guard.release().unwrap();
         waited
     })
@@ -226,6 +234,33 @@ fn readers_that_begin_at_once_after_a_writer_have_one_token() {
         assert!(tokens.iter().all(|token| *token == tokens[0]), "round {round}: {tokens:?}");
         assert!(guards.iter().all(|guard| passes(&mut client, guard.term())), "round {round}");
         assert_eq!(count(&mut client, "SELECT token FROM dsync.lock"), tokens[0], "round {round}");
+    }
+}
+
+/// It began to look at the row while that was readers', and waited for a writer's whole term.
+#[test]
+fn a_reader_that_has_waited_behind_a_writer_has_a_later_token() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    let managers = [(); 3].map(|()| started(config(&database)));
+    let waiters = || managers[0].inspect("x").unwrap().waiters.len();
+    // The sessions have served the key, so that the second round asks by other statements.
+    for round in 0..3 {
+        let reader = shared(&managers[0], "x").acquire(PATIENCE).unwrap();
+        let (writer, later) = (lock(&managers[1], "x"), shared(&managers[2], "x"));
+        let writing = begin(move || writer.acquire(PATIENCE));
+        eventually("the writer's place", || waiters() == 1);
+        let waiting = begin(move || later.acquire(PATIENCE));
+        eventually("the later one's place", || waiters() == 2);
+        let first = reader.term().token();
+        reader.release().unwrap();
+        let guard = writing.get().unwrap();
+        let written = guard.term().token();
+        guard.release().unwrap();
+        let later = waiting.get().unwrap();
+        assert!(first < written && written < later.term().token(), "round {round}");
+        assert!(passes(&mut client, later.term()), "round {round}");
+        later.release().unwrap();
     }
 }
 
