@@ -116,6 +116,9 @@ impl PostgresLock {
 
     /// The claim that goes on, or a new one. Waits for one that is ending, no longer than that takes or `context` allows.
     fn claim(&self, context: &Context) -> Result<ActiveClaim> {
+        if !self.has_claim.load(Relaxed) {
+            self.check_way()?;
+        }
         loop {
             let ending = {
                 let mut state = self.state.lock();
@@ -123,7 +126,6 @@ impl PostgresLock {
                     Some(active) if active.claim.is_ending() => Arc::clone(&active.claim),
                     Some(active) => return Ok(active.clone()),
                     None => {
-                        self.check_way()?;
                         let active = self.begin(&mut state, Span::UntilReleased, None)?;
                         state.claim = Some(active.clone());
                         self.has_claim.store(true, Relaxed);
@@ -138,8 +140,6 @@ impl PostgresLock {
     }
 
     /// Refuses a claim if this process has the lock the other way by another one, or this thread by a guard: it would wait for itself.
-    ///
-    /// The other lock's state is not looked at under this one's: another thread may be here for that one.
     fn check_way(&self) -> Result<()> {
         guard::check_way(self)?;
         let other = self.registry.claimed(&self.key.other_way());

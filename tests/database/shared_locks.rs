@@ -258,7 +258,10 @@ fn a_reader_that_has_waited_behind_a_writer_has_a_later_token() {
         let written = guard.term().token();
         guard.release().unwrap();
         let later = waiting.get().unwrap();
-        assert!(first < written && written < later.term().token(), "round {round}");
+        assert!(
+            first < written && written < later.term().token(),
+            "round {round}: {first:?} {written:?} {later:?}"
+        );
         assert!(passes(&mut client, later.term()), "round {round}");
         later.release().unwrap();
     }

@@ -19,7 +19,7 @@ use crate::pg::session::machine::{self as session, Time, misplaced};
 ///                   ▼                                                      │
 ///                 Held ⟲ the lease was renewed                             │
 ///
-///   release: Confirming, Held ──► Unlocking ──► Ended
+///   release: Confirming, Held ──► Unlocking ──► Ended; of a shared lock, after a loss, by way of Settling
 ///            Queueing ──► Settling ──► Ended
 ///            SessionClosing, or the session is lost meanwhile ──► Leaving ── closed ──► Ended
 ///            WantingSession, Trying ──► Ended
@@ -201,6 +201,11 @@ impl Machine {
                 Effects { notice: Some(Notice::Failed), session: Some(session::Event::Refused { patient }) }
             }
 
+            // A lost session of the claim's may share the lock still: whoever settles asks for it.
+            (State::Unlocking, Event::Unlocked { held: true }) if now < self.uncertain_until => {
+                self.state = State::Settling { then: Next::End };
+                Effects::NONE
+            }
             (State::Unlocking, Event::Unlocked { held }) => {
                 self.end(if held { End::Released } else { End::NotHeld })
             }

@@ -209,7 +209,7 @@ fn take_unknown(
                 "known AS MATERIALIZED ( \
                      SELECT lock.token FROM attempt, {row} AND attempt.granted AND {era} \
                      AND lock.namespace = $4::text AND lock.key = $5::text AND lock.readers = lock.token \
-                     FOR KEY SHARE OF lock), ",
+                     FOR SHARE OF lock), ",
                 era = era!()
             ),
             (", readers", ", readers = excluded.readers"),
@@ -303,8 +303,8 @@ fn take_known(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> String) -> String
 ///
 /// Since the row became theirs no writer's term has begun, so this reader's may have the same token: a fence compares it with the row's. And no
 /// fenced transaction of a writer's can be open: whoever made it theirs has waited for them. This statement began to look before it was granted
-/// the lock; `FOR KEY SHARE` looks at the row as it is then, and tries the condition once more if it has been written since. It is in
-/// nobody's way but that of who deletes the row.
+/// the lock; `FOR SHARE` looks at the row as it is then, and tries the condition once more if it has been written since (`FOR KEY SHARE` would
+/// not, since no key was changed). It is in nobody's way: only a writer's term writes the row, which cannot begin now.
 fn share_known(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> String) -> String {
     let (taken, left) = match verb {
         Verb::QueueAgain(place) => {
@@ -317,7 +317,7 @@ fn share_known(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> String) -> Strin
              SELECT lock.token FROM dsync.lock AS lock WHERE lock.id = $1::int8 AND lock.pair = {pair} AND $4::bytea IS NULL \
              AND CASE WHEN lock.namespace <> $2::text OR lock.key <> $3::text THEN false \
                       {taken} THEN coalesce(lock.readers = lock.token, false) ELSE false END \
-             FOR KEY SHARE OF lock) \
+             FOR SHARE OF lock) \
          SELECT term.token{left}{told} FROM term",
         pair = shape.pair,
         told = told("term.token::text")

@@ -154,6 +154,33 @@ fn a_lock_that_is_free_is_had_renewed_and_given_back() {
     assert_eq!(lifecycle.action(), finish(End::Released));
 }
 
+/// A grant of a shared lock does not show that no lost session has it.
+#[test]
+fn a_shared_lock_is_given_back_when_no_lost_session_has_it_either() {
+    for (shares, clear) in [(false, true), (true, true), (true, false)] {
+        let mut lifecycle = Lifecycle::dedicated(timing(), UNCERTAINTY_WINDOW, shares, 1);
+        for event in [OPENED, granted(0), TERMINATED, Event::Session(session::Event::Closed { gone: false })]
+        {
+            tell(&mut lifecycle, event, s(0));
+        }
+        while lifecycle.action() != TRY {
+            let event = if lifecycle.action() == OPEN { OPENED } else { TIME_PASSED };
+            tell(&mut lifecycle, event, s(1));
+        }
+        for event in [granted(1), RELEASE] {
+            tell(&mut lifecycle, event, s(1));
+        }
+        assert_eq!(lifecycle.action(), UNLOCK);
+        tell(&mut lifecycle, UNLOCKED, s(1));
+        if shares {
+            assert_eq!(lifecycle.action(), Action::Claim(0, claim::Action::Settle));
+            tell(&mut lifecycle, Event::Claim(0, claim::Event::Settled { clear }), s(1));
+        }
+        let end = if clear { End::Released } else { End::Unconfirmed };
+        assert_eq!(lifecycle.action(), finish(end), "{shares} {clear}");
+    }
+}
+
 #[test]
 fn a_term_that_begins_fresh_has_its_first_heartbeat_before_it_where_the_wait_was_long() {
     let timing = Timing { begins_fresh: true, ..timing() };
