@@ -19,6 +19,8 @@ use kit::{Bench, Contender, Place, Plan, Row, Series, Target, interleave_list, m
 /// Keys of the driver by hand.
 const KEY: i64 = 4711;
 const KEY_WITH_ROW: i64 = 4712;
+/// That of readers, with a row.
+const SHARED_KEY: i64 = 4716;
 /// Those of a set.
 const SET: RangeInclusive<i64> = 4713..=4715;
 
@@ -135,6 +137,7 @@ fn measure(bench: &mut Bench, place: Place) {
     pairs(bench, place, &database.url());
     tries(bench, place, &database.url());
     if place == Place::OneProcessor {
+        readers(bench, place, &database.url());
         sets(bench, place, &database.url());
     }
     transactions(bench, place, &database.url());
@@ -225,6 +228,34 @@ fn tries(bench: &mut Bench, place: Place, url: &str) {
     for (mode, [ours]) in ours.iter().enumerate() {
         let what = place.name(&format!("try_acquire of a busy lock, {}", NAMES[mode]));
         bench.row(Row::compared(what, "µs", floor, ours, None));
+    }
+}
+
+/// A lock that others might share.
+fn readers(bench: &mut Bench, place: Place, url: &str) {
+    let plan = bench.choose(
+        Plan { repetitions: 7, rounds: 1_000, warm_up: 200 },
+        Plan { repetitions: 3, rounds: 50, warm_up: 20 },
+    );
+    let managers = managers(url);
+    let by_hand =
+        |name, mut raw: Raw, key: i64| Contender::new(name, move || [micros(time(|| raw.pair(key)))]);
+    let mut contenders = vec![
+        by_hand(raw::NAME, Raw::shared(url), KEY),
+        by_hand(raw::NAME_WITH_ROW, Raw::shared_with_row(url, SHARED_KEY), SHARED_KEY),
+    ];
+    contenders.extend(managers.each_ref().map(|manager| {
+        let lock = manager.shared_lock("bench").expect("a lock");
+        Contender::new("dsync", move || {
+            [micros(time(|| lock.acquire(PATIENCE).expect("the lock").release().expect("the release")))]
+        })
+    }));
+    let series = interleave_list(plan, contenders);
+    let (floors, ours) = series.split_at(MODES.len());
+    bench.heading(&place.heading("shared lock: acquire and release, nobody else there"));
+    for (mode, [ours]) in ours.iter().enumerate() {
+        let what = place.name(&format!("shared lock: acquire + release, {}", NAMES[mode]));
+        bench.row(Row::compared(what, "µs", &floors[mode][0], ours, None));
     }
 }
 

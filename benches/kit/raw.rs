@@ -20,6 +20,12 @@ pub(crate) const LOCK_WITH_ROW: &str = "UPDATE dsync.lock SET token = nextval('d
      WHERE id = $1 AND NOT pair AND (pg_advisory_lock($1))::text = '' RETURNING token";
 const UNLOCK: &str = "SELECT pg_advisory_unlock($1)";
 
+const LOCK_SHARED: &str = "SELECT pg_advisory_lock_shared($1)";
+/// The least that gives a reader the token of the key's row, as it is after the grant.
+const LOCK_SHARED_WITH_ROW: &str = "SELECT token FROM dsync.lock \
+     WHERE id = $1 AND NOT pair AND (pg_advisory_lock_shared($1))::text = '' FOR SHARE";
+const UNLOCK_SHARED: &str = "SELECT pg_advisory_unlock_shared($1)";
+
 /// Where others want the lock too. Who has waited for it finds the row written meanwhile, so the server tries the condition
 /// on the new version of the row, and takes the lock once more.
 const UNLOCK_ALL: &str = "SELECT pg_advisory_unlock($1), pg_advisory_unlock_all()";
@@ -51,6 +57,16 @@ impl Raw {
     /// library's, whose rows look different.
     pub(crate) fn with_rows(url: &str, keys: RangeInclusive<i64>) -> Self {
         Self::prepare(connect_for_rows(url, keys), LOCK_WITH_ROW, UNLOCK_ALL)
+    }
+
+    /// One that shares its locks.
+    pub(crate) fn shared(url: &str) -> Self {
+        Self::prepare(connect(url), LOCK_SHARED, UNLOCK_SHARED)
+    }
+
+    /// As `shared`; it reads the token of the row of the `key`. The catalog must be there.
+    pub(crate) fn shared_with_row(url: &str, key: i64) -> Self {
+        Self::prepare(connect_for_rows(url, key..=key), LOCK_SHARED_WITH_ROW, UNLOCK_SHARED)
     }
 
     fn prepare(mut client: Client, lock: &str, unlock: &str) -> Self {

@@ -238,7 +238,9 @@ impl Session {
         let (shape, place) = (request.shape(), self.memory.place);
         for verb in [Verb::QueueAgain(place), Verb::Queue(place)] {
             let id = request.key.id();
-            let Some(told) = self.run_quietly(verb, shape, id, request.entry.as_ref(), by)? else { break };
+            let Some(told) = self.run_quietly(verb, shape, id, request.entry.as_ref(), by)? else {
+                return self.queue_plainly(request, by);
+            };
             match told {
                 Told::Over => return Ok(Answer::NotGranted),
                 Told::Granted { token } => {
@@ -250,7 +252,7 @@ impl Session {
                 Told::At(_) => return Err(Failure::Lost { reason: LossReason::ServerError, cause: None }),
             }
         }
-        self.queue_plainly(request, by)
+        self.take_unknown(Verb::Queue(place), request, by)
     }
 
     /// What a slice says whose end the server does not log; `None` if the server does not know such slices.
