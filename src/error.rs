@@ -175,11 +175,11 @@ impl Error {
     /// The caller has the lock already, as a guard of this thread or a claim of this process: the other way than `wants_shared`.
     pub(crate) fn would_deadlock(key: &str, who: &str, wants_shared: bool) -> Self {
         let text = if wants_shared {
-            format!("{who} has {key:?} for itself and would wait for itself to share it; give it back first")
+            format!("{who} has {key:?} alone; release it before you ask to share the lock")
         } else {
             format!(
-                "{who} shares {key:?} and would wait for itself to have it alone; give it back first, and look again at what was \
-                 read, since a writer may come in between"
+                "{who} shares {key:?}; release it before you ask for the lock alone, and look again at what was read, since a writer \
+                 may come in between"
             )
         };
         Self::new(ErrorKind::WouldDeadlock, text)

@@ -264,7 +264,12 @@ impl LockGuard {
             match Self::begin(lock, turn, (!tries_once).then_some(context), begun, has_others) {
                 // The one attempt of a context that had ended.
                 Err(error) if error.kind() == ErrorKind::LockUnavailable => {
-                    Err(Error::new(ErrorKind::TimedOut, format!("another session holds {:?}", lock.key())))
+                    let who = if lock.is_shared() {
+                        "a writer has, or waits for,"
+                    } else {
+                        "another session holds"
+                    };
+                    Err(Error::new(ErrorKind::TimedOut, format!("{who} {:?}", lock.key())))
                 }
                 outcome => outcome,
             }
