@@ -42,7 +42,7 @@ pub struct Error {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// Another session holds the lock. Without a guard, the claim goes on in the background until it is released.
+    /// Another session holds the lock, or it is wanted to be shared and a writer waits for it. Without a guard, the claim goes on in the background until it is released.
     LockUnavailable,
     /// The context's deadline came first. Without a guard, the claim goes on in the background until it is released.
     TimedOut,
@@ -71,8 +71,8 @@ pub enum ErrorKind {
     InvalidKey,
     /// A setting cannot work.
     InvalidConfig,
-    /// The caller would wait for itself: it shares the lock and wants it for itself, or has it for itself and wants to share it. Give back the
-    /// one before asking for the other.
+    /// The caller would wait for itself: it shares the lock and wants it alone, or has it alone and wants to share it. Release the
+    /// one before asking for the other: see [`shared_lock`](crate::PostgresManager::shared_lock).
     WouldDeadlock,
     /// The lock or manager was made in another process, before a `fork`. See
     /// [`PostgresManager`](crate::PostgresManager#forks).

@@ -154,8 +154,8 @@ impl Term {
     /// is on. What [`CatalogMode`](crate::CatalogMode) says of trust is not looked at once more here. Rolling back to a
     /// savepoint from before the fence takes the fence away. It takes one round trip.
     ///
-    /// While the transaction is open the next holder waits. So that a frozen process cannot keep it waiting for ever, the
-    /// server is told to end the transaction's session when it pauses for longer than the lease between two statements
+    /// While the transaction is open the next holder waits that does not share the lock. So that a frozen process cannot keep it
+    /// waiting for ever, the server is told to end the transaction's session when it pauses for longer than the lease between two statements
     /// (`idle_in_transaction_session_timeout`, for this transaction only; a shorter one stays as it is). A statement that
     /// runs long holds the next holder up for as long: bound it with `statement_timeout`. A transaction that is prepared
     /// (`PREPARE TRANSACTION`) holds it up without a bound, until it is committed or rolled back.
