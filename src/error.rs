@@ -42,7 +42,7 @@ pub struct Error {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// Another session holds the lock. Without a guard, the claim goes on in the background until it is released.
+    /// Another session holds the lock, or it is wanted to be shared and a writer waits for it. Without a guard, the claim goes on in the background until it is released.
     LockUnavailable,
     /// The context's deadline came first. Without a guard, the claim goes on in the background until it is released.
     TimedOut,
@@ -71,8 +71,8 @@ pub enum ErrorKind {
     InvalidKey,
     /// A setting cannot work.
     InvalidConfig,
-    /// The caller would wait for itself: it shares the lock and wants it for itself, or has it for itself and wants to share it. Give back the
-    /// one before asking for the other.
+    /// The caller would wait for itself: it shares the lock and wants it alone, or has it alone and wants to share it. Release the
+    /// one before asking for the other: see [`shared_lock`](crate::PostgresManager::shared_lock).
     WouldDeadlock,
     /// The lock or manager was made in another process, before a `fork`. See
     /// [`PostgresManager`](crate::PostgresManager#forks).
@@ -175,11 +175,11 @@ impl Error {
     /// The caller has the lock already, as a guard of this thread or a claim of this process: the other way than `wants_shared`.
     pub(crate) fn would_deadlock(key: &str, who: &str, wants_shared: bool) -> Self {
         let text = if wants_shared {
-            format!("{who} has {key:?} for itself and would wait for itself to share it; give it back first")
+            format!("{who} has {key:?} alone; release it before you ask to share the lock")
         } else {
             format!(
-                "{who} shares {key:?} and would wait for itself to have it alone; give it back first, and look again at what was \
-                 read, since a writer may come in between"
+                "{who} shares {key:?}; release it before you ask for the lock alone, and look again at what was read, since a writer \
+                 may come in between"
             )
         };
         Self::new(ErrorKind::WouldDeadlock, text)

@@ -172,9 +172,10 @@ pub(crate) fn check_way<L: Lock + ?Sized>(lock: &L) -> Result<()> {
 /// Made by `acquire` and [`try_acquire`](Lock::try_acquire) of a [`Lock`]. Bind it to a name: `let _ = …` would release at
 /// once.
 ///
-/// - It excludes the other threads of this process, too, unless the lock is [shared](crate::PostgresManager::shared_lock). They take turns,
-///   first come, first served, each with a term and a token of its own, and other processes are served in between. All that wait use
-///   one session of the server.
+/// - It excludes the other threads of this process, too. They take turns, first come, first served, each with a term and a
+///   token of its own, and other processes are served in between. All that wait use one session of the server.
+/// - If the lock is [shared](crate::PostgresManager::shared_lock), it excludes those only who want the lock alone. Each guard has a term and a
+///   session of its own then, and one token with the others. All that wait in this process use one session beside those.
 /// - It is one term. When that is [lost](Self::lost), it does not come back, [`release`](Self::release) says so, and others
 ///   may have the lock: a guard does not make the lock safe to lose, so watch the channel.
 /// - It ends its own term and nothing else: no other guard's, and no claim of [`Lock::lock`].
@@ -227,9 +228,12 @@ impl LockGuard {
                     format!("the thread whose turn it is at {key:?} finds no session; raise max_sessions");
                 return Error::new(kind, text);
             }
+            let held_by = match lock.is_shared() {
+                true => "for which another thread of this process waits that came before",
+                false => "which a guard of another thread of this process holds, or one of this thread",
+            };
             let text = format!(
-                "waited {waited:.1?} for lock {key:?}, which a guard of another thread of this process holds, or one of this thread; a \
-                 thread must drop its guard before it takes a second one"
+                "waited {waited:.1?} for lock {key:?}, {held_by}; a thread must drop its guard before it takes a second one"
             );
             Error::new(kind, text)
         };
@@ -260,7 +264,12 @@ impl LockGuard {
             match Self::begin(lock, turn, (!tries_once).then_some(context), begun, has_others) {
                 // The one attempt of a context that had ended.
                 Err(error) if error.kind() == ErrorKind::LockUnavailable => {
-                    Err(Error::new(ErrorKind::TimedOut, format!("another session holds {:?}", lock.key())))
+                    let who = if lock.is_shared() {
+                        "a writer has, or waits for,"
+                    } else {
+                        "another session holds"
+                    };
+                    Err(Error::new(ErrorKind::TimedOut, format!("{who} {:?}", lock.key())))
                 }
                 outcome => outcome,
             }

@@ -9,8 +9,8 @@ use crate::error::{Error, ErrorKind, Result};
 /// What identifies a lock.
 ///
 /// Most locks are named: `"billing/invoice-run".into()`. A number, or a pair of 32-bit numbers, is used as the advisory
-/// lock key as it stands, to share a lock with an application that calls `pg_advisory_lock` itself. A name and a number
-/// are different keys even where they look alike.
+/// lock key as it stands, to have a lock in common with an application that calls `pg_advisory_lock` itself, or
+/// `pg_advisory_lock_shared`. A name and a number are different keys even where they look alike.
 ///
 /// # From a name to a number
 ///

@@ -14,7 +14,7 @@ use crate::sync::Mutex;
 /// The threads of this process that want a guard of one lock, or a slot of one pool. Of those that want a lock the first takes part at
 /// the server, with one session; the others wait here.
 ///
-/// The turn ends with the guard, and also with the guard's term: a term that was lost excludes nobody.
+/// The turn ends with the guard, and also with the guard's term: a term that was lost excludes nobody. Of a shared lock it ends with the grant.
 #[derive(Debug, Default)]
 pub struct LocalQueue(Mutex<State>);
 

@@ -15,7 +15,10 @@ use crate::once::{self, Once, Period, Run};
 use crate::term::Term;
 use crate::view::Holder;
 
-/// A distributed lock, shared by all processes that use the same key on the same database.
+/// A distributed lock: one for all processes that use the same key on the same database.
+///
+/// One of them has it at a time, or many do that [share](crate::PostgresManager::shared_lock) it. What is said here goes for both where it
+/// does not name shared locks.
 ///
 /// Most code needs `acquire` and [`try_acquire`](Self::try_acquire) only, which give a [`LockGuard`]:
 ///
@@ -44,7 +47,8 @@ use crate::view::Holder;
 ///
 /// A claim belongs to the manager, not to the handle: dropping the handle does not end it, and asking the manager for
 /// the same key finds it again. Beside a claim, guards of the same lock are as those of another process: they wait for the
-/// claim's term to end, and a claim waits for theirs.
+/// claim's term to end, and a claim waits for theirs; of a shared lock they have terms at the same time. A manager has a claim of
+/// a key one way, shared or not, and refuses one the other way with [`WouldDeadlock`](ErrorKind::WouldDeadlock).
 ///
 /// # Safety under failure
 ///
@@ -55,7 +59,7 @@ use crate::view::Holder;
 ///
 /// All methods may be called from any thread. The lock is held by the *process*, not by a thread: `lock` on a lock that
 /// is held returns at once, in any thread, and one `release` ends the claim for all of them. Coordinating threads of one
-/// process is the application's task; or that of guards, which exclude threads too.
+/// process is the application's task; or that of guards, which exclude threads too, unless the lock is shared.
 ///
 /// This library alone implements it, so that it can grow.
 pub trait Lock: Guarded + Send + Sync + fmt::Debug {
@@ -63,8 +67,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     fn key(&self) -> &str;
 
     /// Gives a guard if the lock is free now, and `None` if another session, or another thread of this process, has it or waits
-    /// for it here. It makes one attempt, with the time that an attempt has (`connect_timeout` and `heartbeat_timeout`
-    /// together at the most), and leaves nothing behind if that fails.
+    /// for it here. A shared lock is free for those who share it if no writer has it or waits for it. It makes one attempt, with the time
+    /// that an attempt has (`connect_timeout` and `heartbeat_timeout` together at the most), and leaves nothing behind if that fails.
     ///
     /// # Errors
     /// Those of `acquire` but for `TimedOut` and `Cancelled`; [`SessionUnavailable`](ErrorKind::SessionUnavailable) also where the server
@@ -102,6 +106,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// - [`Released`](ErrorKind::Released): another thread released the claim.
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped).
     /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): no thread could be started for the claim.
+    /// - [`WouldDeadlock`](ErrorKind::WouldDeadlock): this manager has a claim of the key the other way, shared or not, or this thread has taken
+    ///   a guard of it that way. No claim has begun.
     /// - [`OtherProcess`](ErrorKind::OtherProcess): the lock was made before a `fork`, by the parent process.
     fn lock(&self, context: &Context) -> Result<()>;
 
@@ -116,7 +122,7 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// Those of `lock`, and
-    /// - [`LockUnavailable`](ErrorKind::LockUnavailable): another session holds the lock.
+    /// - [`LockUnavailable`](ErrorKind::LockUnavailable): another session holds the lock; or the lock is shared, and a writer holds it or waits for it.
     /// - [`SessionRefused`](ErrorKind::SessionRefused): trying again will not help: wrong password, missing database or
     ///   rights, a standby, a transaction pooler.
     /// - [`PoolExhausted`](ErrorKind::PoolExhausted): the manager has no session left for this claim.
@@ -150,8 +156,9 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// [`term`](LockGuard::term) of its own.
     fn term(&self) -> Option<Term>;
 
-    /// Who has the lock now, in whichever process: that of this handle's own term, another's, or `None` if nobody has it. It is news
-    /// of the past when it arrives: show it to people, and decide nothing by it.
+    /// Who has the lock now, in whichever process: that of this handle's own term, another's, or `None` if nobody has it. Of several that share
+    /// it, it is the first; [`inspect`](crate::PostgresManager::inspect) shows them all. It is news of the past when it arrives: show it to
+    /// people, and decide nothing by it.
     ///
     /// It takes one round trip on a session of the pool. If the server does not answer, it takes up to `connect_timeout` (three
     /// times that, for the manager's first session) plus the heartbeat timeout.
@@ -172,7 +179,7 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// Those of `holder`, and [`InvalidConfig`](ErrorKind::InvalidConfig): this manager does without the catalog, or this lock without
-    /// a token.
+    /// a token, or this is the lock that others may share, by which nobody leads.
     ///
     /// ```
     /// # use dsync::{MemoryManager, SyncManager};
@@ -190,10 +197,13 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// holder's work goes on, unless it heeds its lost channel.
     ///
     /// A holder of this library hears of it as [`Terminated`](crate::LossReason::Terminated), and its fenced writes are refused from the
-    /// next term on. A guard is over then, and so is a leader's term; a claim acquires the lock again when its turn comes, behind those that wait. What
-    /// else the session does is ended with it: where an application's own session has the lock, that is its transaction. Of several
-    /// sessions that share the lock it ends one; the view `dsync.locks` shows them all. Do not call it until it gives `None`: one that has
-    /// waited, and has got the lock meanwhile, would lose it too.
+    /// next term on that it does not share. A guard is over then, and so is a leader's term; a claim acquires the lock again when its turn comes,
+    /// behind those that wait. What else the session does is ended with it: where an application's own session has the lock, that is its
+    /// transaction.
+    ///
+    /// Of several sessions that share the lock it ends the first, whichever handle it is called on, and a writer waits for the others;
+    /// [`inspect`](crate::PostgresManager::inspect) and the view `dsync.locks` show them all. Do not call it until it gives `None`: one that
+    /// has waited, and has got the lock meanwhile, would lose it too.
     ///
     /// It takes some round trips on a session of the pool, and waits for the end of the holder's session for up to half the heartbeat timeout. If the
     /// server does not answer, it takes as long as [`holder`](Self::holder).
@@ -242,7 +252,8 @@ impl dyn Lock + '_ {
     /// Waits for the lock, and gives a guard of it: for a [`Duration`](std::time::Duration), until an
     /// [`Instant`](std::time::Instant), or as a [`Context`] says. A time of zero, or one that has passed before the call, means
     /// *try once*: the call makes one attempt, with the time that one of [`try_acquire`](Lock::try_acquire) has. A thread that has
-    /// a guard of this lock and wants a second one waits for itself.
+    /// a guard of this lock and wants a second one waits for itself; of a shared lock it does where a writer waits, behind which the second one
+    /// comes.
     ///
     /// An attempt that fails leaves nothing behind, and disturbs no other guard or claim. Where the server has to be told of that,
     /// it takes up to the release timeout longer.
@@ -251,6 +262,8 @@ impl dyn Lock + '_ {
     /// - [`TimedOut`](ErrorKind::TimedOut), [`Cancelled`](ErrorKind::Cancelled): the context ended first; the last problem
     ///   on the way, if any, is the source.
     /// - [`Lost`](ErrorKind::Lost): the lock was had, and lost before this call returned.
+    /// - [`WouldDeadlock`](ErrorKind::WouldDeadlock): this thread has taken a guard of the key the other way, shared or not, and that guard is
+    ///   there still.
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped), [`OtherProcess`](ErrorKind::OtherProcess).
     /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): no thread could be started for the claim.
     /// - If it tries once, also [`SessionRefused`](ErrorKind::SessionRefused), [`PoolExhausted`](ErrorKind::PoolExhausted) and
@@ -354,8 +367,8 @@ impl dyn Lock + '_ {
     ///
     /// # Errors
     /// Those of `work`, as they are; nothing is recorded then, but what `Run::record` has. Errors of the library come as the same `E`, by `E: From<Error>`:
-    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): this manager does without the catalog, or this lock without a token; or the period
-    ///   cannot be. The work was not done.
+    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): this manager does without the catalog, or this lock without a token; or others may share
+    ///   it; or the period cannot be. The work was not done.
     /// - Those of `acquire`, but for another holder; [`SessionUnavailable`](ErrorKind::SessionUnavailable),
     ///   [`PoolExhausted`](ErrorKind::PoolExhausted), [`SessionRefused`](ErrorKind::SessionRefused): the server could not be asked whether the
     ///   work is due, or told that it is done; the text says which.
@@ -424,7 +437,8 @@ pub fn json_valuer(value: &(impl Serialize + ?Sized)) -> Result<LockValuer> {
     Ok(Arc::new(move || bytes.clone()))
 }
 
-/// What can be said about a lock when its handle is first made. Ignored where the handle exists already.
+/// What can be said about a lock when its handle is first made. Ignored where the handle exists already, but for
+/// [`shared`](Self::shared), which says which of two handles is meant.
 #[derive(Clone, Default)]
 #[must_use]
 #[non_exhaustive]
@@ -445,7 +459,7 @@ impl LockOptions {
 
     /// Does without fencing token, annotation and row of the catalog, which saves the server a third to a half of the work of a
     /// lock. Such a lock excludes others as any does. But [`Term::fence`] fails, `dsync.locks` shows a number for it and no name,
-    /// and nobody notices if another key has the same hash. Use it for all holders of a key or for none: a term without token does
+    /// and nobody notices if another key has the same hash. Use it for all holders of a key, readers and writers, or for none: a term without token does
     /// not wait for the fenced transactions of an earlier term, and these do not notice it.
     pub fn without_token(mut self) -> Self {
         self.without_token = true;
@@ -466,8 +480,20 @@ impl LockOptions {
         self
     }
 
-    /// Others may share the lock: see [`shared_lock`](crate::PostgresManager::shared_lock). A shared lock and the one that is not are two
-    /// handles, each with options of its own. The valuer of a shared lock is not called.
+    /// Others may share the lock: see [`shared_lock`](crate::PostgresManager::shared_lock). The lock of a key that others may share, and the one
+    /// that is had alone, are two handles, each with options of its own. The valuer of a shared lock is not called.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use dsync::{LockOptions, MemoryManager, SyncManager};
+    ///
+    /// # let manager = MemoryManager::new();
+    /// # manager.start()?;
+    /// let options = LockOptions::new().shared().grace(Duration::from_secs(5));
+    /// let reader = manager.lock_with("prices", options)?.acquire(Duration::from_secs(10))?;
+    /// assert!(reader.is_held());
+    /// # Ok::<(), dsync::Error>(())
+    /// ```
     pub fn shared(mut self) -> Self {
         self.shared = true;
         self

@@ -26,7 +26,7 @@ macro_rules! conveniences {
         }
 
         /// As `lock`, with options. They count when the handle is made: where there is one with this key, they
-        /// are ignored.
+        /// are ignored. But [`shared`](crate::LockOptions::shared) always counts: it says which of two handles is meant.
         ///
         /// # Errors
         /// As [`lock_with_key`](crate::SyncManager::lock_with_key).
@@ -34,26 +34,29 @@ macro_rules! conveniences {
             self.lock_with_key(key.into(), options)
         }
 
-        /// The lock with this key that others may share: readers, who take it by this handle, have it together; who takes it by
-        /// [`lock`](Self::lock), a writer, has it alone.
+        /// The lock with this key that others may share. Readers, who take it by this handle, have it together; a writer, who takes it by `lock`,
+        /// has it alone.
         ///
-        /// All that a [`Lock`](crate::Lock) does it does, for a lock that is shared: guards and claims, loss, fence, deadlines. It has options of its own: for
-        /// those, and with a manager of one's own kind, call [`lock_with`](Self::lock_with) and
-        /// [`LockOptions::shared`](crate::LockOptions::shared). Each guard has a session of the server for itself, also those of one process, so
+        /// The handle does all that a [`Lock`](crate::Lock) does: guards and claims, loss, lease, fence, deadlines. It is another one than that of
+        /// `lock`, with options of its own: to give some, call `lock_with` with [`LockOptions::shared`](crate::LockOptions::shared). Each
+        /// reader has a session of the server for itself, also where several are in one process, so
         /// [`max_sessions`](crate::Config::max_sessions) bounds the readers of a process.
         ///
-        /// Who waits is served in the order in which they came, readers and writers alike: a reader that comes while a writer waits, waits
-        /// behind it, and `try_acquire` gives `None` then. So neither starves the other, however long they hold the lock. Those that wait
-        /// longer than a [slice](crate::Config::wait_slice) may be overtaken once, by who came in the same slice.
+        /// First come, first served, readers and writers alike: a reader that comes while a writer waits, waits behind it, and `try_acquire` gives
+        /// `None` then. So neither starves the other, however long they hold the lock. Who waits for longer than a
+        /// [slice](crate::Config::wait_slice), 5 s by default, may be overtaken once, by those who came in the same slice. Locks of an
+        /// application's own do not stand in that line: a [`TransactionLock`](crate::TransactionLock), a [`SessionLock`](crate::SessionLock), what an
+        /// application takes by `pg_advisory_lock_shared` itself.
         ///
-        /// The readers that follow each other without a writer between have one fencing token. A fence of theirs fails when a writer's term has
+        /// The readers that follow each other without a writer between have one fencing token. A reader's fence fails when a writer's term has
         /// begun since, and not because another reader's has; a writer waits for the fenced transactions of readers. A reader's term has no
         /// annotation.
         ///
-        /// A reader cannot become a writer, or a writer a reader, without giving the lock back: two readers that want to would wait for each
-        /// other. A thread that has taken a guard and asks for the other, and a claim of this manager beside one the other way, is refused with
-        /// [`WouldDeadlock`](crate::ErrorKind::WouldDeadlock), also if the guard is with another thread now. What is for one at a time refuses a shared
-        /// lock with [`InvalidConfig`](crate::ErrorKind::InvalidConfig): a [`Leader`](crate::Leader), `once`.
+        /// A reader becomes a writer, or a writer a reader, by giving the lock back first: two readers that both wanted it alone would
+        /// wait for each other. A thread that has taken a guard which is not released yet, whichever thread has it now, is refused the lock the
+        /// other way with [`WouldDeadlock`](crate::ErrorKind::WouldDeadlock); so is a claim beside one of this manager the other way. Let a thread that
+        /// reads not take a second guard: behind a writer that waits, it would wait for itself. What is for one at a time, a
+        /// [`Leader`](crate::Leader) and `once`, refuses a shared lock with [`InvalidConfig`](crate::ErrorKind::InvalidConfig).
         ///
         /// ```
         /// use std::time::Duration;
@@ -85,7 +88,8 @@ macro_rules! conveniences {
             self.lock(key)?.request_resignation()
         }
 
-        /// Ends the session that holds the lock with this key: see [`Lock::break_lock`](crate::Lock::break_lock). Gives who that was.
+        /// Ends the session that holds the lock with this key, of several that share it the first: see
+        /// [`Lock::break_lock`](crate::Lock::break_lock). Gives who that was.
         ///
         /// # Errors
         /// As that, and [`InvalidKey`](crate::ErrorKind::InvalidKey).
@@ -93,7 +97,8 @@ macro_rules! conveniences {
             self.lock(key)?.break_lock()
         }
 
-        /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`](crate::MultiLock).
+        /// The locks with these keys, to be taken together, in whatever order they are named: see [`MultiLock`](crate::MultiLock). None of
+        /// them is shared.
         ///
         /// # Errors
         /// - As [`lock_with_key`](crate::SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key, or two of them are one number for the server.
@@ -137,7 +142,7 @@ macro_rules! conveniences {
 
 pub(crate) use conveniences;
 
-/// Keeps the locks of an application: one handle per key.
+/// Keeps the locks of an application: one handle per key, and a second one for those who share it.
 ///
 /// An application may implement it, to wrap a manager of this library, say. Then the locks that it hands out are this library's:
 /// [`Lock`] is not for others to implement.
@@ -173,7 +178,7 @@ pub trait SyncManager: Send + Sync + fmt::Debug {
     }
 
     /// The lock with this key. Where there is a handle for it, or a claim on it, that same lock is returned and
-    /// `options` are ignored.
+    /// `options` are ignored. The lock that others may [share](LockOptions::shared) is another one.
     ///
     /// No I/O happens here. See [`Lock`] for the difference between a handle and a claim.
     ///

@@ -36,13 +36,14 @@ use crate::term::Term;
 /// ```
 ///
 /// Each lock of the set is a lock like any other, made as [`lock`](crate::PostgresManager::lock) of the manager makes it: it excludes guards
-/// and claims of its key, has a term with a token of its own, and takes a session of the manager. Each may be lost by itself. All methods
-/// may be called from any thread.
+/// and claims of its key, those that share the lock too, has a term with a token of its own, and takes a session of the manager. None of them can
+/// be [shared](crate::PostgresManager::shared_lock). Each may be lost by itself. All methods may be called from any thread.
 ///
 /// A set has to find sessions for all its locks. While other locks use them it may wait long: set
 /// [`max_sessions`](crate::Config::max_sessions) above what is used at once.
 ///
-/// A thread that has a guard of one of these keys waits for itself. One that has a guard of another key can wait in a circle with a thread
+/// A thread that has a guard of one of these keys waits for itself; one that shares one of them is refused with
+/// [`WouldDeadlock`](ErrorKind::WouldDeadlock). One that has a guard of another key can wait in a circle with a thread
 /// that has one of these keys and wants that one. So take all locks that a piece of work needs with one call.
 #[derive(Clone, Debug)]
 #[must_use]

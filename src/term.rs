@@ -24,7 +24,8 @@ use crate::process::Origin;
 ///
 /// A lost channel tells a process that runs. A process that is frozen, thawed, and goes on writing does not look at its
 /// channels first. What stops it is the database: each term has a **token**, greater than those of all earlier terms of
-/// the key, and a write that carries it can be refused when there is a greater one.
+/// the key, and a write that carries it can be refused when there is a greater one. The terms of those who
+/// [share](crate::PostgresManager::shared_lock) a lock have one token, until a writer's term begins.
 ///
 /// Writes to the database that the locks are in are fenced by calling [`fence`](Self::fence) in their transaction:
 ///
@@ -35,7 +36,7 @@ use crate::process::Origin;
 /// let guard = manager.lock("ledger")?.acquire(Duration::from_secs(60))?;
 ///
 /// let mut transaction = client.transaction()?;
-/// guard.term().fence(&mut transaction)?; // fails with ErrorKind::Lost if there is, or was, a later holder
+/// guard.term().fence(&mut transaction)?; // fails with ErrorKind::Lost if there is, or was, a later holder that it excludes
 /// transaction.execute("UPDATE ledger SET balance = balance - 10 WHERE id = 1", &[])?;
 /// transaction.commit()?;
 /// # Ok(())
@@ -119,9 +120,9 @@ impl Term {
         self.warned.as_ref().unwrap_or_else(|| self.lost.channel())
     }
 
-    /// The fencing token: greater than that of every earlier term of the key, also over crashes of the server, the promotion
-    /// of a standby, dump and restore, and the dropping of the catalog. It is a number of sixteen digits, and not the next one
-    /// to the last. `None` if the manager was told to do without a catalog, or the lock [without a token](crate::LockOptions::without_token).
+    /// The fencing token: greater than that of every earlier term of the key that was not shared with this one, also over crashes of the
+    /// server, the promotion of a standby, dump and restore, and the dropping of the catalog. Terms that share the lock at the same time have
+    /// the same, and at the server all that follow have it, until a writer's term begins. It is a number of sixteen digits, and not the next one to the last. `None` if the manager was told to do without a catalog, or the lock [without a token](crate::LockOptions::without_token).
     ///
     /// A database that was put back to an earlier state does not know what it gave out since. So the tokens go on at the
     /// server's clock, in microseconds since 1970, above which no token was. That fails in two cases: the clock is behind the
@@ -143,7 +144,8 @@ impl Term {
         in_time && !self.lost.is_lost()
     }
 
-    /// Lets `transaction` go on only if no later term has begun, and keeps one from beginning until it ends.
+    /// Lets `transaction` go on only if no later term has begun, and keeps one from beginning until it ends. Terms that share the lock, with no
+    /// writer's between, are one to it: none of them is later, and none waits.
     ///
     /// Call it first of all in the transaction, before its reads too: under `REPEATABLE READ` and `SERIALIZABLE` the
     /// transaction sees the state of its first statement, and one that began to read before the term did is refused. The
@@ -152,8 +154,8 @@ impl Term {
     /// is on. What [`CatalogMode`](crate::CatalogMode) says of trust is not looked at once more here. Rolling back to a
     /// savepoint from before the fence takes the fence away. It takes one round trip.
     ///
-    /// While the transaction is open the next holder waits. So that a frozen process cannot keep it waiting for ever, the
-    /// server is told to end the transaction's session when it pauses for longer than the lease between two statements
+    /// While the transaction is open the next holder waits that does not share the lock. So that a frozen process cannot keep it
+    /// waiting for ever, the server is told to end the transaction's session when it pauses for longer than the lease between two statements
     /// (`idle_in_transaction_session_timeout`, for this transaction only; a shorter one stays as it is). A statement that
     /// runs long holds the next holder up for as long: bound it with `statement_timeout`. A transaction that is prepared
     /// (`PREPARE TRANSACTION`) holds it up without a bound, until it is committed or rolled back.

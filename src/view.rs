@@ -30,8 +30,8 @@ pub struct LockView {
 pub struct Holder {
     /// What the holder's [`LockValuer`](crate::LockValuer) said when the term began. `None` of a holder that shares the lock.
     pub annotation: Option<Vec<u8>>,
-    /// The fencing token of the term, which is one for all that share the lock. `None` if the catalog knows nothing of it: the lock is held by a manager without
-    /// catalog, by an application that uses the same number, or since this very instant.
+    /// The fencing token of the term, which is one for all that share the lock. `None` if the catalog knows nothing of it: the lock is held
+    /// by a manager without catalog, by an application that uses the same number, or since this very instant.
     pub token: Option<i64>,
     /// The process that serves the session, for `pg_terminate_backend` and `pg_stat_activity`. 0 if a prepared transaction has the lock,
     /// which has no session: see `pg_prepared_xacts`.
@@ -96,7 +96,8 @@ pub struct Waiter {
     /// How long the session has had its place in the queue. A claim that waits longer than
     /// [`wait_slice`](crate::Config::wait_slice) takes a new place then.
     pub waiting_for: Duration,
-    /// Whether it wants to share the lock. `None` if it has waited for longer than that: then the server does not tell.
+    /// Whether it wants to share the lock. `None` of one that has waited for longer than that, unless it is the first of those that have:
+    /// what the others wait for does not tell.
     pub is_shared: Option<bool>,
 }
 

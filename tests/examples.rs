@@ -145,6 +145,22 @@ fn money_is_moved_and_none_is_made() {
     }
 }
 
+#[test]
+fn readers_of_two_machines_see_whole_versions_and_writers_get_their_turns() {
+    let database = Database::fresh().unwrap();
+    let machines = [(); 2].map(|()| Example::start("readers", &database));
+    for machine in &machines {
+        machine.says("is published");
+    }
+    for machine in machines {
+        machine.says("none was of two versions");
+        machine.succeeds();
+    }
+    let query = "SELECT min(version), max(version) FROM page";
+    let row = database.client().unwrap().query_one(query, &[]).unwrap();
+    assert_eq!([0, 1].map(|column| row.get::<_, i64>(column)), [16; 2]);
+}
+
 #[cfg(feature = "metrics")]
 #[test]
 fn health_and_metrics_are_served() {

@@ -121,8 +121,17 @@ fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
 }
 
 fn parse(file: &Path) -> Vec<Item> {
-    let text = fs::read_to_string(file).unwrap();
+    let text = expanded(&fs::read_to_string(file).unwrap());
     syn::parse_file(&text).unwrap_or_else(|error| panic!("{}: {error}", file.display())).items
+}
+
+/// A text in which the methods that all managers have stand where the macro `conveniences` of `src/manager.rs` puts them.
+fn expanded(text: &str) -> String {
+    let manager = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/manager.rs")).unwrap();
+    let (_, rest) = manager.split_once("($($visibility:tt)?) => {").expect("the head of the macro");
+    let (methods, _) = rest.split_once("\n    };\n}").expect("the end of the macro");
+    let methods = |visibility| methods.replace("$($visibility)?", visibility);
+    text.replace("conveniences!(pub);", &methods("pub")).replace("conveniences!();", &methods(""))
 }
 
 fn leaves(tree: &UseTree, names: &mut BTreeSet<String>) {

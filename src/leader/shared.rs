@@ -89,7 +89,7 @@ impl Shared {
     }
 
     /// Begins a term; gives its guard back if the leader was stopped meanwhile, or the term is over.
-    pub(super) fn begin(&self, guard: LockGuard) -> Result<Tenure, LockGuard> {
+    pub(super) fn begin(&self, guard: LockGuard) -> Result<Tenure, Box<LockGuard>> {
         let (signal, stopping) = Signal::new();
         guard.lost().raises(&signal);
         let tenure = Tenure { term: guard.term().clone(), stopping: stopping.channel().clone() };
@@ -97,7 +97,7 @@ impl Shared {
         // Whoever stops it does so before a look at the phase.
         if self.is_stopping() || tenure.must_stop() {
             drop(state);
-            return Err(guard);
+            return Err(Box::new(guard));
         }
         state.terms += 1;
         state.leader = None;

@@ -56,8 +56,8 @@ impl MemoryServer {
         Self::default()
     }
 
-    /// Takes the lock from its holder, as an operator does who terminates the holder's session. Says whether there was a
-    /// holder.
+    /// Takes the lock from its holder, as an operator does who terminates the holder's session; of several that share it, from the first
+    /// only. Says whether there was a holder.
     ///
     /// The lost channel closes, with [`Revoked`](crate::LossReason::Revoked) as the reason, and the claim goes to the
     /// end of the queue: if nobody else waits, it has the lock again, in a new term, when this returns. A guard's is over.
@@ -65,7 +65,7 @@ impl MemoryServer {
         self.server.take_away(&key.into(), LossReason::Revoked)
     }
 
-    /// Warns the holder that its term is about to end, as a manager on PostgreSQL does when a renewal is overdue: see
+    /// Warns the holder, of several that share the lock the first, that its term is about to end, as a manager on PostgreSQL does when a renewal is overdue: see
     /// [`Term::warned`](crate::Term::warned). Says whether there was a holder whose lock has a grace.
     pub fn warn(&self, key: impl Into<Key>) -> bool {
         let key = key.into();
@@ -102,7 +102,7 @@ impl MemoryServer {
         self.server.change(|state, _| state.come_up());
     }
 
-    /// What the present holder's valuer made; `None` if nobody holds the lock, or the holder gave no valuer.
+    /// What the present holder's valuer made; `None` if nobody holds the lock, or the holder gave no valuer or shares the lock.
     pub fn annotation(&self, key: impl Into<Key>) -> Option<Vec<u8>> {
         let key = key.into();
         self.server.see(|state| state.annotation(&key))

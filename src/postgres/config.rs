@@ -338,7 +338,7 @@ impl Config {
     }
 
     /// How many sessions the manager may open, 1 to 262,143; each claim needs one for as long as it lasts. Defaults to 20.
-    /// The server's `max_connections` must allow it for every process.
+    /// Guards that share a lock have one each. The server's `max_connections` must allow it for every process.
     #[must_use]
     pub fn max_sessions(mut self, sessions: u32) -> Self {
         self.max_sessions = sessions;
@@ -381,7 +381,8 @@ impl Config {
     /// How long one statement waits for the lock before the next one does, 10 ms to 24 days. Defaults to 5 s.
     ///
     /// A statement that waits holds back vacuum's horizon and `CREATE INDEX CONCURRENTLY`; a slice bounds that. Within a
-    /// slice, who came first is served first; at the end of its slice a session goes to the end of the queue.
+    /// slice, who came first is served first. At the end of its slice a session goes to the end of the line of those that have waited for a
+    /// slice, and the first of these is served before all that come newly.
     ///
     /// At default settings the server logs nothing of a wait, where the role may use PL/pgSQL. With `log_lock_waits` or
     /// `log_min_duration_statement` it logs every slice; a superuser turns them off for the role of the locks by

@@ -74,7 +74,9 @@ impl TransactionLock {
     ///
     /// A transaction that shares the lock and then wants it for itself waits for all that share it; two that do so are a deadlock,
     /// which the server ends for one of them. Who waits for the lock for itself is served before those who want to share it and come
-    /// later; but with each slice of its wait it comes later itself, so readers that overlap without end keep it waiting.
+    /// later; but with each slice of its wait it comes later itself, so readers that overlap without end keep it waiting. A guard
+    /// that waits for such readers fares no better: they do not stand in the line of which [`shared_lock`](crate::PostgresManager::shared_lock)
+    /// tells.
     #[must_use]
     pub fn shared(mut self) -> Self {
         self.wanted.advisory.shared = true;
