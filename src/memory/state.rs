@@ -299,7 +299,9 @@ impl State {
         let holder = self.holder_seen_by(manager, key)?;
         let front = self.queues.get_mut(key).and_then(VecDeque::front_mut);
         match front.map(|claim| &mut claim.stage) {
-            Some(Stage::Held(term)) if holder.is_some_and(|holder| holder.token.is_some()) => {
+            Some(Stage::Held(term))
+                if holder.is_some_and(|holder| holder.token.is_some() && !holder.is_shared) =>
+            {
                 term.asked_to_resign = true;
                 Ok(true)
             }

@@ -1790,6 +1790,9 @@ fn what_is_for_one_at_a_time_refuses_a_shared_lock(world: &dyn World) {
     let outcome = lock.once(DAY, PATIENCE, |_| -> Result<(), Error> { unreachable!() });
     assert_eq!(kind(outcome), ErrorKind::InvalidConfig);
     assert_eq!(kind(lock.request_resignation()), ErrorKind::InvalidConfig);
+    // Nor is a reader a leader for whom asks by the other handle.
+    let _reading = lock.acquire(PATIENCE).unwrap();
+    assert!(!world.manager().request_resignation("x").unwrap());
 }
 
 /// Readers count how many they are; a writer finds none.

@@ -59,7 +59,7 @@ WITH RECURSIVE own (oid) AS (
         FROM pg_attribute JOIN pg_type AS type ON type.oid = atttypid WHERE attrelid = object.oid AND attnum > 0 AND NOT attisdropped) AS there
     -- The first two columns of the era are all that version 1 had, and the first eight of the locks those of version 4.
     WHERE there.columns <> object.columns
-      AND NOT (there.columns = object.columns[:CASE object.relname WHEN 'era' THEN 2 WHEN 'lock' THEN 8 END])
+      AND NOT (there.columns = object.columns[:CASE object.relname WHEN 'era' THEN 2 WHEN 'lock' THEN 8 ELSE 0 END])
     UNION ALL
     SELECT 10, 'the function ' || called || ' is not the one that the catalog of locks has under this name'
     FROM fence WHERE prokind <> 'f' OR pronargs <> 1 OR proargtypes[0] <> 'text'::regtype OR prorettype <> 'void'::regtype
