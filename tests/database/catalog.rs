@@ -90,11 +90,11 @@ fn a_newer_catalog_is_refused_and_an_older_one_brought_up_to_date() {
     client.batch_execute(CATALOG_SQL).unwrap();
 
     // Whatever columns it has.
-    for change in ["UPDATE dsync.version SET version = 5", "ALTER TABLE dsync.lock ADD COLUMN more int4"] {
+    for change in ["UPDATE dsync.version SET version = 6", "ALTER TABLE dsync.lock ADD COLUMN more int4"] {
         client.batch_execute(change).unwrap();
         let error = PostgresManager::new(config(&database)).unwrap().start().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FailedInitialization);
-        assert!(error.to_string().contains("version 5, this library needs 4"), "{error}");
+        assert!(error.to_string().contains("version 6, this library needs 5"), "{error}");
     }
 
     client.batch_execute("ALTER TABLE dsync.lock DROP COLUMN more").unwrap();
@@ -268,7 +268,7 @@ fn a_catalog_of_version_4_is_brought_up_to_date_under_its_locks() {
         .batch_execute(
             "INSERT INTO dsync.era (place, server)
              VALUES (pg_relation_filepath('dsync.era'), pg_postmaster_start_time());
-             INSERT INTO dsync.lock VALUES (7, false, '', '7', nextval('dsync.token'), NULL, 0, now());
+             INSERT INTO dsync.lock VALUES (7, false, '', '#7', nextval('dsync.token'), NULL, 0, now());
              SELECT pg_advisory_lock(7)",
         )
         .unwrap();

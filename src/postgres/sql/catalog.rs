@@ -56,7 +56,10 @@ pub(crate) const CATALOG_CHECK: &str = concat!(
     "WITH found AS MATERIALIZED (",
     include_str!("catalog_check.sql"),
     ") SELECT (SELECT text FROM found), (SELECT about_trust FROM found), \
-        (SELECT count(*) = 8 AND bool_and(class.relnatts = CASE class.relname WHEN 'era' THEN 4 WHEN 'lock' THEN 9 ELSE class.relnatts END) \
+        (SELECT count(*) = 8 AND bool_and(CASE class.relname \
+                WHEN 'era' THEN class.relnatts = 4 \
+                WHEN 'lock' THEN EXISTS (SELECT FROM pg_attribute WHERE attrelid = class.oid AND attname = 'readers') \
+                ELSE true END) \
          FROM pg_class AS class JOIN pg_namespace AS schema ON schema.oid = class.relnamespace \
          WHERE schema.nspname = 'dsync' \
          AND class.relname IN ('version', 'token', 'era', 'lock', 'resignation', 'success', 'locks', 'waiters')) \

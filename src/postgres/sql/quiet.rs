@@ -10,6 +10,7 @@
 //! it). The answer is set by the statement that waits, as one more column of it: what is planned after the grant is what
 //! makes a hand-over slow.
 
+use crate::pg::sql::schema::Schema;
 use crate::pg::sql::{Entry, Place, Shape, Verb, statement_with};
 
 /// What came of a slice.
@@ -33,15 +34,17 @@ pub(super) const WITHOUT_TOKEN: &str = "granted";
 ///
 /// So nothing of it is planned while somebody waits. And a server that logs long waits logs the name of the statement with
 /// each, and not its text twice.
-pub(crate) fn preparation(verb: Verb, shape: Shape) -> String {
+pub(crate) fn preparation(verb: Verb, shape: Shape, schema: &Schema) -> String {
+    // The setting is called so wherever the catalog is.
+    const SETTING: &str = "<answer>";
     let types = match (shape.catalog, verb) {
         (false, _) => "int8",
         (true, Verb::QueueAgain(_)) => "int8, text, text, bytea",
         (true, _) => "int8, text, text, text, text, bytea",
     };
-    let answer = |told: &str| format!(", pg_catalog.set_config('dsync.answer', {told}, true)");
-    let (name, statement) = (name(verb, shape), statement_with(verb, shape, &answer));
-    format!("PREPARE {name} ({types}) AS {statement}")
+    let answer = |told: &str| format!(", pg_catalog.set_config('{SETTING}', {told}, true)");
+    let statement = schema.apply(&statement_with(verb, shape, &answer)).replace(SETTING, "dsync.answer");
+    format!("PREPARE {name} ({types}) AS {statement}", name = name(verb, shape))
 }
 
 fn name(verb: Verb, shape: Shape) -> String {
@@ -123,6 +126,19 @@ mod tests {
     fn text_of_the_application_stays_text() {
         assert_eq!(literal(r"a'b\c"), r"E'a''b\\c'");
         assert_eq!(literal(r"\'; DROP TABLE x; --"), r"E'\\''; DROP TABLE x; --'");
+    }
+
+    /// The name of the schema is not a part of it.
+    #[test]
+    fn what_is_prepared_answers_by_the_same_setting_in_every_schema() {
+        let shape = Shape { pair: false, catalog: true, shared: true };
+        for name in ["dsync", "locks"] {
+            for verb in [Verb::QueueAgain(Place::Newcomer), Verb::Queue(Place::Front), Verb::Turnstile] {
+                let text = preparation(verb, shape, &Schema::new(name));
+                assert!(text.starts_with("PREPARE dsync_") && text.contains("('dsync.answer', "), "{text}");
+                assert!(name == "dsync" || !text.contains("dsync.lock"), "{text}");
+            }
+        }
     }
 
     #[test]
