@@ -29,8 +29,9 @@ pub(crate) enum Verb {
     QueueAgain(Place),
     /// Queues for the turnstile until `lock_timeout`: see [`Shape::turnstile`]. Gives where that leads to, as text.
     ///
-    /// The session may have the lock already, granted in the last moment of a slice without our knowing. It does not wait then: whoever has
-    /// the turnstile waits for the lock. Else it lets go of all, so that it has the turnstile once, however the slices before ended.
+    /// The session may have the lock already, granted in the last moment of a slice without our knowing. It must not wait with it: whoever
+    /// has the turnstile waits for the lock. So it asks for the lock if it passes the turnstile, and else lets go of all. Then it has the
+    /// turnstile once, however the slices before ended.
     Turnstile,
     /// Gives the lock back, says whether it was held, and takes lease and name off the session. Key as above.
     ///
@@ -99,12 +100,11 @@ impl Place {
 /// Takes the lock if it is free. Readers would have it before a writer that is between two slices of its wait, so they pass the turnstile;
 /// writers have no way past one that waits.
 fn try_lock(shape: Shape) -> String {
-    let attempt = shape.try_lock();
-    if shape.shared {
-        format!("CASE WHEN {} THEN {attempt} ELSE false END", shape.pass_turnstile())
-    } else {
-        attempt
-    }
+    if shape.shared { pass_and_try(shape) } else { shape.try_lock() }
+}
+
+fn pass_and_try(shape: Shape) -> String {
+    format!("CASE WHEN {} THEN {} ELSE false END", shape.pass_turnstile(), shape.try_lock())
 }
 
 /// The text of a statement. Parameters: `$1` key; for `Try` and `Queue` also `$2` lease in milliseconds, as text, `$3`
@@ -144,7 +144,7 @@ pub(super) fn statement_with(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> St
                      THEN CASE WHEN (pg_catalog.pg_advisory_lock({turnstile}))::text = '' THEN '{front}' END \
                  END AS answer OFFSET 0) AS place",
                 told = told("place.answer"),
-                granted = shape.try_lock()
+                granted = pass_and_try(shape)
             );
         }
         // The settings stand from the `Try` before, and are
