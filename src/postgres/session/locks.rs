@@ -87,9 +87,10 @@ impl Session {
         self.memory.leased.is_some()
     }
 
-    /// True if this session waited for the lock with this `key` last, for a short while, and has kept the lease since.
-    pub(crate) fn is_contended(&self, key: AdvisoryKey) -> bool {
-        self.memory.waited_briefly == Some(key) && self.memory.leased.is_some_and(|leased| leased.key == key)
+    /// True if this session waited for the lock with this `key` last, for a short while, and has kept the lease since, for one that is asked
+    /// for in the same way.
+    pub(crate) fn is_contended(&self, key: AdvisoryKey, shape: Shape) -> bool {
+        self.memory.waited_briefly == Some(key) && self.memory.leased_lock() == Some((key, shape))
     }
 
     /// Asks for the lock. An error may come after the grant, and takes the lease back: then the session must be discarded.

@@ -29,8 +29,8 @@ pub(crate) enum Verb {
     QueueAgain(Place),
     /// Queues for the turnstile until `lock_timeout`: see [`Shape::turnstile`]. Gives where that leads to, as text.
     ///
-    /// The session may have the lock already, granted in the last moment of a slice without our knowing. It does not wait then: whoever has
-    /// the turnstile waits for the lock. Else it lets go of all, so that it has the turnstile once, however the slices before ended.
+    /// The session may have the lock already, or the turnstile, granted in the last moment of a slice without our knowing. So it first lets go
+    /// of all. It does not wait where the lock is free then: whoever has the turnstile waits for the lock.
     Turnstile,
     /// Gives the lock back, says whether it was held, and takes lease and name off the session. Key as above.
     ///
@@ -48,7 +48,7 @@ pub(crate) enum Place {
     Newcomer,
     /// It has the turnstile, and gives it back with the grant.
     Front,
-    /// It had the lock when it asked for the turnstile.
+    /// It took the lock when it asked for the turnstile.
     Within,
 }
 
@@ -98,10 +98,14 @@ impl Place {
 
 /// Takes the lock if it is free. Readers would have it before a writer that is between two slices of its wait, so they pass the turnstile;
 /// writers have no way past one that waits.
+///
+/// Whoever is not let past the turnstile lets go of all: a statement before may have had the lock, but not the row. So who is refused has
+/// nothing.
 fn try_lock(shape: Shape) -> String {
     let attempt = shape.try_lock();
     if shape.shared {
-        format!("CASE WHEN {} THEN {attempt} ELSE false END", shape.pass_turnstile())
+        let pass = shape.pass_turnstile();
+        format!("CASE WHEN {pass} THEN {attempt} ELSE (pg_catalog.pg_advisory_unlock_all())::text <> '' END")
     } else {
         attempt
     }
@@ -139,9 +143,9 @@ pub(super) fn statement_with(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> St
             let (turnstile, front, within) =
                 (shape.turnstile(), Place::Front.answer(), Place::Within.answer());
             return format!(
-                "SELECT place.answer{told} FROM (SELECT CASE WHEN {granted} THEN '{within}' \
-                     WHEN (pg_catalog.pg_advisory_unlock_all())::text = '' \
-                     THEN CASE WHEN (pg_catalog.pg_advisory_lock({turnstile}))::text = '' THEN '{front}' END \
+                "SELECT place.answer{told} FROM (SELECT CASE WHEN (pg_catalog.pg_advisory_unlock_all())::text <> '' THEN NULL \
+                     WHEN {granted} THEN '{within}' \
+                     WHEN (pg_catalog.pg_advisory_lock({turnstile}))::text = '' THEN '{front}' \
                  END AS answer OFFSET 0) AS place",
                 told = told("place.answer"),
                 granted = shape.try_lock()
