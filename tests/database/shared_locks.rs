@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use dsync::{CatalogMode, Config, ErrorKind, Lock, LockOptions, PostgresManager, Term};
 use postgres::Client;
 use support::Database;
+use support::process::{Signal, signal};
 
 use crate::common::{PATIENCE, begin, eventually, hear, kind, lock, started};
 
@@ -145,6 +146,114 @@ fn nobody_keeps_the_turnstile() {
         guard.release().unwrap();
         assert_eq!(count(&mut client, LOCKS), 0);
     }
+}
+
+/// The lock of the one row of the catalog, and its turnstile.
+fn numbers(client: &mut Client) -> (i64, i64) {
+    let query = "SELECT id, id # 7238262541130953845 FROM dsync.lock";
+    let row = client.query_one(query, &[]).unwrap();
+    (row.get(0), row.get(1))
+}
+
+fn takes(client: &mut Client, id: i64) -> bool {
+    client.query_one("SELECT pg_try_advisory_lock($1)", &[&id]).unwrap().get(0)
+}
+
+/// Its first statement had the lock without the row, and the second finds a writer at the turnstile.
+#[test]
+fn a_reader_that_polls_leaves_nothing_in_the_writer_s_way() {
+    let database = Database::fresh().unwrap();
+    let (mut client, mut writer) = (database.client().unwrap(), database.client().unwrap());
+    let manager = started(config(&database));
+    let reader = shared(&manager, "x");
+    // So that the session is kept for the next claim, which asks by the statement for a key that it knows.
+    reader.acquire(PATIENCE).unwrap().release().unwrap();
+    reader.acquire(PATIENCE).unwrap().release().unwrap();
+    let guard = reader.acquire(PATIENCE).unwrap();
+    let mut term = client.transaction().unwrap();
+    term.execute("UPDATE dsync.lock SET token = nextval('dsync.token')", &[]).unwrap();
+    let over = Arc::new(AtomicBool::new(false));
+    let polling = {
+        let over = Arc::clone(&over);
+        begin(move || {
+            guard.release().unwrap();
+            while !over.load(Ordering::Relaxed) {
+                assert!(reader.try_acquire().unwrap().is_none());
+            }
+        })
+    };
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'transactionid'";
+    eventually("the reader to wait for the row", || count(&mut writer, waits) == 1);
+    let (lock, turnstile) = numbers(&mut writer);
+    assert!(takes(&mut writer, turnstile));
+    term.commit().unwrap();
+    let begun = Instant::now();
+    let mut taken = false;
+    while !taken && begun.elapsed() < Duration::from_secs(5) {
+        taken = takes(&mut writer, lock);
+    }
+    over.store(true, Ordering::Relaxed);
+    polling.get();
+    assert!(taken, "the session of the reader has kept the lock");
+}
+
+/// The server counts how often a session has a lock of each kind: to be asked by the wrong one would be the end of the term.
+#[test]
+fn a_session_that_is_kept_for_a_contended_key_serves_it_the_other_way_too() {
+    for shares_first in [false, true] {
+        let database = Database::fresh().unwrap();
+        let mut client = database.client().unwrap();
+        let config = config(&database).catalog(CatalogMode::None).heartbeat(Duration::from_millis(50));
+        let manager = started(config);
+        let (first, second) = match shares_first {
+            false => (manager.lock(7).unwrap(), manager.shared_lock(7).unwrap()),
+            true => (manager.shared_lock(7).unwrap(), manager.lock(7).unwrap()),
+        };
+        first.acquire(PATIENCE).unwrap().release().unwrap();
+        first.acquire(PATIENCE).unwrap().release().unwrap();
+        assert!(takes(&mut client, 7));
+        let waiting = begin(move || {
+            first.acquire(PATIENCE).unwrap().release().unwrap();
+            second.acquire(PATIENCE).unwrap()
+        });
+        let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'";
+        eventually("the wait", || count(&mut client, waits) == 1);
+        client.execute("SELECT pg_advisory_unlock_all()", &[]).unwrap();
+        let guard = waiting.get();
+        // Some heartbeats.
+        let lost = guard.lost().recv_timeout(Duration::from_millis(400));
+        assert!(guard.is_held(), "{shares_first}: {lost:?} {:?}", guard.loss());
+        guard.release().unwrap();
+    }
+}
+
+/// The turnstile was granted in the last moment of a slice, without the reader's knowing.
+#[test]
+fn a_reader_keeps_no_turnstile_of_which_it_does_not_know() {
+    let database = Database::fresh().unwrap();
+    let (mut client, mut writer) = (database.client().unwrap(), database.client().unwrap());
+    let managers = [(); 2].map(|()| started(config(&database)));
+    shared(&managers[0], "x").acquire(PATIENCE).unwrap().release().unwrap();
+    let (lock, turnstile) = numbers(&mut client);
+    assert!(takes(&mut writer, lock) && takes(&mut writer, turnstile));
+    let reader = shared(&managers[0], "x");
+    let waiting = begin(move || reader.acquire(PATIENCE).unwrap());
+    let query = "SELECT pid FROM pg_locks WHERE NOT granted AND mode = 'ExclusiveLock'
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    let mut pid: Option<i32> = None;
+    eventually("the wait for the turnstile", || {
+        pid = client.query_opt(query, &[]).unwrap().map(|row| row.get(0));
+        pid.is_some()
+    });
+    let pid = pid.unwrap();
+    signal(pid, Signal::Stop).unwrap();
+    writer.execute("SELECT pg_advisory_unlock_all()", &[]).unwrap();
+    client.execute("SELECT pg_cancel_backend($1)", &[&pid]).unwrap();
+    signal(pid, Signal::Continue).unwrap();
+    let guard = waiting.get();
+    let beside = shared(&managers[1], "x").try_acquire().unwrap();
+    assert!(beside.is_some(), "no writer is there");
+    guard.release().unwrap();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -389,8 +389,8 @@ impl Engine {
 
     /// True if this session waited for this very lock the last time, for a short while.
     fn is_contended(&mut self) -> bool {
-        let key = self.request.key;
-        self.session().is_some_and(|session| session.is_contended(key))
+        let (key, shape) = (self.request.key, self.request.shape());
+        self.session().is_some_and(|session| session.is_contended(key, shape))
     }
 
     /// True if the session is kept for the next claim.

@@ -87,9 +87,10 @@ impl Session {
         self.memory.leased.is_some()
     }
 
-    /// True if this session waited for the lock with this `key` last, for a short while, and has kept the lease since.
-    pub(crate) fn is_contended(&self, key: AdvisoryKey) -> bool {
-        self.memory.waited_briefly == Some(key) && self.memory.leased.is_some_and(|leased| leased.key == key)
+    /// True if this session waited for the lock with this `key` last, for a short while, and has kept the lease since, for one that is asked
+    /// for in the same way.
+    pub(crate) fn is_contended(&self, key: AdvisoryKey, shape: Shape) -> bool {
+        self.memory.waited_briefly == Some(key) && self.memory.leased_lock() == Some((key, shape))
     }
 
     /// Asks for the lock. An error may come after the grant, and takes the lease back: then the session must be discarded.
@@ -199,21 +200,14 @@ impl Session {
         // It is the same with and without catalog.
         let shape = Shape { catalog: false, ..request.shape() };
         let id = request.key.id();
-        self.memory.place = Place::Newcomer;
-        let answer = match self.memory.is_loud {
-            false => self.run_quietly(Verb::Turnstile, shape, id, None, by)?,
-            true => None,
+        let told =
+            if self.memory.is_loud { None } else { self.run_quietly(Verb::Turnstile, shape, id, None, by)? };
+        let is_had = match told {
+            Some(told) => told == Told::Front,
+            None => !self.run(Verb::Turnstile, shape, &[(&id, Type::INT8)], by)?.is_empty(),
         };
-        let place = match answer {
-            Some(Told::At(place)) => Some(place),
-            Some(_) => None,
-            None => {
-                let rows = self.run(Verb::Turnstile, shape, &[(&id, Type::INT8)], by)?;
-                Place::of_answer(only(&rows)?.try_get(0).map_err(Failure::of)?)
-            }
-        };
-        if let Some(place) = place {
-            (self.memory.place, self.memory.wants_turnstile) = (place, false);
+        if is_had {
+            (self.memory.place, self.memory.wants_turnstile) = (Place::Front, false);
         }
         Ok(())
     }
@@ -249,7 +243,7 @@ impl Session {
                 }
                 Told::Nothing if request.entry.is_none() => return Ok(Answer::Taken),
                 Told::Nothing => {}
-                Told::At(_) => return Err(Failure::Lost { reason: LossReason::ServerError, cause: None }),
+                Told::Front => return Err(Failure::Lost { reason: LossReason::ServerError, cause: None }),
             }
         }
         self.take_unknown(Verb::Queue(place), request, by)

@@ -1,6 +1,6 @@
 //! The statements of a claim: they take a lock, with token and row, and give it back.
 
-use super::quiet::WITHOUT_TOKEN;
+use super::quiet::{FRONT, WITHOUT_TOKEN};
 use super::{Shape, era};
 
 /// The statements of a claim.
@@ -27,11 +27,10 @@ pub(crate) enum Verb {
     /// As `Queue`, where the key has a row, or where there is no catalog. Gives the token, or at once no row: then it is for
     /// `Queue` to find out why. Without a catalog, whether the lock is had.
     QueueAgain(Place),
-    /// Queues for the turnstile until `lock_timeout`: see [`Shape::turnstile`]. Gives where that leads to, as text.
+    /// Queues for the turnstile until `lock_timeout`: see [`Shape::turnstile`]. Gives a text when it is had.
     ///
-    /// The session may have the lock already, granted in the last moment of a slice without our knowing. It must not wait with it: whoever
-    /// has the turnstile waits for the lock. So it asks for the lock if it passes the turnstile, and else lets go of all. Then it has the
-    /// turnstile once, however the slices before ended.
+    /// The session may have the lock already, or the turnstile, granted in the last moment of a slice without our knowing. So it first lets go
+    /// of all: whoever has the turnstile may wait for the lock; and the session is to have the turnstile once, to give it back.
     Turnstile,
     /// Gives the lock back, says whether it was held, and takes lease and name off the session. Key as above.
     ///
@@ -49,30 +48,14 @@ pub(crate) enum Place {
     Newcomer,
     /// It has the turnstile, and gives it back with the grant.
     Front,
-    /// It had the lock when it asked for the turnstile.
-    Within,
 }
 
 impl Place {
-    /// As [`Verb::Turnstile`] tells it.
-    pub(crate) fn of_answer(answer: &str) -> Option<Self> {
-        [Self::Front, Self::Within].into_iter().find(|place| place.answer() == answer)
-    }
-
-    fn answer(self) -> &'static str {
-        match self {
-            Self::Newcomer => "newcomer",
-            Self::Front => "front",
-            Self::Within => "within",
-        }
-    }
-
     /// Part of the name of what is prepared.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Newcomer => "",
             Self::Front => "_front",
-            Self::Within => "_within",
         }
     }
 
@@ -81,7 +64,7 @@ impl Place {
         let wait = shape.wait_for_lock();
         match self {
             Self::Newcomer => format!("CASE WHEN {} THEN {wait} ELSE false END", shape.pass_turnstile()),
-            Self::Front | Self::Within => wait,
+            Self::Front => wait,
         }
     }
 
@@ -92,19 +75,24 @@ impl Place {
                 let turnstile = shape.turnstile();
                 format!(", CASE WHEN {granted} THEN pg_catalog.pg_advisory_unlock({turnstile}) END")
             }
-            Self::Newcomer | Self::Within => String::new(),
+            Self::Newcomer => String::new(),
         }
     }
 }
 
 /// Takes the lock if it is free. Readers would have it before a writer that is between two slices of its wait, so they pass the turnstile;
 /// writers have no way past one that waits.
+///
+/// Whoever is not let past the turnstile lets go of all: a statement before may have had the lock, but not the row. So who is refused has
+/// nothing.
 fn try_lock(shape: Shape) -> String {
-    if shape.shared { pass_and_try(shape) } else { shape.try_lock() }
-}
-
-fn pass_and_try(shape: Shape) -> String {
-    format!("CASE WHEN {} THEN {} ELSE false END", shape.pass_turnstile(), shape.try_lock())
+    let attempt = shape.try_lock();
+    if shape.shared {
+        let pass = shape.pass_turnstile();
+        format!("CASE WHEN {pass} THEN {attempt} ELSE (pg_catalog.pg_advisory_unlock_all())::text <> '' END")
+    } else {
+        attempt
+    }
 }
 
 /// The text of a statement. Parameters: `$1` key; for `Try` and `Queue` also `$2` lease in milliseconds, as text, `$3`
@@ -136,15 +124,12 @@ pub(super) fn statement_with(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> St
             );
         }
         Verb::Turnstile => {
-            let (turnstile, front, within) =
-                (shape.turnstile(), Place::Front.answer(), Place::Within.answer());
             return format!(
-                "SELECT place.answer{told} FROM (SELECT CASE WHEN {granted} THEN '{within}' \
-                     WHEN (pg_catalog.pg_advisory_unlock_all())::text = '' \
-                     THEN CASE WHEN (pg_catalog.pg_advisory_lock({turnstile}))::text = '' THEN '{front}' END \
+                "SELECT place.answer{told} FROM (SELECT CASE WHEN (pg_catalog.pg_advisory_unlock_all())::text = '' \
+                     THEN CASE WHEN (pg_catalog.pg_advisory_lock({turnstile}))::text = '' THEN '{FRONT}' END \
                  END AS answer OFFSET 0) AS place",
                 told = told("place.answer"),
-                granted = pass_and_try(shape)
+                turnstile = shape.turnstile()
             );
         }
         // The settings stand from the `Try` before, and are

@@ -11,7 +11,7 @@
 //! makes a hand-over slow.
 
 use crate::pg::sql::schema::Schema;
-use crate::pg::sql::{Entry, Place, Shape, Verb, statement_with};
+use crate::pg::sql::{Entry, Shape, Verb, statement_with};
 
 /// What came of a slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,13 +20,15 @@ pub(crate) enum Told {
     Over,
     /// The lock is held, and so is the row, if there is a catalog: the token.
     Granted { token: Option<i64> },
-    /// The session has the turnstile, or had the lock before.
-    At(Place),
+    /// The session has the turnstile.
+    Front,
     /// There is no token, for a reason that the plain statement tells.
     Nothing,
 }
 
 const OVER: &str = "over";
+/// The answer where the turnstile was asked for, and is had.
+pub(super) const FRONT: &str = "front";
 /// The answer where there is no catalog.
 pub(super) const WITHOUT_TOKEN: &str = "granted";
 
@@ -100,10 +102,8 @@ pub(crate) fn told(answer: &str) -> Option<Told> {
         "" => Some(Told::Nothing),
         OVER => Some(Told::Over),
         WITHOUT_TOKEN => Some(Told::Granted { token: None }),
-        other => match Place::of_answer(other) {
-            Some(place) => Some(Told::At(place)),
-            None => other.parse().ok().map(|token| Told::Granted { token: Some(token) }),
-        },
+        FRONT => Some(Told::Front),
+        token => token.parse().ok().map(|token| Told::Granted { token: Some(token) }),
     }
 }
 
@@ -121,6 +121,7 @@ fn literal(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pg::sql::Place;
 
     #[test]
     fn text_of_the_application_stays_text() {
@@ -157,8 +158,7 @@ mod tests {
         assert_eq!(told("17"), Some(Told::Granted { token: Some(17) }));
         assert_eq!(told("granted"), Some(Told::Granted { token: None }));
         assert_eq!(told("over"), Some(Told::Over));
-        assert_eq!(told("front"), Some(Told::At(Place::Front)));
-        assert_eq!(told("within"), Some(Told::At(Place::Within)));
+        assert_eq!(told("front"), Some(Told::Front));
         assert_eq!(told(""), Some(Told::Nothing));
         assert_eq!(told("on"), None);
     }
