@@ -1785,8 +1785,9 @@ fn who_has_a_lock_one_way_is_refused_it_the_other_way(world: &dyn World) {
 }
 
 fn what_is_for_one_at_a_time_refuses_a_shared_lock(world: &dyn World) {
-    let lock = reader(world).lock;
-    assert_eq!(kind(dsync::Leader::start(Arc::clone(&lock), |_| ())), ErrorKind::InvalidConfig);
+    let reader = reader(world);
+    let lock = &reader.lock;
+    assert_eq!(kind(dsync::Leader::start(Arc::clone(lock), |_| ())), ErrorKind::InvalidConfig);
     let outcome = lock.once(DAY, PATIENCE, |_| -> Result<(), Error> { unreachable!() });
     assert_eq!(kind(outcome), ErrorKind::InvalidConfig);
     assert_eq!(kind(lock.request_resignation()), ErrorKind::InvalidConfig);

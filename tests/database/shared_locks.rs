@@ -412,7 +412,14 @@ fn readers_and_those_who_wait_can_be_seen() {
             "SELECT count(*) FROM pg_locks WHERE mode = 'ExclusiveLock' AND granted AND locktype = 'advisory'",
         ) == 1
     });
-    assert_eq!(managers[0].inspect("x").unwrap().waiters[0].is_shared, Some(false));
+    eventually("the writer's place", || {
+        managers[0]
+            .inspect("x")
+            .unwrap()
+            .waiters
+            .first()
+            .is_some_and(|waiter| waiter.is_shared == Some(false))
+    });
     assert_eq!(kind(late.try_lock(&crate::common::soon())), ErrorKind::LockUnavailable);
     // Also at the turnstile, where a wait leads that lasts.
     for _ in 0..20 {
