@@ -117,13 +117,15 @@ impl<'a> Chaos<'a> {
             let _ = self.ask(|chaos| {
                 let from = now();
                 let rows = chaos.operator()?.query(
-                    "SELECT key, token, application_name FROM dsync.locks WHERE namespace = $1 AND token IS NOT NULL",
+                    "SELECT key, token, application_name, shared FROM dsync.locks
+                     WHERE namespace = $1 AND token IS NOT NULL ORDER BY key",
                     &[&NAMESPACE],
                 )?;
                 let to = now();
                 for row in rows {
                     let name: Option<&str> = row.try_get(2)?;
-                    chaos.referee.sample(row.try_get(0)?, row.try_get(1)?, name.unwrap_or_default(), from, to);
+                    let (key, token, shared) = (row.try_get(0)?, row.try_get(1)?, row.try_get(3)?);
+                    chaos.referee.sample(key, token, shared, name.unwrap_or_default(), from, to);
                 }
                 Ok(())
             });
@@ -148,7 +150,7 @@ impl<'a> Chaos<'a> {
 
     fn terminate(&mut self, holder: bool) -> Outcome<()> {
         let rows = self.operator()?.query(
-            "SELECT activity.pid, activity.application_name, held.key, held.token
+            "SELECT activity.pid, activity.application_name, held.key, held.token, held.shared
              FROM pg_stat_activity AS activity LEFT JOIN dsync.locks AS held ON held.pid = activity.pid
              WHERE activity.application_name LIKE 'torture-%' AND (NOT $1 OR held.token IS NOT NULL)",
             &[&holder],
@@ -167,7 +169,9 @@ impl<'a> Chaos<'a> {
         if done {
             let kind = if holder { Kind::TerminateHolder } else { Kind::TerminateAny };
             let hit = worker.map_or(Hit::All, Hit::Worker);
-            let term = key.zip(token).filter(|_| holder);
+            // A reader's token does not tell which of several terms it was.
+            let shared = row.try_get::<_, Option<bool>>(4)? == Some(true);
+            let term = key.zip(token).filter(|_| holder && !shared);
             self.referee.inflict(Fault { kind, hit, term, from, to: now() });
         }
         Ok(())

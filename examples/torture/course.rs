@@ -89,7 +89,7 @@ pub(crate) fn run(
     Ok(referee.judge(seed, length))
 }
 
-/// Waits until each key is had anew. That it never is would be a violation.
+/// Waits until each key is had anew, by a writer and by a reader. That it never is would be a violation.
 fn calm(chaos: &mut Chaos<'_>, when: &str) -> Result<(), Box<dyn Error>> {
     let (since, deadline) = (now(), Instant::now() + CALM);
     loop {
@@ -99,7 +99,7 @@ fn calm(chaos: &mut Chaos<'_>, when: &str) -> Result<(), Box<dyn Error>> {
             return Ok(());
         }
         if Instant::now() >= deadline {
-            chaos.referee.violation(format!("nobody had {idle:?} within {CALM:?} {when}"));
+            chaos.referee.violation(format!("no writer or no reader had {idle:?} within {CALM:?} {when}"));
             return Ok(());
         }
     }
@@ -109,7 +109,8 @@ fn prepare(server: &Server) -> Result<(), Box<dyn Error>> {
     let mut client = server.client()?;
     client.batch_execute(
         "CREATE TABLE torture_counter (key text PRIMARY KEY, value int8 NOT NULL);
-         CREATE TABLE torture_log (seq bigserial PRIMARY KEY, key text NOT NULL, token int8 NOT NULL, value int8 NOT NULL)",
+         CREATE TABLE torture_log (seq bigserial PRIMARY KEY, key text NOT NULL, token int8 NOT NULL, value int8 NOT NULL,
+                                   reads bool NOT NULL, at timestamptz NOT NULL DEFAULT clock_timestamp())",
     )?;
     for key in KEYS {
         client.execute("INSERT INTO torture_counter VALUES ($1, 0)", &[&key])?;

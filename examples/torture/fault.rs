@@ -74,7 +74,7 @@ impl Hit {
 pub(crate) struct Fault {
     pub(crate) kind: Kind,
     pub(crate) hit: Hit,
-    /// Key and token of a term that is surely over.
+    /// Key and token of a writer's term that is surely over.
     pub(crate) term: Option<(usize, i64)>,
     pub(crate) from: Moment,
     /// `Moment::MAX` while it goes on.

@@ -1,5 +1,5 @@
 //! Processes and threads fight for a few locks while everything around them fails, and a referee watches. They hold them by
-//! claims, by guards, and by leaders whose closures do the work.
+//! claims, by guards, and by leaders whose closures do the work; and as readers, who share them, by claims and guards.
 //!
 //! ```text
 //! cargo run --release --example torture -- --seconds 600 --seed 42

@@ -7,7 +7,7 @@ use postgres::Client;
 
 use crate::crew::WORKERS;
 use crate::fault::{Fault, Hit, Kind};
-use crate::report::{Holder, KEYS, Moment, Report, Usage, What};
+use crate::report::{Holder, Id, KEYS, Moment, Report, Usage, What};
 
 /// How long a holder may go on believing, *after* an operator has ended its session (alone or by a shutdown of the
 /// server) or after it was thawed.
@@ -47,6 +47,7 @@ struct Term {
 struct Sample {
     key: usize,
     token: i64,
+    shared: bool,
     worker: Option<usize>,
     from: Moment,
     to: Moment,
@@ -62,11 +63,15 @@ struct Units {
 
 #[derive(Default)]
 pub(crate) struct Referee {
-    /// By key and token.
-    terms: [BTreeMap<i64, Term>; KEYS.len()],
+    /// By key; in the order of the tokens.
+    terms: [BTreeMap<Id, Term>; KEYS.len()],
     units: [Units; KEYS.len()],
     faults: Vec<Fault>,
     samples: Vec<Sample>,
+    /// How often the server showed one more holder beside another one.
+    shown_together: usize,
+    /// Key, token, and when the last unit of that was written, by the server.
+    written: Vec<(usize, i64, Moment)>,
     /// Calls that took longer than they may; perhaps since the worker was frozen.
     late: Vec<(usize, Moment, String, Duration, Duration)>,
     before: [Option<Usage>; WORKERS],
@@ -74,7 +79,11 @@ pub(crate) struct Referee {
     losses: BTreeMap<String, usize>,
     missed: BTreeMap<String, usize>,
     failures: BTreeMap<String, usize>,
+    /// Units of readers.
+    reads: usize,
     refused: usize,
+    /// The same, of readers after their terms.
+    refused_late: usize,
     failed: usize,
     /// Leaders' closures that worked on after the loss that they were told of.
     ignored: usize,
@@ -91,6 +100,15 @@ struct Overlaps {
     longest: Duration,
     /// How long after the news of its end was to be had a term ended at the latest.
     latest: Duration,
+}
+
+/// Readers' terms at one time.
+#[derive(Default)]
+struct Together {
+    /// Those that began when a reader of another process had the key.
+    terms: usize,
+    /// How many had one key at once.
+    most: usize,
 }
 
 impl Referee {
@@ -118,9 +136,12 @@ impl Referee {
         self.violations.is_empty()
     }
 
-    /// The keys of which no term has begun since then.
+    /// The keys of which no writer's term has begun since then, or no reader's.
     pub(crate) fn idle_since(&self, then: Moment) -> Vec<&'static str> {
-        let idle = |terms: &BTreeMap<i64, Term>| !terms.values().rev().take(50).any(|term| term.begun > then);
+        let begun = |terms: &BTreeMap<Id, Term>, reads| {
+            terms.values().rev().take(200).any(|term| term.holder.is_reader() == reads && term.begun > then)
+        };
+        let idle = |terms| !begun(terms, false) || !begun(terms, true);
         KEYS.iter().zip(&self.terms).filter(|(_, terms)| idle(terms)).map(|(key, _)| *key).collect()
     }
 
@@ -135,13 +156,31 @@ impl Referee {
     }
 
     /// The server has shown that the term was held at some time in between.
-    pub(crate) fn sample(&mut self, holder: &str, token: i64, name: &str, from: Moment, to: Moment) {
+    pub(crate) fn sample(
+        &mut self,
+        holder: &str,
+        token: i64,
+        shared: bool,
+        name: &str,
+        from: Moment,
+        to: Moment,
+    ) {
         let Some(key) = KEYS.iter().position(|key| *key == holder) else {
             return self.violation(format!("the server shows a lock {holder:?} of nobody"));
         };
+        // The same look.
+        if let Some(other) = self.samples.last().filter(|other| (other.key, other.from) == (key, from)) {
+            self.shown_together += 1;
+            if !(shared && other.shared) {
+                self.violation(format!(
+                    "the server shows a writer of {holder} beside another holder at {}",
+                    micros(from)
+                ));
+            }
+        }
         let place = name.strip_prefix("torture-").and_then(|rest| rest.split(' ').next());
         let worker = place.and_then(|place| place.parse().ok());
-        self.samples.push(Sample { key, token, worker, from, to });
+        self.samples.push(Sample { key, token, shared, worker, from, to });
     }
 
     /// Takes in what a worker reports.
@@ -150,43 +189,58 @@ impl Referee {
         match report.what {
             What::Before(usage) => self.before[worker] = Some(usage),
             What::After(usage) => self.after[worker] = Some(usage),
-            What::Begun { key, token, holder } => {
-                let term = Term { worker, holder, begun: at, seen: at, end: None };
-                if self.terms[key].insert(token, term).is_some() {
-                    self.violation(format!("{}: token {token} was given out twice", KEYS[key]));
+            What::Begun { key, id, holder } => {
+                let mut others = self.terms[key].range(Id::with(id.token)).map(|(_, other)| other.holder);
+                // Only readers may have one token.
+                if let Some(other) = others.find(|other| !(holder.is_reader() && other.is_reader())) {
+                    self.violation(format!(
+                        "{}: token {} was given out twice, to a {} and to a {} of worker {worker}",
+                        KEYS[key],
+                        id.token,
+                        other.name(),
+                        holder.name()
+                    ));
                 }
+                self.terms[key].insert(id, Term { worker, holder, begun: at, seen: at, end: None });
             }
-            What::Commits { key, token } => {
-                self.units[key].begun += 1;
-                let Some(term) = self.terms[key].get_mut(&token) else { return };
+            What::Commits { key, id } => {
+                let Some(term) = self.terms[key].get_mut(&id) else { return };
+                let reads = term.holder.is_reader();
+                // A reader's unit after its term is judged by when it was written.
+                if reads && term.end.is_some() {
+                    return;
+                }
                 term.seen = at;
+                self.units[key].begun += i64::from(!reads);
                 if term.end.is_some() {
                     self.violation(format!(
-                        "{}: worker {worker} works in term {token}, which it had told the end of, and the fence lets it",
-                        KEYS[key]
+                        "{}: worker {worker} works in term {}, which it had told the end of, and the fence lets it",
+                        KEYS[key], id.token
                     ));
                 }
             }
             What::Committed { key } => self.units[key].confirmed += 1,
+            What::Read { .. } => self.reads += 1,
             What::Refused { .. } => self.refused += 1,
+            What::RefusedLate { .. } => self.refused_late += 1,
             What::Failed { .. } => self.failed += 1,
-            What::Released { key, token } => self.end(worker, key, token, at, How::Released),
-            What::Lost { key, token, reason } => {
+            What::Released { key, id } => self.end(worker, key, id, at, How::Released),
+            What::Lost { key, id, reason } => {
                 if reason.is_none() {
                     self.violation(format!(
-                        "{}: worker {worker} lost term {token} and was not told",
-                        KEYS[key]
+                        "{}: worker {worker} lost term {} and was not told",
+                        KEYS[key], id.token
                     ));
                 }
                 *self.losses.entry(reason.unwrap_or_else(|| "silent".to_owned())).or_default() += 1;
-                self.end(worker, key, token, at, How::Lost);
+                self.end(worker, key, id, at, How::Lost);
             }
-            What::Ignores { key, token, shown } => {
+            What::Ignores { key, id, shown } => {
                 self.ignored += 1;
                 if !shown {
                     self.violation(format!(
-                        "{}: worker {worker} works on after the loss of term {token}, and its leader's status does not show it",
-                        KEYS[key]
+                        "{}: worker {worker} works on after the loss of term {}, and its leader's status does not show it",
+                        KEYS[key], id.token
                     ));
                 }
             }
@@ -203,12 +257,12 @@ impl Referee {
         }
     }
 
-    fn end(&mut self, worker: usize, key: usize, token: i64, at: Moment, how: How) {
-        match self.terms[key].get_mut(&token) {
+    fn end(&mut self, worker: usize, key: usize, id: Id, at: Moment, how: How) {
+        match self.terms[key].get_mut(&id) {
             Some(term) if term.worker == worker && term.end.is_none() => term.end = Some((at, how)),
             _ => self.violation(format!(
-                "{}: worker {worker} ends term {token}, which it does not have",
-                KEYS[key]
+                "{}: worker {worker} ends term {}, which it does not have",
+                KEYS[key], id.token
             )),
         }
     }
@@ -226,10 +280,10 @@ impl Referee {
     pub(crate) fn inspect(&mut self, client: &mut Client) -> Result<(), postgres::Error> {
         for (key, name) in KEYS.iter().enumerate() {
             let row = client.query_one(
-                "SELECT (SELECT value FROM torture_counter WHERE key = $1), count(*),
+                "SELECT (SELECT value FROM torture_counter WHERE key = $1), count(*) FILTER (WHERE NOT reads),
                         count(*) FILTER (WHERE token < newest), count(*) FILTER (WHERE value <> place)
-                 FROM (SELECT token, value, max(token) OVER (ORDER BY seq) AS newest,
-                              row_number() OVER (ORDER BY seq) AS place
+                 FROM (SELECT token, value, reads, max(token) OVER (ORDER BY seq) AS newest,
+                              count(*) FILTER (WHERE NOT reads) OVER (ORDER BY seq) AS place
                        FROM torture_log WHERE key = $1) AS work",
                 &[name],
             )?;
@@ -245,6 +299,11 @@ impl Referee {
                 self.violation(format!(
                     "{name}: {counter} units counted, {confirmed} confirmed, {begun} begun"
                 ));
+            }
+            let last = "SELECT token, (extract(epoch FROM max(at)) * 1000000)::int8 FROM torture_log WHERE key = $1 GROUP BY token";
+            for row in client.query(last, &[name])? {
+                let at = Moment::from_micros(row.get::<_, i64>(1).unsigned_abs());
+                self.written.push((key, row.get(0), at));
             }
         }
         Ok(())
@@ -292,12 +351,26 @@ impl Referee {
         for (key, name) in KEYS.iter().enumerate() {
             let terms: Vec<_> = self.terms[key]
                 .iter()
-                .filter_map(|(token, term)| Some((*token, term, term.end.as_ref()?.0)))
+                .filter_map(|(id, term)| Some((id.token, term, term.end.as_ref()?.0)))
                 .collect();
-            // The term that was first to begin of those with later tokens.
-            let mut next: Option<(i64, &Term)> = None;
-            for (token, term, end) in terms.iter().rev() {
-                if let Some((later, other)) = next
+            // From each term on, the one that was first to begin.
+            let mut first: Option<(i64, &Term)> = None;
+            let mut firsts: Vec<_> = terms
+                .iter()
+                .rev()
+                .filter_map(|(token, term, _)| {
+                    if first.is_none_or(|(_, other)| term.begun < other.begun) {
+                        first = Some((*token, term));
+                    }
+                    first
+                })
+                .collect();
+            firsts.reverse();
+            // Terms with one token are readers', which may overlap.
+            let first_after =
+                |token| firsts.get(terms.partition_point(|(other, _, _)| *other <= token)).copied();
+            for (token, term, end) in &terms {
+                if let Some((later, other)) = first_after(*token)
                     && other.begun < *end
                 {
                     overlaps.longest = overlaps.longest.max(*end - other.begun.max(term.begun).min(*end));
@@ -307,20 +380,29 @@ impl Referee {
                     } else {
                         overlaps.unexplained += 1;
                         violations.push(format!(
-                            "{name}: worker {} held term {token} ({}) from {} to {} ({:?}), and worker {} had begun term {later} at {}\n{}",
+                            "{name}: worker {} held term {token} ({}) from {} to {} ({:?}), and worker {} had begun term {later} ({}) at {}\n{}",
                             term.worker,
                             term.holder.name(),
                             micros(term.begun),
                             micros(*end),
                             term.end.as_ref().map(|(_, how)| how),
                             other.worker,
+                            other.holder.name(),
                             micros(other.begun),
                             self.history(term.worker, other.begun, *end)
                         ));
                     }
                 }
-                if next.is_none_or(|(_, other)| term.begun < other.begun) {
-                    next = Some((*token, term));
+            }
+            for (_, token, at) in self.written.iter().filter(|(of, ..)| *of == key) {
+                if let Some((later, other)) = first_after(*token).filter(|(_, other)| other.begun < *at) {
+                    violations.push(format!(
+                        "{name}: a unit of term {token} was written at {}, and worker {} had begun term {later} ({}) at {}",
+                        micros(*at),
+                        other.worker,
+                        other.holder.name(),
+                        micros(other.begun)
+                    ));
                 }
             }
             // The latest end up to each term, to stop looking back at.
@@ -332,19 +414,12 @@ impl Referee {
                     latest
                 })
                 .collect();
-            let mut first = Moment::MAX;
-            let mut begins: Vec<Moment> = terms
-                .iter()
-                .rev()
-                .map(|(_, term, _)| {
-                    first = first.min(term.begun);
-                    first
-                })
-                .collect();
-            begins.reverse();
             for sample in self.samples.iter().filter(|sample| sample.key == key) {
                 let Sample { token, from, to, .. } = *sample;
-                if let (Some(term), Some(worker)) = (self.terms[key].get(&token), sample.worker)
+                // A reader that the server shows need not be one that has told yet that it has begun.
+                if let (Some((_, term)), Some(worker)) =
+                    (self.terms[key].range(Id::with(token)).next(), sample.worker)
+                    && !term.holder.is_reader()
                     && term.worker != worker
                 {
                     violations.push(format!("{name}: the server shows worker {worker} as the holder in term {token}, which worker {} claims", term.worker));
@@ -356,8 +431,7 @@ impl Referee {
                         violations.push(format!("{name}: the server showed term {token} at {}, and worker {} held term {earlier} until {}\n{}", micros(to), term.worker, micros(*end), self.history(term.worker, to, *end)));
                     }
                 }
-                let later = terms.partition_point(|(other, _, _)| *other <= token);
-                if begins.get(later).is_some_and(|begun| *begun < from) {
+                if first_after(token).is_some_and(|(_, other)| other.begun < from) {
                     violations.push(format!(
                         "{name}: the server showed term {token} at {}, when a later one had begun",
                         micros(from)
@@ -367,6 +441,27 @@ impl Referee {
         }
         self.violations.extend(violations);
         overlaps
+    }
+
+    /// How readers shared.
+    fn together(&self) -> Together {
+        let mut together = Together::default();
+        for terms in &self.terms {
+            let terms: Vec<_> = terms.iter().filter(|(_, term)| term.holder.is_reader()).collect();
+            for group in terms.chunk_by(|(one, _), (other, _)| one.token == other.token) {
+                let mut group: Vec<_> = group.iter().map(|(_, term)| term).collect();
+                group.sort_by_key(|term| term.begun);
+                let mut at_once: Vec<&Term> = Vec::new();
+                for term in group {
+                    let goes_on = |other: &&Term| other.end.as_ref().is_none_or(|(end, _)| *end > term.begun);
+                    at_once.retain(goes_on);
+                    together.terms += usize::from(at_once.iter().any(|other| other.worker != term.worker));
+                    at_once.push(term);
+                    together.most = together.most.max(at_once.len());
+                }
+            }
+        }
+        together
     }
 
     /// The faults of that time that concern a worker.
@@ -393,11 +488,12 @@ impl Referee {
         for fault in &self.faults {
             let terms: Vec<(usize, i64, &Term)> = match (fault.kind, fault.term) {
                 (Kind::TerminateHolder, Some((key, token))) => {
-                    self.terms[key].get(&token).map(|term| (key, token, term)).into_iter().collect()
+                    let all = self.terms[key].range(Id::with(token)).map(|(_, term)| (key, token, term));
+                    all.filter(|(_, _, term)| !term.holder.is_reader()).collect()
                 }
                 (Kind::RestartFast | Kind::RestartImmediate, _) => {
                     let all = self.terms.iter().enumerate();
-                    all.flat_map(|(key, terms)| terms.iter().map(move |(token, term)| (key, *token, term)))
+                    all.flat_map(|(key, terms)| terms.iter().map(move |(id, term)| (key, id.token, term)))
                         .collect()
                 }
                 _ => continue,
@@ -440,7 +536,7 @@ impl Referee {
 
     /// Shows the figures; says whether all is well.
     pub(crate) fn judge(mut self, seed: u64, length: Duration) -> bool {
-        let overlaps = self.overlaps();
+        let (overlaps, together) = (self.overlaps(), self.together());
         self.unheard();
         self.bounds();
         for (key, terms) in KEYS.iter().zip(&self.terms) {
@@ -465,7 +561,10 @@ impl Referee {
             (holder.name().to_owned(), all.filter(|term| term.holder == holder).count())
         });
         if holders.iter().any(|(_, count)| *count == 0) {
-            self.violation("no claim, no guard or no leader ever had a key, so nothing is proven of it");
+            self.violation("no claim, guard or leader, or no reader by claim or guard, ever had a key, so nothing is proven of it");
+        }
+        if together.terms == 0 {
+            self.violation("no two readers ever had a key together, so nothing is proven of them");
         }
         let units: i64 = self.units.iter().map(|units| units.confirmed).sum();
         let doubtful: i64 = self.units.iter().map(|units| units.begun - units.confirmed).sum();
@@ -483,10 +582,18 @@ impl Referee {
         println!("told by leaders      {}; {} worked on after a loss", list(&self.events), self.ignored);
         println!("unconfirmed releases {}: {}", self.failures.values().sum::<usize>(), list(&self.failures));
         println!(
-            "units of work        {units}, {doubtful} in doubt, {} failed, {} refused by the fence",
-            self.failed, self.refused
+            "units of work        {units}, {doubtful} in doubt, {} of readers, {} failed, {} refused by the fence, {} of readers after their terms",
+            self.reads, self.failed, self.refused, self.refused_late
         );
-        println!("holders sampled      {}", self.samples.len());
+        println!(
+            "readers together     {} terms began beside one of another process, {} at once at the most",
+            together.terms, together.most
+        );
+        println!(
+            "holders sampled      {}, {} of them beside another one",
+            self.samples.len(),
+            self.shown_together
+        );
         println!(
             "overlaps             {} explained (longest {:.1} ms, up to {:.1} ms after the news was to be had), {} unexplained",
             overlaps.explained,

@@ -1,7 +1,10 @@
 //! What a worker tells the referee: one line on its standard output for each event.
 
 use std::fmt;
+use std::ops::RangeInclusive;
+use std::process;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 /// The keys that everybody fights for. Everywhere else a key is its place in this list.
@@ -10,23 +13,58 @@ pub(crate) const KEYS: [&str; 5] = ["red", "green", "blue", "black", "white"];
 /// So many of the keys, from the first, have a leader in each process, beside claims and guards.
 pub(crate) const LED: usize = 2;
 
-/// How a key is held.
+/// How a key is held. A reader shares it with other readers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Holder {
     Claim,
     Guard,
     Leader,
+    ReaderClaim,
+    ReaderGuard,
 }
 
 impl Holder {
-    pub(crate) const ALL: [Self; 3] = [Self::Claim, Self::Guard, Self::Leader];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Claim, Self::Guard, Self::Leader, Self::ReaderClaim, Self::ReaderGuard];
+
+    pub(crate) fn is_reader(self) -> bool {
+        matches!(self, Self::ReaderClaim | Self::ReaderGuard)
+    }
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Claim => "claim",
             Self::Guard => "guard",
             Self::Leader => "leader",
+            Self::ReaderClaim => "reader-claim",
+            Self::ReaderGuard => "reader-guard",
         }
+    }
+}
+
+/// Tells a term from all others of its key: by the token, which several readers may have, and a number that no two terms have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Id {
+    pub(crate) token: i64,
+    number: u64,
+}
+
+impl Id {
+    /// That of a new term of this process.
+    pub(crate) fn new(token: i64) -> Self {
+        static TERMS: AtomicU64 = AtomicU64::new(0);
+        Self { token, number: u64::from(process::id()) << 32 | TERMS.fetch_add(1, Relaxed) }
+    }
+
+    /// Those of all terms with this token.
+    pub(crate) fn with(token: i64) -> RangeInclusive<Self> {
+        Self { token, number: 0 }..=Self { token, number: u64::MAX }
+    }
+}
+
+impl fmt::Display for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.token, self.number)
     }
 }
 
@@ -53,21 +91,25 @@ pub(crate) enum What {
     /// It had this before its manager was made.
     Before(Usage),
     /// It holds the key.
-    Begun { key: usize, token: i64, holder: Holder },
+    Begun { key: usize, id: Id, holder: Holder },
     /// It is about to commit a unit of fenced work.
-    Commits { key: usize, token: i64 },
-    /// The server has confirmed that commit.
+    Commits { key: usize, id: Id },
+    /// The server has confirmed that commit, of a writer.
     Committed { key: usize },
+    /// The same of a reader.
+    Read { key: usize },
     /// The fence refused a unit of its work.
     Refused { key: usize },
+    /// The fence refused a unit of work that a reader did after its term.
+    RefusedLate { key: usize },
     /// A unit of its work failed otherwise: the server was away, or the query cancelled.
     Failed { key: usize },
     /// It is about to release the key, and has held it until now.
-    Released { key: usize, token: i64 },
+    Released { key: usize, id: Id },
     /// It has lost the key. The reason is `None` if nobody told it.
-    Lost { key: usize, token: i64, reason: Option<String> },
+    Lost { key: usize, id: Id, reason: Option<String> },
     /// It has lost the key, was told, and works on. `shown` if the leader's status shows that.
-    Ignores { key: usize, token: i64, shown: bool },
+    Ignores { key: usize, id: Id, shown: bool },
     /// A leader of it has told this event.
     Heard { event: String },
     /// It could not get a key.
@@ -96,16 +138,18 @@ impl fmt::Display for Report {
         write!(f, "{MARK} {} ", self.at.as_micros())?;
         match &self.what {
             What::Before(usage) => write!(f, "before {} {}", usage.threads, usage.descriptors),
-            What::Begun { key, token, holder } => write!(f, "begun {key} {token} {}", holder.name()),
-            What::Commits { key, token } => write!(f, "commits {key} {token}"),
+            What::Begun { key, id, holder } => write!(f, "begun {key} {id} {}", holder.name()),
+            What::Commits { key, id } => write!(f, "commits {key} {id}"),
             What::Committed { key } => write!(f, "committed {key}"),
+            What::Read { key } => write!(f, "read {key}"),
             What::Refused { key } => write!(f, "refused {key}"),
+            What::RefusedLate { key } => write!(f, "refused-late {key}"),
             What::Failed { key } => write!(f, "failed {key}"),
-            What::Released { key, token } => write!(f, "released {key} {token}"),
-            What::Lost { key, token, reason } => {
-                write!(f, "lost {key} {token} {}", reason.as_deref().unwrap_or(SILENT))
+            What::Released { key, id } => write!(f, "released {key} {id}"),
+            What::Lost { key, id, reason } => {
+                write!(f, "lost {key} {id} {}", reason.as_deref().unwrap_or(SILENT))
             }
-            What::Ignores { key, token, shown } => write!(f, "ignores {key} {token} {shown}"),
+            What::Ignores { key, id, shown } => write!(f, "ignores {key} {id} {shown}"),
             What::Heard { event } => write!(f, "heard {event}"),
             What::Missed { error } => write!(f, "missed {error}"),
             What::Returned { call, outcome, took, limit } => {
@@ -127,17 +171,19 @@ impl Report {
         let at = Moment::from_micros(number(words)?);
         let what = match words.next()? {
             "before" => What::Before(usage(words)?),
-            "begun" => What::Begun { key: key(words)?, token: number(words)?, holder: holder(words)? },
-            "commits" => What::Commits { key: key(words)?, token: number(words)? },
+            "begun" => What::Begun { key: key(words)?, id: id(words)?, holder: holder(words)? },
+            "commits" => What::Commits { key: key(words)?, id: id(words)? },
             "committed" => What::Committed { key: key(words)? },
+            "read" => What::Read { key: key(words)? },
             "refused" => What::Refused { key: key(words)? },
+            "refused-late" => What::RefusedLate { key: key(words)? },
             "failed" => What::Failed { key: key(words)? },
-            "released" => What::Released { key: key(words)?, token: number(words)? },
+            "released" => What::Released { key: key(words)?, id: id(words)? },
             "lost" => {
-                let (key, token, reason) = (key(words)?, number(words)?, words.next()?);
-                What::Lost { key, token, reason: (reason != SILENT).then(|| reason.to_owned()) }
+                let (key, id, reason) = (key(words)?, id(words)?, words.next()?);
+                What::Lost { key, id, reason: (reason != SILENT).then(|| reason.to_owned()) }
             }
-            "ignores" => What::Ignores { key: key(words)?, token: number(words)?, shown: number(words)? },
+            "ignores" => What::Ignores { key: key(words)?, id: id(words)?, shown: number(words)? },
             "heard" => What::Heard { event: words.next()?.to_owned() },
             "missed" => What::Missed { error: words.next()?.to_owned() },
             "returned" => What::Returned {
@@ -159,6 +205,10 @@ fn number<'a, N: FromStr>(words: &mut impl Iterator<Item = &'a str>) -> Option<N
 
 fn key<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<usize> {
     number(words).filter(|key| *key < KEYS.len())
+}
+
+fn id<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<Id> {
+    Some(Id { token: number(words)?, number: number(words)? })
 }
 
 fn holder<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<Holder> {

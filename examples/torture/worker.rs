@@ -14,10 +14,10 @@ use dsync::{
 };
 use fastrand::Rng;
 use parking_lot::Mutex;
-use postgres::{Client, NoTls};
+use postgres::{Client, NoTls, Transaction};
 use support::process;
 
-use crate::report::{Holder, KEYS, LED, Moment, Report, Usage, What, moment, now};
+use crate::report::{Holder, Id, KEYS, LED, Moment, Report, Usage, What, moment, now};
 
 /// Threads of one process.
 pub(crate) const THREADS: usize = 4;
@@ -40,6 +40,9 @@ const QUESTION: Duration = Duration::from_secs(16);
 /// What the closure of a leader may take until it returns: the longest term, of 2.5 s, and a unit of work whose connection
 /// takes its time, of 2 s.
 const LEAVES: Duration = Duration::from_secs(5);
+
+/// The SQLSTATE by which the catalog's function `fence` says that a later term has begun.
+const OVER: &str = "ZDF01";
 
 /// How long a thread waits for the channel of a term that is over by the clock.
 const SIGNAL: Duration = Duration::from_secs(5);
@@ -82,17 +85,17 @@ fn fight(worker: usize, url: &str, seed: u64, stop: &Context) -> Outcome<()> {
         .release_timeout(RELEASE);
     let manager = PostgresManager::new(config)?;
     manager.start()?;
-    // The threads of a process share its claim on a key, so those that want that take turns. Guards keep them apart.
-    let seats = KEYS
-        .iter()
-        .enumerate()
-        .map(|(key, name)| Ok(Seat { key, lock: manager.lock(*name)?, claimed: Mutex::new(()) }));
+    // The threads of a process share its claim on a key, so those that want that take turns. Guards keep them apart, but for readers.
+    let seats = KEYS.iter().enumerate().map(|(key, name)| {
+        let (lock, shared) = (manager.lock(*name)?, manager.shared_lock(*name)?);
+        Ok(Seat { key, lock, shared, claimed: Mutex::new(()) })
+    });
     let seats = seats.collect::<dsync::Result<Vec<_>>>()?;
     address.application_name(&format!("work-{worker}")).connect_timeout(Duration::from_secs(2));
     let mut rng = Rng::with_seed(seed);
     let mut fighter = || {
         let writer = Writer { address: address.clone(), client: None };
-        Fighter { stop: stop.clone(), rng: rng.fork(), writer }
+        Fighter { stop: stop.clone(), rng: rng.fork(), writer, former: None }
     };
     let leaders = seats[..LED].iter().map(|seat| fighter().stand(seat));
     let leaders = leaders.collect::<dsync::Result<Vec<_>>>()?;
@@ -122,14 +125,19 @@ fn fight(worker: usize, url: &str, seed: u64, stop: &Context) -> Outcome<()> {
 struct Seat {
     key: usize,
     lock: Arc<dyn Lock>,
-    /// Whoever has the claim.
+    /// The same for readers.
+    shared: Arc<dyn Lock>,
+    /// Whoever has the claim, of either: a process that claimed both would wait for itself.
     claimed: Mutex<()>,
 }
 
 /// A term of this process.
 struct Held<'a> {
+    key: usize,
     holder: Holder,
     term: &'a Term,
+    /// `None` if the term has no token.
+    id: Option<Id>,
     /// What a leader's closure goes by.
     tenure: Option<&'a Tenure>,
     /// Tells how the term was lost, which has begun at that moment.
@@ -138,8 +146,8 @@ struct Held<'a> {
 
 impl<'a> Held<'a> {
     /// One that is no leader's.
-    fn new(holder: Holder, term: &'a Term, loss: &'a dyn Fn(Moment) -> Option<Loss>) -> Self {
-        Self { holder, term, tenure: None, loss }
+    fn new(key: usize, holder: Holder, term: &'a Term, loss: &'a dyn Fn(Moment) -> Option<Loss>) -> Self {
+        Self { key, holder, term, id: term.token().map(Id::new), tenure: None, loss }
     }
 
     /// Whether the work must stop: the term is lost, or its leader is told to stop.
@@ -157,6 +165,15 @@ struct Fighter {
     stop: Context,
     rng: Rng,
     writer: Writer,
+    /// The last term that this thread had as a reader.
+    former: Option<Former>,
+}
+
+/// A reader's term that is over, or will be soon.
+struct Former {
+    key: usize,
+    id: Id,
+    fence_text: String,
 }
 
 #[derive(PartialEq, Eq)]
@@ -173,12 +190,21 @@ impl Fighter {
                 self.depose(&seats[led], leaders[led].wait())?;
             }
             let seat = &seats[self.rng.usize(..seats.len())];
-            if self.rng.u8(..3) == 0 {
-                let claimed = seat.claimed.lock();
-                self.claim(seat)?;
-                drop(claimed);
-            } else {
-                self.guard(seat)?;
+            match (self.rng.bool(), self.rng.u8(..3) == 0) {
+                (false, false) => self.guard(seat, &*seat.lock, Holder::Guard)?,
+                (true, false) => self.guard(seat, &*seat.shared, Holder::ReaderGuard)?,
+                (reads, true) => {
+                    let claimed = seat.claimed.lock();
+                    let (lock, holder) =
+                        if reads { (&seat.shared, Holder::ReaderClaim) } else { (&seat.lock, Holder::Claim) };
+                    self.claim(seat, &**lock, holder)?;
+                    drop(claimed);
+                }
+            }
+            if self.rng.u8(..4) == 0
+                && let Some(former) = self.former.take()
+            {
+                self.writer.late_unit(&former)?;
             }
             thread::sleep(self.millis(0..20));
         }
@@ -186,16 +212,16 @@ impl Fighter {
     }
 
     /// One guard, from the attempt to the release.
-    fn guard(&mut self, seat: &Seat) -> Outcome<()> {
+    fn guard(&mut self, seat: &Seat, lock: &dyn Lock, holder: Holder) -> Outcome<()> {
         let began = Instant::now();
         let outcome = if self.rng.bool() {
             let patience = self.millis(0..2000);
-            let outcome = seat.lock.acquire(self.stop.with_timeout(patience)).map(Some);
+            let outcome = lock.acquire(self.stop.with_timeout(patience)).map(Some);
             // An attempt that failed has released its claim as well.
             returned("acquire", &outcome, began, patience.max(ATTEMPT) + RELEASE)?;
             outcome
         } else {
-            let outcome = seat.lock.try_acquire();
+            let outcome = lock.try_acquire();
             returned("try_acquire", &outcome, began, ATTEMPT + RELEASE)?;
             outcome
         };
@@ -204,7 +230,7 @@ impl Fighter {
             Ok(None) => return Ok(tell(What::Missed { error: "taken".to_owned() })?),
             Err(error) => return Ok(tell(What::Missed { error: format!("{:?}", error.kind()) })?),
         };
-        self.serve(seat.key, &Held::new(Holder::Guard, guard.term(), &|_| guard.loss()))?;
+        self.serve(&Held::new(seat.key, holder, guard.term(), &|_| guard.loss()))?;
         let began = Instant::now();
         if self.rng.bool() {
             let outcome = guard.release();
@@ -217,33 +243,33 @@ impl Fighter {
     }
 
     /// One claim, from the first attempt to the release.
-    fn claim(&mut self, seat: &Seat) -> Outcome<()> {
+    fn claim(&mut self, seat: &Seat, lock: &dyn Lock, holder: Holder) -> Outcome<()> {
         let began = Instant::now();
         let (name, patience, outcome) = if self.rng.bool() {
             let patience = self.millis(20..2000);
-            ("lock", patience, seat.lock.lock(&self.stop.with_timeout(patience)))
+            ("lock", patience, lock.lock(&self.stop.with_timeout(patience)))
         } else {
             let patience = self.millis(20..500);
-            ("try_lock", patience, seat.lock.try_lock(&self.stop.with_timeout(patience)))
+            ("try_lock", patience, lock.try_lock(&self.stop.with_timeout(patience)))
         };
         returned(name, &outcome, began, patience)?;
         match &outcome {
             Err(error) => tell(What::Missed { error: format!("{:?}", error.kind()) })?,
             Ok(()) => {
-                let loss = |_| seat.lock.last_loss();
-                while let Some(term) = seat.lock.term()
-                    && self.serve(seat.key, &Held::new(Holder::Claim, &term, &loss))? == Ended::Lost
+                let loss = |_| lock.last_loss();
+                while let Some(term) = lock.term()
+                    && self.serve(&Held::new(seat.key, holder, &term, &loss))? == Ended::Lost
                     && self.rng.u8(..3) > 0
                 {
                     // The claim goes on in the background, unless it is given up, one time in three.
                     let began = Instant::now();
-                    let outcome = seat.lock.lock(&self.stop.with_timeout(Duration::from_secs(2)));
+                    let outcome = lock.lock(&self.stop.with_timeout(Duration::from_secs(2)));
                     returned("relock", &outcome, began, Duration::from_secs(2))?;
                 }
             }
         }
         let began = Instant::now();
-        let outcome = seat.lock.release();
+        let outcome = lock.release();
         Ok(returned("release", &outcome, began, RELEASE)?)
     }
 
@@ -282,16 +308,16 @@ impl Fighter {
         // One that comes after the closure of its term had returned is left from before.
         let next = || losses.recv_timeout(SIGNAL).ok();
         let loss = |begun| iter::from_fn(next).find(|loss| moment(loss.at) >= begun);
-        let held = Held { holder: Holder::Leader, term, tenure: Some(tenure), loss: &loss };
-        if self.serve(key, &held)? == Ended::Lost
+        let held = Held { tenure: Some(tenure), ..Held::new(key, Holder::Leader, term, &loss) };
+        if self.serve(&held)? == Ended::Lost
             && self.rng.bool()
-            && let Some(token) = term.token()
+            && let Some(id) = held.id
         {
             let status = leader.status();
-            tell(What::Ignores { key, token, shown: status.at_work && !status.leads })?;
+            tell(What::Ignores { key, id, shown: status.at_work && !status.leads })?;
             let end = Instant::now() + self.millis(1..200);
             while Instant::now() < end {
-                self.writer.unit(key, token, term)?;
+                self.writer.unit(&held, id)?;
                 thread::sleep(self.millis(0..8));
             }
         }
@@ -310,16 +336,25 @@ impl Fighter {
     }
 
     /// One term: works or idles for a while, unless it is lost before, or must stop.
-    fn serve(&mut self, key: usize, held: &Held<'_>) -> Outcome<Ended> {
-        let term = held.term;
+    fn serve(&mut self, held: &Held<'_>) -> Outcome<Ended> {
+        let &Held { key, holder, term, .. } = held;
         let begun = now();
         // Lost already?
-        let Some(token) = term.token().filter(|_| term.is_held()) else { return Ok(Ended::Lost) };
-        tell(What::Begun { key, token, holder: held.holder })?;
+        let Some(id) = held.id.filter(|_| term.is_held()) else { return Ok(Ended::Lost) };
+        tell(What::Begun { key, id, holder })?;
+        if holder.is_reader() {
+            self.former = term.fence_text().map(|fence_text| Former { key, id, fence_text });
+        }
         // Some wait for the loss, since a claim without a thread that works is watched all the same. And one leader in eight
-        // leads for so long that it can be asked to resign, of which it hears within a heartbeat.
+        // leads for so long that it can be asked to resign, of which it hears within a heartbeat. One reader in sixteen reads for so long
+        // that others come to share.
         let idle = self.rng.u8(..30) == 0;
-        let long = idle || held.holder == Holder::Leader && self.rng.u8(..8) == 0;
+        let long = idle
+            || match holder {
+                Holder::Leader => self.rng.u8(..8) == 0,
+                Holder::ReaderClaim | Holder::ReaderGuard => self.rng.u8(..16) == 0,
+                Holder::Claim | Holder::Guard => false,
+            };
         let end = Instant::now() + if long { self.millis(500..2500) } else { self.millis(1..50) };
         // Whoever is to step down may finish its work: nobody else leads before.
         let finishes = self.rng.bool();
@@ -332,16 +367,16 @@ impl Fighter {
                 // It has believed in the term for as long as it was not told, whenever the library says that it told.
                 let ended = |(heard, name): (Moment, _)| (heard.max(believed).min(at), Some(name));
                 let (at, reason) = reason.map_or((at, None), ended);
-                tell_at(at, What::Lost { key, token, reason })?;
+                tell_at(at, What::Lost { key, id, reason })?;
                 return Ok(Ended::Lost);
             }
             believed = at;
             if Instant::now() >= end || told && !finishes || self.stop.check().is_err() {
-                tell_at(at, What::Released { key, token })?;
+                tell_at(at, What::Released { key, id })?;
                 return Ok(Ended::Finished);
             }
             if !idle {
-                self.writer.unit(key, token, term)?;
+                self.writer.unit(held, id)?;
             }
             let pause = if idle { end.saturating_duration_since(Instant::now()) } else { self.millis(0..8) };
             let stopping = if told { term.lost().channel() } else { held.stopping() };
@@ -379,42 +414,75 @@ struct Writer {
 
 impl Writer {
     /// One unit of work behind the fence. That it fails is no reason to stop; that it cannot be told is.
-    fn unit(&mut self, key: usize, token: i64, term: &Term) -> Outcome<()> {
-        let outcome = self.transaction(key, token, term);
-        match outcome {
-            Ok(()) => tell(What::Committed { key })?,
-            Err(error) if is_lost(&*error) => tell(What::Refused { key })?,
-            Err(_) => {
-                self.client = None;
-                tell(What::Failed { key })?;
-            }
-        }
-        Ok(())
+    fn unit(&mut self, held: &Held<'_>, id: Id) -> Outcome<()> {
+        let (key, reads) = (held.key, held.holder.is_reader());
+        let outcome = self.transaction(key, id, reads, |transaction| Ok(held.term.fence(transaction)?));
+        self.tell_outcome(
+            outcome,
+            key,
+            if reads { What::Read { key } } else { What::Committed { key } },
+            What::Refused { key },
+        )
     }
 
-    fn transaction(&mut self, key: usize, token: i64, term: &Term) -> Outcome<()> {
+    /// A unit of work after a reader's term: a mistake that the fence makes good when a writer's term has begun since. It is given by text,
+    /// since the process knows that the term is over.
+    fn late_unit(&mut self, former: &Former) -> Outcome<()> {
+        let &Former { key, id, ref fence_text } = former;
+        let outcome = self.transaction(key, id, true, |transaction| {
+            transaction.execute("SELECT dsync.fence($1)", &[fence_text])?;
+            Ok(())
+        });
+        self.tell_outcome(outcome, key, What::Read { key }, What::RefusedLate { key })
+    }
+
+    fn tell_outcome(&mut self, outcome: Outcome<()>, key: usize, done: What, refused: What) -> Outcome<()> {
+        Ok(tell(match outcome {
+            Ok(()) => done,
+            Err(error) if is_lost(&*error) => refused,
+            Err(_) => {
+                self.client = None;
+                What::Failed { key }
+            }
+        })?)
+    }
+
+    fn transaction(
+        &mut self,
+        key: usize,
+        id: Id,
+        reads: bool,
+        fence: impl FnOnce(&mut Transaction<'_>) -> Outcome<()>,
+    ) -> Outcome<()> {
         let client = match &mut self.client {
             Some(client) => client,
             none => none.insert(self.address.connect(NoTls)?),
         };
         let mut transaction = client.transaction()?;
-        term.fence(&mut transaction)?;
-        // Read and then written, on purpose: if the fence let two in at once, an addition would be missing.
+        fence(&mut transaction)?;
+        // Read and then written, on purpose: if the fence let two in at once, an addition would be missing, or a reader would read what is
+        // old by the time that it writes it down.
         let name = KEYS[key];
         let row = transaction.query_one("SELECT value FROM torture_counter WHERE key = $1", &[&name])?;
-        let value = row.try_get::<_, i64>(0)? + 1;
-        transaction.execute("UPDATE torture_counter SET value = $2 WHERE key = $1", &[&name, &value])?;
+        let mut value = row.try_get::<_, i64>(0)?;
+        if !reads {
+            value += 1;
+            transaction.execute("UPDATE torture_counter SET value = $2 WHERE key = $1", &[&name, &value])?;
+        }
         transaction.execute(
-            "INSERT INTO torture_log (key, token, value) VALUES ($1, $2, $3)",
-            &[&name, &token, &value],
+            "INSERT INTO torture_log (key, token, value, reads) VALUES ($1, $2, $3, $4)",
+            &[&name, &id.token, &value, &reads],
         )?;
-        tell(What::Commits { key, token })?;
+        tell(What::Commits { key, id })?;
         Ok(transaction.commit()?)
     }
 }
 
 fn is_lost(error: &(dyn Error + Send + Sync + 'static)) -> bool {
     error.downcast_ref::<dsync::Error>().is_some_and(|error| error.kind() == ErrorKind::Lost)
+        || error
+            .downcast_ref::<postgres::Error>()
+            .is_some_and(|error| error.code().is_some_and(|code| code.code() == OVER))
 }
 
 /// A context that is cancelled when standard input ends: the parent closes it, or is dead.
