@@ -99,7 +99,8 @@ JOIN pg_locks AS held
  AND (held.classid::int8 << 32 | held.objid::int8) = lock.id AND (held.objsubid = 2) = lock.pair
 LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
 CROSS JOIN LATERAL (
-    SELECT held.mode <> 'ShareLock' AND held.pid = lock.pid AND coalesce(activity.backend_start <= lock.since, true) AS holds
+    SELECT held.mode <> 'ShareLock' AND held.pid = lock.pid AND lock.readers IS DISTINCT FROM lock.token
+       AND coalesce(activity.backend_start <= lock.since, true) AS holds
 ) AS term;
 
 -- Who waits for which lock, first come first. `since` is when the session took its present place in the queue. Waiters for

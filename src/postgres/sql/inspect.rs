@@ -54,6 +54,7 @@ pub(crate) fn inspect(scope: Scope) -> String {
          FROM found {row} \
          LEFT JOIN pg_stat_activity AS activity ON activity.pid = found.pid \
          CROSS JOIN LATERAL (SELECT found.granted AND NOT found.shared AND found.pid = lock.pid \
+                                    AND lock.readers IS DISTINCT FROM lock.token \
                                     AND coalesce(activity.backend_start <= lock.since, true) AS holds) AS term \
          ORDER BY lock.namespace, lock.key, found.id, found.pair, found.granted DESC, \
                   term.holds DESC NULLS LAST, found.turnstile, found.waitstart NULLS LAST, found.pid"

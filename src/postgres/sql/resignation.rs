@@ -11,7 +11,7 @@ pub(crate) const REQUEST_RESIGNATION: &str = "INSERT INTO dsync.resignation AS k
       AND (held.classid::int8 << 32 | held.objid::int8) = lock.id AND (held.objsubid = 2) = lock.pair \
      LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid \
      WHERE lock.id = $1::int8 AND lock.pair = $2::bool AND lock.namespace = $3::text AND lock.key = $4::text \
-       AND coalesce(activity.backend_start <= lock.since, true) \
+       AND lock.readers IS DISTINCT FROM lock.token AND coalesce(activity.backend_start <= lock.since, true) \
      LIMIT 1 \
      ON CONFLICT (id, pair) DO UPDATE SET token = excluded.token, asked = excluded.asked RETURNING true";
 
