@@ -45,9 +45,11 @@ fn chaos(world: &dyn World, grace: Duration) {
                     others
                 };
                 for (other, theirs) in others {
-                    let told = theirs.wait_timeout(grace)
-                        && theirs.stopping().try_recv().is_err_and(|e| e.is_disconnected());
-                    let _ = report.send((number, token, other, told && other < token));
+                    // The earlier one must have been told: ours, if this thread came to run only after its term had been lost.
+                    let earlier = if other < token { &theirs } else { tenure };
+                    let told = earlier.wait_timeout(grace)
+                        && earlier.stopping().try_recv().is_err_and(|e| e.is_disconnected());
+                    let _ = report.send((number, token, other, told));
                 }
                 // Some of the work ignores its signal for a while, some returns by itself, and some panics.
                 let piece = Duration::from_millis(random.u64(1..150));
