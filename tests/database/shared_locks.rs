@@ -346,6 +346,42 @@ fn readers_that_begin_at_once_after_a_writer_have_one_token() {
     }
 }
 
+/// Two wait for a lock that has no row yet. The one that is granted it a little later finds the other's fenced transaction.
+#[test]
+fn a_reader_that_begins_is_in_no_other_reader_s_way() {
+    let database = Database::fresh().unwrap();
+    let (mut client, mut writer) = (database.client().unwrap(), database.client().unwrap());
+    let managers = [(); 2].map(|()| started(config(&database)));
+    assert!(takes(&mut writer, 7));
+    let query = "SELECT pid FROM pg_locks WHERE NOT granted AND locktype = 'advisory'
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) ORDER BY waitstart";
+    let mut pids: Vec<i32> = Vec::new();
+    let waiting: Vec<_> = managers
+        .iter()
+        .map(|manager| {
+            let reader = manager.shared_lock(7).unwrap();
+            let waiting = begin(move || reader.acquire(PATIENCE).unwrap());
+            let before = pids.len();
+            eventually("the wait", || {
+                pids = client.query(query, &[]).unwrap().iter().map(|row| row.get(0)).collect();
+                pids.len() > before
+            });
+            waiting
+        })
+        .collect();
+    signal(pids[1], Signal::Stop).unwrap();
+    writer.execute("SELECT pg_advisory_unlock_all()", &[]).unwrap();
+    let mut waiting = waiting.into_iter();
+    let (first, second) = (waiting.next().unwrap().get(), waiting.next().unwrap());
+    let mut transaction = writer.transaction().unwrap();
+    first.term().fence(&mut transaction).unwrap();
+    signal(pids[1], Signal::Continue).unwrap();
+    let second = second.get_within(Duration::from_secs(3));
+    assert_eq!(second.term().token(), first.term().token());
+    assert!(passes(&mut client, first.term()), "no writer has begun");
+    transaction.commit().unwrap();
+}
+
 /// It began to look at the row while that was readers', and waited for a writer's whole term.
 #[test]
 fn a_reader_that_has_waited_behind_a_writer_has_a_later_token() {
