@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{CatalogMode, Config, ErrorKind, Lock, LockOptions, PostgresManager, Term};
+use dsync::{CatalogMode, Config, ErrorKind, Key, Lock, LockOptions, PostgresManager, Term};
 use postgres::Client;
 use support::Database;
 use support::process::{Signal, signal};
@@ -502,4 +502,42 @@ fn a_shared_lock_has_options_of_its_own() {
     let reader = manager.lock_with("y", noted).unwrap().acquire(PATIENCE).unwrap();
     assert_eq!(manager.inspect("y").unwrap().holder.unwrap().annotation, None);
     assert_eq!(reader.key(), "y");
+}
+
+/// What is asked quietly names settings, and statements of its own, beside the schema.
+#[test]
+fn a_wait_goes_on_over_slices_for_any_key_and_in_any_schema() {
+    let database = Database::fresh().unwrap();
+    for schema in ["dsync", "of \"dsync\" and 'others'"] {
+        let config = config(&database).schema(schema).wait_slice(Duration::from_millis(60));
+        let managers = [(); 3].map(|()| started(config.clone()));
+        let keys: [Key; 4] = [(1, 2).into(), (-1, i32::MIN).into(), i64::MIN.into(), r"a'b\".into()];
+        for key in keys {
+            let waiters = |count: usize| {
+                // Each waits for the lock first and then, a slice later, at the turnstile; and nobody overtakes at the end of a slice.
+                for _ in 0..20 {
+                    eventually("the wait", || {
+                        managers[0].inspect(key.clone()).unwrap().waiters.len() == count
+                    });
+                    thread::sleep(Duration::from_millis(20));
+                }
+            };
+            let reader = managers[0].shared_lock(key.clone()).unwrap().acquire(PATIENCE).unwrap();
+            let wanted = managers[1].lock(key.clone()).unwrap();
+            let writing = begin(move || wanted.acquire(PATIENCE).unwrap());
+            waiters(1);
+            let wanted = managers[2].shared_lock(key.clone()).unwrap();
+            let late = begin(move || wanted.acquire(PATIENCE).unwrap());
+            waiters(2);
+            let first = reader.term().token();
+            reader.release().unwrap();
+            let writer = writing.get();
+            assert!(!late.is_ready());
+            let written = writer.term().token();
+            writer.release().unwrap();
+            let late = late.get();
+            assert!(first < written && written < late.term().token(), "{key:?}");
+            late.release().unwrap();
+        }
+    }
 }

@@ -266,7 +266,7 @@ impl Session {
         by: Instant,
     ) -> Result<Option<Told>, Failure> {
         if !self.memory.prepared_quietly.contains(&(verb, shape)) {
-            self.simple_query(&self.schema.apply(&quiet::preparation(verb, shape)), by)?;
+            self.simple_query(&quiet::preparation(verb, shape, &self.schema), by)?;
             self.memory.prepared_quietly.push((verb, shape));
         }
         match self.last_row(&quiet::message(verb, shape, id, entry), by) {

@@ -33,7 +33,8 @@ pub(crate) enum Verb {
     /// Queues for the turnstile until `lock_timeout`: see [`Shape::turnstile`]. Gives where that leads to, as text.
     ///
     /// The session may have the lock already, or the turnstile, granted in the last moment of a slice without our knowing. So it first lets go
-    /// of all. It does not wait where the lock is free then: whoever has the turnstile waits for the lock.
+    /// of all. It does not wait where the lock is free then, and nobody has the turnstile: whoever has it waits for the lock, unless that is
+    /// between two slices, in which nobody is to overtake it.
     Turnstile,
     /// Gives the lock back, says whether it was held, and takes lease and name off the session. Key as above.
     ///
@@ -151,7 +152,11 @@ pub(super) fn statement_with(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> St
                      WHEN (pg_catalog.pg_advisory_lock({turnstile}))::text = '' THEN '{front}' \
                  END AS answer OFFSET 0) AS place",
                 told = told("place.answer"),
-                granted = shape.try_lock()
+                granted = format_args!(
+                    "CASE WHEN {} THEN {} ELSE false END",
+                    shape.pass_turnstile(),
+                    shape.try_lock()
+                )
             );
         }
         // The settings stand from the `Try` before, and are

@@ -10,6 +10,7 @@
 //! it). The answer is set by the statement that waits, as one more column of it: what is planned after the grant is what
 //! makes a hand-over slow.
 
+use crate::pg::sql::schema::Schema;
 use crate::pg::sql::{Entry, Place, Shape, Verb, statement_with};
 
 /// What came of a slice.
@@ -33,14 +34,16 @@ pub(super) const WITHOUT_TOKEN: &str = "granted";
 ///
 /// So nothing of it is planned while somebody waits. And a server that logs long waits logs the name of the statement with
 /// each, and not its text twice.
-pub(crate) fn preparation(verb: Verb, shape: Shape) -> String {
+pub(crate) fn preparation(verb: Verb, shape: Shape, schema: &Schema) -> String {
+    /// The name of the setting, written so that it is not taken for that of the schema.
+    const ANSWER: &str = r"E'dsy\x6ec.answer'";
     let types = match (shape.catalog, verb) {
         (false, _) => "int8",
         (true, Verb::QueueAgain(_)) => "int8, text, text, bytea",
         (true, _) => "int8, text, text, text, text, bytea",
     };
-    let answer = |told: &str| format!(", pg_catalog.set_config('dsync.answer', {told}, true)");
-    let (name, statement) = (name(verb, shape), statement_with(verb, shape, &answer));
+    let answer = |told: &str| format!(", pg_catalog.set_config({ANSWER}, {told}, true)");
+    let (name, statement) = (name(verb, shape), schema.apply(&statement_with(verb, shape, &answer)));
     format!("PREPARE {name} ({types}) AS {statement}")
 }
 
