@@ -1472,3 +1472,43 @@ fn old_rows_go_but_not_those_of_held_locks_and_of_fenced_transactions() {
     assert!(term.is_current(&mut client).unwrap());
     assert!(one_term(&locks[2]) > term.token().unwrap(), "a row that has gone comes back");
 }
+
+/// A reader's term does not write the row, so nothing in it tells that the lock has been taken up again since the cleaning looked for those
+/// that are held.
+#[test]
+fn the_row_of_a_reader_that_begins_while_old_rows_go_stays() {
+    /// So many that to come to the reader's, which is the last, takes a while.
+    const OLD: i32 = 9_000;
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database));
+    let mut client = database.client().unwrap();
+    let reader = manager.shared_lock("x").unwrap();
+    let mut cleaned = 0;
+    for round in 0..5 {
+        client
+            .execute(
+                "INSERT INTO dsync.lock (id, pair, namespace, key, token, pid, since)
+                 SELECT number, false, 'old', number::text, 0, 0, now() - interval '2 days' FROM generate_series(1, $1) AS number
+                 ON CONFLICT DO NOTHING",
+                &[&OLD],
+            )
+            .unwrap();
+        client.execute("DELETE FROM dsync.lock WHERE key = 'x'", &[]).unwrap();
+        reader.acquire(PATIENCE).unwrap().release().unwrap();
+        let old = "UPDATE dsync.lock SET since = now() - interval '2 days' WHERE key = 'x'";
+        client.execute(old, &[]).unwrap();
+        let cleaning = {
+            let config = config(&database);
+            thread::spawn(move || drop(started(config)))
+        };
+        let cleans = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%dsync.lock AS gone%' AND state = 'active'
+                      AND datname = current_database() AND pid <> pg_backend_pid()";
+        while !cleaning.is_finished() && count(&mut client, cleans) == 0 {}
+        let guard = reader.acquire(PATIENCE).unwrap();
+        cleaning.join().unwrap();
+        assert!(guard.term().is_current(&mut client).unwrap(), "round {round}");
+        guard.release().unwrap();
+        cleaned += i32::from(count(&mut client, "SELECT count(*) FROM dsync.lock") == 1);
+    }
+    assert!(cleaned > 0);
+}

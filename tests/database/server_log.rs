@@ -168,24 +168,27 @@ fn a_wait_for_what_somebody_holds_by_hand_leaves_no_line() {
 
 #[test]
 fn a_wait_for_a_fenced_transaction_leaves_no_line() {
-    let server = Server::start().unwrap();
-    let mut scene = Scene::set(&server);
-    let (holder, waiter) = (scene.manager(CatalogMode::Automatic), scene.manager(CatalogMode::Automatic));
-    let (holder, mut writer) = (lock(&holder, "x"), scene.database.client().unwrap());
-    holder.lock(&soon()).unwrap();
-    let mut transaction = writer.transaction().unwrap();
-    holder.term().unwrap().fence(&mut transaction).unwrap();
-    let (x, waiting) = waits_in(&waiter, "x".into());
-    scene.slices_pass();
-    holder.release().unwrap();
-    // The lock is had, but not the row.
-    scene.slices_pass();
-    assert!(!waiting.is_ready());
-    transaction.commit().unwrap();
-    waiting.get().unwrap();
-    x.release().unwrap();
-    assert_eq!(scene.held(), 0);
-    scene.log_is_quiet();
+    for shares in [false, true] {
+        let server = Server::start().unwrap();
+        let mut scene = Scene::set(&server);
+        let (holder, waiter) = (scene.manager(CatalogMode::Automatic), scene.manager(CatalogMode::Automatic));
+        let (holder, mut writer) = (lock(&holder, "x"), scene.database.client().unwrap());
+        holder.lock(&soon()).unwrap();
+        let mut transaction = writer.transaction().unwrap();
+        holder.term().unwrap().fence(&mut transaction).unwrap();
+        let x = if shares { waiter.shared_lock("x").unwrap() } else { lock(&waiter, "x") };
+        let waiting = wait_in_thread(&x);
+        scene.slices_pass();
+        holder.release().unwrap();
+        // The lock is had, but not the row.
+        scene.slices_pass();
+        assert!(!waiting.is_ready());
+        transaction.commit().unwrap();
+        waiting.get().unwrap();
+        x.release().unwrap();
+        assert_eq!(scene.held(), 0);
+        scene.log_is_quiet();
+    }
 }
 
 #[test]

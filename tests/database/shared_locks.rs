@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{CatalogMode, Config, ErrorKind, Lock, LockOptions, PostgresManager, Term};
+use dsync::{CatalogMode, Config, ErrorKind, Key, Lock, LockOptions, PostgresManager, Term};
 use postgres::Client;
 use support::Database;
 use support::process::{Signal, signal};
@@ -346,6 +346,42 @@ fn readers_that_begin_at_once_after_a_writer_have_one_token() {
     }
 }
 
+/// Two wait for a lock that has no row yet. The one that is granted it a little later finds the other's fenced transaction.
+#[test]
+fn a_reader_that_begins_is_in_no_other_reader_s_way() {
+    let database = Database::fresh().unwrap();
+    let (mut client, mut writer) = (database.client().unwrap(), database.client().unwrap());
+    let managers = [(); 2].map(|()| started(config(&database)));
+    assert!(takes(&mut writer, 7));
+    let query = "SELECT pid FROM pg_locks WHERE NOT granted AND locktype = 'advisory'
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) ORDER BY waitstart";
+    let mut pids: Vec<i32> = Vec::new();
+    let waiting: Vec<_> = managers
+        .iter()
+        .map(|manager| {
+            let reader = manager.shared_lock(7).unwrap();
+            let waiting = begin(move || reader.acquire(PATIENCE).unwrap());
+            let before = pids.len();
+            eventually("the wait", || {
+                pids = client.query(query, &[]).unwrap().iter().map(|row| row.get(0)).collect();
+                pids.len() > before
+            });
+            waiting
+        })
+        .collect();
+    signal(pids[1], Signal::Stop).unwrap();
+    writer.execute("SELECT pg_advisory_unlock_all()", &[]).unwrap();
+    let mut waiting = waiting.into_iter();
+    let (first, second) = (waiting.next().unwrap().get(), waiting.next().unwrap());
+    let mut transaction = writer.transaction().unwrap();
+    first.term().fence(&mut transaction).unwrap();
+    signal(pids[1], Signal::Continue).unwrap();
+    let second = second.get_within(Duration::from_secs(3));
+    assert_eq!(second.term().token(), first.term().token());
+    assert!(passes(&mut client, first.term()), "no writer has begun");
+    transaction.commit().unwrap();
+}
+
 /// It began to look at the row while that was readers', and waited for a writer's whole term.
 #[test]
 fn a_reader_that_has_waited_behind_a_writer_has_a_later_token() {
@@ -473,4 +509,42 @@ fn a_shared_lock_has_options_of_its_own() {
     let reader = manager.lock_with("y", noted).unwrap().acquire(PATIENCE).unwrap();
     assert_eq!(manager.inspect("y").unwrap().holder.unwrap().annotation, None);
     assert_eq!(reader.key(), "y");
+}
+
+/// What is asked quietly names settings, and statements of its own, beside the schema.
+#[test]
+fn a_wait_goes_on_over_slices_for_any_key_and_in_any_schema() {
+    let database = Database::fresh().unwrap();
+    for schema in ["dsync", "of \"dsync\" and 'others'"] {
+        let config = config(&database).schema(schema).wait_slice(Duration::from_millis(60));
+        let managers = [(); 3].map(|()| started(config.clone()));
+        let keys: [Key; 4] = [(1, 2).into(), (-1, i32::MIN).into(), i64::MIN.into(), r"a'b\".into()];
+        for key in keys {
+            let waiters = |count: usize| {
+                // Each waits for the lock first and then, a slice later, at the turnstile; and nobody overtakes at the end of a slice.
+                for _ in 0..20 {
+                    eventually("the wait", || {
+                        managers[0].inspect(key.clone()).unwrap().waiters.len() == count
+                    });
+                    thread::sleep(Duration::from_millis(20));
+                }
+            };
+            let reader = managers[0].shared_lock(key.clone()).unwrap().acquire(PATIENCE).unwrap();
+            let wanted = managers[1].lock(key.clone()).unwrap();
+            let writing = begin(move || wanted.acquire(PATIENCE).unwrap());
+            waiters(1);
+            let wanted = managers[2].shared_lock(key.clone()).unwrap();
+            let late = begin(move || wanted.acquire(PATIENCE).unwrap());
+            waiters(2);
+            let first = reader.term().token();
+            reader.release().unwrap();
+            let writer = writing.get();
+            assert!(!late.is_ready());
+            let written = writer.term().token();
+            writer.release().unwrap();
+            let late = late.get();
+            assert!(first < written && written < late.term().token(), "{key:?}");
+            late.release().unwrap();
+        }
+    }
 }

@@ -175,15 +175,22 @@ pub(crate) fn wait_for_tables(patience: Duration) -> String {
 /// Forgets the rows of locks that nobody has held for a day, and resignations of that age, so that the table does not grow with every key ever used.
 ///
 /// A row that is taken up again meanwhile has a new `since` when the deletion comes to it, and stays; one that a fenced
-/// transaction has is left for another day. It waits for nobody for long, and ends by itself if we do not.
+/// transaction has is left for another day. A reader takes up a row without writing it: so who has which lock is looked at once more when the
+/// rows are locked, which keeps readers that come from then on waiting for what becomes of the row. It waits for nobody for long, and ends by
+/// itself if we do not.
 pub(crate) const CATALOG_CLEANING: &str = "SET LOCAL lock_timeout = '100ms'; SET LOCAL statement_timeout = '2s'; \
-     DELETE FROM dsync.lock AS gone USING ( \
+     WITH old AS MATERIALIZED ( \
          SELECT lock.id, lock.pair FROM dsync.lock AS lock \
          WHERE lock.since < now() - interval '1 day' AND NOT EXISTS ( \
              SELECT FROM pg_locks AS held WHERE held.locktype = 'advisory' \
              AND (held.classid::int8 << 32 | held.objid::int8) = lock.id) \
-         LIMIT 10000 FOR UPDATE SKIP LOCKED) AS old \
-     WHERE gone.id = old.id AND gone.pair = old.pair; \
+         LIMIT 10000 FOR UPDATE SKIP LOCKED), \
+     held AS MATERIALIZED ( \
+         SELECT now.id FROM (SELECT count(*) AS rows FROM old) AS locked CROSS JOIN LATERAL ( \
+             SELECT (held.classid::int8 << 32 | held.objid::int8) AS id FROM pg_locks AS held \
+             WHERE held.locktype = 'advisory' AND locked.rows > 0 OFFSET 0) AS now) \
+     DELETE FROM dsync.lock AS gone USING old \
+     WHERE gone.id = old.id AND gone.pair = old.pair AND NOT EXISTS (SELECT FROM held WHERE held.id = gone.id); \
      DELETE FROM dsync.resignation WHERE asked < now() - interval '1 day'";
 
 /// Begins the making of the catalog. Of many processes that want to make it at once, one does: `CREATE … IF NOT EXISTS`

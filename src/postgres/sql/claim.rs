@@ -24,6 +24,9 @@ pub(crate) enum Verb {
     /// If the slice before ended in an error *after* the lock had been granted, this takes it a second time, at once.
     /// [`Unlock`](Self::Unlock) lets go of it as often as it was taken.
     Queue(Place),
+    /// As `Queue`, and waits for fenced transactions of a former holder also if the lock is shared, which `Queue` does not: those that it
+    /// finds may be another reader's, which was granted the lock at the same time, as this statement tells, which looks anew.
+    QueueFence(Place),
     /// As `Queue`, where the key has a row, or where there is no catalog. Gives the token, or at once no row: then it is for
     /// `Queue` to find out why. Without a catalog, whether the lock is had.
     QueueAgain(Place),
@@ -134,7 +137,9 @@ pub(super) fn statement_with(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> St
         }
         // The settings stand from the `Try` before, and are
         // named only for the parameters to be the same.
-        Verb::Queue(place) => (place.wait(shape), ", $2::text AS lease, $3::text AS application_name"),
+        Verb::Queue(place) | Verb::QueueFence(place) => {
+            (place.wait(shape), ", $2::text AS lease, $3::text AS application_name")
+        }
         Verb::Again => return format!("SELECT {}", try_lock(shape)),
         Verb::Unlock => {
             return format!(
@@ -166,8 +171,8 @@ pub(super) fn statement_with(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> St
 /// Many a session runs this once, and as its first statement. So it is written for a backend that has yet to look up what
 /// it needs: the operator `||`, and a comparison of rows, took a millisecond.
 ///
-/// If fenced transactions of the former holder are still open, `Queue` waits for them, up to `lock_timeout`. `Try` would
-/// take back the lease if it failed there, so it does not wait for the fence lock.
+/// If fenced transactions of the former holder are still open, `Queue` waits for them, up to `lock_timeout`; if the lock is shared,
+/// `QueueFence` does. `Try` would take back the lease if it failed there, so it does not wait for the fence lock.
 ///
 /// Readers that share the lock share the row, too, and its token: see [`share_known`]. The first of them after a writer makes it theirs, as a
 /// term does that is alone. Of two that would at once, one gets no token, and finds the row of the other by its next statement.
@@ -182,6 +187,7 @@ fn take_unknown(
     let row = format!("dsync.lock AS lock WHERE lock.id = $1::int8 AND lock.pair = {pair}");
     let passed = match verb {
         Verb::Try => format!("pg_catalog.pg_try_advisory_xact_lock({fence_lock})"),
+        Verb::Queue(_) if shape.shared => format!("pg_catalog.pg_try_advisory_xact_lock({fence_lock})"),
         _ => format!("(pg_catalog.pg_advisory_xact_lock({fence_lock}))::text = ''"),
     };
     const DRAWN: &str = "pg_catalog.nextval('dsync.token')";
@@ -211,7 +217,9 @@ fn take_unknown(
     };
     let ((column, set), (token, value)) = (columns, values);
     let left = match verb {
-        Verb::Queue(place) => place.leave(shape, "(SELECT token FROM term) IS NOT NULL"),
+        Verb::Queue(place) | Verb::QueueFence(place) => {
+            place.leave(shape, "(SELECT token FROM term) IS NOT NULL")
+        }
         _ => String::new(),
     };
     format!(
