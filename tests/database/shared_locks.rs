@@ -445,7 +445,8 @@ fn readers_and_those_who_wait_can_be_seen() {
     eventually("the writer to have the turnstile", || {
         count(
             &mut client,
-            "SELECT count(*) FROM pg_locks WHERE mode = 'ExclusiveLock' AND granted AND locktype = 'advisory'",
+            "SELECT count(*) FROM pg_locks WHERE mode = 'ExclusiveLock' AND granted AND locktype = 'advisory'
+             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
         ) == 1
     });
     eventually("the writer's place", || {
