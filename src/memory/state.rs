@@ -30,6 +30,8 @@ pub(super) struct State {
     /// all of them may. No queue is empty.
     queues: HashMap<Key, VecDeque<Claim>>,
     last_id: u64,
+    /// The token of the last readers of a key, if no writer's term has begun since.
+    readers: HashMap<Key, u64>,
     /// When the work under a key began that succeeded last. Over an outage they stay, as on a server.
     successes: HashMap<Key, SystemTime>,
     /// What observers are to be told once the mutex is free.
@@ -498,9 +500,13 @@ impl State {
             true => queue.iter().take_while(|claim| claim.is_shared()).count(),
             false => 1,
         };
-        // Those who share the lock have one token.
-        let shared = queue.front().and_then(Claim::held).map(|term| term.token);
-        let token = shared.filter(|_| first_is_shared).unwrap_or(next);
+        let token = match first_is_shared {
+            true => *self.readers.entry(key.clone()).or_insert(next),
+            false => next,
+        };
+        if !first_is_shared && queue.front().is_some_and(|front| matches!(front.stage, Stage::Waiting)) {
+            self.readers.remove(key);
+        }
         for claim in queue.iter_mut().take(holders) {
             if let Stage::Held(_) = claim.stage {
                 continue;
@@ -557,13 +563,6 @@ impl Claim {
     /// True if it is the manager's claim of `lock`, and not of a guard.
     fn is_of(&self, manager: u64, shared: bool) -> bool {
         self.lock.manager == manager && !self.is_for_one_term() && self.is_shared() == shared
-    }
-
-    fn held(&self) -> Option<&HeldTerm> {
-        match &self.stage {
-            Stage::Held(term) => Some(term),
-            Stage::Waiting => None,
-        }
     }
 
     fn term(&self) -> Option<Term> {

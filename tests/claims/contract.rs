@@ -1719,6 +1719,7 @@ fn readers_without_a_writer_between_have_one_token(world: &dyn World) {
     let (third, third_guard) = token(&one.lock);
     assert_eq!(third, first);
     drop((second_guard, third_guard));
+    assert_eq!(token(&other.lock).0, first, "nobody has written since");
     let (writing, guard) = token(&writer.lock);
     assert!(writing > first);
     drop(guard);

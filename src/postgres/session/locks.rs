@@ -280,11 +280,8 @@ impl Session {
     fn take_unknown(&mut self, verb: Verb, request: &Request, by: Instant) -> Result<Answer, Failure> {
         let mut outcome = self.take_unknown_once(verb, request, by);
         if request.shared && matches!(outcome, Ok(Answered::Tokenless)) {
-            // Another reader has made the row theirs meanwhile, or a fenced transaction is open.
-            outcome = match verb {
-                Verb::Queue(place) => self.queue_for_fence(place, request, by),
-                _ => self.take_unknown_once(verb, request, by),
-            };
+            // Another reader has made the row theirs meanwhile.
+            outcome = self.take_unknown_once(verb, request, by);
         }
         // After a crash of the server there is no token before a new era. The lock, if it is ours already, is taken twice.
         if let Ok(Answered::Tokenless) = outcome {
@@ -296,25 +293,6 @@ impl Session {
             // Its row is not free yet, or is another key's, as the next slice tells.
             Ok(Answered::Tokenless) => Ok(Answer::NotGranted),
             Err(failure) => Err(failure),
-        }
-    }
-
-    /// Waits for fenced transactions that are in a reader's way, without a line in the server's log if it can.
-    fn queue_for_fence(&mut self, place: Place, request: &Request, by: Instant) -> Result<Answered, Failure> {
-        let (verb, shape) = (Verb::QueueFence(place), request.shape());
-        let told = match self.memory.is_loud {
-            false => self.run_quietly(verb, shape, request.key.id(), request.entry.as_ref(), by)?,
-            true => None,
-        };
-        match told {
-            None => self.take_unknown_once(verb, request, by),
-            Some(Told::Over) => Ok(Answered::With(Answer::NotGranted)),
-            Some(Told::Granted { token }) => {
-                self.memory.leased = Some(Leased { key: request.key, shape, token });
-                Ok(Answered::With(Answer::Granted { token }))
-            }
-            Some(Told::Nothing) => Ok(Answered::Tokenless),
-            Some(Told::Front) => Err(Failure::Lost { reason: LossReason::ServerError, cause: None }),
         }
     }
 

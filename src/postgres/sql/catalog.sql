@@ -134,7 +134,6 @@ DECLARE
     of_term int8 := part[4];
     own     text := current_setting('idle_in_transaction_session_timeout');
     pause   text := part[5];            -- the longest that is allowed, in milliseconds
-    gate    int8 := of_id # 7238262541130950497;  -- the fence lock's key
 BEGIN
     IF part IS NULL THEN
         RAISE EXCEPTION 'this is not the text of a term' USING ERRCODE = '22023',
@@ -145,11 +144,14 @@ BEGIN
         pause := own;
     END IF;
     PERFORM FROM dsync.lock AS lock
+    CROSS JOIN LATERAL (                -- the fence lock's key, which is another one for readers
+        SELECT of_id # CASE WHEN lock.readers = lock.token THEN 7238262541130950514 ELSE 7238262541130950497 END AS key
+    ) AS gate
     WHERE lock.id = of_id AND lock.pair = is_pair
       AND CASE WHEN lock.token <> of_term THEN false
                WHEN set_config('idle_in_transaction_session_timeout', pause, true) IS NULL THEN false
-               WHEN is_pair THEN pg_try_advisory_xact_lock_shared((gate >> 32)::int4, (gate << 32 >> 32)::int4)
-               ELSE pg_try_advisory_xact_lock_shared(gate) END
+               WHEN is_pair THEN pg_try_advisory_xact_lock_shared((gate.key >> 32)::int4, (gate.key << 32 >> 32)::int4)
+               ELSE pg_try_advisory_xact_lock_shared(gate.key) END
     FOR SHARE OF lock;
     IF FOUND THEN
         RETURN;

@@ -24,9 +24,6 @@ pub(crate) enum Verb {
     /// If the slice before ended in an error *after* the lock had been granted, this takes it a second time, at once.
     /// [`Unlock`](Self::Unlock) lets go of it as often as it was taken.
     Queue(Place),
-    /// As `Queue`, and waits for fenced transactions of a former holder also if the lock is shared, which `Queue` does not: those that it
-    /// finds may be another reader's, which was granted the lock at the same time, as this statement tells, which looks anew.
-    QueueFence(Place),
     /// As `Queue`, where the key has a row, or where there is no catalog. Gives the token, or at once no row: then it is for
     /// `Queue` to find out why. Without a catalog, whether the lock is had.
     QueueAgain(Place),
@@ -98,6 +95,15 @@ fn try_lock(shape: Shape) -> String {
     }
 }
 
+/// Waits for the fenced transactions of former holders, or says whether there is none.
+fn pass_fence(fence_lock: &str, waits: bool) -> String {
+    if waits {
+        format!("(pg_catalog.pg_advisory_xact_lock({fence_lock}))::text = ''")
+    } else {
+        format!("pg_catalog.pg_try_advisory_xact_lock({fence_lock})")
+    }
+}
+
 /// The text of a statement. Parameters: `$1` key; for `Try` and `Queue` also `$2` lease in milliseconds, as text, `$3`
 /// application name, and with the catalog `$4` namespace, `$5` name of the key, `$6` annotation; for `Again` and
 /// `QueueAgain` with the catalog `$2` to `$4` are the last three.
@@ -137,9 +143,7 @@ pub(super) fn statement_with(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> St
         }
         // The settings stand from the `Try` before, and are
         // named only for the parameters to be the same.
-        Verb::Queue(place) | Verb::QueueFence(place) => {
-            (place.wait(shape), ", $2::text AS lease, $3::text AS application_name")
-        }
+        Verb::Queue(place) => (place.wait(shape), ", $2::text AS lease, $3::text AS application_name"),
         Verb::Again => return format!("SELECT {}", try_lock(shape)),
         Verb::Unlock => {
             return format!(
@@ -171,8 +175,8 @@ pub(super) fn statement_with(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> St
 /// Many a session runs this once, and as its first statement. So it is written for a backend that has yet to look up what
 /// it needs: the operator `||`, and a comparison of rows, took a millisecond.
 ///
-/// If fenced transactions of the former holder are still open, `Queue` waits for them, up to `lock_timeout`; if the lock is shared,
-/// `QueueFence` does. `Try` would take back the lease if it failed there, so it does not wait for the fence lock.
+/// If fenced transactions of the former holder are still open, `Queue` waits for them, up to `lock_timeout`. `Try` would
+/// take back the lease if it failed there, so it does not wait for the fence lock.
 ///
 /// Readers that share the lock share the row, too, and its token: see [`share_known`]. The first of them after a writer makes it theirs, as a
 /// term does that is alone. Of two that would at once, one gets no token, and finds the row of the other by its next statement.
@@ -183,13 +187,14 @@ fn take_unknown(
     shape: Shape,
     told: &dyn Fn(&str) -> String,
 ) -> String {
-    let (pair, fence_lock) = (shape.pair, shape.fence_lock());
+    let pair = shape.pair;
     let row = format!("dsync.lock AS lock WHERE lock.id = $1::int8 AND lock.pair = {pair}");
-    let passed = match verb {
-        Verb::Try => format!("pg_catalog.pg_try_advisory_xact_lock({fence_lock})"),
-        Verb::Queue(_) if shape.shared => format!("pg_catalog.pg_try_advisory_xact_lock({fence_lock})"),
-        _ => format!("(pg_catalog.pg_advisory_xact_lock({fence_lock}))::text = ''"),
-    };
+    let waits = verb != Verb::Try;
+    let mut passed = pass_fence(&shape.fence_lock(), waits);
+    if !shape.shared {
+        let readers = pass_fence(&shape.readers_fence_lock(), waits);
+        passed = format!("CASE WHEN {passed} THEN {readers} END");
+    }
     const DRAWN: &str = "pg_catalog.nextval('dsync.token')";
     let begins = |known| {
         format!("attempt WHERE CASE WHEN attempt.granted AND {era} {known} THEN {passed} END", era = era!())
@@ -217,9 +222,7 @@ fn take_unknown(
     };
     let ((column, set), (token, value)) = (columns, values);
     let left = match verb {
-        Verb::Queue(place) | Verb::QueueFence(place) => {
-            place.leave(shape, "(SELECT token FROM term) IS NOT NULL")
-        }
+        Verb::Queue(place) => place.leave(shape, "(SELECT token FROM term) IS NOT NULL"),
         _ => String::new(),
     };
     format!(
@@ -260,32 +263,24 @@ fn take_unknown(
 /// is a token above that one's; where it is not, the session notices, and has it drawn again. A session that queues need not
 /// have drawn one.
 fn take_known(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> String) -> String {
-    let fence_lock = shape.fence_lock();
-    let (taken, left) = match verb {
-        Verb::QueueAgain(place) => (
-            format!(
-                "WHEN NOT {era} THEN false \
-                 WHEN {taken} \
-                 THEN (pg_catalog.pg_advisory_xact_lock({fence_lock}))::text = ''",
-                era = era!(),
-                taken = place.wait(shape)
-            ),
-            place.leave(shape, "true"),
-        ),
-        _ => (
-            format!(
-                "WHEN {taken} THEN pg_catalog.pg_try_advisory_xact_lock({fence_lock})",
-                taken = try_lock(shape)
-            ),
-            String::new(),
-        ),
+    let (waits, taken, left) = match verb {
+        Verb::QueueAgain(place) => {
+            let taken = format!("WHEN NOT {} THEN false WHEN {}", era!(), place.wait(shape));
+            (true, taken, place.leave(shape, "true"))
+        }
+        _ => (false, format!("WHEN {}", try_lock(shape)), String::new()),
     };
+    let (writers, readers) =
+        (pass_fence(&shape.fence_lock(), waits), pass_fence(&shape.readers_fence_lock(), waits));
     format!(
         "UPDATE dsync.lock AS lock \
          SET token = pg_catalog.nextval('dsync.token'), annotation = $4::bytea, \
              pid = pg_catalog.pg_backend_pid(), since = pg_catalog.clock_timestamp() \
          WHERE lock.id = $1::int8 AND lock.pair = {pair} \
-         AND CASE WHEN lock.namespace <> $2::text OR lock.key <> $3::text THEN false {taken} ELSE false END \
+         AND CASE WHEN lock.namespace <> $2::text OR lock.key <> $3::text THEN false \
+                  {taken} THEN CASE WHEN NOT {writers} THEN false \
+                                    WHEN lock.readers = lock.token THEN {readers} ELSE true END \
+                  ELSE false END \
          RETURNING lock.token{left}{told}",
         pair = shape.pair,
         told = told("lock.token::text")

@@ -14,7 +14,7 @@ use super::Shape;
 /// Runs on a connection of the application's, whose `search_path` may be anything. The function `fence` of the catalog does the same for
 /// other languages.
 pub(crate) fn fence(pair: bool) -> String {
-    let fence_lock = Shape::plain(pair).fence_lock();
+    let (fence_lock, of_readers) = (Shape::plain(pair).fence_lock(), Shape::plain(pair).readers_fence_lock());
     format!(
         "SELECT true FROM dsync.lock AS lock, \
               (SELECT pg_catalog.current_setting('idle_in_transaction_session_timeout')::pg_catalog.interval AS now, \
@@ -26,6 +26,8 @@ pub(crate) fn fence(pair: bool) -> String {
                                        AND pause.now OPERATOR(pg_catalog.<) pause.longest \
                                   THEN pg_catalog.current_setting('idle_in_transaction_session_timeout') \
                                   ELSE $4::pg_catalog.text END, true) IS NULL THEN false \
+                    WHEN lock.readers OPERATOR(pg_catalog.=) lock.token \
+                    THEN pg_catalog.pg_try_advisory_xact_lock_shared({of_readers}) \
                     ELSE pg_catalog.pg_try_advisory_xact_lock_shared({fence_lock}) END \
          FOR SHARE OF lock"
     )

@@ -134,6 +134,13 @@ impl Shape {
         self.numbers(&format!("$1::pg_catalog.int8 OPERATOR(pg_catalog.#) {FENCE_LOCK}::pg_catalog.int8"))
     }
 
+    /// The fence lock of readers. A reader that begins takes that of writers only, so that it is in no other reader's way.
+    pub(crate) fn readers_fence_lock(self) -> String {
+        self.numbers(&format!(
+            "$1::pg_catalog.int8 OPERATOR(pg_catalog.#) {READERS_FENCE_LOCK}::pg_catalog.int8"
+        ))
+    }
+
     /// The turnstile: an advisory lock that whoever has waited in vain for a slice has for itself until it is granted the lock, and
     /// that everybody passes who begins to wait. At the end of a slice a session leaves the server's queue, and others that came
     /// later would overtake it: readers that share the lock, without end.
@@ -165,6 +172,9 @@ macro_rules! era {
 /// "dsync ga" in ASCII, of no meaning. The function `fence` of the catalog has it, too.
 const FENCE_LOCK: i64 = 0x6473_796e_6320_6761;
 
+/// "dsync gr" in ASCII, of no meaning. The function `fence` has it, too.
+const READERS_FENCE_LOCK: i64 = 0x6473_796e_6320_6772;
+
 /// "dsync tu" in ASCII, of no meaning.
 pub(crate) const TURNSTILE: i64 = 0x6473_796e_6320_7475;
 
@@ -176,7 +186,8 @@ mod tests {
 
     #[test]
     fn the_function_of_the_catalog_shares_the_fence_lock() {
-        assert!(CATALOG.contains(&format!("of_id # {FENCE_LOCK};")));
+        assert!(CATALOG.contains(&format!("ELSE {FENCE_LOCK} END")));
+        assert!(CATALOG.contains(&format!("THEN {READERS_FENCE_LOCK} ELSE")));
         assert!(CATALOG.contains(&format!("THEN {TURNSTILE} ELSE")));
     }
 }

@@ -32,7 +32,7 @@ pub(super) const FRONT: &str = "front";
 /// The answer where there is no catalog.
 pub(super) const WITHOUT_TOKEN: &str = "granted";
 
-/// Prepares the statement of `verb`, which waits: [`Verb::Queue`], [`Verb::QueueFence`], [`Verb::QueueAgain`] or [`Verb::Turnstile`]. To be run once in a session.
+/// Prepares the statement of `verb`, which waits: [`Verb::Queue`], [`Verb::QueueAgain`] or [`Verb::Turnstile`]. To be run once in a session.
 ///
 /// So nothing of it is planned while somebody waits. And a server that logs long waits logs the name of the statement with
 /// each, and not its text twice.
@@ -53,7 +53,6 @@ fn name(verb: Verb, shape: Shape) -> String {
     let (verb, place) = match verb {
         Verb::QueueAgain(place) => ("again", place.name()),
         Verb::Queue(place) => ("queue", place.name()),
-        Verb::QueueFence(place) => ("fence", place.name()),
         _ => ("turnstile", ""),
     };
     format!("dsync_{verb}{}{place}", shape.name())
