@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -47,8 +46,6 @@ pub(crate) struct PostgresLock {
     /// The threads that want guards.
     queue: Arc<LocalQueue>,
     state: Mutex<LockState>,
-    /// There is a claim of `lock` and `try_lock`.
-    has_claim: AtomicBool,
 }
 
 #[derive(Default)]
@@ -81,7 +78,6 @@ impl PostgresLock {
             registry,
             queue: Arc::default(),
             state: Mutex::default(),
-            has_claim: AtomicBool::new(false),
         })
     }
 
@@ -116,7 +112,7 @@ impl PostgresLock {
 
     /// The claim that goes on, or a new one. Waits for one that is ending, no longer than that takes or `context` allows.
     fn claim(&self, context: &Context) -> Result<ActiveClaim> {
-        if !self.has_claim.load(Relaxed) {
+        if self.current().is_none() {
             self.check_way()?;
         }
         loop {
@@ -128,7 +124,6 @@ impl PostgresLock {
                     None => {
                         let active = self.begin(&mut state, Span::UntilReleased, None)?;
                         state.claim = Some(active.clone());
-                        self.has_claim.store(true, Relaxed);
                         self.options.claim_begun();
                         return Ok(active);
                     }
@@ -142,8 +137,9 @@ impl PostgresLock {
     /// Refuses a claim if this process has the lock the other way by another one, or this thread by a guard: it would wait for itself.
     fn check_way(&self) -> Result<()> {
         guard::check_way(self)?;
-        let other = self.registry.claimed(&self.key.other_way());
-        match other.is_some_and(|other| other.has_claim.load(Relaxed)) {
+        let other = self.registry.claimed(&self.key.other_way()).and_then(|other| other.current());
+        // One that is ending is not waited for in vain.
+        match other.is_some_and(|active| !active.claim.is_ending()) {
             true => Err(Error::would_deadlock(&self.text, "a claim of this process", self.key.shared)),
             false => Ok(()),
         }
@@ -282,7 +278,6 @@ impl PostgresLock {
         let dropped = {
             let mut state = self.state.lock();
             let Some(active) = state.take(ended) else { return };
-            self.has_claim.store(state.claim.is_some(), Relaxed);
             state.last_loss =
                 ended.last_loss().into_iter().chain(state.last_loss.take()).max_by_key(|loss| loss.at);
             // Under the mutex, so that the next claim of this very lock finds it.
