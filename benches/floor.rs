@@ -12,15 +12,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
-use dsync::{Canceller, CatalogMode, Context, Lock, PostgresManager};
+use dsync::{Canceller, CatalogMode, Config, Context, Lock, PostgresManager, Quorum};
 use kit::raw::{self, Raw, Watcher};
 use kit::{Bench, Contender, Place, Plan, Row, Series, Target, interleave_list, micros, processors, time};
+use postgres::{Client, SimpleQueryMessage};
+use support::Replication;
 
 /// Keys of the driver by hand.
 const KEY: i64 = 4711;
 const KEY_WITH_ROW: i64 = 4712;
 /// That of readers, with a row.
 const SHARED_KEY: i64 = 4716;
+/// Those of the permits of a semaphore are the three behind it.
+const PERMITS_KEY: i64 = 4720;
 /// Those of a set.
 const SET: RangeInclusive<i64> = 4713..=4715;
 
@@ -138,10 +142,14 @@ fn measure(bench: &mut Bench, place: Place) {
     tries(bench, place, &database.url());
     if place == Place::OneProcessor {
         readers(bench, place, &database.url());
+        permits(bench, place, &database.url());
         sets(bench, place, &database.url());
     }
     transactions(bench, place, &database.url());
     hand_overs(bench, place, &database.url());
+    drop(database);
+    drop(server);
+    confirmed(bench, place);
 }
 
 fn managers(url: &str) -> [PostgresManager; 2] {
@@ -197,6 +205,70 @@ fn pairs(bench: &mut Bench, place: Place, url: &str) {
             bench.row(Row::compared(what, "µs", &floors[mode][0], ours, Some(PAIR[mode])));
         }
     }
+}
+
+/// What it costs that a standby confirms: a heartbeat, by hand, and a lock, whose term begins with a confirmation. The library asks the
+/// standby once for all locks of a manager whose heartbeats come together.
+fn confirmed(bench: &mut Bench, place: Place) {
+    let plan = bench.choose(
+        Plan { repetitions: 7, rounds: 500, warm_up: 100 },
+        Plan { repetitions: 3, rounds: 50, warm_up: 20 },
+    );
+    let primary = kit::server();
+    let _standby = primary.standby(Replication::Synchronous).expect("a standby");
+    // All managers of a database have the quorum, or none.
+    let databases = [(); 2].map(|()| primary.database().expect("a database"));
+    let managers = [(Quorum::Server, &databases[0]), (Quorum::NamedStandbys, &databases[1])];
+    let managers = managers.map(|(quorum, database)| {
+        let config = Config::from_url(&database.url()).expect("a URL").max_sessions(2).quorum(quorum);
+        PostgresManager::connect(config).expect("a server")
+    });
+    let [plain, with_quorum] = managers.each_ref().map(lock);
+    let shutdown = Shutdown::new();
+    let pair = |lock: Arc<dyn Lock>| {
+        let shutdown = &shutdown;
+        Contender::new("dsync", move || [micros(time(|| Call::Lock.pair(&lock, shutdown, || ())))])
+    };
+    let mut clients = [(); 2].map(|()| raw::connect(&databases[0].url()));
+    let [beats, confirms] = &mut clients;
+    let contenders = vec![
+        Contender::new("a heartbeat by hand", move || [micros(time(|| beat(beats)))]),
+        Contender::new("by hand", move || {
+            [micros(time(|| {
+                beat(confirms);
+                be_confirmed(confirms);
+            }))]
+        }),
+        pair(plain),
+        pair(with_quorum),
+    ];
+    let series = interleave_list(plan, contenders);
+    let [[beat], [confirmed], [plain], [with_quorum]] = &series[..] else { return };
+    bench.heading(&place.heading("a standby on the same machine confirms"));
+    for (what, plain, confirmed) in [
+        ("heartbeat and its confirmation, by hand", beat, confirmed),
+        ("lock + release, with token and row, the beginning confirmed", plain, with_quorum),
+    ] {
+        bench.row(Row::compared(place.name(what), "µs", plain, confirmed, None));
+    }
+}
+
+fn beat(client: &mut Client) {
+    client.simple_query("SELECT pg_backend_pid(), pg_is_in_recovery()").expect("an answer");
+}
+
+/// A record in the server's log, and looks until the standby has it.
+fn be_confirmed(client: &mut Client) {
+    let record =
+        "SET LOCAL synchronous_commit = local; SELECT pg_logical_emit_message(true, 'bench', ''::text)";
+    let answers = client.simple_query(record).expect("a record");
+    let place = answers.iter().find_map(|answer| match answer {
+        SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+        _ => None,
+    });
+    let place = place.expect("its place");
+    let look = format!("SELECT FROM pg_stat_replication WHERE flush_lsn >= '{place}'");
+    while client.query(&look, &[]).expect("an answer").is_empty() {}
 }
 
 /// A lock that another session has, and what it takes to be told so.
@@ -257,6 +329,62 @@ fn readers(bench: &mut Bench, place: Place, url: &str) {
         let what = place.name(&format!("shared lock: acquire + release, {}", NAMES[mode]));
         bench.row(Row::compared(what, "µs", &floors[mode][0], ours, None));
     }
+}
+
+/// A permit of a semaphore: alone, and handed over to a waiter, who looks for it. The latter beside the hand-over of a lock.
+fn permits(bench: &mut Bench, place: Place, url: &str) {
+    let plan = bench.choose(
+        Plan { repetitions: 7, rounds: 1_000, warm_up: 200 },
+        Plan { repetitions: 3, rounds: 50, warm_up: 20 },
+    );
+    let [[_, holder], [_, waiter]] = [managers(url), managers(url)];
+    let semaphore =
+        |manager: &PostgresManager, permits| manager.lock_with("bench", kit::annotated().permits(permits));
+    let permit = holder.lock_with("bench/three", kit::annotated().permits(3)).expect("a semaphore");
+    let mut raw = Raw::permit_with_row(url, PERMITS_KEY);
+    let series = interleave_list(
+        plan,
+        vec![
+            Contender::new(raw::NAME_WITH_ROW, move || [micros(time(|| raw.pair(PERMITS_KEY)))]),
+            Contender::new("dsync", move || {
+                [micros(time(|| permit.acquire(PATIENCE).expect("a permit").release().expect("the release")))]
+            }),
+        ],
+    );
+    bench.heading(&place.heading("semaphore: a permit of three, nobody else there"));
+    let what = place.name("permit: acquire + release, with token and row");
+    bench.row(Row::compared(what, "µs", &series[0][0], &series[1][0], None));
+
+    let plan = bench.choose(
+        Plan { repetitions: 7, rounds: 150, warm_up: 20 },
+        Plan { repetitions: 3, rounds: 10, warm_up: 3 },
+    );
+    let hand_over = |[holder, waiter]: [Arc<dyn Lock>; 2], mut watcher: Watcher| {
+        Contender::new("dsync", move || {
+            let guard = holder.acquire(PATIENCE).expect("the lock");
+            let waiter = &waiter;
+            let wait = move |granted: &dyn Fn()| {
+                let guard = waiter.acquire(PATIENCE).expect("the lock");
+                granted();
+                guard.release().expect("the release");
+            };
+            [micros(hand_over(&mut watcher, || guard.release().expect("the release"), wait))]
+        })
+    };
+    let managers = [&holder, &waiter];
+    let series = interleave_list(
+        plan,
+        vec![
+            hand_over(managers.map(lock), Watcher::connect(url)),
+            hand_over(
+                managers.map(|manager| semaphore(manager, 1).expect("a semaphore")),
+                Watcher::of_permits(url),
+            ),
+        ],
+    );
+    bench.heading(&place.heading("hand-over of a permit, beside that of a lock"));
+    let what = place.name("permit: hand-over, beside that of a guard of a lock, with token and row");
+    bench.row(Row::compared(what, "µs", &series[0][0], &series[1][0], None));
 }
 
 /// Three locks at once. By hand they are three on one session.

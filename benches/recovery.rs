@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{CatalogMode, Context, Lock};
+use dsync::{Config, Context, Lock, PostgresManager, TakeoverPolicy};
 use kit::raw;
 use kit::{Bench, Row, Series, Target, millis};
 use postgres::{Client, NoTls};
@@ -33,7 +33,9 @@ struct Restart {
 fn main() {
     let mut bench = Bench::start("recovery");
     let server = kit::server();
-    let manager = kit::manager(&server.url(), CatalogMode::Automatic, 1);
+    // What a takeover grace costs is no matter of speed.
+    let config = Config::from_url(&server.url()).expect("a URL").max_sessions(1);
+    let manager = PostgresManager::connect(config.takeover(TakeoverPolicy::Immediate)).expect("a server");
     let lock = manager.lock("bench").expect("a lock");
     lock.lock(&Context::background()).expect("the lock");
     restart(&server, &lock, Duration::ZERO);

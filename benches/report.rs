@@ -12,8 +12,8 @@ use kit::results::{Results, Row};
 use kit::text;
 
 /// In the order of the document.
-const BENCHES: [&str; 9] =
-    ["floor", "row", "loss", "recovery", "scale", "threads", "contention", "startup", "footprint"];
+const BENCHES: [&str; 10] =
+    ["floor", "row", "loss", "recovery", "scale", "sharing", "threads", "contention", "startup", "footprint"];
 
 fn main() -> ExitCode {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("BENCHMARKS.md");

@@ -34,7 +34,10 @@ fn run() -> Result<(), Box<dyn Error>> {
         Ok(url) => url,
         Err(_) => {
             server = support::Server::start()?;
-            println!("in another terminal: DATABASE_URL={} cargo run --example leader", server.url());
+            println!(
+                "in another terminal:\n  DATABASE_URL={} \\\n  cargo run --example leader",
+                server.url()
+            );
             server.url()
         }
     };
@@ -51,7 +54,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         }
     })?;
 
-    println!("Enter: step down. r, Enter: ask whoever leads to resign. s, Enter: status. Ctrl-D: stop.");
+    println!("Enter: step down. r, Enter: ask whoever leads to resign.\ns, Enter: status. Ctrl-D: stop.");
     for line in stdin().lines() {
         match line?.as_str() {
             "r" => println!("there is a leader to ask: {}", manager.request_resignation(KEY)?),

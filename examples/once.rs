@@ -35,7 +35,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         Ok(url) => url,
         Err(_) => {
             server = support::Server::start()?;
-            println!("in another terminal: DATABASE_URL={} cargo run --example once", server.url());
+            println!("in another terminal:\n  DATABASE_URL={} \\\n  cargo run --example once", server.url());
             server.url()
         }
     };

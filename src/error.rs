@@ -4,7 +4,9 @@ use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
+use crate::key::Mode;
 use crate::loss::Loss;
 
 /// What the library's operations return.
@@ -42,7 +44,9 @@ pub struct Error {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// Another session holds the lock, or it is wanted to be shared and a writer waits for it. Without a guard, the claim goes on in the background until it is released.
+    /// Another session holds the lock, or it is wanted to be shared and a writer waits for it, or no permit of the semaphore is to be had, or
+    /// one may hold it that was cut off before the server was taken over ([`Config::takeover`](crate::Config::takeover)). Without a guard, the
+    /// claim goes on in the background until it is released.
     LockUnavailable,
     /// The context's deadline came first. Without a guard, the claim goes on in the background until it is released.
     TimedOut,
@@ -69,7 +73,7 @@ pub enum ErrorKind {
     UnlockFailed,
     /// The key is empty, too long, contains a NUL, or has the same hash as another one in use.
     InvalidKey,
-    /// A setting cannot work.
+    /// A setting cannot work, or contradicts what other processes say: how many permits a semaphore has.
     InvalidConfig,
     /// The caller would wait for itself: it shares the lock and wants it alone, or has it alone and wants to share it. Release the
     /// one before asking for the other: see [`shared_lock`](crate::PostgresManager::shared_lock).
@@ -165,9 +169,19 @@ impl Error {
         Self::new(ErrorKind::SyncManagerStopped, text)
     }
 
-    pub(crate) fn lock_unavailable(key: &str) -> Self {
+    pub(crate) fn lock_unavailable(key: &str, mode: Mode) -> Self {
         let text = format!(
-            "another session holds {key:?}; without a guard, the claim goes on in the background until release()"
+            "{} {key:?}; without a guard, the claim goes on in the background until release()",
+            mode.who_has()
+        );
+        Self::new(ErrorKind::LockUnavailable, text)
+    }
+
+    /// The server was taken over a moment ago.
+    pub(crate) fn in_grace(key: &str, left: Duration) -> Self {
+        let text = format!(
+            "a holder of before may believe in {key:?} still: {}; without a guard, the claim goes on in the background until release()",
+            in_grace(left)
         );
         Self::new(ErrorKind::LockUnavailable, text)
     }
@@ -185,10 +199,32 @@ impl Error {
         Self::new(ErrorKind::WouldDeadlock, text)
     }
 
-    /// What is for one at a time was asked of a shared lock.
+    /// What is for one at a time was asked of a lock that several have.
     pub(crate) fn is_shared(key: &str, what: &str) -> Self {
         let text = format!(
-            "{what} is for one process at a time, and the lock {key:?} is shared; use lock() in the place of shared_lock()"
+            "{what} is for one process at a time, and others may have the lock {key:?} at the same time; use lock() in the place of \
+             shared_lock() or semaphore()"
+        );
+        Self::new(ErrorKind::InvalidConfig, text)
+    }
+
+    /// A semaphore has another number of permits than the caller says.
+    pub(crate) fn other_permits(key: &str, ours: u32, theirs: u32, who: &str) -> Self {
+        let text = format!(
+            "the semaphore {key:?} is asked for with {ours} permits, and {who} {theirs}; give all processes the same number, or change it for \
+             all with set_permits()"
+        );
+        Self::new(ErrorKind::InvalidConfig, text)
+    }
+
+    /// The text, without the words of the kind.
+    pub(crate) fn into_message(self) -> String {
+        self.message.into_owned()
+    }
+
+    pub(crate) fn no_semaphore(key: &str) -> Self {
+        let text = format!(
+            "the lock {key:?} has no permits that could be changed; ask the manager for it by semaphore()"
         );
         Self::new(ErrorKind::InvalidConfig, text)
     }
@@ -277,6 +313,13 @@ impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.source.as_deref().map(|source| source as _)
     }
+}
+
+/// What a takeover grace is, and how long it lasts.
+pub(crate) fn in_grace(left: Duration) -> String {
+    format!(
+        "the server was restarted, or another one took its place, and no lock is granted for another {left:.1?} (Config::takeover)"
+    )
 }
 
 /// An error's text with those of its causes behind it, for a log line or a text of our own.

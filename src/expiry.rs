@@ -1,8 +1,9 @@
 //! The time at which a term ends unless it is renewed: moved on by each renewal, and final once somebody has seen it pass.
 
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::clock::Moment;
 use crate::sync::{AtomicU64, Ordering::SeqCst};
 
 /// The end of a term by its lease, shared by the threads that renew it and those that look at the clock.
@@ -11,39 +12,39 @@ use crate::sync::{AtomicU64, Ordering::SeqCst};
 /// could be told that its term is over, and then that it goes on.
 #[derive(Debug)]
 pub(crate) struct Expiry {
-    base: Instant,
+    base: Moment,
     end: End,
 }
 
 impl Expiry {
-    pub(crate) fn new(at: Instant) -> Self {
-        let base = Instant::now();
+    pub(crate) fn new(at: Moment) -> Self {
+        let base = Moment::now();
         Self { base, end: End::new(ticks(base, at)) }
     }
 
     /// Whether the term is over. It stays so.
     pub(crate) fn has_passed(&self) -> bool {
-        self.end.has_passed(ticks(self.base, Instant::now()))
+        self.end.has_passed(ticks(self.base, Moment::now()))
     }
 
     /// Lets the term last until `at`; `false` if it is over already.
-    pub(crate) fn move_to(&self, at: Instant) -> bool {
+    pub(crate) fn move_to(&self, at: Moment) -> bool {
         self.end.move_to(ticks(self.base, at))
     }
 
     /// How long the term has still to go.
     pub(crate) fn left(&self) -> Duration {
-        self.at().map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()))
+        self.at().map_or(Duration::ZERO, |at| at.saturating_duration_since(Moment::now()))
     }
 
     /// When the term ends; `None` if it is over.
-    pub(crate) fn at(&self) -> Option<Instant> {
-        self.end.at().map(|ticks| self.base + Duration::from_nanos(ticks))
+    pub(crate) fn at(&self) -> Option<Moment> {
+        self.end.at().and_then(|ticks| self.base.checked_add(Duration::from_nanos(ticks)))
     }
 }
 
 /// Nanoseconds since `base`, less than [`End::PASSED`].
-fn ticks(base: Instant, at: Instant) -> u64 {
+fn ticks(base: Moment, at: Moment) -> u64 {
     let since = at.saturating_duration_since(base).as_nanos();
     u64::try_from(since).unwrap_or(End::PASSED).min(End::PASSED - 1)
 }

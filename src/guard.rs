@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result, chain};
+use crate::key::Mode;
 use crate::local_queue::{LocalQueue, Turn};
 use crate::lock::Lock;
 use crate::loss::{Loss, Lost};
@@ -14,6 +15,7 @@ use crate::once::Successes;
 use crate::process::Origin;
 use crate::telling::Observing;
 use crate::term::Term;
+use crate::view::LockView;
 
 /// What an implementation of [`Lock`] does for guards. Nobody outside of this library can implement it.
 pub trait Guarded {
@@ -32,8 +34,13 @@ pub trait Guarded {
     /// Which manager it is of.
     fn owner(&self) -> (usize, u64);
 
-    /// Others may hold it at the same time.
-    fn is_shared(&self) -> bool;
+    /// How it is had.
+    fn mode(&self) -> Mode;
+
+    /// True if others may hold it at the same time.
+    fn is_shared(&self) -> bool {
+        self.mode().is_shared()
+    }
 
     /// How many locks its manager can hold at once.
     fn most_at_once(&self) -> usize {
@@ -68,6 +75,9 @@ pub trait Guarded {
 
     /// Records that the work which began at `started` has succeeded; `false` if the term is over. Tells the server.
     fn record_success(&self, term: &Term, started: SystemTime) -> Result<bool>;
+
+    /// Who has this lock, and who waits for it. Asks the server.
+    fn view(&self) -> Result<LockView>;
 
     /// Whether somebody has asked the holder of the term with this token to resign. Asks the server.
     fn is_asked_to_resign(&self, _token: i64) -> Result<bool> {
@@ -176,6 +186,8 @@ pub(crate) fn check_way<L: Lock + ?Sized>(lock: &L) -> Result<()> {
 ///   token of its own, and other processes are served in between. All that wait use one session of the server.
 /// - If the lock is [shared](crate::PostgresManager::shared_lock), it excludes those only who want the lock alone. Each guard has a term and a
 ///   session of its own then, and one token with the others. All that wait in this process use one session beside those.
+/// - Of a [semaphore](crate::PostgresManager::semaphore) it is one permit. Each guard has a term and a token of its own then, and a session, unless
+///   [sessions are shared](crate::Config::shared_sessions). All that wait in this process use one session beside those.
 /// - It is one term. When that is [lost](Self::lost), it does not come back, [`release`](Self::release) says so, and others
 ///   may have the lock: a guard does not make the lock safe to lose, so watch the channel.
 /// - It ends its own term and nothing else: no other guard's, and no claim of [`Lock::lock`].
@@ -264,12 +276,8 @@ impl LockGuard {
             match Self::begin(lock, turn, (!tries_once).then_some(context), begun, has_others) {
                 // The one attempt of a context that had ended.
                 Err(error) if error.kind() == ErrorKind::LockUnavailable => {
-                    let who = if lock.is_shared() {
-                        "a writer has, or waits for,"
-                    } else {
-                        "another session holds"
-                    };
-                    Err(Error::new(ErrorKind::TimedOut, format!("{who} {:?}", lock.key())))
+                    let text = format!("{} {:?}", lock.mode().who_has(), lock.key());
+                    Err(Error::new(ErrorKind::TimedOut, text))
                 }
                 outcome => outcome,
             }
@@ -421,6 +429,7 @@ impl fmt::Debug for LockGuard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Moment;
     use crate::expiry::Expiry;
     use crate::loss::{Alive, LossReason};
     use crate::sync::Mutex;
@@ -451,7 +460,7 @@ mod tests {
     #[test]
     fn a_guard_whose_time_is_over_is_lost_also_where_nobody_has_seen_it() {
         let (alive, lost) = Lost::pair();
-        let term = Term::new(lost, None, None).with_expiry(Arc::new(Expiry::new(Instant::now())));
+        let term = Term::new(lost, None, None).with_expiry(Arc::new(Expiry::new(Moment::now())));
         let guard = LockGuard {
             term,
             hold: Some(Box::new(Sleepy(Mutex::new(Some(alive))))),

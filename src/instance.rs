@@ -306,7 +306,18 @@ pub fn lock_with_key(key: impl Into<Key>, options: LockOptions) -> Result<Arc<dy
 /// [`init`] has begun the claim on it, and logs gain and loss. To know whether this process leads, call
 /// [`try_lock`](Lock::try_lock); for work that takes a while, watch [`lost`](Lock::lost) as well, since leadership can
 /// be lost at any time. [`release`](Lock::release) steps down: this process then does not stand for election again
-/// before the next `lock` or `try_lock`.
+/// before the next `lock` or `try_lock`. Which process leads, whether this one or another, tells [`holder`](Lock::holder), with the
+/// annotation that names service, host, process and build:
+///
+/// ```no_run
+/// # fn example() -> dsync::Result<()> {
+/// match dsync::leadership_lock()?.holder()? {
+///     Some(leader) => println!("{leader:?} leads"),
+///     None => println!("nobody leads"),
+/// }
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// - [`InvalidConfig`](ErrorKind::InvalidConfig) if [`init`] was given no service.

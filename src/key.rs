@@ -66,6 +66,17 @@ impl Key {
         Ok(())
     }
 
+    /// The number of the semaphore with this key, whose last ten bits are 0: the permits have the numbers that follow.
+    pub(crate) fn semaphore(&self, namespace: &str) -> AdvisoryKey {
+        // No name has a NUL, so none has the number of a semaphore by more than chance; nor has a semaphore of a number that of a name.
+        let text = match self {
+            Self::Name(name) => format!("{name}\0semaphore"),
+            Self::Number(_) | Self::Pair(..) => format!("{self}\0semaphore of a number"),
+        };
+        let number = hash(self.namespace(namespace), &text);
+        AdvisoryKey::Single(number & !i64::from(MAX_PERMITS))
+    }
+
     /// The namespace that the key is in: a number is the same in all of them.
     pub(crate) fn namespace<'a>(&self, namespace: &'a str) -> &'a str {
         if let Self::Name(_) = self { namespace } else { "" }
@@ -140,20 +151,77 @@ impl From<(i32, i32)> for Key {
     }
 }
 
+/// How a lock is had.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Mode {
+    #[default]
+    Alone,
+    /// By all that want it so.
+    Shared,
+    /// By as many as there are permits. It is another lock than the one that is had in the other two ways.
+    Permit,
+}
+
+impl Mode {
+    /// True if others may have the lock at the same time.
+    pub(crate) fn is_shared(self) -> bool {
+        self != Self::Alone
+    }
+
+    /// Who keeps others from what they want in this way, for the text of an error. The key follows.
+    pub(crate) fn who_has(self) -> &'static str {
+        match self {
+            Self::Alone => "another session holds",
+            Self::Shared => "a writer has, or waits for,",
+            Self::Permit => "others have, or wait for, all permits of",
+        }
+    }
+
+    /// The same, behind the key.
+    pub(crate) fn which_has(self) -> &'static str {
+        match self {
+            Self::Alone => "which another session holds",
+            Self::Shared => "which a writer has, or waits for",
+            Self::Permit => "of which others have, or wait for, all permits",
+        }
+    }
+}
+
 /// What a manager tells the handles of its locks apart by.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct HandleKey {
     pub(crate) key: Key,
-    /// Of the lock that others may share.
-    pub(crate) shared: bool,
+    pub(crate) mode: Mode,
 }
 
 impl HandleKey {
-    /// That of the lock with the same key, the other way.
-    pub(crate) fn other_way(&self) -> Self {
-        Self { key: self.key.clone(), shared: !self.shared }
+    /// The same for both ways in which a lock can be had. They exclude each other, and share a queue.
+    pub(crate) fn lock(&self) -> Self {
+        let mode = if self.mode == Mode::Permit { Mode::Permit } else { Mode::Alone };
+        Self { key: self.key.clone(), mode }
+    }
+
+    /// That of the same lock, the other way, if there is one.
+    pub(crate) fn other_way(&self) -> Option<Self> {
+        let mode = match self.mode {
+            Mode::Alone => Mode::Shared,
+            Mode::Shared => Mode::Alone,
+            Mode::Permit => return None,
+        };
+        Some(Self { key: self.key.clone(), mode })
+    }
+
+    /// The key as PostgreSQL's advisory lock functions take it; of a semaphore, that of none of its permits.
+    pub(crate) fn advisory(&self, namespace: &str) -> AdvisoryKey {
+        match self.mode {
+            Mode::Alone | Mode::Shared => self.key.advisory(namespace),
+            Mode::Permit => self.key.semaphore(namespace),
+        }
     }
 }
+
+/// The most permits of a semaphore: as many as the last ten bits of a number count. **Do not change**: they are in the numbers of all semaphores.
+pub(crate) const MAX_PERMITS: u32 = 1023;
 
 /// The arguments of `pg_advisory_lock`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -169,6 +237,22 @@ impl AdvisoryKey {
             Self::Single(number) => number,
             Self::Pair(first, second) => i64::from(first) << 32 | i64::from(second.cast_unsigned()),
         }
+    }
+
+    /// The key of one of the permits of a semaphore that has this number.
+    pub(crate) fn permit(self, permit: u32) -> Self {
+        Self::Single(self.id() | i64::from(permit))
+    }
+
+    /// The keys of all permits that the semaphore with this number may have.
+    pub(crate) fn permits(self) -> impl Iterator<Item = Self> {
+        (1..=MAX_PERMITS).map(move |permit| self.permit(permit))
+    }
+
+    /// Of the key of a permit, which one it is.
+    pub(crate) fn which_permit(self) -> u32 {
+        // Only the last ten bits are left.
+        (self.id() & i64::from(MAX_PERMITS)) as u32
     }
 
     /// Its place in the order in which every process takes the locks of a set. **Do not change**: of two processes that take them in
@@ -201,6 +285,17 @@ mod tests {
         assert_eq!(hash("dsync", "service/billing/leadership"), 4_936_083_070_665_430_351);
         assert_eq!(hash("", "x"), 4_359_092_777_751_712_752);
         assert_eq!(hash("dsync", "schlüssel/鍵"), -7_480_283_514_987_209_388);
+    }
+
+    #[test]
+    fn a_semaphore_has_numbers_of_its_own_that_never_change() {
+        let number = |key: Key| key.semaphore("dsync").id();
+        assert_eq!(number("gpu".into()), 6_785_985_105_421_607_936);
+        assert_eq!(number(7.into()), 4_914_386_018_234_932_224);
+        let all = [number("gpu".into()), number("#7".into()), number(7.into()), number((0, 7).into())];
+        assert!(all.iter().all(|number| number & 1023 == 0));
+        assert!((1..all.len()).all(|index| !all[..index].contains(&all[index])), "{all:?}");
+        assert_eq!(AdvisoryKey::Single(-1024).permit(1023).id(), -1);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use serde_core::Serialize;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{Guarded, LockGuard};
+use crate::key::{Key, MAX_PERMITS, Mode};
 use crate::loss::{Loss, Lost};
 use crate::once::{self, Once, Period, Run};
 use crate::term::Term;
@@ -17,8 +18,8 @@ use crate::view::Holder;
 
 /// A distributed lock: one for all processes that use the same key on the same database.
 ///
-/// One of them has it at a time, or many do that [share](crate::PostgresManager::shared_lock) it. What is said here goes for both where it
-/// does not name shared locks.
+/// One of them has it at a time; or many do that [share](crate::PostgresManager::shared_lock) it, or as many as a
+/// [semaphore](crate::PostgresManager::semaphore) has permits. What is said here goes for all where it does not name one of them.
 ///
 /// Most code needs `acquire` and [`try_acquire`](Self::try_acquire) only, which give a [`LockGuard`]:
 ///
@@ -45,10 +46,10 @@ use crate::view::Holder;
 /// was lost, acquired again in the background. A **term** is one unbroken stretch of holding within a claim. Each term
 /// has a [`lost`](Self::lost) channel of its own.
 ///
-/// A claim belongs to the manager, not to the handle: dropping the handle does not end it, and asking the manager for
-/// the same key finds it again. Beside a claim, guards of the same lock are as those of another process: they wait for the
-/// claim's term to end, and a claim waits for theirs; of a shared lock they have terms at the same time. A manager has a claim of
-/// a key one way, shared or not, and refuses one the other way with [`WouldDeadlock`](ErrorKind::WouldDeadlock).
+/// A claim belongs to the manager, not to the handle: dropping the handle does not end it, and asking the manager for the same key finds it
+/// again. Beside a claim, guards of the same lock are as those of another process: they wait for the claim's term to end, and a claim waits
+/// for theirs; of a shared lock they have terms at the same time, and of a semaphore each has a permit. A manager has a claim of a key one
+/// way, shared or not, and refuses one the other way with [`WouldDeadlock`](ErrorKind::WouldDeadlock).
 ///
 /// # Safety under failure
 ///
@@ -59,16 +60,17 @@ use crate::view::Holder;
 ///
 /// All methods may be called from any thread. The lock is held by the *process*, not by a thread: `lock` on a lock that
 /// is held returns at once, in any thread, and one `release` ends the claim for all of them. Coordinating threads of one
-/// process is the application's task; or that of guards, which exclude threads too, unless the lock is shared.
+/// process is the application's task; or that of guards, which exclude threads too, unless the lock is shared or a semaphore.
 ///
 /// This library alone implements it, so that it can grow.
 pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// The key in text, as [`Key`](crate::Key) displays it.
     fn key(&self) -> &str;
 
-    /// Gives a guard if the lock is free now, and `None` if another session, or another thread of this process, has it or waits
-    /// for it here. A shared lock is free for those who share it if no writer has it or waits for it. It makes one attempt, with the time
-    /// that an attempt has (`connect_timeout` and `heartbeat_timeout` together at the most), and leaves nothing behind if that fails.
+    /// Gives a guard if the lock is free now, and `None` if another session, or another thread of this process, has it or waits for it
+    /// here. A shared lock is free for those who share it if no writer has it or waits for it, and a semaphore if one of its permits is
+    /// free and nobody waits for one. It makes one attempt, with the time that an attempt has (`connect_timeout` and `heartbeat_timeout`
+    /// together at the most), and leaves nothing behind if that fails.
     ///
     /// # Errors
     /// Those of `acquire` but for `TimedOut` and `Cancelled`; [`SessionUnavailable`](ErrorKind::SessionUnavailable) also where the server
@@ -108,6 +110,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): no thread could be started for the claim.
     /// - [`WouldDeadlock`](ErrorKind::WouldDeadlock): this manager has a claim of the key the other way, shared or not, or this thread has taken
     ///   a guard of it that way. No claim has begun.
+    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the semaphore has another number of permits than this handle says. In memory no claim has
+    ///   begun then.
     /// - [`OtherProcess`](ErrorKind::OtherProcess): the lock was made before a `fork`, by the parent process.
     fn lock(&self, context: &Context) -> Result<()>;
 
@@ -122,7 +126,9 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// Those of `lock`, and
-    /// - [`LockUnavailable`](ErrorKind::LockUnavailable): another session holds the lock; or the lock is shared, and a writer holds it or waits for it.
+    /// - [`LockUnavailable`](ErrorKind::LockUnavailable): another session holds the lock; or the lock is shared, and a writer holds it or waits for it; or
+    ///   all permits of the semaphore are held, or somebody waits for one; or a takeover grace goes on, of which the text tells how long it
+    ///   lasts: see [`Config::takeover`](crate::Config::takeover).
     /// - [`SessionRefused`](ErrorKind::SessionRefused): trying again will not help: wrong password, missing database or
     ///   rights, a standby, a transaction pooler.
     /// - [`PoolExhausted`](ErrorKind::PoolExhausted): the manager has no session left for this claim.
@@ -156,9 +162,9 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// [`term`](LockGuard::term) of its own.
     fn term(&self) -> Option<Term>;
 
-    /// Who has the lock now, in whichever process: that of this handle's own term, another's, or `None` if nobody has it. Of several that share
-    /// it, it is the first; [`inspect`](crate::PostgresManager::inspect) shows them all. It is news of the past when it arrives: show it to
-    /// people, and decide nothing by it.
+    /// Who has the lock now, in whichever process: that of this handle's own term, another's, or `None` if nobody has it. Of several that
+    /// share it, or have permits, it is the first; [`inspect`](crate::PostgresManager::inspect) shows them all. It is news of the past when
+    /// it arrives: show it to people, and decide nothing by it.
     ///
     /// It takes one round trip on a session of the pool. If the server does not answer, it takes up to `connect_timeout` (three
     /// times that, for the manager's first session) plus the heartbeat timeout.
@@ -179,7 +185,7 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// Those of `holder`, and [`InvalidConfig`](ErrorKind::InvalidConfig): this manager does without the catalog, or this lock without
-    /// a token, or this is the lock that others may share, by which nobody leads.
+    /// a token, or this is a semaphore or the lock that others may share, by which nobody leads.
     ///
     /// ```
     /// # use dsync::{MemoryManager, SyncManager};
@@ -201,9 +207,12 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// behind those that wait. What else the session does is ended with it: where an application's own session has the lock, that is its
     /// transaction.
     ///
-    /// Of several sessions that share the lock it ends the first, whichever handle it is called on, and a writer waits for the others;
-    /// [`inspect`](crate::PostgresManager::inspect) and the view `dsync.locks` show them all. Do not call it until it gives `None`: one that
-    /// has waited, and has got the lock meanwhile, would lose it too.
+    /// A session that [carries many locks](crate::Config::shared_sessions) is ended with all of them; their claims have them back in a few statements,
+    /// and this one waits its turn.
+    ///
+    /// Of several sessions that share the lock it ends the first, whichever handle it is called on, and a writer waits for the others; of a
+    /// semaphore, that of the first permit that is held. [`inspect`](crate::PostgresManager::inspect) and the view `dsync.locks` show them
+    /// all. Do not call it until it gives `None`: one that has waited, and has got the lock meanwhile, would lose it too.
     ///
     /// It takes some round trips on a session of the pool, and waits for the end of the holder's session for up to half the heartbeat timeout. If the
     /// server does not answer, it takes as long as [`holder`](Self::holder).
@@ -244,6 +253,31 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// As [`last_success`](Self::last_success).
     fn forget_success(&self) -> Result<bool>;
 
+    /// Changes how many permits the [semaphore](crate::PostgresManager::semaphore) has, for all processes, and gives how many it had before. More
+    /// permits are there for who waits within half a second, and at once for who comes. Of fewer, those that are held run out: nobody has one
+    /// taken away, and until they are given back there may be as many holders as there were permits. For half a second more, one of them that
+    /// comes free may still go to who waits.
+    ///
+    /// Processes that say the former number go on, by the new one; so those that run can be given the new number one after the other. The
+    /// number before that is refused from now on. It takes as long as [`holder`](Self::holder). If the connection is lost before the answer, it
+    /// asks again, and may give the new number as the one before.
+    ///
+    /// # Errors
+    /// Those of `holder`, and [`InvalidConfig`](ErrorKind::InvalidConfig): this is no semaphore, or it cannot have that many permits.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use dsync::{MemoryManager, SyncManager};
+    /// # let manager = MemoryManager::new();
+    /// # manager.start()?;
+    /// let gpus = manager.semaphore("gpu", 2)?;
+    /// let two = [gpus.acquire(Duration::ZERO)?, gpus.acquire(Duration::ZERO)?];
+    /// assert_eq!(gpus.set_permits(3)?, 2);
+    /// let third = gpus.acquire(Duration::ZERO)?;
+    /// # Ok::<(), dsync::Error>(())
+    /// ```
+    fn set_permits(&self, permits: u32) -> Result<u32>;
+
     /// How the most recent lost term of this handle ended; `None` if none was lost. A `release` is not a loss.
     fn last_loss(&self) -> Option<Loss>;
 }
@@ -253,7 +287,7 @@ impl dyn Lock + '_ {
     /// [`Instant`](std::time::Instant), or as a [`Context`] says. A time of zero, or one that has passed before the call, means
     /// *try once*: the call makes one attempt, with the time that one of [`try_acquire`](Lock::try_acquire) has. A thread that has
     /// a guard of this lock and wants a second one waits for itself; of a shared lock it does where a writer waits, behind which the second one
-    /// comes.
+    /// comes, and of a semaphore where no permit is free.
     ///
     /// An attempt that fails leaves nothing behind, and disturbs no other guard or claim. Where the server has to be told of that,
     /// it takes up to the release timeout longer.
@@ -265,6 +299,7 @@ impl dyn Lock + '_ {
     /// - [`WouldDeadlock`](ErrorKind::WouldDeadlock): this thread has taken a guard of the key the other way, shared or not, and that guard is
     ///   there still.
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped), [`OtherProcess`](ErrorKind::OtherProcess).
+    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the semaphore has another number of permits than this handle says.
     /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): no thread could be started for the claim.
     /// - If it tries once, also [`SessionRefused`](ErrorKind::SessionRefused), [`PoolExhausted`](ErrorKind::PoolExhausted) and
     ///   [`InvalidKey`](ErrorKind::InvalidKey), as [`try_acquire`](Lock::try_acquire). A call that may wait goes on trying then.
@@ -386,7 +421,7 @@ impl dyn Lock + '_ {
 /// Makes the bytes that annotate a lock where an operator can see them: in the view `dsync.locks`.
 ///
 /// It is called for each attempt to acquire the lock, before the lock can be granted: when the attempt begins, and anew for
-/// each slice of a wait ([`wait_slice`](crate::Config::wait_slice); in memory each second for which a thread waits). So the
+/// each slice of a wait ([`wait_slice`](crate::Config::wait_slice); half a second for who is the next one to get a permit; in memory each second for which a thread waits). So the
 /// annotation of a term is at most a slice older than the term. A manager without catalog has no place for annotations and
 /// calls no valuer.
 ///
@@ -438,15 +473,19 @@ pub fn json_valuer(value: &(impl Serialize + ?Sized)) -> Result<LockValuer> {
 }
 
 /// What can be said about a lock when its handle is first made. Ignored where the handle exists already, but for
-/// [`shared`](Self::shared), which says which of two handles is meant.
+/// [`shared`](Self::shared) and [`permits`](Self::permits), which say which of three handles is meant.
 #[derive(Clone, Default)]
 #[must_use]
 #[non_exhaustive]
 pub struct LockOptions {
     pub(crate) valuer: Option<LockValuer>,
     pub(crate) without_token: bool,
+    /// `None`: as the manager's.
+    pub(crate) shared_session: Option<bool>,
     pub(crate) grace: Option<Duration>,
-    pub(crate) shared: bool,
+    pub(crate) mode: Mode,
+    /// Those of a semaphore.
+    pub(crate) permits: u32,
     /// Told whenever a claim has begun, if there is room.
     pub(crate) on_claim: Option<Sender<()>>,
 }
@@ -466,11 +505,20 @@ impl LockOptions {
         self
     }
 
+    /// Whether the lock is had on a session that other locks of the manager use, too, as
+    /// [`Config::shared_sessions`](crate::Config::shared_sessions) says, or on one of its own. Where it is not said, the manager's setting decides;
+    /// one that has no shared session opens one for this lock and others of the kind. In memory there are no sessions.
+    pub fn shared_session(mut self, shared: bool) -> Self {
+        self.shared_session = Some(shared);
+        self
+    }
+
     /// Warns before a term ends by its lease: see [`Term::warned`]. For work that needs this long to stop. Defaults to none.
     ///
     /// A heartbeat of such a lock may be answered until the end of the term, and not only within the heartbeat timeout: a server that
-    /// is silent ends the term later, and others have to wait no longer for it than the lease. What ends a term without a lease
-    /// running out, an operator say, comes without a warning.
+    /// is silent ends the term later, and others have to wait no longer for it than the lease. So it is with all locks on a
+    /// [session that it shares](Self::shared_session). What ends a term without a lease running out, an operator say, comes without a
+    /// warning.
     ///
     /// The manager must have that time: a `grace` that is not shorter than the term that is left when a renewal is due is refused,
     /// with the longest that is possible. Of a lease of 15 s it is 6.5 s. One that is nearly as long warns of each renewal that is
@@ -495,7 +543,27 @@ impl LockOptions {
     /// # Ok::<(), dsync::Error>(())
     /// ```
     pub fn shared(mut self) -> Self {
-        self.shared = true;
+        self.mode = Mode::Shared;
+        self
+    }
+
+    /// At most `permits` sessions have it at the same time: see [`semaphore`](crate::PostgresManager::semaphore). A semaphore is another
+    /// lock than the one that is had alone or [shared](Self::shared) under the same key, with options of its own. Of this and `shared`, the
+    /// last one counts.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use dsync::{LockOptions, MemoryManager, SyncManager};
+    ///
+    /// # let manager = MemoryManager::new();
+    /// # manager.start()?;
+    /// let options = LockOptions::new().permits(3).grace(Duration::from_secs(5));
+    /// let permit = manager.lock_with("gpu", options)?.acquire(Duration::from_secs(10))?;
+    /// assert!(permit.is_held());
+    /// # Ok::<(), dsync::Error>(())
+    /// ```
+    pub fn permits(mut self, permits: u32) -> Self {
+        (self.mode, self.permits) = (Mode::Permit, permits);
         self
     }
 
@@ -503,6 +571,34 @@ impl LockOptions {
     pub fn valuer(mut self, valuer: LockValuer) -> Self {
         self.valuer = Some(valuer);
         self
+    }
+
+    /// Refuses a semaphore that cannot be.
+    pub(crate) fn validate(&self, key: &Key) -> Result<()> {
+        if self.mode != Mode::Permit {
+            return Ok(());
+        }
+        let problem = if !(1..=MAX_PERMITS).contains(&self.permits) {
+            format!("{} permits, and may have 1 to {MAX_PERMITS}", self.permits)
+        } else if self.without_token {
+            "the option without_token, and its permits have tokens; leave that out".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(ErrorKind::InvalidConfig, format!("the semaphore {key:?} has {problem}")))
+    }
+
+    /// Refuses a semaphore of which the manager has a handle with another number of permits.
+    pub(crate) fn check_permits(&self, of_the_lock: &Self, key: &str) -> Result<()> {
+        match self.permits == of_the_lock.permits {
+            true => Ok(()),
+            false => Err(Error::other_permits(
+                key,
+                self.permits,
+                of_the_lock.permits,
+                "this process has a handle of it that says",
+            )),
+        }
     }
 
     /// Says so in the log if the lock, which was made before, lacks what these options ask for.
@@ -536,8 +632,10 @@ impl fmt::Debug for LockOptions {
         f.debug_struct("LockOptions")
             .field("valuer", &self.valuer.as_ref().map(|_| ".."))
             .field("without_token", &self.without_token)
+            .field("shared_session", &self.shared_session)
             .field("grace", &self.grace)
-            .field("shared", &self.shared)
+            .field("shared", &(self.mode == Mode::Shared))
+            .field("permits", &(self.mode == Mode::Permit).then_some(self.permits))
             .finish()
     }
 }

@@ -201,6 +201,9 @@ pub enum LossReason {
     LeaseNotRenewed,
     /// A heartbeat was not answered within its timeout.
     HeartbeatTimedOut,
+    /// The standbys did not confirm a heartbeat within the term, as [`Config::quorum`](crate::Config::quorum) asks for: one of them is
+    /// gone, or has become the primary.
+    NotConfirmed,
     /// The connection was closed without a word, by the server, the network or something in between.
     ConnectionClosed,
     /// The session turned out to be another one than the lock was acquired in: a pooler stands between.
@@ -221,13 +224,14 @@ pub enum LossReason {
 impl LossReason {
     /// All of them, in their order, each at the index that its number is.
     #[cfg(feature = "metrics")]
-    pub(crate) const ALL: [Self; 13] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::Terminated,
         Self::ServerCrashed,
         Self::DatabaseDropped,
         Self::LeaseExpired,
         Self::LeaseNotRenewed,
         Self::HeartbeatTimedOut,
+        Self::NotConfirmed,
         Self::ConnectionClosed,
         Self::SessionChanged,
         Self::Unlocked,
@@ -247,6 +251,7 @@ impl LossReason {
             Self::LeaseExpired => "lease_expired",
             Self::LeaseNotRenewed => "lease_not_renewed",
             Self::HeartbeatTimedOut => "heartbeat_timed_out",
+            Self::NotConfirmed => "not_confirmed",
             Self::ConnectionClosed => "connection_closed",
             Self::SessionChanged => "session_changed",
             Self::Unlocked => "unlocked",
@@ -272,6 +277,7 @@ impl fmt::Display for LossReason {
             Self::LeaseExpired => "the server heard nothing for the length of the lease",
             Self::LeaseNotRenewed => "the lease could not be renewed in time",
             Self::HeartbeatTimedOut => "a heartbeat was not answered in time",
+            Self::NotConfirmed => "the standbys did not confirm a heartbeat in time",
             Self::ConnectionClosed => "the connection was closed",
             Self::SessionChanged => "the session was exchanged for another one by a pooler",
             Self::Unlocked => "something else unlocked it in our session",

@@ -25,8 +25,9 @@ macro_rules! conveniences {
             self.lock_with_key(key.into(), LockOptions::new())
         }
 
-        /// As `lock`, with options. They count when the handle is made: where there is one with this key, they
-        /// are ignored. But [`shared`](crate::LockOptions::shared) always counts: it says which of two handles is meant.
+        /// As `lock`, with options. They count when the handle is made: where there is one with this key, they are ignored. But
+        /// [`shared`](crate::LockOptions::shared) and [`permits`](crate::LockOptions::permits) always count: they say which of three
+        /// handles is meant.
         ///
         /// # Errors
         /// As [`lock_with_key`](crate::SyncManager::lock_with_key).
@@ -78,6 +79,51 @@ macro_rules! conveniences {
         /// As [`lock_with_key`](crate::SyncManager::lock_with_key).
         $($visibility)? fn shared_lock(&self, key: impl Into<Key>) -> Result<Arc<dyn Lock>> {
             self.lock_with_key(key.into(), LockOptions::new().shared())
+        }
+
+        /// The semaphore with this key: at most `permits` holders at the same time, over all processes. Each has one permit, by a guard or a claim.
+        ///
+        /// The handle does all that a [`Lock`](crate::Lock) does: guards and claims, loss, lease, fence, deadlines, annotations. To give
+        /// options, call `lock_with` with [`LockOptions::permits`](crate::LockOptions::permits). A semaphore and the lock that
+        /// [`lock`](crate::PostgresManager::lock) and `shared_lock` have under the same key are two things, and neither excludes the other.
+        /// Each holder has a session of the server for itself, also where several are in one process, so
+        /// [`max_sessions`](crate::Config::max_sessions) bounds the permits of a process; with [`shared_sessions`](crate::Config::shared_sessions) many are
+        /// on one session, and those only that wait for a permit have one each.
+        ///
+        /// First come, first served, of those that wait: who comes while somebody waits, waits behind it, and `try_acquire` gives `None`
+        /// then, also where a permit has just come free. Who waits for longer than a [slice](crate::Config::wait_slice), 5 s by default,
+        /// and is not the next one, goes to the end of the line. The next one looks for a free permit at times that are a millisecond apart
+        /// at first and up to 50 ms after a while. No release depends on it, and the permit of a holder that died is found like any other.
+        ///
+        /// How many permits there are is agreed in the catalog: by the first call that wants one, and later by
+        /// [`Lock::set_permits`](crate::Lock::set_permits). A process that says another number is refused with
+        /// [`InvalidConfig`](crate::ErrorKind::InvalidConfig), which tells both.
+        ///
+        /// Each permit has terms and tokens of its own: a fence fails when a later term of the *same* permit has begun. So no more holders
+        /// pass the fence at the same time than there are permits; but what a token is compared with outside of this database must be one
+        /// number for each permit. A thread may have several permits; where several threads take more than one each, they can wait for each
+        /// other in a circle, which the deadline of `acquire` ends. What is for one at a time, a [`Leader`](crate::Leader) and `once`,
+        /// refuses a semaphore with `InvalidConfig`, and so does [`request_resignation`](crate::Lock::request_resignation).
+        ///
+        /// ```
+        /// use std::time::Duration;
+        /// use dsync::{MemoryManager, SyncManager};
+        ///
+        /// # let manager = MemoryManager::new();
+        /// # manager.start()?;
+        /// let gpus = manager.semaphore("gpu", 2)?;
+        /// let (one, other) = (gpus.acquire(Duration::from_secs(10))?, gpus.acquire(Duration::from_secs(10))?);
+        /// assert!(gpus.try_acquire()?.is_none());
+        /// drop(one);
+        /// assert!(gpus.try_acquire()?.is_some());
+        /// # Ok::<(), dsync::Error>(())
+        /// ```
+        ///
+        /// # Errors
+        /// As [`lock_with_key`](crate::SyncManager::lock_with_key), and [`InvalidConfig`](crate::ErrorKind::InvalidConfig): there are to be
+        /// no permits, or more than 1023; this manager does without the catalog; or it has a handle of the semaphore with another number.
+        $($visibility)? fn semaphore(&self, key: impl Into<Key>, permits: u32) -> Result<Arc<dyn Lock>> {
+            self.lock_with_key(key.into(), LockOptions::new().permits(permits))
         }
 
         /// Asks the leader that has the lock with this key to resign: see [`Lock::request_resignation`](crate::Lock::request_resignation). `true` if there is a holder to ask.
@@ -142,7 +188,7 @@ macro_rules! conveniences {
 
 pub(crate) use conveniences;
 
-/// Keeps the locks of an application: one handle per key, and a second one for those who share it.
+/// Keeps the locks of an application: one handle per key, a second one for those who share it, and a third one for its semaphore.
 ///
 /// An application may implement it, to wrap a manager of this library, say. Then the locks that it hands out are this library's:
 /// [`Lock`] is not for others to implement.
@@ -150,6 +196,9 @@ pub(crate) use conveniences;
 /// Two implementations are here: [`PostgresManager`](crate::PostgresManager), and
 /// [`MemoryManager`](crate::MemoryManager) for the tests of an application. Code that takes an `Arc<dyn SyncManager>`
 /// works with both.
+///
+/// `lock`, `once` and the other conveniences are methods of those two and of `dyn SyncManager`. **Generic code, `&impl SyncManager` or
+/// `M: SyncManager`, gets them by `use dsync::SyncManagerExt`**: they take whatever can be a key, which no method of a trait object can.
 pub trait SyncManager: Send + Sync + fmt::Debug {
     /// Begins the manager's work. Until then no lock can be acquired. Starting twice does nothing; several threads that
     /// start a manager at once wait for the first of them and have its outcome. A [`stop`](Self::stop) ends the call.
@@ -178,12 +227,15 @@ pub trait SyncManager: Send + Sync + fmt::Debug {
     }
 
     /// The lock with this key. Where there is a handle for it, or a claim on it, that same lock is returned and
-    /// `options` are ignored. The lock that others may [share](LockOptions::shared) is another one.
+    /// `options` are ignored. The lock that others may [share](LockOptions::shared) is another one, and so is the
+    /// [semaphore](LockOptions::permits).
     ///
     /// No I/O happens here. See [`Lock`] for the difference between a handle and a claim.
     ///
     /// # Errors
     /// - [`InvalidKey`](crate::ErrorKind::InvalidKey).
+    /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): a semaphore cannot have so many permits, or this manager no semaphore, or a
+    ///   handle of it with another number is there.
     /// - [`SyncManagerStopped`](crate::ErrorKind::SyncManagerStopped).
     /// - [`OtherProcess`](crate::ErrorKind::OtherProcess): the manager was made before a `fork`, by the parent process.
     fn lock_with_key(&self, key: Key, options: LockOptions) -> Result<Arc<dyn Lock>>;
@@ -195,7 +247,8 @@ impl dyn SyncManager + '_ {
 
 /// The same for generic code: `manager.lock(key)` on any `M: SyncManager`.
 ///
-/// The managers of this library and `dyn SyncManager` have these methods of their own, without this trait.
+/// The managers of this library and `dyn SyncManager` have these methods of their own, without this trait. Whoever finds that `&impl SyncManager`
+/// has no `lock` imports it.
 ///
 /// ```
 /// use dsync::{SyncManager, SyncManagerExt};

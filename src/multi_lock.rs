@@ -16,6 +16,7 @@ use crate::lock::Lock;
 use crate::loss::{Loss, Lost, Signal};
 use crate::process::in_parallel;
 use crate::term::Term;
+use crate::view::LockView;
 
 /// Several locks that are taken together: all of them, or none.
 ///
@@ -194,6 +195,39 @@ impl MultiLock {
         // If it panics, the guard is dropped.
         let outcome = work(&guard);
         guard.release().map(|()| outcome)
+    }
+
+    /// Who has each of the locks, and who waits for it, in whichever process: one view a key, in the order in which the caller named them. A key
+    /// that was named twice is there once, where it was named first. A [semaphore](crate::PostgresManager::semaphore) with such a key is
+    /// another thing, and is not shown.
+    ///
+    /// It asks for one key after the other, as [`PostgresManager::inspect`](crate::PostgresManager::inspect) does, with one round trip a key on
+    /// a session of the pool. So the views are of moments that follow each other, and not of one: show them to people, and decide nothing by
+    /// them. If the server does not answer, the call ends with the first question that fails, in the time that one of `inspect` has.
+    ///
+    /// # Errors
+    /// Those of [`Lock::holder`].
+    ///
+    /// ```
+    /// use dsync::{MemoryManager, SyncManager};
+    ///
+    /// # let manager = MemoryManager::new();
+    /// # manager.start()?;
+    /// let accounts = manager.multi_lock(["account/17", "account/4"])?;
+    /// let _other = manager.lock("account/4")?.try_acquire()?;
+    /// for view in accounts.inspect()? {
+    ///     println!("{}: {}", view.key, if view.holder.is_some() { "taken" } else { "free" });
+    /// }
+    /// # let taken: Vec<_> = accounts.inspect()?.iter().map(|view| (view.key.clone(), view.holder.is_some())).collect();
+    /// # assert_eq!(taken, [("account/17".to_owned(), false), ("account/4".to_owned(), true)]);
+    /// # Ok::<(), dsync::Error>(())
+    /// ```
+    pub fn inspect(&self) -> Result<Vec<LockView>> {
+        let is_first = |number: &usize| {
+            let index = self.named[*number].1;
+            self.named[..*number].iter().all(|(_, before)| *before != index)
+        };
+        (0..self.named.len()).filter(is_first).map(|number| self.locks[self.named[number].1].view()).collect()
     }
 
     /// Takes one lock after the other; gives back what it has if there is one that it does not get.

@@ -79,7 +79,8 @@ pub trait Observer: Send + Sync {
     /// only the first of a series; not where a claim was ended meanwhile. Never in memory.
     fn trouble(&self, event: &Trouble<'_>) {}
 
-    /// The server has answered the heartbeat of a term. Never in memory, where there are no leases.
+    /// The server has answered the heartbeat of a term; of a session that carries many, one of them stands for all. Never in memory, where there are no
+    /// leases.
     fn heartbeat(&self, event: &Heartbeat<'_>) {}
 
     /// The number of sessions in use has changed. The last such event has the present number. Never in memory.
@@ -164,6 +165,8 @@ pub struct Acquired<'a> {
     pub token: Option<i64>,
     /// True if others may have the lock at the same time.
     pub is_shared: bool,
+    /// Of a [semaphore](crate::PostgresManager::semaphore), which of its permits it is.
+    pub permit: Option<u32>,
 }
 
 /// A term was ended.

@@ -50,6 +50,9 @@ pub struct ClaimSnapshot {
     pub token: Option<i64>,
     /// How long the term lasts yet if no heartbeat is answered any more; `None` if the lock is not held, and in memory.
     pub time_left: Option<Duration>,
+    /// How long the takeover grace lasts at the most, during which nobody is granted a lock; `None` where there is none, and in memory.
+    /// See [`Config::takeover`](crate::Config::takeover).
+    pub grace_left: Option<Duration>,
     /// Why the last attempt at the lock failed; `None` again when the server has answered.
     pub last_error: Option<Error>,
     /// How the last term of this claim was lost, if one was.
@@ -68,6 +71,7 @@ impl fmt::Debug for ClaimSnapshot {
             state,
             token,
             time_left,
+            grace_left,
             last_error,
             last_loss,
             waiting_threads,
@@ -83,6 +87,9 @@ impl fmt::Debug for ClaimSnapshot {
         }
         if let Some(left) = time_left {
             debug.field("time_left", left);
+        }
+        if let Some(left) = grace_left {
+            debug.field("grace_left", left);
         }
         if let Some(error) = last_error {
             debug.field("last_error", &chain(error));
@@ -105,6 +112,11 @@ pub enum ClaimState {
     Connecting,
     /// Another session holds the lock.
     Queueing,
+    /// Another session holds the lock, and the manager has no session left by which to queue for it at the server, so the claim asks again and
+    /// again: see [`Config::shared_sessions`](crate::Config::shared_sessions).
+    TakingTurns,
+    /// The server was taken over, and nobody is granted a lock for a while: see [`Config::takeover`](crate::Config::takeover).
+    InGrace,
     /// The lock is held, as far as this process knows.
     Held,
     /// The claim has ended, and the server is being told.

@@ -133,7 +133,7 @@ struct StoryState {
 /// What is to be told, without what all events of a claim have in common.
 #[derive(Debug)]
 enum Told {
-    Acquired { waited: Duration, token: Option<i64> },
+    Acquired { waited: Duration, token: Option<i64>, permit: Option<u32> },
     Released { held: Duration },
     Lost { held: Duration, reason: LossReason },
     Trouble(Error),
@@ -157,11 +157,11 @@ impl Story {
 
     // To be called where it happens, under whatever mutex.
 
-    pub(crate) fn acquired(&self, token: Option<i64>) {
+    pub(crate) fn acquired(&self, token: Option<i64>, permit: Option<u32>) {
         let (mut state, now) = (self.state.lock(), Instant::now());
         let waited = now - state.wanted_since;
         state.held_since = Some(now);
-        state.untold.push_back(Told::Acquired { waited, token });
+        state.untold.push_back(Told::Acquired { waited, token, permit });
     }
 
     /// The application has ended the claim. Nothing is to be told if there is no term.
@@ -212,12 +212,26 @@ impl Story {
         }
     }
 
+    /// As [`tell`](Self::tell), and waits for a thread that is at it: for a caller that is about to return, after which others may have more to tell
+    /// of the lock. It does not wait for long, since that thread may wait for this one.
+    pub(crate) fn have_told(&self) {
+        const AT_MOST: Duration = Duration::from_millis(100);
+        let begun = Instant::now();
+        loop {
+            self.tell();
+            if !self.state.lock().telling || begun.elapsed() >= AT_MOST {
+                return;
+            }
+            std::thread::yield_now();
+        }
+    }
+
     fn tell_one(&self, told: &Told) {
         let Self { observing, key, is_guard, is_shared, .. } = self;
         let (key, is_guard, is_shared) = (key.as_str(), *is_guard, *is_shared);
         observing.call(|observer| match *told {
-            Told::Acquired { waited, token } => {
-                observer.acquired(&Acquired { key, is_guard, waited, token, is_shared });
+            Told::Acquired { waited, token, permit } => {
+                observer.acquired(&Acquired { key, is_guard, waited, token, is_shared, permit });
             }
             Told::Released { held } => observer.released(&Released { key, is_guard, held }),
             Told::Lost { held, reason } => observer.lost(&TermLost { key, is_guard, held, reason }),

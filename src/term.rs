@@ -54,6 +54,8 @@ pub struct Term {
     /// `None` where nobody warns.
     warned: Option<Receiver<Infallible>>,
     token: Option<i64>,
+    /// Of a semaphore.
+    permit: Option<u32>,
     /// When the term ends unless it is renewed; `None` where nothing has to be renewed.
     expiry: Option<Arc<Expiry>>,
     /// What knows of later terms; `None` where nothing does.
@@ -83,7 +85,11 @@ pub(crate) type Ask<'a> =
 
 impl Term {
     pub(crate) fn new(lost: Lost, token: Option<i64>, fence: Option<Arc<dyn Fence>>) -> Self {
-        Self { lost, warned: None, token, expiry: None, fence, origin: Origin::here() }
+        Self { lost, warned: None, token, permit: None, expiry: None, fence, origin: Origin::here() }
+    }
+
+    pub(crate) fn with_permit(self, permit: Option<u32>) -> Self {
+        Self { permit, ..self }
     }
 
     pub(crate) fn with_warning(self, warned: Receiver<Infallible>) -> Self {
@@ -132,6 +138,12 @@ impl Term {
         self.token
     }
 
+    /// Of a [semaphore](crate::PostgresManager::semaphore), which of its permits this is, from 1 on: nobody else has the permit with that
+    /// number while the term lasts. So each holder may have a thing of its own, say the second of three graphics cards. `None` of a lock.
+    pub fn permit(&self) -> Option<u32> {
+        self.permit
+    }
+
     /// Whether this process still regards the term as going on. It may have ended all the same: see [`fence`](Self::fence).
     /// Once it was `false` it stays so. In a child process of the holder's, after a `fork`, it is `false`.
     #[must_use]
@@ -159,6 +171,11 @@ impl Term {
     /// (`idle_in_transaction_session_timeout`, for this transaction only; a shorter one stays as it is). A statement that
     /// runs long holds the next holder up for as long: bound it with `statement_timeout`. A transaction that is prepared
     /// (`PREPARE TRANSACTION`) holds it up without a bound, until it is committed or rolled back.
+    ///
+    /// The database that is asked is the one of the transaction. An old primary, which lives on while a standby of it was promoted, knows nothing of
+    /// the terms on the new one: there the fence passes as long as this term lasts, and the commit succeeds unless it waits for the
+    /// standby (`synchronous_commit = on`). What it has written is gone with that server's timeline, and is not on the new primary. That this term
+    /// ends before the next one begins there takes [`Config::quorum`](crate::Config::quorum); the tokens of the new primary are higher than its own.
     ///
     /// # Errors
     /// - [`Lost`](ErrorKind::Lost): the term is over; or, above `READ COMMITTED`, the transaction began to read before the term did. Roll the
@@ -275,6 +292,9 @@ impl fmt::Debug for Term {
         let held = self.is_held();
         let mut debug = f.debug_struct("Term");
         debug.field("held", &held).field("token", &self.token);
+        if let Some(permit) = self.permit {
+            debug.field("permit", &permit);
+        }
         // How long the term lasts yet if no heartbeat is answered any more.
         if let Some(expiry) = self.expiry.as_ref().filter(|_| held) {
             debug.field("left", &expiry.left());

@@ -22,15 +22,16 @@ struct Example {
 
 impl Example {
     fn start(name: &str, database: &Database<'_>) -> Self {
-        let mut child = Command::new(program(name))
-            .env("DATABASE_URL", database.url())
-            // Whatever port is free.
-            .env("HEALTH_ADDRESS", "127.0.0.1:0")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|error| {
-                panic!("{}: {error}; run cargo build --examples", program(name).display())
+        let mut command = Command::new(program(name));
+        // Whatever port is free.
+        command.env("DATABASE_URL", database.url()).env("HEALTH_ADDRESS", "127.0.0.1:0");
+        Self::run(&mut command)
+    }
+
+    fn run(command: &mut Command) -> Self {
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap_or_else(|error| {
+                panic!("{}: {error}; run cargo build --examples", command.get_program().display())
             });
         let (sender, lines) = unbounded();
         let output = BufReader::new(child.stdout.take().unwrap());
@@ -159,6 +160,46 @@ fn readers_of_two_machines_see_whole_versions_and_writers_get_their_turns() {
     let query = "SELECT min(version), max(version) FROM page";
     let row = database.client().unwrap().query_one(query, &[]).unwrap();
     assert_eq!([0, 1].map(|column| row.get::<_, i64>(column)), [16; 2]);
+}
+
+#[test]
+fn two_machines_share_three_cards_and_no_card_has_two_pictures() {
+    let database = Database::fresh().unwrap();
+    let machines = [(); 2].map(|()| Example::start("semaphore", &database));
+    for machine in &machines {
+        machine.says("is rendered on card");
+    }
+    for machine in machines {
+        machine.says("no card had two");
+        machine.succeeds();
+    }
+    let query = "SELECT count(*), sum(done)::int8, count(picture) FROM card";
+    let row = database.client().unwrap().query_one(query, &[]).unwrap();
+    assert_eq!([0, 1, 2].map(|column| row.get::<_, i64>(column)), [3, 80, 0]);
+}
+
+/// Its exit code is its judgement. In a network namespace where there can be one, and with proxies.
+#[test]
+fn a_leader_on_an_old_primary_stands_down_before_the_next_one_begins() {
+    let ways = [&[][..], &["proxy"]].map(|arguments| {
+        let example = Example::run(Command::new(program("split_brain")).args(arguments));
+        thread::spawn(move || {
+            let said: Vec<_> = example.lines.iter().collect();
+            println!("{}", said.join("\n"));
+            example.succeeds();
+            said
+        })
+    });
+    for said in ways.map(|way| way.join().unwrap()) {
+        let times = said.iter().filter_map(|line| line.split_once(" s  ")?.0.trim().parse::<f64>().ok());
+        let times: Vec<_> = times.collect();
+        // An act begins anew.
+        let acts: Vec<_> = times.chunk_by(|one, next| one <= next).collect();
+        assert!(acts.len() == 2 && acts.iter().all(|act| act.len() > 5), "{times:?}");
+        assert!(said.iter().all(|line| line.chars().count() < 80), "{said:#?}");
+        let of = |text: &str| said.iter().filter(|line| line.contains(text)).count();
+        assert_eq!((of("(NotConfirmed)"), of("two primaries now")), (1, 2), "{said:#?}");
+    }
 }
 
 #[cfg(feature = "metrics")]

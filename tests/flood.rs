@@ -31,7 +31,7 @@ fn a_holder_that_is_flooded_hears_of_its_loss_before_another_has_the_lock() {
     let rival = started(Config::from_url(&database.url()).unwrap().lease(LEASE));
     for flood in Flood::ALL {
         let proxy = Proxy::start(database.server().port());
-        let url = database.url_at("127.0.0.1", proxy.port());
+        let url = database.url_at("127.0.0.1", proxy.port()) + "?sslmode=disable";
         let manager = started(Config::from_url(&url).unwrap().lease(LEASE));
         let (held, wanted) = (lock(&manager, "k"), lock(&rival, "k"));
         held.lock(&soon()).unwrap();
@@ -128,7 +128,7 @@ fn a_holder_whose_logger_blocks_hears_of_its_loss_before_another_has_the_lock() 
 fn a_flood_on_one_lock_leaves_the_others_alone() {
     let database = Database::fresh().unwrap();
     let proxy = Proxy::start(database.server().port());
-    let url = database.url_at("127.0.0.1", proxy.port());
+    let url = database.url_at("127.0.0.1", proxy.port()) + "?sslmode=disable";
     let flooded = started(Config::from_url(&url).unwrap().lease(LEASE));
     let calm = started(Config::from_url(&database.url()).unwrap().lease(LEASE));
     let (one, other) = (lock(&flooded, "flooded"), lock(&calm, "calm"));

@@ -71,8 +71,11 @@ fn interface(sources: &Path) -> String {
             && is_public(&item.vis)
         {
             let module = sources.join(format!("{}.rs", item.ident));
-            let names = parse(&module).iter().filter_map(public_name).collect();
-            rooms.push((format!("// The module {}\n\n", item.ident), names));
+            let names: BTreeSet<_> = parse(&module).iter().filter_map(public_name).collect();
+            // The guide has documentation alone.
+            if !names.is_empty() {
+                rooms.push((format!("// The module {}\n\n", item.ident), names));
+            }
         }
     }
     let mut files = Vec::new();

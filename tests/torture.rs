@@ -17,6 +17,8 @@ mod fault;
 mod referee;
 #[path = "../examples/torture/report.rs"]
 mod report;
+#[path = "../examples/torture/stalls.rs"]
+mod stalls;
 #[path = "../examples/torture/worker.rs"]
 mod worker;
 

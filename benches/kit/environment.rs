@@ -105,8 +105,8 @@ fn load() -> Option<String> {
 fn commit() -> Option<String> {
     let root = env!("CARGO_MANIFEST_DIR");
     let commit = said("git", &["-C", root, "rev-parse", "--short=12", "HEAD"])?;
-    let peers =
-        ["results.json", "RESULTS.md", "comparison.svg"].map(|name| format!(":!benches/peers/{name}"));
+    let peers = ["benches/peers/results.json", "benches/peers/RESULTS.md", "src/guide/comparison.svg"]
+        .map(|file| format!(":!{file}"));
     let mut status = vec!["-C", root, "status", "--porcelain", "--", ".", ":!BENCHMARKS.md"];
     status.extend(peers.iter().map(String::as_str));
     let changed = !said("git", &status)?.is_empty();

@@ -26,6 +26,14 @@ const LOCK_SHARED_WITH_ROW: &str = "SELECT token FROM dsync.lock \
      WHERE id = $1 AND NOT pair AND (pg_advisory_lock_shared($1))::text = '' FOR SHARE";
 const UNLOCK_SHARED: &str = "SELECT pg_advisory_unlock_shared($1)";
 
+/// The least that takes one of three permits, with token and row: the first that is free of the three keys behind this one.
+const LOCK_PERMIT_WITH_ROW: &str = "WITH free AS MATERIALIZED ( \
+         SELECT id FROM generate_series($1::int8 + 1, $1 + 3) AS id WHERE pg_try_advisory_lock(id) LIMIT 1) \
+     UPDATE dsync.lock AS lock SET token = nextval('dsync.token'), annotation = '{\"host\":\"db-7\",\"pid\":4711}', \
+         pid = pg_backend_pid(), since = clock_timestamp() \
+     FROM free WHERE lock.id = free.id AND NOT lock.pair RETURNING token";
+const UNLOCK_PERMIT: &str = "SELECT pg_advisory_unlock($1::int8 + 1)";
+
 /// Where others want the lock too. Who has waited for it finds the row written meanwhile, so the server tries the condition
 /// on the new version of the row, and takes the lock once more.
 const UNLOCK_ALL: &str = "SELECT pg_advisory_unlock($1), pg_advisory_unlock_all()";
@@ -67,6 +75,11 @@ impl Raw {
     /// As `shared`; it reads the token of the row of the `key`. The catalog must be there.
     pub(crate) fn shared_with_row(url: &str, key: i64) -> Self {
         Self::prepare(connect_for_rows(url, key..=key), LOCK_SHARED_WITH_ROW, UNLOCK_SHARED)
+    }
+
+    /// One that takes one of the three permits behind `key`, which nobody else wants at the same time. The catalog must be there.
+    pub(crate) fn permit_with_row(url: &str, key: i64) -> Self {
+        Self::prepare(connect_for_rows(url, key + 1..=key + 3), LOCK_PERMIT_WITH_ROW, UNLOCK_PERMIT)
     }
 
     fn prepare(mut client: Client, lock: &str, unlock: &str) -> Self {
@@ -128,13 +141,21 @@ pub(crate) struct Watcher {
 
 impl Watcher {
     pub(crate) fn connect(url: &str) -> Self {
+        Self::prepare(
+            url,
+            "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = \
+             (SELECT oid FROM pg_database WHERE datname = current_database()))",
+        )
+    }
+
+    /// One that waits for somebody to wait for a permit.
+    pub(crate) fn of_permits(url: &str) -> Self {
+        Self::prepare(url, "SELECT EXISTS (SELECT FROM dsync.semaphores WHERE waiting > 0)")
+    }
+
+    fn prepare(url: &str, waits: &str) -> Self {
         let mut client = connect(url);
-        let waits = client
-            .prepare(
-                "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = \
-                 (SELECT oid FROM pg_database WHERE datname = current_database()))",
-            )
-            .expect("a statement");
+        let waits = client.prepare(waits).expect("a statement");
         Self { client, waits }
     }
 

@@ -83,6 +83,16 @@ impl Row {
         }
     }
 
+    /// A row without floor.
+    #[allow(dead_code, reason = "not every bench has one with a target")]
+    pub(crate) fn told(what: impl Into<String>, unit: &str, ours: &Series, target: Option<Target>) -> Self {
+        let row = Self::new(what, unit, ours);
+        match target {
+            Some(target) => row.judged(target),
+            None => row,
+        }
+    }
+
     fn judged(mut self, target: Target) -> Self {
         let unit = &self.unit;
         let (text, reached) = match target {

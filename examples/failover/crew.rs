@@ -1,6 +1,5 @@
 //! The worker processes: started, killed, frozen, thawed, and never left behind.
 
-use std::env;
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -33,8 +32,11 @@ pub(crate) enum Heard {
     },
 }
 
-pub(crate) struct Crew {
-    url: String,
+/// Makes the command that starts a worker.
+type Launch<'a> = Box<dyn Fn(usize) -> io::Result<Command> + 'a>;
+
+pub(crate) struct Crew<'a> {
+    launch: Launch<'a>,
     workers: Vec<Worker>,
     heard: Receiver<Heard>,
     reports_to: Sender<Heard>,
@@ -47,15 +49,20 @@ struct Worker {
     listener: Option<JoinHandle<()>>,
 }
 
-impl Crew {
-    /// Starts one worker for each name.
-    pub(crate) fn start(url: &str) -> io::Result<Self> {
+impl<'a> Crew<'a> {
+    /// Without a worker yet. `launch` makes the command for each, by [`command`] at the end.
+    pub(crate) fn new(launch: impl Fn(usize) -> io::Result<Command> + 'a) -> Self {
         let (reports_to, heard) = unbounded();
-        let mut crew = Self { url: url.to_owned(), workers: Vec::new(), heard, reports_to };
-        for worker in 0..NAMES.len() {
-            crew.workers.push(crew.spawn(worker)?);
+        Self { launch: Box::new(launch), workers: Vec::new(), heard, reports_to }
+    }
+
+    /// Starts the next `count` of the workers.
+    pub(crate) fn start(&mut self, count: usize) -> io::Result<()> {
+        for _ in 0..count {
+            let worker = self.spawn(self.workers.len())?;
+            self.workers.push(worker);
         }
-        Ok(crew)
+        Ok(())
     }
 
     pub(crate) fn heard(&self) -> &Receiver<Heard> {
@@ -106,12 +113,8 @@ impl Crew {
         Ok(())
     }
 
-    /// Starts this very program again, with arguments that `main` knows.
     fn spawn(&self, worker: usize) -> io::Result<Worker> {
-        let mut process = Command::new(env::current_exe()?)
-            .args(["worker", NAMES[worker]])
-            // In the environment rather than an argument: it may hold a password.
-            .env("DATABASE_URL", &self.url)
+        let mut process = (self.launch)(worker)?
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             // A group of its own: a Ctrl-C ends us alone, and then the worker sees its lifeline cut and ends in order. One
@@ -130,6 +133,13 @@ impl Crew {
         };
         Ok(Worker { process, lifeline, listener })
     }
+}
+
+/// The rest of a command that has begun with this very program: arguments that `main` knows.
+pub(crate) fn command(mut program: Command, worker: usize, url: &str) -> Command {
+    // In the environment rather than an argument: it may hold a password.
+    program.args(["worker", NAMES[worker]]).env("DATABASE_URL", url);
+    program
 }
 
 impl Worker {

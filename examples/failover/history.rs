@@ -37,10 +37,10 @@ struct Change {
 }
 
 /// A time in which a worker believed that it led and could act on it.
-struct Stretch {
-    worker: usize,
-    from: Moment,
-    to: Moment,
+pub(crate) struct Stretch {
+    pub(crate) worker: usize,
+    pub(crate) from: Moment,
+    pub(crate) to: Moment,
 }
 
 /// Two workers that led at the same time.
@@ -99,7 +99,7 @@ impl History {
     }
 
     /// All times in which somebody led; those that go on end at `end`.
-    fn stretches(&self, end: Moment) -> Vec<Stretch> {
+    pub(crate) fn stretches(&self, end: Moment) -> Vec<Stretch> {
         let mut stretches = Vec::new();
         for worker in 0..NAMES.len() {
             let mut changes = self.changes.iter().filter(|change| change.worker == worker).peekable();

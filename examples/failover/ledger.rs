@@ -6,21 +6,14 @@ use std::time::Duration;
 use dsync::{ErrorKind, Term};
 use postgres::{Client, NoTls};
 
+use crate::outcome::one_line;
+use crate::worker::Outcome;
+
 /// Writes what a leader does. It has a connection of its own: the sessions of the locks are the library's.
 pub(crate) struct Writer {
     worker: String,
     url: String,
     client: Option<Client>,
-}
-
-/// What became of a unit of work.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    Done,
-    /// The fence: a later leader has begun, or this one has lost its term.
-    Refused,
-    /// The server could not be reached; the next unit tries it with a new connection.
-    Failed,
 }
 
 impl Writer {
@@ -34,7 +27,7 @@ impl Writer {
             Ok(()) => Outcome::Done,
             Err(error) if is_lost(&*error) => Outcome::Refused,
             Err(error) => {
-                log::warn!("{}: {}", self.worker, crate::one_line(&*error));
+                log::warn!("{}: {}", self.worker, one_line(&*error));
                 self.client = None;
                 Outcome::Failed
             }

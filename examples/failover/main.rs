@@ -6,21 +6,23 @@
 //! ```
 //!
 //! It starts a PostgreSQL server of its own, or uses that of `DATABASE_URL` (without TLS, and without restarting it). It
-//! ends with exit code 0 if at no time two of them led and each takeover came within its bound, 1 if not or if something
+//! ends with exit code 0 if no unit of work was done by a former leader and each takeover came within its bound, 1 if not or if something
 //! failed, 2 if there is no PostgreSQL to start.
 //!
 //! `worker.rs` is the service, all that a user of the library would write, with its work in `ledger.rs`. The rest makes
 //! a show of it: `crew.rs` runs the processes, `report.rs` is what they say, `show.rs` has the course of it all and
-//! `blow.rs` the troubles, `screen.rs` draws, and `verdict.rs` judges by what the two witnesses say: `history.rs`, who
-//! believed to lead and when, and again `ledger.rs`, who worked and in which order.
+//! `blow.rs` the troubles, `stage.rs` tells what happens, `screen.rs` draws, and `verdict.rs` judges by what the two
+//! witnesses say: `history.rs`, who believed to lead and when, and again `ledger.rs`, who worked and in which order.
 
 mod blow;
 mod crew;
 mod history;
 mod ledger;
+mod outcome;
 mod report;
 mod screen;
 mod show;
+mod stage;
 mod verdict;
 mod worker;
 
@@ -31,6 +33,8 @@ use std::process::ExitCode;
 
 use support::Server;
 
+use crate::ledger::Writer;
+use crate::outcome::{exit, one_line};
 use crate::show::Show;
 
 fn main() -> ExitCode {
@@ -41,27 +45,22 @@ fn main() -> ExitCode {
         [] => show(),
         ["worker", name] => env::var("DATABASE_URL")
             .map_err(Into::into)
-            .and_then(|url| worker::run(name, &url))
+            .and_then(|url| {
+                let mut writer = Writer::new(name, &url);
+                worker::run(name, worker::config(&url)?, |term| writer.work(term))
+            })
             .map(|()| true)
             .map_err(|error| format!("{name}: {}", one_line(&*error)).into()),
         _ => Err("it takes no arguments".into()),
     };
-    match outcome {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("failover: {}", one_line(&*error));
-            let missing = error.downcast_ref::<support::Error>().is_some_and(support::Error::is_missing);
-            ExitCode::from(if missing { 2 } else { 1 })
-        }
-    }
+    exit("failover", outcome)
 }
 
 fn show() -> Result<bool, Box<dyn Error>> {
     let mut out = io::stdout();
     writeln!(
         out,
-        "Three processes of one service stand for leader. Then the leader gets into trouble, four times."
+        "Three processes of one service stand for leader. Then the leader gets into\ntrouble, four times."
     )?;
     if let Some(url) = env::var("DATABASE_URL").ok().filter(|url| !url.is_empty()) {
         writeln!(out, "They use the server of DATABASE_URL.\n")?;
@@ -70,18 +69,4 @@ fn show() -> Result<bool, Box<dyn Error>> {
     let server = Server::start()?;
     writeln!(out, "A private PostgreSQL {} runs for them on port {}.\n", server.version(), server.port())?;
     Show::new(&server.url(), Some(&server))?.run()
-}
-
-/// An error with its causes.
-fn one_line(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let part = error.to_string();
-        if !text.contains(&part) {
-            text.push_str(&format!(": {part}"));
-        }
-        cause = error.source();
-    }
-    text.replace('\n', " | ")
 }

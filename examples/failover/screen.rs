@@ -10,6 +10,8 @@ use crate::report::{Moment, now};
 
 /// How much time a column of the lanes stands for, at first.
 const COLUMN: Duration = Duration::from_millis(400);
+/// How long a line of the timeline waits for one that was earlier and is heard later: the processes tell by pipes.
+const LATE: Duration = Duration::from_secs(1);
 /// How many columns there may be before each has to stand for more.
 const COLUMNS: u32 = 66;
 
@@ -31,15 +33,19 @@ pub(crate) struct Screen {
     drawn: usize,
     /// When each of the blows fell.
     marks: Vec<Moment>,
+    /// What is not shown yet of the timeline, in its order.
+    pending: Vec<(Moment, String)>,
+    legend: &'static str,
 }
 
 impl Screen {
-    pub(crate) fn new() -> Self {
+    /// `legend` explains what there is in the lanes.
+    pub(crate) fn new(legend: &'static str) -> Self {
         let terminal = io::stdout().is_terminal() && env::var_os("TERM").is_none_or(|term| term != "dumb");
         let colour = terminal && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
         // A log on the same terminal and a picture that is drawn again would spoil each other.
         let live = terminal && env::var_os("RUST_LOG").is_none();
-        Self { start: now(), colour, live, drawn: 0, marks: Vec::new() }
+        Self { start: now(), colour, live, drawn: 0, marks: Vec::new(), pending: Vec::new(), legend }
     }
 
     pub(crate) fn paint(&self, paint: Paint, text: &str) -> String {
@@ -57,29 +63,43 @@ impl Screen {
         self.paint(Paint::Worker(worker), NAMES[worker])
     }
 
-    /// A line without a time.
+    /// A line without a time, behind all that has happened.
     pub(crate) fn print(&mut self, line: &str) -> io::Result<()> {
+        self.print_up_to(Moment::MAX)?;
         self.put(&format!("{line}\n"))
     }
 
-    /// A line of the timeline.
-    pub(crate) fn event(&mut self, at: Moment, text: &str) -> io::Result<()> {
-        self.print(&format!("{}     {text}", self.time(at)))
+    /// A line of the timeline, soon.
+    pub(crate) fn event(&mut self, at: Moment, text: &str) {
+        self.note(at, format!("{}     {text}\n", self.time(at)));
     }
 
     /// A line of the timeline that gets a number, and a mark below the lanes.
-    pub(crate) fn blow(&mut self, at: Moment, text: &str) -> io::Result<()> {
+    pub(crate) fn blow(&mut self, at: Moment, text: &str) {
         self.marks.push(at);
         let text = self.paint(Paint::Blow, &format!("{} {text}", self.marks.len()));
-        self.print(&format!("\n{}  {text}", self.time(at)))
+        self.note(at, format!("\n{}  {text}\n", self.time(at)));
+    }
+
+    fn note(&mut self, at: Moment, line: String) {
+        let place = self.pending.partition_point(|(other, _)| *other <= at);
+        self.pending.insert(place, (at, line));
+    }
+
+    /// Prints the lines of the timeline up to a moment.
+    fn print_up_to(&mut self, end: Moment) -> io::Result<()> {
+        let ready = self.pending.partition_point(|(at, _)| *at <= end);
+        let text: String = self.pending.drain(..ready).map(|(_, line)| line).collect();
+        if text.is_empty() { Ok(()) } else { self.put(&text) }
     }
 
     fn time(&self, at: Moment) -> String {
         self.paint(Paint::Dim, &format!("{:7.3} s", at.saturating_sub(self.start).as_secs_f64()))
     }
 
-    /// Draws the lanes as they are now, where they can be drawn again.
+    /// Prints what has waited for long enough, and draws the lanes as they are now, where they can be drawn again.
     pub(crate) fn refresh(&mut self, history: &History) -> io::Result<()> {
+        self.print_up_to(now().saturating_sub(LATE))?;
         if !self.live {
             return Ok(());
         }
@@ -137,7 +157,7 @@ impl Screen {
             marks.push_str(&format!("{}{}", " ".repeat(gap), index + 1));
         }
         lines.push(marks);
-        let legend = format!("█ leads   ─ stands by   ░ frozen   one column is {column:?}");
+        let legend = format!("{}   one column is {column:?}", self.legend);
         lines.push(format!("        {}", self.paint(Paint::Dim, &legend)));
         lines
     }

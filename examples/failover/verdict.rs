@@ -1,4 +1,4 @@
-//! What is to be made of it: how fast each takeover was, and whether two ever led at once.
+//! What is to be made of it: how fast each takeover was, and whether a former leader ever did work.
 
 use std::io;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use crate::history::{History, NEWS, Overlap};
 use crate::ledger::Findings;
 use crate::report::Moment;
 use crate::screen::{Paint, Screen};
+use crate::worker::LEASE;
 
 /// All that is known at the end.
 pub(crate) struct Verdict<'a> {
@@ -31,7 +32,7 @@ impl Verdict<'_> {
             screen.print(&screen.paint(Paint::Bad, &format!("VIOLATION: {fault}")))?;
         }
         if faults.is_empty() {
-            screen.print(&screen.paint(Paint::Good, "At no time did two workers lead."))?;
+            screen.print(&screen.paint(Paint::Good, "No unit of work was done by a former leader."))?;
         }
         let Findings { units, terms, out_of_order, .. } = self.findings;
         screen.print(&format!(
@@ -45,11 +46,14 @@ impl Verdict<'_> {
         }
         if let Some(longest) = longest(overlaps.iter().filter(|overlap| overlap.tolerated)) {
             screen.print(&format!(
-                "A leader that an operator or a shutdown deposed, or that was thawed, hears of it\n\
-                 when it runs; until then two believe to lead: {} at most ({} tolerated).",
+                "A leader that an operator or a shutdown deposed, or that was thawed, hears\n\
+                 of it when it runs. Until then two believed to lead: {} at most\n\
+                 ({} tolerated). What the former one writes then, the fence keeps out.",
                 millis(longest),
                 NEWS.as_millis()
             ))?;
+        } else {
+            screen.print("At no time did two believe to lead.")?;
         }
         Ok(faults.is_empty())
     }
@@ -68,7 +72,12 @@ impl Verdict<'_> {
                 (format!("{:.0} ms", took.as_secs_f64() * 1e3), format!("{} s", blow.bound().as_secs()));
             screen.print(&format!("  {number}  {what:<28} {leader:<11} {took:>9} {bound:>6}  {both}"))?;
         }
-        Ok(())
+        screen.print(&format!(
+            "The bound of a frozen leader is the lease, {} s here, and 1 s. Who dies or has\n\
+             no session is replaced at once; 2 s leave room for a busy machine. A server\n\
+             takes its own time to stop and to start.",
+            LEASE.as_secs()
+        ))
     }
 
     fn faults(&self, overlaps: &[Overlap]) -> Vec<String> {

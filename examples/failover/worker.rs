@@ -8,7 +8,7 @@ use std::time::Duration;
 use crossbeam_channel::select;
 use dsync::{Config, Context, ErrorKind, Term};
 
-use crate::ledger::{Outcome, Writer};
+use crate::outcome::one_line;
 use crate::report::{Report, What, now};
 
 /// How long the server keeps a silent leader. Short, so that nobody has to watch a frozen one for 15 s, the default.
@@ -20,18 +20,36 @@ pub(crate) const NAMESPACE: &str = "failover-demo";
 /// The pause between two units of work.
 const PACE: Duration = Duration::from_millis(10);
 
-/// Stands for leader until standard input ends.
-pub(crate) fn run(name: &str, url: &str) -> Result<(), Box<dyn Error>> {
+/// What became of a unit of work.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Done,
+    /// The fence: a later leader has begun, or this one has lost its term.
+    Refused,
+    /// The server could not be reached; the next unit tries it with a new connection.
+    Failed,
+}
+
+pub(crate) fn config(url: &str) -> dsync::Result<Config> {
+    Ok(Config::from_url(url)?.service("demo").namespace(NAMESPACE).lease(LEASE))
+}
+
+/// Stands for leader until standard input ends, and does `work` while it leads.
+pub(crate) fn run(
+    name: &str,
+    config: Config,
+    mut work: impl FnMut(&Term) -> Outcome,
+) -> Result<(), Box<dyn Error>> {
     let stop = until_the_parent_is_gone()?;
 
-    dsync::init(Config::from_url(url)?.service("demo").namespace(NAMESPACE).lease(LEASE))?;
+    dsync::init(config)?;
     tell(What::Standing)?;
-    let outcome = stand(&stop, &mut Writer::new(name, url));
+    let outcome = stand(&stop, &mut work);
 
     // Gives the leadership back, so that the next leader need not wait for a lease to end. It must wait if this could not be
     // confirmed; nothing worse comes of it.
     if let Err(error) = dsync::shutdown() {
-        log::warn!("{name}: {}", crate::one_line(&error));
+        log::warn!("{name}: {}", one_line(&error));
     }
     match outcome {
         // The parent is gone, and that is no failure of ours.
@@ -45,7 +63,7 @@ fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
 }
 
 /// Leads whenever it can. The library stands for election all the time, so there is nothing to do but to wait for it.
-fn stand(stop: &Context, writer: &mut Writer) -> Result<(), Box<dyn Error>> {
+fn stand(stop: &Context, work: &mut impl FnMut(&Term) -> Outcome) -> Result<(), Box<dyn Error>> {
     let leadership = dsync::leadership_lock()?;
     loop {
         match leadership.lock(stop) {
@@ -56,7 +74,7 @@ fn stand(stop: &Context, writer: &mut Writer) -> Result<(), Box<dyn Error>> {
         // None if it was lost again in between.
         let Some(term) = leadership.term() else { continue };
         tell(What::Gained { token: term.token().unwrap_or_default() })?;
-        match lead(&term, stop, writer)? {
+        match lead(&term, stop, work)? {
             Ended::Lost => {
                 // Its `Display` is a whole sentence, for a log.
                 let reason = leadership.last_loss().map(|loss| format!("{:?}", loss.reason));
@@ -73,7 +91,7 @@ enum Ended {
 }
 
 /// Works, one unit after the other, until the term is lost or the process is told to stop.
-fn lead(term: &Term, stop: &Context, writer: &mut Writer) -> io::Result<Ended> {
+fn lead(term: &Term, stop: &Context, work: &mut impl FnMut(&Term) -> Outcome) -> io::Result<Ended> {
     let stopped = stop.cancelled();
     loop {
         select! {
@@ -85,7 +103,7 @@ fn lead(term: &Term, stop: &Context, writer: &mut Writer) -> io::Result<Ended> {
         if !term.is_held() {
             return Ok(Ended::Lost);
         }
-        if writer.work(term) == Outcome::Refused {
+        if work(term) == Outcome::Refused {
             tell(What::Refused)?;
         }
     }

@@ -46,8 +46,8 @@ fn run() -> Result<(), Box<dyn Error>> {
         Ok(url) => url,
         Err(_) => {
             server = support::Server::start()?;
-            let settings = format!("DATABASE_URL={} HEALTH_ADDRESS=127.0.0.1:9465", server.url());
-            println!("in another terminal: {settings} cargo run --example health --features metrics");
+            println!("in another terminal:\n  DATABASE_URL={} \\", server.url());
+            println!("  HEALTH_ADDRESS=127.0.0.1:9465 cargo run --example health --features metrics");
             server.url()
         }
     };
@@ -103,7 +103,7 @@ fn health(manager: &PostgresManager) -> (bool, String) {
     let snapshot = manager.snapshot();
     let is_well = snapshot.is_running
         && snapshot.claim(LEADER).is_some_and(|claim| match claim.state {
-            ClaimState::Held | ClaimState::Queueing => true,
+            ClaimState::Held | ClaimState::Queueing | ClaimState::InGrace => true,
             // For a moment that is how each claim begins.
             ClaimState::Connecting => claim.last_error.is_none(),
             _ => false,

@@ -11,7 +11,7 @@ use support::{Frozen, Server, Shutdown};
 use crate::crew::{Crew, Heard, WORKERS};
 use crate::fault::{Fault, Hit, Kind};
 use crate::referee::Referee;
-use crate::report::{KEYS, Moment, now};
+use crate::report::{KEYS, Moment, NAME, now};
 use crate::worker::NAMESPACE;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
@@ -116,11 +116,11 @@ impl<'a> Chaos<'a> {
             // It is only a look: an operator whose session is gone takes another one.
             let _ = self.ask(|chaos| {
                 let from = now();
-                let rows = chaos.operator()?.query(
-                    "SELECT key, token, application_name, shared FROM dsync.locks
-                     WHERE namespace = $1 AND token IS NOT NULL ORDER BY key",
-                    &[&NAMESPACE],
-                )?;
+                let query = format!(
+                    "SELECT {NAME} AS name, token, application_name, shared FROM dsync.locks AS held
+                     WHERE namespace = $1 AND token IS NOT NULL ORDER BY name"
+                );
+                let rows = chaos.operator()?.query(&query, &[&NAMESPACE])?;
                 let to = now();
                 for row in rows {
                     let name: Option<&str> = row.try_get(2)?;
@@ -149,12 +149,12 @@ impl<'a> Chaos<'a> {
     }
 
     fn terminate(&mut self, holder: bool) -> Outcome<()> {
-        let rows = self.operator()?.query(
-            "SELECT activity.pid, activity.application_name, held.key, held.token, held.shared
+        let query = format!(
+            "SELECT activity.pid, activity.application_name, {NAME}, held.token, held.shared
              FROM pg_stat_activity AS activity LEFT JOIN dsync.locks AS held ON held.pid = activity.pid
-             WHERE activity.application_name LIKE 'torture-%' AND (NOT $1 OR held.token IS NOT NULL)",
-            &[&holder],
-        )?;
+             WHERE activity.application_name LIKE 'torture-%' AND (NOT $1 OR held.token IS NOT NULL)"
+        );
+        let rows = self.operator()?.query(&query, &[&holder])?;
         let Some(row) = self.rng.choice(&rows) else { return Ok(()) };
         let name: &str = row.try_get(1)?;
         let worker = name.split(['-', ' ']).nth(1).and_then(|place| place.parse().ok());

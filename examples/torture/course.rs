@@ -10,10 +10,11 @@ use support::Server;
 use crate::chaos::Chaos;
 use crate::crew::{Crew, WORKERS};
 use crate::report::{KEYS, now};
+use crate::stalls::Watch;
 use crate::worker::{LEASE, THREADS};
 
 /// How soon all keys must be had, at first and when chaos has ended: what a frozen or dead holder had is free after the
-/// lease, a waiting claim may be in a back-off of 2 s, and the rest is for two slow cores.
+/// lease, and so is everything after a restart of the server; a waiting claim may be in a back-off of 2 s, and the rest is for two slow cores.
 const CALM: Duration = Duration::from_secs(15);
 
 /// How soon the sessions of dead workers must be gone: the lease and one second.
@@ -42,7 +43,7 @@ pub(crate) fn run(
     let crew = Crew::start(&recruit)?;
     let mut chaos = Chaos::new(&server, crew, rng.fork());
 
-    let began = Instant::now();
+    let (began, watch) = (Instant::now(), Watch::start());
     calm(&mut chaos, "at first")?;
     let mut progress = Instant::now() + PROGRESS;
     while began.elapsed() < length && chaos.referee.is_clean() {
@@ -72,6 +73,7 @@ pub(crate) fn run(
     chaos.attend()?;
 
     let mut referee = chaos.leave();
+    referee.machine_stood_still(watch.end());
     let mut client = server.client()?;
     referee.inspect(&mut client)?;
     let query = "SELECT (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'),

@@ -45,15 +45,12 @@ impl Kind {
         }
     }
 
-    /// Whether a term may end by it in a way that the holder hears of only afterwards.
+    /// Whether a term may end by it in a way that the holder hears of only when another one has begun. A server that is shut down may grant
+    /// a lock in its last moment; after a restart the takeover grace comes first.
     pub(crate) fn deposes(self) -> bool {
         match self {
-            Self::TerminateHolder
-            | Self::TerminateAny
-            | Self::FreezeWorker
-            | Self::RestartFast
-            | Self::RestartImmediate => true,
-            Self::Cancel | Self::KillWorker | Self::FreezeServer => false,
+            Self::TerminateHolder | Self::TerminateAny | Self::FreezeWorker | Self::RestartFast => true,
+            Self::Cancel | Self::KillWorker | Self::FreezeServer | Self::RestartImmediate => false,
         }
     }
 }

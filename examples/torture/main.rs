@@ -1,5 +1,6 @@
 //! Processes and threads fight for a few locks while everything around them fails, and a referee watches. They hold them by
-//! claims, by guards, and by leaders whose closures do the work; and as readers, who share them, by claims and guards.
+//! claims, by guards, and by leaders whose closures do the work; as readers, who share them, by claims and guards; and they fight for the permits
+//! of a semaphore, by both.
 //!
 //! ```text
 //! cargo run --release --example torture -- --seconds 600 --seed 42
@@ -9,7 +10,7 @@
 //! violation, 1 if there was or if something failed, 2 if there is no PostgreSQL to start.
 //!
 //! `worker.rs` is what the processes do, `report.rs` what they say, `crew.rs` runs them; `chaos.rs` inflicts what
-//! `fault.rs` lists; `referee.rs` judges; `course.rs` has the order of it all. `tests/torture.rs` runs the same for a
+//! `fault.rs` lists; `stalls.rs` sees when the machine stood still; `referee.rs` judges; `course.rs` has the order of it all. `tests/torture.rs` runs the same for a
 //! shorter time.
 
 mod chaos;
@@ -18,6 +19,7 @@ mod crew;
 mod fault;
 mod referee;
 mod report;
+mod stalls;
 mod worker;
 
 use std::env;

@@ -7,7 +7,8 @@ use postgres::Client;
 
 use crate::crew::WORKERS;
 use crate::fault::{Fault, Hit, Kind};
-use crate::report::{Holder, Id, KEYS, Moment, Report, Usage, What};
+use crate::report::{Holder, Id, KEYS, LOCKS, Moment, Report, Usage, What};
+use crate::stalls::Stall;
 
 /// How long a holder may go on believing, *after* an operator has ended its session (alone or by a shutdown of the
 /// server) or after it was thawed.
@@ -67,6 +68,7 @@ pub(crate) struct Referee {
     terms: [BTreeMap<Id, Term>; KEYS.len()],
     units: [Units; KEYS.len()],
     faults: Vec<Fault>,
+    stalls: Vec<Stall>,
     samples: Vec<Sample>,
     /// How often the server showed one more holder beside another one.
     shown_together: usize,
@@ -136,13 +138,15 @@ impl Referee {
         self.violations.is_empty()
     }
 
-    /// The keys of which no writer's term has begun since then, or no reader's.
+    /// The keys of which no writer's term has begun since then, or no reader's; and the permits of which no term has.
     pub(crate) fn idle_since(&self, then: Moment) -> Vec<&'static str> {
         let begun = |terms: &BTreeMap<Id, Term>, reads| {
             terms.values().rev().take(200).any(|term| term.holder.is_reader() == reads && term.begun > then)
         };
-        let idle = |terms| !begun(terms, false) || !begun(terms, true);
-        KEYS.iter().zip(&self.terms).filter(|(_, terms)| idle(terms)).map(|(key, _)| *key).collect()
+        let idle = |(key, terms): &(usize, &BTreeMap<_, _>)| {
+            !begun(terms, false) || *key < LOCKS && !begun(terms, true)
+        };
+        self.terms.iter().enumerate().filter(idle).map(|(key, _)| KEYS[key]).collect()
     }
 
     /// Takes in a fault. It may go on: see [`fault_mut`](Self::fault_mut).
@@ -309,7 +313,12 @@ impl Referee {
         Ok(())
     }
 
-    /// When a holder must have heard of what befell it: soon after, or soon after it was thawed.
+    /// Takes in when the machine held up whoever would run.
+    pub(crate) fn machine_stood_still(&mut self, stalls: Vec<Stall>) {
+        self.stalls = stalls;
+    }
+
+    /// When a holder must have heard of what befell it: soon after, or soon after it was thawed or the machine went on.
     fn must_know(&self, worker: usize, from: Moment, to: Moment) -> Moment {
         let mut by = to + NEWS;
         loop {
@@ -320,8 +329,10 @@ impl Referee {
                 _ => false,
             });
             let later = deaf
-                .filter(|fault| fault.from <= by && from <= fault.to)
-                .map(|fault| fault.to.saturating_add(NEWS))
+                .map(|fault| (fault.from, fault.to))
+                .chain(self.stalls.iter().map(|stall| (stall.from, stall.to)))
+                .filter(|(since, until)| *since <= by && from <= *until)
+                .map(|(_, until)| until.saturating_add(NEWS))
                 .max();
             match later {
                 Some(later) if later > by => by = later,
@@ -561,7 +572,7 @@ impl Referee {
             (holder.name().to_owned(), all.filter(|term| term.holder == holder).count())
         });
         if holders.iter().any(|(_, count)| *count == 0) {
-            self.violation("no claim, guard or leader, or no reader by claim or guard, ever had a key, so nothing is proven of it");
+            self.violation("no claim, guard or leader, or no reader or permit by claim or guard, was ever had, so nothing is proven of it");
         }
         if together.terms == 0 {
             self.violation("no two readers ever had a key together, so nothing is proven of them");
@@ -600,6 +611,12 @@ impl Referee {
             overlaps.longest.as_secs_f64() * 1e3,
             overlaps.latest.as_secs_f64() * 1e3,
             overlaps.unexplained
+        );
+        let stood_still = self.stalls.iter().map(|stall| stall.to.saturating_sub(stall.from)).max();
+        println!(
+            "machine stood still  {} times, {:.0} ms at the longest",
+            self.stalls.len(),
+            stood_still.unwrap_or_default().as_secs_f64() * 1e3
         );
         for violation in self.violations.iter().take(TOLD) {
             println!("VIOLATION: {violation}");

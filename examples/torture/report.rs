@@ -7,13 +7,24 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
-/// The keys that everybody fights for. Everywhere else a key is its place in this list.
-pub(crate) const KEYS: [&str; 5] = ["red", "green", "blue", "black", "white"];
+/// What everybody fights for: the keys of locks, and after them the permits of one semaphore, each of which is for one holder. Everywhere else a
+/// key is its place in this list.
+pub(crate) const KEYS: [&str; 7] = ["red", "green", "blue", "black", "white", "gold/1", "gold/2"];
+
+/// So many of them are the keys of locks.
+pub(crate) const LOCKS: usize = 5;
+
+/// The semaphore.
+pub(crate) const SEMAPHORE: &str = "gold";
+pub(crate) const PERMITS: u32 = (KEYS.len() - LOCKS) as u32;
+
+/// The names of keys, by the columns of `dsync.locks`.
+pub(crate) const NAME: &str = "held.key || coalesce('/' || held.permit, '')";
 
 /// So many of the keys, from the first, have a leader in each process, beside claims and guards.
 pub(crate) const LED: usize = 2;
 
-/// How a key is held. A reader shares it with other readers.
+/// How a key is held. A reader shares it with other readers; a permit nobody shares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Holder {
     Claim,
@@ -21,11 +32,20 @@ pub(crate) enum Holder {
     Leader,
     ReaderClaim,
     ReaderGuard,
+    PermitClaim,
+    PermitGuard,
 }
 
 impl Holder {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Claim, Self::Guard, Self::Leader, Self::ReaderClaim, Self::ReaderGuard];
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Claim,
+        Self::Guard,
+        Self::Leader,
+        Self::ReaderClaim,
+        Self::ReaderGuard,
+        Self::PermitClaim,
+        Self::PermitGuard,
+    ];
 
     pub(crate) fn is_reader(self) -> bool {
         matches!(self, Self::ReaderClaim | Self::ReaderGuard)
@@ -38,6 +58,8 @@ impl Holder {
             Self::Leader => "leader",
             Self::ReaderClaim => "reader-claim",
             Self::ReaderGuard => "reader-guard",
+            Self::PermitClaim => "permit-claim",
+            Self::PermitGuard => "permit-guard",
         }
     }
 }

@@ -10,14 +10,16 @@ use std::{iter, panic, thread};
 use crossbeam_channel::{Receiver, RecvTimeoutError, select, unbounded};
 use dsync::{
     Config, Context, ErrorKind, Leader, LeaderEvent, LeaderOptions, Lock, Loss, PostgresManager, SyncManager,
-    Tenure, Term,
+    TakeoverPolicy, Tenure, Term,
 };
 use fastrand::Rng;
 use parking_lot::Mutex;
 use postgres::{Client, NoTls, Transaction};
 use support::process;
 
-use crate::report::{Holder, Id, KEYS, LED, Moment, Report, Usage, What, moment, now};
+use crate::report::{
+    Holder, Id, KEYS, LED, LOCKS, Moment, PERMITS, Report, SEMAPHORE, Usage, What, moment, now,
+};
 
 /// Threads of one process.
 pub(crate) const THREADS: usize = 4;
@@ -81,16 +83,21 @@ fn fight(worker: usize, url: &str, seed: u64, stop: &Context) -> Outcome<()> {
     let config = Config::from_postgres(address.clone())
         .namespace(NAMESPACE)
         .lease(LEASE)
+        // The strictest: so a restart of the server excuses no overlap but of its last moment.
+        .takeover(TakeoverPolicy::AfterAnyRestart)
         .wait_slice(Duration::from_millis(300))
-        .release_timeout(RELEASE);
+        .release_timeout(RELEASE)
+        // Every second process has its locks on one session, as far as it need not wait for them.
+        .shared_sessions(u32::from(worker % 2 == 1));
     let manager = PostgresManager::new(config)?;
     manager.start()?;
     // The threads of a process share its claim on a key, so those that want that take turns. Guards keep them apart, but for readers.
-    let seats = KEYS.iter().enumerate().map(|(key, name)| {
+    let seats = KEYS[..LOCKS].iter().enumerate().map(|(key, name)| {
         let (lock, shared) = (manager.lock(*name)?, manager.shared_lock(*name)?);
         Ok(Seat { key, lock, shared, claimed: Mutex::new(()) })
     });
     let seats = seats.collect::<dsync::Result<Vec<_>>>()?;
+    let permits = Permits { semaphore: manager.semaphore(SEMAPHORE, PERMITS)?, claimed: Mutex::new(()) };
     address.application_name(&format!("work-{worker}")).connect_timeout(Duration::from_secs(2));
     let mut rng = Rng::with_seed(seed);
     let mut fighter = || {
@@ -102,8 +109,8 @@ fn fight(worker: usize, url: &str, seed: u64, stop: &Context) -> Outcome<()> {
     let mut outcomes: Vec<Outcome<()>> = thread::scope(|scope| {
         let fighters: Vec<_> = (0..THREADS)
             .map(|_| {
-                let (mut fighter, seats, leaders) = (fighter(), &seats, &leaders);
-                scope.spawn(move || fighter.fight(seats, leaders))
+                let (mut fighter, seats, permits, leaders) = (fighter(), &seats, &permits, &leaders);
+                scope.spawn(move || fighter.fight(seats, permits, leaders))
             })
             .collect();
         let joined = fighters.into_iter().map(|fighter| fighter.join());
@@ -131,6 +138,12 @@ struct Seat {
     claimed: Mutex<()>,
 }
 
+/// The semaphore in this process.
+struct Permits {
+    semaphore: Arc<dyn Lock>,
+    claimed: Mutex<()>,
+}
+
 /// A term of this process.
 struct Held<'a> {
     key: usize,
@@ -145,8 +158,9 @@ struct Held<'a> {
 }
 
 impl<'a> Held<'a> {
-    /// One that is no leader's.
+    /// One that is no leader's. The key of a permit is told by the term.
     fn new(key: usize, holder: Holder, term: &'a Term, loss: &'a dyn Fn(Moment) -> Option<Loss>) -> Self {
+        let key = term.permit().map_or(key, |permit| LOCKS + permit as usize - 1);
         Self { key, holder, term, id: term.token().map(Id::new), tenure: None, loss }
     }
 
@@ -183,21 +197,27 @@ enum Ended {
 }
 
 impl Fighter {
-    fn fight(&mut self, seats: &[Seat], leaders: &[Arc<OnceLock<Leader>>]) -> Outcome<()> {
+    fn fight(&mut self, seats: &[Seat], permits: &Permits, leaders: &[Arc<OnceLock<Leader>>]) -> Outcome<()> {
         while self.stop.check().is_ok() {
             if self.rng.u8(..20) == 0 {
                 let led = self.rng.usize(..LED);
                 self.depose(&seats[led], leaders[led].wait())?;
             }
-            let seat = &seats[self.rng.usize(..seats.len())];
-            match (self.rng.bool(), self.rng.u8(..3) == 0) {
-                (false, false) => self.guard(seat, &*seat.lock, Holder::Guard)?,
-                (true, false) => self.guard(seat, &*seat.shared, Holder::ReaderGuard)?,
-                (reads, true) => {
+            let seat = seats.get(self.rng.usize(..seats.len() + 2));
+            match (seat, self.rng.bool(), self.rng.u8(..3) == 0) {
+                (None, _, false) => self.guard(LOCKS, &*permits.semaphore, Holder::PermitGuard)?,
+                (None, _, true) => {
+                    let claimed = permits.claimed.lock();
+                    self.claim(LOCKS, &*permits.semaphore, Holder::PermitClaim)?;
+                    drop(claimed);
+                }
+                (Some(seat), false, false) => self.guard(seat.key, &*seat.lock, Holder::Guard)?,
+                (Some(seat), true, false) => self.guard(seat.key, &*seat.shared, Holder::ReaderGuard)?,
+                (Some(seat), reads, true) => {
                     let claimed = seat.claimed.lock();
                     let (lock, holder) =
                         if reads { (&seat.shared, Holder::ReaderClaim) } else { (&seat.lock, Holder::Claim) };
-                    self.claim(seat, &**lock, holder)?;
+                    self.claim(seat.key, &**lock, holder)?;
                     drop(claimed);
                 }
             }
@@ -212,7 +232,7 @@ impl Fighter {
     }
 
     /// One guard, from the attempt to the release.
-    fn guard(&mut self, seat: &Seat, lock: &dyn Lock, holder: Holder) -> Outcome<()> {
+    fn guard(&mut self, key: usize, lock: &dyn Lock, holder: Holder) -> Outcome<()> {
         let began = Instant::now();
         let outcome = if self.rng.bool() {
             let patience = self.millis(0..2000);
@@ -230,7 +250,7 @@ impl Fighter {
             Ok(None) => return Ok(tell(What::Missed { error: "taken".to_owned() })?),
             Err(error) => return Ok(tell(What::Missed { error: format!("{:?}", error.kind()) })?),
         };
-        self.serve(&Held::new(seat.key, holder, guard.term(), &|_| guard.loss()))?;
+        self.serve(&Held::new(key, holder, guard.term(), &|_| guard.loss()))?;
         let began = Instant::now();
         if self.rng.bool() {
             let outcome = guard.release();
@@ -243,7 +263,7 @@ impl Fighter {
     }
 
     /// One claim, from the first attempt to the release.
-    fn claim(&mut self, seat: &Seat, lock: &dyn Lock, holder: Holder) -> Outcome<()> {
+    fn claim(&mut self, key: usize, lock: &dyn Lock, holder: Holder) -> Outcome<()> {
         let began = Instant::now();
         let (name, patience, outcome) = if self.rng.bool() {
             let patience = self.millis(20..2000);
@@ -258,7 +278,7 @@ impl Fighter {
             Ok(()) => {
                 let loss = |_| lock.last_loss();
                 while let Some(term) = lock.term()
-                    && self.serve(&Held::new(seat.key, holder, &term, &loss))? == Ended::Lost
+                    && self.serve(&Held::new(key, holder, &term, &loss))? == Ended::Lost
                     && self.rng.u8(..3) > 0
                 {
                     // The claim goes on in the background, unless it is given up, one time in three.
@@ -353,7 +373,7 @@ impl Fighter {
             || match holder {
                 Holder::Leader => self.rng.u8(..8) == 0,
                 Holder::ReaderClaim | Holder::ReaderGuard => self.rng.u8(..16) == 0,
-                Holder::Claim | Holder::Guard => false,
+                Holder::Claim | Holder::Guard | Holder::PermitClaim | Holder::PermitGuard => false,
             };
         let end = Instant::now() + if long { self.millis(500..2500) } else { self.millis(1..50) };
         // Whoever is to step down may finish its work: nobody else leads before.

@@ -12,14 +12,14 @@ use super::state::{Annotated, Sight, State};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{self, Guarded, HeldTerm, Hold};
-use crate::key::{HandleKey, Key};
+use crate::key::{HandleKey, Mode};
 use crate::local_queue::LocalQueue;
 use crate::lock::{Lock, LockOptions, annotate};
 use crate::loss::{Loss, LossReason, Lost, lost_already};
 use crate::once::Successes;
 use crate::telling::{Observing, Story};
 use crate::term::Term;
-use crate::view::Holder;
+use crate::view::{Holder, LockView};
 
 pub(super) struct MemoryLock {
     /// Itself, so that a guard can keep it.
@@ -27,7 +27,9 @@ pub(super) struct MemoryLock {
     pub(super) server: Arc<Server>,
     /// The manager's number on the server.
     pub(super) manager: u64,
-    pub(super) key: Key,
+    pub(super) key: HandleKey,
+    /// The queue that its claims are in.
+    pub(super) place: HandleKey,
     /// The key in text.
     pub(super) text: String,
     pub(super) options: LockOptions,
@@ -42,11 +44,6 @@ pub(super) struct MemoryLock {
 const SLICE: Duration = Duration::from_secs(1);
 
 impl MemoryLock {
-    /// What its manager tells its handles apart by.
-    pub(super) fn handle_key(&self) -> HandleKey {
-        HandleKey { key: self.key.clone(), shared: self.options.shared }
-    }
-
     /// Claims the lock and waits until it is held, or until `refused` makes an error of what is in the way.
     fn acquire(
         &self,
@@ -58,16 +55,16 @@ impl MemoryLock {
             return Ok(());
         }
         Observing::attempt(self.observing.as_ref(), &self.text, false, || {
-            let key = self.handle_key();
-            let known = self.server.see(|state| state.claim_or_none(self.manager, &key))?;
+            let known = self.server.see(|state| state.claim_or_none(self.manager, &self.key))?;
             let claim = match known {
                 Some(claim) => claim,
                 None => {
                     guard::check_way(self)?;
                     // Not under the mutex, and before the claim can be given the lock by another thread.
                     let (annotation, story) = (self.annotation(), self.story(false, Instant::now()));
-                    let claim =
-                        self.server.change(|state, _| state.claim(self.manager, &key, annotation, story))?;
+                    let claim = self
+                        .server
+                        .change(|state, _| state.claim(self.manager, &self.key, annotation, story))?;
                     self.options.claim_begun();
                     claim
                 }
@@ -79,12 +76,12 @@ impl MemoryLock {
     /// What the observer is to be told of a new claim.
     fn story(&self, is_guard: bool, wanted_since: Instant) -> Option<Arc<Story>> {
         let observing = self.observing.as_ref()?;
-        Some(Arc::new(Story::new(observing, &self.text, is_guard, self.options.shared, wanted_since)))
+        Some(Arc::new(Story::new(observing, &self.text, is_guard, self.is_shared(), wanted_since)))
     }
 
     /// What the valuer makes.
     fn annotation(&self) -> Option<Vec<u8>> {
-        let valuer = self.options.valuer.as_ref().filter(|_| !self.options.shared);
+        let valuer = self.options.valuer.as_ref().filter(|_| self.key.mode != Mode::Shared);
         valuer.and_then(|valuer| annotate(&self.text, valuer))
     }
 
@@ -94,7 +91,7 @@ impl MemoryLock {
     }
 
     fn look(&self, claim: u64) -> Sight {
-        self.server.see(|state| state.look(&self.key, claim))
+        self.server.see(|state| state.look(&self.place, claim))
     }
 
     /// Waits until the claim holds the lock, or until `refused` makes an error of what is in the way. Not at all if the
@@ -132,7 +129,7 @@ impl MemoryLock {
                 }
                 recv(slice) -> _ => {
                     let annotated = self.annotated(claim);
-                    self.server.change(|state, _| state.annotate(&self.key, annotated));
+                    self.server.change(|state, _| state.annotate(&self.place, annotated));
                     slice_ends = Instant::now() + SLICE;
                 }
             }
@@ -153,7 +150,7 @@ impl MemoryLock {
     fn context_ended(&self, kind: ErrorKind, since: Instant, sight: &Sight) -> Error {
         let text = format!("waited {:.1?} for lock {:?}", since.elapsed(), self.text);
         match sight {
-            Sight::Queued(_) => Error::new(kind, format!("{text}, which another session holds")),
+            Sight::Queued(_) => Error::new(kind, format!("{text}, {}", self.key.mode.which_has())),
             Sight::Unknown(_) => {
                 let cause = Error::new(ErrorKind::SessionUnavailable, "the memory server is down");
                 Error::new(kind, format!("{text}; the server could not be asked")).with_source(cause)
@@ -181,8 +178,8 @@ impl Guarded for MemoryLock {
         (Arc::as_ptr(&self.server).addr(), self.manager)
     }
 
-    fn is_shared(&self) -> bool {
-        self.options.shared
+    fn mode(&self) -> Mode {
+        self.key.mode
     }
 
     fn trouble(&self) -> Option<Error> {
@@ -200,20 +197,24 @@ impl Guarded for MemoryLock {
         (!self.options.without_token).then_some(LOOKS_EVERY)
     }
 
+    fn view(&self) -> Result<LockView> {
+        self.server.see(|state| state.view(self.manager, &self.place))
+    }
+
     fn is_asked_to_resign(&self, token: i64) -> Result<bool> {
-        Ok(self.server.see(|state| state.is_asked_to_resign(&self.key, token)))
+        Ok(self.server.see(|state| state.is_asked_to_resign(&self.place, token)))
     }
 
     fn successes(&self) -> Result<Successes> {
         if self.options.without_token {
             return Err(Error::no_record());
         }
-        self.server.see(|state| state.successes(self.manager, &self.key))
+        self.server.see(|state| state.successes(self.manager, &self.key.key))
     }
 
     fn record_success(&self, term: &Term, started: SystemTime) -> Result<bool> {
         let token = term.token().ok_or_else(Error::no_record)?;
-        self.server.change(|state, _| state.record_success(self.manager, &self.key, token, started))
+        self.server.change(|state, _| state.record_success(self.manager, &self.place, token, started))
     }
 
     fn claim_term(&self, context: Option<&Context>, wanted_since: Instant, _: bool) -> Result<HeldTerm> {
@@ -223,19 +224,19 @@ impl Guarded for MemoryLock {
         let (annotation, story) = (self.annotation(), self.story(true, wanted_since));
         let loss = Arc::new(OnceLock::new());
         let claim = |state: &mut State| {
-            state.claim_term(self.manager, &self.handle_key(), annotation, Arc::clone(&loss), story)
+            state.claim_term(self.manager, &self.key, annotation, Arc::clone(&loss), story.clone())
         };
         let id = self.server.change(|state, _| claim(state))?;
-        let mut claimed = ClaimOfGuard { lock, id, loss };
+        let mut claimed = ClaimOfGuard { lock, id, loss, story };
         let outcome = match context {
             Some(context) => self.watch(id, context, None, |_| None),
             None => self.watch(id, &Context::background(), None, |sight| match sight {
-                Sight::Queued(_) => Some(Error::lock_unavailable(&self.text)),
+                Sight::Queued(_) => Some(Error::lock_unavailable(&self.text, self.key.mode)),
                 Sight::Unknown(_) => Some(self.context_ended(ErrorKind::TimedOut, Instant::now(), sight)),
                 Sight::Held | Sight::Gone => None,
             }),
         };
-        let term = self.server.see(|state| state.term_of(&self.key, id));
+        let term = self.server.see(|state| state.term_of(&self.place, id));
         match (outcome, term) {
             (Ok(()), Some(term)) => Ok(HeldTerm { term, hold: Box::new(claimed) }),
             (outcome, _) => {
@@ -252,6 +253,13 @@ impl Guarded for MemoryLock {
     }
 }
 
+/// Another thread may be about to tell that this claim was granted the lock, or lost it. What happens to the next claim is told after that.
+fn have_told(story: Option<&Arc<Story>>) {
+    if let Some(story) = story {
+        story.have_told();
+    }
+}
+
 /// The claim of one guard.
 #[derive(Debug)]
 struct ClaimOfGuard {
@@ -259,6 +267,7 @@ struct ClaimOfGuard {
     id: u64,
     /// How its term was lost, if it was.
     loss: Arc<OnceLock<Loss>>,
+    story: Option<Arc<Story>>,
 }
 
 impl Hold for ClaimOfGuard {
@@ -276,8 +285,10 @@ impl Hold for ClaimOfGuard {
     }
 
     fn release(&mut self, _: Instant) -> Result<()> {
-        let Self { lock, id, loss } = self;
-        if lock.server.change(|state, gone| state.end(&lock.key, *id, gone)) {
+        let Self { lock, id, loss, story } = self;
+        let was_there = lock.server.change(|state, gone| state.end(&lock.place, *id, gone));
+        have_told(story.as_ref());
+        if was_there {
             return Ok(());
         }
         // What is not there any more and was not lost, a stop has ended.
@@ -289,7 +300,7 @@ impl Drop for ClaimOfGuard {
     /// Only after a panic, of the application's logger say, is there something left to end.
     fn drop(&mut self) {
         let Self { lock, id, .. } = self;
-        lock.server.change(|state, gone| state.end(&lock.key, *id, gone));
+        lock.server.change(|state, gone| state.end(&lock.place, *id, gone));
     }
 }
 
@@ -307,14 +318,14 @@ impl Lock for MemoryLock {
         // There is one attempt whatever the time, which here takes none, unless nobody can be asked.
         let once = ended == Some(ErrorKind::TimedOut);
         self.acquire(context, ended.filter(|_| !once), |sight| match sight {
-            Sight::Queued(_) => Some(Error::lock_unavailable(&self.text)),
+            Sight::Queued(_) => Some(Error::lock_unavailable(&self.text, self.key.mode)),
             Sight::Unknown(_) if once => Some(self.context_ended(ErrorKind::TimedOut, Instant::now(), sight)),
             Sight::Unknown(_) | Sight::Held | Sight::Gone => None,
         })
     }
 
     fn wait(&self, context: &Context) -> Result<()> {
-        match self.server.see(|state| state.claim_of(self.manager, &self.handle_key())) {
+        match self.server.see(|state| state.claim_of(self.manager, &self.key)) {
             Some(_) if self.is_held() => Ok(()),
             Some(claim) => self.watch(claim, context, context.ended(), |_| None),
             None if self.server.see(|state| state.is_stopped(self.manager)) => Err(Error::stopped()),
@@ -323,7 +334,8 @@ impl Lock for MemoryLock {
     }
 
     fn release(&self) -> Result<()> {
-        self.server.change(|state, gone| state.end_claim(self.manager, &self.handle_key(), gone));
+        let story = self.server.change(|state, gone| state.end_claim(self.manager, &self.key, gone));
+        have_told(story.as_ref());
         Ok(())
     }
 
@@ -332,26 +344,26 @@ impl Lock for MemoryLock {
     }
 
     fn term(&self) -> Option<Term> {
-        self.server.see(|state| state.term(self.manager, &self.handle_key()))
+        self.server.see(|state| state.term(self.manager, &self.key))
     }
 
     fn holder(&self) -> Result<Option<Holder>> {
-        self.server.see(|state| state.holder_seen_by(self.manager, &self.key))
+        self.server.see(|state| state.holder_seen_by(self.manager, &self.place))
     }
 
     fn request_resignation(&self) -> Result<bool> {
-        if self.options.shared {
+        if self.is_shared() {
             return Err(Error::is_shared(&self.text, "leadership"));
         }
         if self.options.without_token {
             return Err(Error::no_resignations());
         }
-        self.server.change(|state, _| state.request_resignation(self.manager, &self.key))
+        self.server.change(|state, _| state.request_resignation(self.manager, &self.place))
     }
 
     fn break_lock(&self) -> Result<Option<Holder>> {
         let holder = self.holder()?;
-        Ok(holder.filter(|_| self.server.take_away(&self.key, LossReason::Terminated)))
+        Ok(holder.filter(|_| self.server.take_away(&self.place, LossReason::Terminated)))
     }
 
     fn last_success(&self) -> Result<Option<SystemTime>> {
@@ -360,7 +372,16 @@ impl Lock for MemoryLock {
 
     fn forget_success(&self) -> Result<bool> {
         self.successes()?;
-        Ok(self.server.change(|state, _| state.set_success(&self.key, None)))
+        Ok(self.server.change(|state, _| state.set_success(&self.key.key, None)))
+    }
+
+    fn set_permits(&self, permits: u32) -> Result<u32> {
+        if self.key.mode != Mode::Permit {
+            return Err(Error::no_semaphore(&self.text));
+        }
+        LockOptions::new().permits(permits).validate(&self.key.key)?;
+        self.server
+            .change(|state, _| state.set_permits(self.manager, &self.key, self.options.permits, permits))
     }
 
     fn last_loss(&self) -> Option<Loss> {

@@ -114,23 +114,25 @@ impl SyncManager for MemoryManager {
 
     fn lock_with_key(&self, key: Key, options: LockOptions) -> Result<Arc<dyn Lock>> {
         key.validate()?;
-        let server = &self.server.server;
+        options.validate(&key)?;
+        let (server, handle_key) = (&self.server.server, HandleKey { key, mode: options.mode });
         // `options` itself stays out here: the destructor of a valuer that is not wanted must not run under the mutex.
         let make = || {
             Arc::new_cyclic(|this| MemoryLock {
                 this: this.clone(),
                 server: Arc::clone(server),
                 manager: self.id,
-                text: key.to_string(),
-                key: key.clone(),
+                text: handle_key.key.to_string(),
+                key: handle_key.clone(),
+                place: handle_key.lock(),
                 options: options.clone(),
                 last_loss: Mutex::default(),
                 queue: Arc::default(),
                 observing: self.observing.clone(),
             })
         };
-        let handle_key = HandleKey { key: key.clone(), shared: options.shared };
         let lock = server.change(|state, _| state.handle(self.id, &handle_key, make))?;
+        options.check_permits(&lock.options, &lock.text)?;
         options.tell_if_ignored(&lock.text, &lock.options);
         Ok(lock)
     }

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 
 use super::state::{Gone, State};
-use crate::key::Key;
+use crate::key::{HandleKey, Key};
 use crate::loss::LossReason;
 
 /// Stands in for the database in an application's tests: [`MemoryManager`](crate::MemoryManager)s on one server exclude
@@ -15,7 +15,8 @@ use crate::loss::LossReason;
 ///
 /// It also does on demand what is hard to bring about with a real server: [`revoke`](Self::revoke) takes a lock from its
 /// holder, and [`go_down`](Self::go_down) and [`come_up`](Self::come_up) make an outage. Each has happened in full when
-/// the call returns, so a test needs no pauses. Clones are the same server.
+/// the call returns, so a test needs no pauses. Clones are the same server. A key means the lock with it; or the semaphore, where nobody has
+/// the lock or waits for it.
 ///
 /// A test of what a service does when it loses its lock:
 ///
@@ -62,14 +63,15 @@ impl MemoryServer {
     /// The lost channel closes, with [`Revoked`](crate::LossReason::Revoked) as the reason, and the claim goes to the
     /// end of the queue: if nobody else waits, it has the lock again, in a new term, when this returns. A guard's is over.
     pub fn revoke(&self, key: impl Into<Key>) -> bool {
-        self.server.take_away(&key.into(), LossReason::Revoked)
+        let place = self.place(key);
+        self.server.take_away(&place, LossReason::Revoked)
     }
 
     /// Warns the holder, of several that share the lock the first, that its term is about to end, as a manager on PostgreSQL does when a renewal is overdue: see
     /// [`Term::warned`](crate::Term::warned). Says whether there was a holder whose lock has a grace.
     pub fn warn(&self, key: impl Into<Key>) -> bool {
-        let key = key.into();
-        self.server.change(|state, _| state.warn(&key))
+        let place = self.place(key);
+        self.server.change(|state, _| state.warn(&place))
     }
 
     /// Makes the work under this key one that last succeeded when it began at `time`, by the clock of this machine, which managers in memory go
@@ -97,21 +99,27 @@ impl MemoryServer {
         let claims = self.server.see(State::claims);
         for (claim, lock) in claims {
             let annotated = lock.annotated(claim);
-            self.server.change(|state, _| state.annotate(&lock.key, annotated));
+            self.server.change(|state, _| state.annotate(&lock.place, annotated));
         }
         self.server.change(|state, _| state.come_up());
     }
 
     /// What the present holder's valuer made; `None` if nobody holds the lock, or the holder gave no valuer or shares the lock.
     pub fn annotation(&self, key: impl Into<Key>) -> Option<Vec<u8>> {
-        let key = key.into();
-        self.server.see(|state| state.annotation(&key))
+        let place = self.place(key);
+        self.server.see(|state| state.annotation(&place))
     }
 
     /// How many claims on the lock wait for it. In an outage that is all of them.
     pub fn waiting(&self, key: impl Into<Key>) -> usize {
+        let place = self.place(key);
+        self.server.see(|state| state.waiting(&place))
+    }
+
+    /// The queue that a test means: of the lock with this key, or of the semaphore where nobody has the lock or waits for it.
+    fn place(&self, key: impl Into<Key>) -> HandleKey {
         let key = key.into();
-        self.server.see(|state| state.waiting(&key))
+        self.server.see(|state| state.place(key))
     }
 }
 
@@ -129,7 +137,7 @@ pub(super) struct Server {
 
 impl Server {
     /// Takes the lock from its holder, for a reason that is told; `false` if there is none.
-    pub(super) fn take_away(&self, key: &Key, reason: LossReason) -> bool {
+    pub(super) fn take_away(&self, key: &HandleKey, reason: LossReason) -> bool {
         let Some((claim, lock)) = self.see(|state| state.holder(key)) else { return false };
         let annotated = lock.annotated(claim);
         self.change(|state, gone| state.revoke(key, annotated, reason, gone))

@@ -7,19 +7,19 @@
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::lock::MemoryLock;
 use crate::error::{Error, ErrorKind, Result};
-use crate::key::{HandleKey, Key};
+use crate::key::{HandleKey, Key, Mode};
 use crate::loss::{Alive, Loss, LossReason, Lost};
 use crate::once::Successes;
 use crate::snapshot::{ClaimSnapshot, ClaimState};
 use crate::telling::Story;
 use crate::term::{Ask, Fence, Term};
-use crate::view::Holder;
+use crate::view::{Holder, LockView, Waiter};
 
 #[derive(Default)]
 pub(super) struct State {
@@ -28,14 +28,25 @@ pub(super) struct State {
     managers: HashMap<u64, Manager>,
     /// First come, first served. Unless the server is down, the front of a queue has the lock, and shares it with those behind it as far as
     /// all of them may. No queue is empty.
-    queues: HashMap<Key, VecDeque<Claim>>,
+    ///
+    /// Of a semaphore, those at the front have its permits.
+    queues: HashMap<HandleKey, VecDeque<Claim>>,
     last_id: u64,
     /// The token of the last readers of a key, if no writer's term has begun since.
     readers: HashMap<Key, u64>,
+    /// How many permits the semaphores have.
+    semaphores: HashMap<Key, Permits>,
     /// When the work under a key began that succeeded last. Over an outage they stay, as on a server.
     successes: HashMap<Key, SystemTime>,
     /// What observers are to be told once the mutex is free.
     untold: Vec<Arc<Story>>,
+}
+
+#[derive(Clone, Copy)]
+struct Permits {
+    now: u32,
+    /// Before it was changed. Who says so goes on, by the new number.
+    former: Option<u32>,
 }
 
 #[derive(Default)]
@@ -54,6 +65,8 @@ pub(super) struct Claim {
     /// the valuer of whoever gets it.
     annotation: Option<Vec<u8>>,
     stage: Stage,
+    /// Since when it has had its place in the queue.
+    queued_since: Instant,
     changed: Change,
     story: Option<Arc<Story>>,
 }
@@ -76,6 +89,8 @@ struct HeldTerm {
     lost: Lost,
     /// The number of the grant, and so greater than those of all terms before.
     token: u64,
+    /// Of a semaphore, which permit.
+    permit: Option<u32>,
     annotation: Option<Vec<u8>>,
     since: SystemTime,
     /// Somebody has asked the holder to resign.
@@ -131,7 +146,7 @@ impl State {
         if self.managers.remove(&manager).is_none() {
             return;
         }
-        let claimed: Vec<Key> = (self.queues.iter())
+        let claimed: Vec<HandleKey> = (self.queues.iter())
             .filter(|(_, queue)| queue.iter().any(|claim| claim.lock.manager == manager))
             .map(|(key, _)| key.clone())
             .collect();
@@ -159,9 +174,8 @@ impl State {
     /// Forgets a handle that is being dropped, unless a new one has taken its place.
     pub(super) fn forget_handle(&mut self, lock: &MemoryLock) {
         let Some(manager) = self.managers.get_mut(&lock.manager) else { return };
-        let key = lock.handle_key();
-        if manager.handles.get(&key).is_some_and(|known| std::ptr::eq(known.as_ptr(), lock)) {
-            manager.handles.remove(&key);
+        if manager.handles.get(&lock.key).is_some_and(|known| std::ptr::eq(known.as_ptr(), lock)) {
+            manager.handles.remove(&lock.key);
         }
     }
 
@@ -195,8 +209,9 @@ impl State {
         if let Some(claim) = self.claim_or_none(manager, key)? {
             return Ok(claim);
         }
-        if self.claim_of(manager, &key.other_way()).is_some() {
-            return Err(Error::would_deadlock(&key.key.to_string(), "a claim of this process", key.shared));
+        if key.other_way().is_some_and(|other| self.claim_of(manager, &other).is_some()) {
+            let (text, wants_shared) = (key.key.to_string(), key.mode.is_shared());
+            return Err(Error::would_deadlock(&text, "a claim of this process", wants_shared));
         }
         // The caller has the handle in its hands, so it is known unless the manager was stopped.
         self.begin(manager, key, annotation, story, None)
@@ -225,12 +240,47 @@ impl State {
     ) -> Result<u64> {
         let handles = self.managers.get(&manager).map(|known| &known.handles);
         let lock = handles.and_then(|handles| handles.get(key)?.upgrade()).ok_or_else(Error::stopped)?;
-        let id = self.next_id();
+        if key.mode == Mode::Permit {
+            self.agree(&key.key, lock.options.permits)?;
+        }
+        let (id, place) = (self.next_id(), lock.place.clone());
         let (stage, changed) = (Stage::Waiting, Change::new());
-        let claim = Claim { id, lock, for_one_term, annotation, stage, changed, story };
-        self.queues.entry(key.key.clone()).or_default().push_back(claim);
-        self.grant(&key.key);
+        let queued_since = Instant::now();
+        let claim = Claim { id, lock, for_one_term, annotation, stage, queued_since, changed, story };
+        self.queues.entry(place.clone()).or_default().push_back(claim);
+        self.grant(&place);
         Ok(id)
+    }
+
+    /// Agrees on a number of permits if nobody has before. Fails where the semaphore has another one.
+    fn agree(&mut self, key: &Key, said: u32) -> Result<()> {
+        let known = *self.semaphores.entry(key.clone()).or_insert(Permits { now: said, former: None });
+        match said == known.now || Some(said) == known.former {
+            true => Ok(()),
+            false => Err(Error::other_permits(&key.to_string(), said, known.now, "the server says")),
+        }
+    }
+
+    /// Gives the semaphore another number of permits; how many it had, or was `said` to have if nobody has asked for one yet.
+    pub(super) fn set_permits(
+        &mut self,
+        manager: u64,
+        key: &HandleKey,
+        said: u32,
+        permits: u32,
+    ) -> Result<u32> {
+        self.check_up(manager)?;
+        let known = self.semaphores.get(&key.key).copied().unwrap_or(Permits { now: said, former: None });
+        let former = if known.now == permits { known.former } else { Some(known.now) };
+        self.semaphores.insert(key.key.clone(), Permits { now: permits, former });
+        self.grant(key);
+        Ok(known.now)
+    }
+
+    /// The queue of the lock with this key; or of the semaphore, if nobody is in the other one.
+    pub(super) fn place(&self, key: Key) -> HandleKey {
+        let lock = HandleKey { key, mode: Mode::Alone };
+        if self.queues.contains_key(&lock) { lock } else { HandleKey { mode: Mode::Permit, ..lock } }
     }
 
     /// The number of the manager's claim on the key, if there is one.
@@ -239,7 +289,7 @@ impl State {
     }
 
     /// Replaces the annotation of a claim that waits still.
-    pub(super) fn annotate(&mut self, key: &Key, annotated: Annotated) {
+    pub(super) fn annotate(&mut self, key: &HandleKey, annotated: Annotated) {
         let claims = self.queues.get_mut(key).into_iter().flatten();
         for claim in claims.filter(|claim| claim.id == annotated.claim) {
             if let Stage::Waiting = claim.stage {
@@ -248,10 +298,15 @@ impl State {
         }
     }
 
-    /// The claim that has the lock, if one has; of several, the first.
-    pub(super) fn holder(&self, key: &Key) -> Option<(u64, Arc<MemoryLock>)> {
-        let front = self.queues.get(key)?.front()?;
-        matches!(front.stage, Stage::Held(_)).then(|| (front.id, Arc::clone(&front.lock)))
+    /// The claim that has the lock, if one has; of several, the first in the queue, or the one that has the first permit.
+    fn first(&self, key: &HandleKey) -> Option<&Claim> {
+        let claims = self.queues.get(key)?.iter();
+        claims.filter(|claim| matches!(claim.stage, Stage::Held(_))).min_by_key(|claim| claim.permit())
+    }
+
+    /// The number and the lock of that claim.
+    pub(super) fn holder(&self, key: &HandleKey) -> Option<(u64, Arc<MemoryLock>)> {
+        self.first(key).map(|first| (first.id, Arc::clone(&first.lock)))
     }
 
     /// True if the manager runs, and how its claims stand.
@@ -269,6 +324,7 @@ impl State {
             },
             token: claim.term().and_then(|term| term.token()),
             time_left: None,
+            grace_left: None,
             last_error: None,
             last_loss: None,
             waiting_threads: 0,
@@ -282,9 +338,28 @@ impl State {
     }
 
     /// What a manager is told of who has the lock.
-    pub(super) fn holder_seen_by(&self, manager: u64, key: &Key) -> Result<Option<Holder>> {
+    pub(super) fn holder_seen_by(&self, manager: u64, key: &HandleKey) -> Result<Option<Holder>> {
         self.check_up(manager)?;
-        Ok(self.queues.get(key).and_then(VecDeque::front).and_then(Claim::holder))
+        Ok(self.first(key).and_then(Claim::holder))
+    }
+
+    /// What a manager is told of who has the lock and who waits for it.
+    pub(super) fn view(&self, manager: u64, key: &HandleKey) -> Result<LockView> {
+        self.check_up(manager)?;
+        let claims = || self.queues.get(key).into_iter().flatten();
+        let mut holders: Vec<_> = claims().filter_map(Claim::holder).collect();
+        holders.sort_by_key(|holder| holder.permit);
+        let mut holders = holders.into_iter();
+        let permits = self.semaphores.get(&key.key).filter(|_| key.mode == Mode::Permit);
+        Ok(LockView {
+            namespace: String::new(),
+            key: key.key.to_string(),
+            holder: holders.next(),
+            sharers: holders.collect(),
+            waiters: claims().filter_map(Claim::waiter).collect(),
+            permits: permits.map(|permits| permits.now),
+            grace_left: None,
+        })
     }
 
     /// Fails if a manager cannot ask the server.
@@ -297,7 +372,7 @@ impl State {
     }
 
     /// Asks the holder to resign; `false` if there is none that has a token.
-    pub(super) fn request_resignation(&mut self, manager: u64, key: &Key) -> Result<bool> {
+    pub(super) fn request_resignation(&mut self, manager: u64, key: &HandleKey) -> Result<bool> {
         let holder = self.holder_seen_by(manager, key)?;
         let front = self.queues.get_mut(key).and_then(VecDeque::front_mut);
         match front.map(|claim| &mut claim.stage) {
@@ -312,7 +387,7 @@ impl State {
     }
 
     /// Whether the holder of the term with this token was asked to resign.
-    pub(super) fn is_asked_to_resign(&self, key: &Key, token: i64) -> bool {
+    pub(super) fn is_asked_to_resign(&self, key: &HandleKey, token: i64) -> bool {
         match self.queues.get(key).and_then(VecDeque::front).map(|claim| &claim.stage) {
             Some(Stage::Held(term)) => term.asked_to_resign && i64::try_from(term.token) == Ok(token),
             _ => false,
@@ -329,7 +404,7 @@ impl State {
     pub(super) fn record_success(
         &mut self,
         manager: u64,
-        key: &Key,
+        key: &HandleKey,
         token: i64,
         started: SystemTime,
     ) -> Result<bool> {
@@ -337,7 +412,7 @@ impl State {
         let holder = self.queues.get(key).and_then(VecDeque::front).and_then(Claim::holder);
         let is_current = holder.is_some_and(|holder| holder.token == Some(token));
         if is_current {
-            self.set_success(key, Some(started));
+            self.set_success(&key.key, Some(started));
         }
         Ok(is_current)
     }
@@ -355,7 +430,7 @@ impl State {
         self.queues.values().flatten().map(|claim| (claim.id, Arc::clone(&claim.lock))).collect()
     }
 
-    pub(super) fn look(&self, key: &Key, id: u64) -> Sight {
+    pub(super) fn look(&self, key: &HandleKey, id: u64) -> Sight {
         match self.claim_with(key, id) {
             None => Sight::Gone,
             Some(Claim { stage: Stage::Held(_), .. }) => Sight::Held,
@@ -370,22 +445,24 @@ impl State {
     }
 
     /// The term of this claim, if it has one.
-    pub(super) fn term_of(&self, key: &Key, id: u64) -> Option<Term> {
+    pub(super) fn term_of(&self, key: &HandleKey, id: u64) -> Option<Term> {
         self.claim_with(key, id)?.term()
     }
 
-    /// Ends the manager's claim on the key, if there is one, and gives the lock to the next in the queue.
-    pub(super) fn end_claim(&mut self, manager: u64, key: &HandleKey, gone: &mut Gone) {
-        self.end_where(&key.key, gone, |claim| claim.is_of(manager, key.shared));
+    /// Ends the manager's claim on the key, if there is one, and gives the lock to the next in the queue. Gives what the observer is told of the claim.
+    pub(super) fn end_claim(&mut self, manager: u64, key: &HandleKey, gone: &mut Gone) -> Option<Arc<Story>> {
+        let before = gone.len();
+        self.end_where(&key.lock(), gone, |claim| claim.is_of(manager, key));
+        gone.get(before).and_then(|claim| claim.story.clone())
     }
 
     /// Ends this claim; `false` if it has ended before.
-    pub(super) fn end(&mut self, key: &Key, id: u64, gone: &mut Gone) -> bool {
+    pub(super) fn end(&mut self, key: &HandleKey, id: u64, gone: &mut Gone) -> bool {
         self.end_where(key, gone, |claim| claim.id == id)
     }
 
     /// Ends all such claims on the key, and gives the lock to the next in the queue; `false` if there is none.
-    fn end_where(&mut self, key: &Key, gone: &mut Gone, ends: impl Fn(&Claim) -> bool) -> bool {
+    fn end_where(&mut self, key: &HandleKey, gone: &mut Gone, ends: impl Fn(&Claim) -> bool) -> bool {
         let Some(queue) = self.queues.get_mut(key) else { return false };
         let before = gone.len();
         while let Some(index) = queue.iter().position(&ends)
@@ -401,7 +478,7 @@ impl State {
     }
 
     /// Gives the lock to the next in the queue, or forgets a queue that is empty.
-    fn serve(&mut self, key: &Key) {
+    fn serve(&mut self, key: &HandleKey) {
         if self.queues.get(key).is_some_and(VecDeque::is_empty) {
             self.queues.remove(key);
         } else {
@@ -412,7 +489,7 @@ impl State {
     /// Takes the lock from this claim, if it has it still; the annotation is for its next term.
     pub(super) fn revoke(
         &mut self,
-        key: &Key,
+        key: &HandleKey,
         annotated: Annotated,
         reason: LossReason,
         gone: &mut Gone,
@@ -434,9 +511,11 @@ impl State {
     }
 
     /// Warns the holder; `false` if there is none, or it gave no grace.
-    pub(super) fn warn(&mut self, key: &Key) -> bool {
-        let front = self.queues.get_mut(key).and_then(VecDeque::front_mut);
-        match front.filter(|front| front.lock.options.grace.is_some()).map(|front| &mut front.stage) {
+    pub(super) fn warn(&mut self, key: &HandleKey) -> bool {
+        let Some(first) = self.first(key).map(|first| first.id) else { return false };
+        let first =
+            self.queues.get_mut(key).and_then(|queue| queue.iter_mut().find(|claim| claim.id == first));
+        match first.filter(|first| first.lock.options.grace.is_some()).map(|first| &mut first.stage) {
             Some(Stage::Held(term)) => {
                 term.calm = None;
                 true
@@ -467,21 +546,21 @@ impl State {
             // Those who asked `try_lock` can now be told.
             queue.iter_mut().for_each(|claim| claim.changed = Change::new());
         }
-        let claimed: Vec<Key> = self.queues.keys().cloned().collect();
+        let claimed: Vec<HandleKey> = self.queues.keys().cloned().collect();
         for key in &claimed {
             self.grant(key);
         }
     }
 
-    pub(super) fn annotation(&self, key: &Key) -> Option<Vec<u8>> {
-        match &self.queues.get(key)?.front()?.stage {
+    pub(super) fn annotation(&self, key: &HandleKey) -> Option<Vec<u8>> {
+        match &self.first(key)?.stage {
             Stage::Held(term) => term.annotation.clone(),
             Stage::Waiting => None,
         }
     }
 
     /// The claims on the key that do not have the lock.
-    pub(super) fn waiting(&self, key: &Key) -> usize {
+    pub(super) fn waiting(&self, key: &HandleKey) -> usize {
         let waits = |claim: &&Claim| matches!(claim.stage, Stage::Waiting);
         self.queues.get(key).map_or(0, |queue| queue.iter().filter(waits).count())
     }
@@ -491,49 +570,64 @@ impl State {
         self.queues.len() + self.managers.values().map(|manager| manager.handles.len()).sum::<usize>()
     }
 
-    /// Gives the lock to the front of the queue, and to those behind it that may share it.
-    fn grant(&mut self, key: &Key) {
+    /// Gives the lock to the front of the queue, and to those behind it that may have it at the same time.
+    fn grant(&mut self, key: &HandleKey) {
         let next = self.next_id();
         let Some(queue) = self.queues.get_mut(key).filter(|_| !self.down) else { return };
-        let first_is_shared = queue.front().is_some_and(Claim::is_shared);
-        let holders = match first_is_shared {
-            true => queue.iter().take_while(|claim| claim.is_shared()).count(),
-            false => 1,
+        let Some(front) = queue.front() else { return };
+        let mode = front.lock.key.mode;
+        let holders = match mode {
+            Mode::Alone => 1,
+            Mode::Shared => queue.iter().take_while(|claim| claim.is_shared()).count(),
+            Mode::Permit => queue.len(),
         };
-        let token = match first_is_shared {
-            true => *self.readers.entry(key.clone()).or_insert(next),
-            false => next,
+        let mut token = match mode {
+            Mode::Shared => *self.readers.entry(key.key.clone()).or_insert(next),
+            Mode::Alone | Mode::Permit => next,
         };
-        if !first_is_shared && queue.front().is_some_and(|front| matches!(front.stage, Stage::Waiting)) {
-            self.readers.remove(key);
+        if mode == Mode::Alone && matches!(front.stage, Stage::Waiting) {
+            self.readers.remove(&key.key);
         }
+        let held: Vec<_> = queue.iter().filter_map(|claim| claim.permit()).collect();
+        let permits = self.semaphores.get(&key.key).map_or(0, |permits| permits.now);
+        let mut free = (1..=permits).filter(|permit| !held.contains(permit));
         for claim in queue.iter_mut().take(holders) {
             if let Stage::Held(_) = claim.stage {
                 continue;
             }
+            let permit = if mode == Mode::Permit { free.next() } else { None };
+            if mode == Mode::Permit && permit.is_none() {
+                break;
+            }
             let (alive, lost) = Lost::pair();
-            let annotation = claim.annotation.take().filter(|_| !first_is_shared);
+            let annotation = claim.annotation.take().filter(|_| mode != Mode::Shared);
             let (calm, warned) = bounded(0);
             claim.enter(Stage::Held(HeldTerm {
                 _alive: alive,
                 lost,
                 token,
+                permit,
                 annotation,
                 since: SystemTime::now(),
                 asked_to_resign: false,
                 calm: Some(calm),
                 warned,
             }));
-            let token = claim.term().and_then(|term| term.token());
-            note(&mut self.untold, claim, |story| story.acquired(token));
+            let known = claim.term().and_then(|term| term.token());
+            note(&mut self.untold, claim, |story| story.acquired(known, permit));
+            if mode == Mode::Permit {
+                // Each has its own.
+                self.last_id += 1;
+                token = self.last_id;
+            }
         }
     }
 
     fn find(&self, manager: u64, key: &HandleKey) -> Option<&Claim> {
-        self.queues.get(&key.key)?.iter().find(|claim| claim.is_of(manager, key.shared))
+        self.queues.get(&key.lock())?.iter().find(|claim| claim.is_of(manager, key))
     }
 
-    fn claim_with(&self, key: &Key, id: u64) -> Option<&Claim> {
+    fn claim_with(&self, key: &HandleKey, id: u64) -> Option<&Claim> {
         self.queues.get(key)?.iter().find(|claim| claim.id == id)
     }
 
@@ -557,18 +651,23 @@ impl Claim {
     }
 
     fn is_shared(&self) -> bool {
-        self.lock.options.shared
+        self.lock.key.mode.is_shared()
     }
 
     /// True if it is the manager's claim of `lock`, and not of a guard.
-    fn is_of(&self, manager: u64, shared: bool) -> bool {
-        self.lock.manager == manager && !self.is_for_one_term() && self.is_shared() == shared
+    fn is_of(&self, manager: u64, key: &HandleKey) -> bool {
+        self.lock.manager == manager && !self.is_for_one_term() && self.lock.key == *key
+    }
+
+    fn permit(&self) -> Option<u32> {
+        let Stage::Held(term) = &self.stage else { return None };
+        term.permit
     }
 
     fn term(&self) -> Option<Term> {
         let Stage::Held(term) = &self.stage else { return None };
         let fence = Arc::new(Unfenced);
-        let known = Term::new(term.lost.clone(), self.token(term), Some(fence));
+        let known = Term::new(term.lost.clone(), self.token(term), Some(fence)).with_permit(term.permit);
         Some(known.with_warning(term.warned.clone()))
     }
 
@@ -586,8 +685,20 @@ impl Claim {
             pid: std::process::id().cast_signed(),
             client_addr: None,
             application_name: None,
-            since: token.map(|_| term.since).filter(|_| !self.is_shared()),
+            since: token.map(|_| term.since).filter(|_| self.lock.key.mode != Mode::Shared),
             is_shared: self.is_shared(),
+            permit: term.permit,
+        })
+    }
+
+    /// The claim as a waiter, if it is one.
+    fn waiter(&self) -> Option<Waiter> {
+        matches!(self.stage, Stage::Waiting).then(|| Waiter {
+            pid: std::process::id().cast_signed(),
+            client_addr: None,
+            application_name: None,
+            waiting_for: self.queued_since.elapsed(),
+            is_shared: Some(self.is_shared()),
         })
     }
 
@@ -608,6 +719,7 @@ impl Claim {
             *self.lock.last_loss.lock() = Some(loss);
             note(untold, self, |story| story.lost(reason));
         }
+        self.queued_since = Instant::now();
         self.enter(Stage::Waiting);
     }
 }

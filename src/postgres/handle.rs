@@ -10,13 +10,14 @@ use parking_lot::Mutex;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{self, Guarded, HeldTerm, Hold};
-use crate::key::{AdvisoryKey, HandleKey};
+use crate::key::{AdvisoryKey, HandleKey, Mode};
 use crate::local_queue::LocalQueue;
 use crate::lock::{Lock, LockOptions};
 use crate::loss::{Loss, Lost, lost_already};
 use crate::once::Successes;
+use crate::pg::carrier::seat::Seat;
 use crate::pg::catalog::fence::RowFence;
-use crate::pg::claim::caller::ActiveClaim;
+use crate::pg::claim::caller::{ActiveClaim, Worker};
 use crate::pg::claim::shared::{Claim, EndReason, Patience, Span};
 use crate::pg::claim::spec::LockSpec;
 use crate::pg::claim::supervisor::Supervisor;
@@ -29,7 +30,7 @@ use crate::pg::sql::{Entry, Request};
 use crate::snapshot::ClaimSnapshot;
 use crate::telling::{Observing, Story};
 use crate::term::{Fence, Term};
-use crate::view::Holder;
+use crate::view::{Holder, LockView};
 
 /// The lock with one key of one manager.
 pub(crate) struct PostgresLock {
@@ -37,9 +38,9 @@ pub(crate) struct PostgresLock {
     this: Weak<Self>,
     key: HandleKey,
     text: String,
-    /// The number by which the server knows the key.
+    /// The number by which the server knows the key. The permits of a semaphore have numbers that are made of it.
     number: AdvisoryKey,
-    /// The fence of all its terms; `None` without a catalog.
+    /// The fence of all its terms, but for the number of a permit; `None` without a catalog.
     fence: Option<Arc<RowFence>>,
     options: LockOptions,
     registry: Arc<Registry>,
@@ -63,7 +64,7 @@ struct LockState {
 impl PostgresLock {
     pub(crate) fn new(key: HandleKey, options: LockOptions, registry: Arc<Registry>) -> Arc<Self> {
         let (text, config) = (key.key.to_string(), registry.config());
-        let number = key.key.advisory(&config.namespace);
+        let number = key.advisory(&config.namespace);
         let fence = (config.catalog != CatalogMode::None && !options.without_token).then(|| {
             let schema = Arc::clone(&config.schema);
             Arc::new(RowFence { key: number, longest_pause: config.lease, schema })
@@ -137,10 +138,10 @@ impl PostgresLock {
     /// Refuses a claim if this process has the lock the other way by another one, or this thread by a guard: it would wait for itself.
     fn check_way(&self) -> Result<()> {
         guard::check_way(self)?;
-        let other = self.registry.claimed(&self.key.other_way()).and_then(|other| other.current());
+        let other = self.key.other_way().and_then(|key| self.registry.claimed(&key)?.current());
         // One that is ending is not waited for in vain.
         match other.is_some_and(|active| !active.claim.is_ending()) {
-            true => Err(Error::would_deadlock(&self.text, "a claim of this process", self.key.shared)),
+            true => Err(Error::would_deadlock(&self.text, "a claim of this process", self.is_shared())),
             false => Ok(()),
         }
     }
@@ -151,10 +152,11 @@ impl PostgresLock {
         let config = self.registry.config();
         let story = self.registry.observing().map(|observing| {
             let since = wanted_since.unwrap_or_else(Instant::now);
-            Story::new(observing, &self.text, span != Span::UntilReleased, self.key.shared, since)
+            Story::new(observing, &self.text, span != Span::UntilReleased, self.is_shared(), since)
         });
         let claim = Claim::new(
             self.text.clone(),
+            self.key.mode,
             config.lease + 2 * config.wait_slice,
             span,
             self.options.grace,
@@ -169,15 +171,16 @@ impl PostgresLock {
         // After that, so that a stop finds them and takes them away.
         let others = !state.is_free();
         let spec = state.spec.get_or_insert_with(|| Arc::new(self.spec(pool)));
-        let active = |supervisor| ActiveClaim { claim: Arc::clone(&claim), supervisor };
-        let idle = self.registry.idle();
-        while let Some(supervisor) = idle.take(spec.request.key) {
-            if supervisor.assign(&claim, spec) {
-                return Ok(active(supervisor));
-            }
-        }
-        match Supervisor::start(&claim, spec, idle) {
-            Ok(supervisor) => Ok(active(supervisor)),
+        let worker = if self.is_carried() {
+            self.registry
+                .carrier(self.number, &spec.pool)
+                .and_then(|carrier| Seat::new(&claim, spec, &carrier))
+                .map(Worker::Seat)
+        } else {
+            Supervisor::begin(&claim, spec, self.registry.idle()).map(Worker::Supervisor)
+        };
+        match worker {
+            Ok(worker) => Ok(ActiveClaim { claim, worker }),
             Err(error) => {
                 if !others {
                     drop(self.registry.let_go(&self.key));
@@ -193,13 +196,20 @@ impl PostgresLock {
         let config = self.registry.config();
         LockSpec {
             request: self.request(),
-            valuer: self.options.valuer.clone().filter(|_| self.has_row() && !self.key.shared),
+            valuer: self.options.valuer.clone().filter(|_| self.has_row() && self.key.mode != Mode::Shared),
             valuer_is_fast: AtomicBool::new(false),
             plan: config.lease_plan(),
             wait_slice: config.wait_slice,
             release_timeout: config.release_timeout,
+            last_term: Mutex::default(),
             pool,
         }
+    }
+
+    /// Whether its locks are had on a session that others use, too.
+    fn is_carried(&self) -> bool {
+        let config = self.registry.config();
+        self.options.shared_session.unwrap_or(config.shared_sessions > 0)
     }
 
     pub(crate) fn options(&self) -> &LockOptions {
@@ -211,8 +221,13 @@ impl PostgresLock {
         self.fence.is_some()
     }
 
-    fn fence(&self) -> Option<Arc<dyn Fence>> {
-        self.fence.clone().map(|fence| fence as Arc<dyn Fence>)
+    /// The fence of a term; of a semaphore, of that permit.
+    fn fence(&self, permit: Option<u32>) -> Option<Arc<dyn Fence>> {
+        let fence = self.fence.as_ref()?;
+        Some(match permit {
+            Some(permit) => Arc::new(fence.of_permit(permit)),
+            None => Arc::clone(fence) as Arc<dyn Fence>,
+        })
     }
 
     /// The fence of its terms, without which nothing is recorded of its work.
@@ -235,7 +250,8 @@ impl PostgresLock {
             key: self.number,
             lease: config.lease,
             application_name: sql::application_name(own_name, &self.text),
-            shared: self.key.shared,
+            mode: self.key.mode,
+            permits: self.options.permits.cast_signed(),
             entry,
         }
     }
@@ -263,8 +279,7 @@ impl PostgresLock {
         };
         let waiting_threads = self.queue.waiting();
         let claims = active.iter().filter_map(|active| active.claim.snapshot());
-        let is_shared = self.key.shared;
-        claims.map(|claim| ClaimSnapshot { waiting_threads, is_shared, ..claim }).collect()
+        claims.map(|claim| ClaimSnapshot { waiting_threads, ..claim }).collect()
     }
 
     /// Lets go of the pool: the manager has stopped, and there will be no other claim.
@@ -281,7 +296,9 @@ impl PostgresLock {
             state.last_loss =
                 ended.last_loss().into_iter().chain(state.last_loss.take()).max_by_key(|loss| loss.at);
             // Under the mutex, so that the next claim of this very lock finds it.
-            self.registry.idle().add(self.number, &active.supervisor);
+            if let Some(supervisor) = active.worker.supervisor() {
+                self.registry.idle().add(self.number, supervisor);
+            }
             (active, state.is_free().then(|| self.registry.let_go(&self.key)))
         };
         // The one may be the last that knows the pool, the other the last that knows this lock, so they must not be dropped
@@ -324,12 +341,13 @@ impl Guarded for PostgresLock {
         (Arc::as_ptr(&self.registry).addr(), 0)
     }
 
-    fn is_shared(&self) -> bool {
-        self.key.shared
+    fn mode(&self) -> Mode {
+        self.key.mode
     }
 
     fn most_at_once(&self) -> usize {
-        usize::try_from(self.registry.config().max_sessions).unwrap_or(usize::MAX)
+        let most = usize::try_from(self.registry.config().max_sessions).unwrap_or(usize::MAX);
+        if self.is_carried() { usize::MAX } else { most }
     }
 
     fn trouble(&self) -> Option<Error> {
@@ -346,6 +364,11 @@ impl Guarded for PostgresLock {
 
     fn resignation_interval(&self) -> Option<Duration> {
         self.has_row().then(|| self.registry.config().lease_plan().heartbeat)
+    }
+
+    fn view(&self) -> Result<LockView> {
+        self.check_process()?;
+        self.registry.view(&self.key)
     }
 
     fn is_asked_to_resign(&self, token: i64) -> Result<bool> {
@@ -385,7 +408,7 @@ impl Guarded for PostgresLock {
         let mut claimed = ClaimOfGuard { lock, claim: Arc::clone(&active.claim), is_released: false };
         let outcome = active.lock(patience, &context);
         drop(active);
-        let term = claimed.claim.term(self.fence());
+        let term = claimed.claim.term(|permit| self.fence(permit));
         match (outcome, term) {
             (Ok(()), Some(term)) => Ok(HeldTerm { term, hold: Box::new(claimed) }),
             (outcome, _) => {
@@ -471,7 +494,9 @@ impl Lock for PostgresLock {
     fn wait(&self, context: &Context) -> Result<()> {
         self.check_process()?;
         match (self.current(), context.ended()) {
-            (Some(active), Some(kind)) if active.claim.term(None).is_none() && !active.claim.is_ending() => {
+            (Some(active), Some(kind))
+                if active.claim.term(|_| None).is_none() && !active.claim.is_ending() =>
+            {
                 Err(active.left(kind))
             }
             (Some(active), _) => active.lock(Patience::Lock, context),
@@ -493,17 +518,16 @@ impl Lock for PostgresLock {
     }
 
     fn term(&self) -> Option<Term> {
-        self.current()?.claim.term(self.fence())
+        self.current()?.claim.term(|permit| self.fence(permit))
     }
 
     fn holder(&self) -> Result<Option<Holder>> {
-        self.check_process()?;
-        self.registry.inspect(&self.key.key).map(|view| view.holder)
+        self.view().map(|view| view.holder)
     }
 
     fn request_resignation(&self) -> Result<bool> {
         self.check_process()?;
-        if self.key.shared {
+        if self.is_shared() {
             return Err(Error::is_shared(&self.text, "leadership"));
         }
         if !self.has_row() {
@@ -514,7 +538,7 @@ impl Lock for PostgresLock {
 
     fn break_lock(&self) -> Result<Option<Holder>> {
         self.check_process()?;
-        self.registry.break_lock(&self.key.key)
+        self.registry.break_lock(&self.key)
     }
 
     fn last_success(&self) -> Result<Option<SystemTime>> {
@@ -524,6 +548,15 @@ impl Lock for PostgresLock {
     fn forget_success(&self) -> Result<bool> {
         self.recorder()?;
         self.registry.forget_success(&self.key.key)
+    }
+
+    fn set_permits(&self, permits: u32) -> Result<u32> {
+        self.check_process()?;
+        if self.key.mode != Mode::Permit {
+            return Err(Error::no_semaphore(&self.text));
+        }
+        LockOptions::new().permits(permits).validate(&self.key.key)?;
+        self.registry.set_permits(&self.key, self.options.permits, permits)
     }
 
     fn last_loss(&self) -> Option<Loss> {

@@ -6,9 +6,10 @@ use std::time::{Duration, SystemTime};
 
 use postgres::Row;
 use postgres::error::SqlState;
+use postgres::types::ToSql;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::key::AdvisoryKey;
+use crate::key::{AdvisoryKey, Mode};
 use crate::once::Successes;
 use crate::pg::catalog::fence::RowFence;
 use crate::pg::pool::Pool;
@@ -30,30 +31,81 @@ pub(crate) fn one(pool: &Pool, named: &Named<'_>, catalog: bool) -> Result<LockV
     let (id, pair) = (named.key.id(), named.key.is_pair());
     let statement = sql::inspect(Scope::One { catalog });
     let rows = pool.ask(&statement, &[&id, &pair, &named.namespace, &named.name])?;
-    let mut view = LockView {
-        namespace: named.namespace.to_owned(),
-        key: named.name.to_owned(),
-        holder: None,
-        sharers: Vec::new(),
-        waiters: Vec::new(),
-    };
+    let mut view = empty(pool, named.namespace.to_owned(), named.name.to_owned());
     for row in &rows {
         add(&mut view, row)?;
     }
     Ok(view)
 }
 
-/// The views of all locks with a name that are held or waited for.
+/// The view of the lock with a key; of the semaphore, whose number is `semaphore`, if there is one and nobody has the lock or waits for it.
+pub(crate) fn either(pool: &Pool, named: &Named<'_>, semaphore: AdvisoryKey) -> Result<LockView> {
+    let (id, pair, semaphore) = (named.key.id(), named.key.is_pair(), semaphore.id());
+    let parameters: [&(dyn ToSql + Sync); 5] = [&id, &pair, &named.namespace, &named.name, &semaphore];
+    let rows = pool.ask(&sql::inspect_both(), &parameters)?;
+    let mut views = [(); 2].map(|()| empty(pool, named.namespace.to_owned(), named.name.to_owned()));
+    let [lock, of_semaphore] = &mut views;
+    for row in &rows {
+        match get::<Option<i32>>(row, 11)? {
+            Some(_) => add_to_semaphore(of_semaphore, row)?,
+            None => add(lock, row)?,
+        }
+    }
+    let [lock, of_semaphore] = views;
+    let is_lock = lock.holder.is_some() || !lock.waiters.is_empty() || of_semaphore.permits.is_none();
+    Ok(if is_lock { lock } else { of_semaphore })
+}
+
+/// The view of one semaphore, also where nobody has a permit. Without a number of permits if nobody has said anything of it.
+pub(crate) fn semaphore(pool: &Pool, named: &Named<'_>) -> Result<LockView> {
+    let (id, pair) = (named.key.id(), named.key.is_pair());
+    let statement = sql::inspect_semaphores(Scope::One { catalog: true });
+    let rows = pool.ask(&statement, &[&id, &pair, &named.namespace, &named.name])?;
+    let mut view = empty(pool, named.namespace.to_owned(), named.name.to_owned());
+    for row in &rows {
+        add_to_semaphore(&mut view, row)?;
+    }
+    Ok(view)
+}
+
+/// The view of what is had in this way.
+pub(crate) fn view(pool: &Pool, named: &Named<'_>, mode: Mode, catalog: bool) -> Result<LockView> {
+    if mode == Mode::Permit { semaphore(pool, named) } else { one(pool, named, catalog) }
+}
+
+/// To be made after the question, by which a manager may learn of a takeover grace.
+fn empty(pool: &Pool, namespace: String, key: String) -> LockView {
+    LockView {
+        namespace,
+        key,
+        holder: None,
+        sharers: Vec::new(),
+        waiters: Vec::new(),
+        permits: None,
+        grace_left: pool.grace_left(),
+    }
+}
+
+/// The views of all locks with a name, and of all semaphores, that are held or waited for.
 pub(crate) fn all(pool: &Pool) -> Result<Vec<LockView>> {
+    let mut views = all_of(pool, &sql::inspect(Scope::All), add)?;
+    views.append(&mut all_of(pool, &sql::inspect_semaphores(Scope::All), add_to_semaphore)?);
+    Ok(views)
+}
+
+fn all_of(
+    pool: &Pool,
+    statement: &str,
+    add: impl Fn(&mut LockView, &Row) -> Result<()>,
+) -> Result<Vec<LockView>> {
     let mut views: Vec<LockView> = Vec::new();
-    for row in &pool.ask(&sql::inspect(Scope::All), &[])? {
+    for row in &pool.ask(statement, &[])? {
         let (namespace, key): (String, String) = (get(row, 0)?, get(row, 1)?);
         // The rows of one key come one after another.
         match views.last_mut().filter(|view| view.namespace == namespace && view.key == key) {
             Some(view) => add(view, row)?,
             None => {
-                let mut view =
-                    LockView { namespace, key, holder: None, sharers: Vec::new(), waiters: Vec::new() };
+                let mut view = empty(pool, namespace, key);
                 add(&mut view, row)?;
                 views.push(view);
             }
@@ -79,15 +131,16 @@ pub(crate) fn is_asked_to_resign(pool: &Pool, key: AdvisoryKey, token: i64) -> R
 pub(crate) fn break_lock(
     pool: &Pool,
     named: &Named<'_>,
+    mode: Mode,
     catalog: bool,
     at_most: Duration,
 ) -> Result<Option<Holder>> {
     /// Another one may have the lock by the time of the second statement. More of them release it by themselves.
     const ATTEMPTS: usize = 3;
-    let (id, pair) = (named.key.id(), named.key.is_pair());
     let millis = i64::try_from(at_most.as_millis()).unwrap_or(i64::MAX);
     for _ in 0..ATTEMPTS {
-        let Some(holder) = one(pool, named, catalog)?.holder else { return Ok(None) };
+        let Some(holder) = view(pool, named, mode, catalog)?.holder else { return Ok(None) };
+        let key = holder.permit.map_or(named.key, |permit| named.key.permit(permit));
         if holder.pid == 0 {
             let text = format!(
                 "a prepared transaction has the lock {:?}, and no session that could be ended; COMMIT PREPARED or ROLLBACK PREPARED it: \
@@ -97,7 +150,7 @@ pub(crate) fn break_lock(
             return Err(Error::new(ErrorKind::SessionRefused, text));
         }
         log::warn!("lock {:?}: ending the session of its holder: {holder:?}", named.name);
-        let rows = pool.ask(sql::END_HOLDER, &[&id, &pair, &holder.pid, &millis]);
+        let rows = pool.ask(sql::END_HOLDER, &[&key.id(), &key.is_pair(), &holder.pid, &millis]);
         match rows.map_err(|error| not_ended(error, &holder))?.first().map(|row| get(row, 0)).transpose()? {
             Some(true) => return Ok(Some(holder)),
             Some(false) => {
@@ -128,10 +181,20 @@ fn not_ended(error: Error, holder: &Holder) -> Error {
     Error::new(ErrorKind::SessionRefused, text).with_source(error)
 }
 
+/// Gives a semaphore another number of permits; how many it had, or was `said` to have if nobody has asked for one yet.
+pub(crate) fn set_permits(pool: &Pool, named: &Named<'_>, said: u32, permits: u32) -> Result<u32> {
+    let (id, permits, said) = (named.key.id(), permits.cast_signed(), said.cast_signed());
+    let rows = pool.ask(sql::SET_PERMITS, &[&id, &named.namespace, &named.name, &permits, &said])?;
+    let former = rows.first().map(|row| get::<i32>(row, 0)).transpose()?;
+    former
+        .map(i32::cast_unsigned)
+        .ok_or_else(|| Refusal::collision(named.name, "another semaphore's key").into_error())
+}
+
 /// When the work under the key began that succeeded last, and the server's time.
 pub(crate) fn successes(pool: &Pool, named: &Named<'_>) -> Result<Successes> {
     let rows = pool.ask(sql::LAST_SUCCESS, &[&named.namespace, &named.name])?;
-    let row = rows.first().ok_or_else(|| Refusal::not_postgres().into_error())?;
+    let row = rows.first().ok_or_else(|| Refusal::standby().into_error())?;
     Ok(Successes { last: get(row, 0)?, now: get(row, 1)? })
 }
 
@@ -167,10 +230,27 @@ fn add(view: &mut LockView, row: &Row) -> Result<()> {
         application_name,
         since: get(row, 8)?,
         is_shared: is_shared == Some(true),
+        permit: None,
     };
     match view.holder {
         None => view.holder = Some(holder),
         Some(_) => view.sharers.push(holder),
+    }
+    Ok(())
+}
+
+/// The same of a semaphore, and how many permits it has.
+fn add_to_semaphore(view: &mut LockView, row: &Row) -> Result<()> {
+    let (permits, permit): (i32, Option<i32>) = (get(row, 11)?, get(row, 12)?);
+    view.permits = Some(permits.cast_unsigned());
+    if !get::<bool>(row, 13)? {
+        return Ok(());
+    }
+    add(view, row)?;
+    if let Some(permit) = permit
+        && let Some(holder) = view.sharers.last_mut().or(view.holder.as_mut())
+    {
+        holder.permit = Some(permit.cast_unsigned());
     }
     Ok(())
 }

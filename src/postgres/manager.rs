@@ -4,9 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use crate::check::{CheckLine, CheckReport};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result, chain};
-use crate::key::Key;
+use crate::key::{Key, Mode};
 use crate::lock::{Lock, LockOptions};
 use crate::manager::{SyncManager, conveniences};
 use crate::multi_lock::MultiLock;
@@ -150,11 +151,39 @@ impl PostgresManager {
         if self.registry.origin().is_here() { self.registry.snapshot() } else { Snapshot::default() }
     }
 
+    /// Looks at the server, and reports whether locks work there and what to change. It needs no [`start`](SyncManager::start), and tells
+    /// also of a server that refuses to start or cannot be reached, which are lines of the report and no errors. A connection that
+    /// is wrong in itself has no manager: see [`Config::check`].
+    ///
+    /// It opens two sessions beside those of the manager, so that it works while claims have all of these, and asks on the first. Nothing is
+    /// changed: a catalog that is not there is not made. It locks nothing that others wait for, and blocks for three times
+    /// `connect_timeout` at the most.
+    ///
+    /// ```no_run
+    /// # fn example(manager: &dsync::PostgresManager) {
+    /// for line in manager.check().lines {
+    ///     if line.verdict > dsync::Verdict::Good {
+    ///         log::warn!("{}: {} ({:?})", line.topic, line.text, line.advice);
+    ///     }
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn check(&self) -> CheckReport {
+        match self.registry.origin().check(format_args!("the manager")) {
+            Ok(()) => self.registry.check(),
+            Err(error) => CheckReport::of(CheckLine::from_error("manager", &error)),
+        }
+    }
+
     /// Who holds the lock with this key, and who waits for it, in whichever process.
     ///
     /// It uses a session of the pool for one round trip. If the server does not answer, it takes up to `connect_timeout` (three
     /// times that, for the manager's first session) plus the heartbeat timeout. `psql` shows the same in the views
-    /// `dsync.locks` and `dsync.waiters`.
+    /// `dsync.locks`, `dsync.waiters` and `dsync.semaphores`.
+    ///
+    /// Where nobody has the lock with this key or waits for it, it shows the [semaphore](Self::semaphore) with the key, if there is one: also a
+    /// free one, for how many [permits](LockView::permits) it has.
     ///
     /// ```no_run
     /// # use dsync::{PostgresManager, Result};
@@ -166,6 +195,9 @@ impl PostgresManager {
     /// # Ok(())
     /// # }
     /// ```
+    ///
+    /// A manager that was not started can look, too. It takes no lock, so it agrees on nothing with the other managers of the database
+    /// ([`Config::takeover`]), and is not refused for a weaker policy.
     ///
     /// # Errors
     /// - [`InvalidKey`](ErrorKind::InvalidKey), [`SyncManagerStopped`](ErrorKind::SyncManagerStopped),
@@ -179,10 +211,10 @@ impl PostgresManager {
         self.registry.inspect(&key)
     }
 
-    /// All locks of the database, of all namespaces, that are held or waited for. A key that has never been held is not
-    /// among them, and neither is one that only managers without catalog use: nothing tells its name.
+    /// All locks of the database, of all namespaces, that are held or waited for, and after them all such semaphores. A key that has never
+    /// been held is not among them, and neither is one that only managers without catalog use: nothing tells its name.
     ///
-    /// It takes as long as [`inspect`](Self::inspect).
+    /// It takes twice as long as [`inspect`](Self::inspect).
     ///
     /// ```no_run
     /// # use dsync::{PostgresManager, Result};
@@ -207,6 +239,30 @@ impl PostgresManager {
     }
 }
 
+impl Config {
+    /// Looks at the server that these settings lead to, as [`PostgresManager::check`] does. Settings that
+    /// cannot work are a line of the report, too.
+    ///
+    /// ```no_run
+    /// use dsync::Config;
+    ///
+    /// let report = Config::from_env()?.check();
+    /// print!("{report}");
+    /// assert!(report.is_ok());
+    /// # Ok::<(), dsync::Error>(())
+    /// ```
+    #[must_use]
+    pub fn check(&self) -> CheckReport {
+        // Nobody is to be told of a manager that is made for this.
+        let mut config = self.clone();
+        config.observer = None;
+        match PostgresManager::new(config) {
+            Ok(manager) => manager.check(),
+            Err(error) => CheckReport::of(CheckLine::from_error("settings", &error)),
+        }
+    }
+}
+
 impl SyncManager for PostgresManager {
     /// Begins the manager's work, after a look at the server.
     ///
@@ -217,7 +273,8 @@ impl SyncManager for PostgresManager {
     ///
     /// # Errors
     /// - [`FailedInitialization`](ErrorKind::FailedInitialization): the server refuses us, or cannot keep locks: a
-    ///   transaction pooler, a hot standby, a version before 14. An error of the server that is not known to be temporary counts as a refusal.
+    ///   transaction pooler, a hot standby, a version before 14, a system that only looks like PostgreSQL (two sessions do not exclude
+    ///   each other). An error of the server that is not known to be temporary counts as a refusal.
     ///   The source says which.
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped): at once, if [`stop`](SyncManager::stop) comes meanwhile.
     /// - [`OtherProcess`](ErrorKind::OtherProcess): the manager was made before a `fork`.
@@ -239,6 +296,14 @@ impl SyncManager for PostgresManager {
     fn lock_with_key(&self, key: Key, options: LockOptions) -> Result<Arc<dyn Lock>> {
         self.registry.origin().check(format_args!("the manager"))?;
         key.validate()?;
+        options.validate(&key)?;
+        if options.mode == Mode::Permit && self.registry.config().catalog == CatalogMode::None {
+            let message = format!(
+                "the number of permits of the semaphore \"{key}\" is agreed in the catalog, and the manager was told to do without; set the \
+                 catalog to automatic"
+            );
+            return Err(Error::new(ErrorKind::InvalidConfig, message));
+        }
         if let Some(grace) = options.grace {
             self.registry.config().lease_plan().check_grace(grace)?;
         }

@@ -16,19 +16,24 @@ use postgres::types::ToSql;
 use r2d2::{ManageConnection, NopErrorHandler, PooledConnection};
 use scheduled_thread_pool::{OnPoolDropBehavior, ScheduledThreadPool};
 
+use crate::clock::Moment;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::local_queue::LocalQueue;
 use crate::loss::LossReason;
 use crate::observer::Sessions;
 use crate::pg::catalog;
+use crate::pg::catalog::takeover::{self, Past};
 use crate::pg::config::{CatalogMode, Config};
+use crate::pg::confirm::{self, Wait};
+use crate::pg::quorum::{Confirmations, Quorum};
 use crate::pg::session::machine::Rhythm;
-use crate::pg::session::open::Session;
+use crate::pg::session::open::{Session, SessionPlan};
 use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::Failure;
-use crate::pg::sql::schema::Schema;
+use crate::pg::sql::Probe;
 use crate::pg::stream::{Dialer, Socket, StreamControl};
+use crate::pg::takeover::{Agreed, GraceLeft, GraceStep, Graces};
 use crate::pg::watchdog::Watchdog;
 use crate::process::{PerProcess, nonce};
 use crate::telling::Observing;
@@ -44,24 +49,28 @@ pub(crate) struct Pool {
     /// Those who wait for a slot, first come, first served. The first one looks for it.
     line: Arc<LocalQueue>,
     idle_thread: IdleThread,
-    dialer: Arc<Dialer>,
+    plan: SessionPlan,
     watchdog: Arc<Watchdog>,
-    wait_slice: Duration,
-    lease: Duration,
-    heartbeat: Duration,
     heartbeat_timeout: Duration,
     connect_timeout: Duration,
     catalog: CatalogMode,
-    schema: Arc<Schema>,
     /// Is told how many sessions are in use.
     observing: Option<Arc<Observing>>,
-    /// Whether the catalog has been seen to be there.
+    /// The takeover policy and the lease, as all managers of the database are to agree on them.
+    own: Agreed,
+    /// Those that sessions have found. Taken with no other mutex.
+    graces: Mutex<Graces>,
+    /// What the standbys have confirmed. Taken with no other mutex.
+    confirmations: Mutex<Confirmations>,
+    /// Whether the catalog has been seen to be there, with settings in it that all managers have agreed on, this one among them.
     catalog_ready: AtomicBool,
+    /// Whether it has been seen to be there.
+    catalog_seen: AtomicBool,
     /// Whether the server has been shown to keep sessions apart.
     probed: AtomicBool,
     /// When somebody last found no slot, in milliseconds since `made`; 0 if that has not happened.
     crowded_at: AtomicU64,
-    made: Instant,
+    made: Moment,
 }
 
 /// A checked-out slot. Back in the pool when dropped; its session only if it is open and not [tainted](Slot::taint).
@@ -107,8 +116,13 @@ impl Slot {
     }
 
     /// Whether there is a session, and it is not known to be useless.
-    pub(crate) fn is_open(&self) -> bool {
+    fn is_open(&self) -> bool {
         self.session.as_ref().is_some_and(|session| !session.is_over())
+    }
+
+    /// Whether there is one that may take locks.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.is_open() && self.session.as_ref().is_some_and(Session::is_for_locks)
     }
 
     /// Closes the session and says so to the server, which takes no longer than a goodbye may; after `by`, without a word.
@@ -226,7 +240,7 @@ impl Pool {
                            set it to read-write, or leave it out";
             return Err(Error::new(ErrorKind::InvalidConfig, message));
         }
-        let dialer = Dialer::new(postgres, config.tls.clone()).map_err(|error| {
+        let dialer = Dialer::new(postgres, config.connector()?).map_err(|error| {
             Error::new(ErrorKind::InvalidConfig, "the connection's settings do not fit together")
                 .with_source(error)
         })?;
@@ -241,24 +255,37 @@ impl Pool {
             .error_handler(Box::new(NopErrorHandler))
             .thread_pool(Arc::new(threads))
             .build_unchecked(Slots);
+        let plan = SessionPlan {
+            dialer: Arc::new(
+                dialer.with_password(config.password.clone()).with_passwords(config.passwords.clone()),
+            ),
+            schema: Arc::clone(&config.schema),
+            slice: config.wait_slice,
+            lease: config.lease,
+            heartbeat: config.lease_plan().heartbeat,
+        };
         Ok(Self {
             slots,
             line: Arc::default(),
             idle_thread,
-            dialer: Arc::new(dialer.with_password(config.password.clone())),
+            plan,
             watchdog: Watchdog::new((config.lease_plan().heartbeat_timeout / 8).min(LOOKS_EVERY)),
-            wait_slice: config.wait_slice,
-            lease: config.lease,
-            heartbeat: config.lease_plan().heartbeat,
             heartbeat_timeout: config.lease_plan().heartbeat_timeout,
             connect_timeout: config.connect_time(),
             catalog: config.catalog,
-            schema: Arc::clone(&config.schema),
             observing,
+            own: Agreed {
+                policy: config.takeover_policy(),
+                lease: config.lease,
+                quorum: config.quorum != Quorum::Server,
+            },
+            graces: Mutex::default(),
+            confirmations: Mutex::default(),
             catalog_ready: AtomicBool::new(false),
+            catalog_seen: AtomicBool::new(false),
             probed: AtomicBool::new(false),
             crowded_at: AtomicU64::new(0),
-            made: Instant::now(),
+            made: Moment::now(),
         })
     }
 
@@ -270,7 +297,7 @@ impl Pool {
     /// A slot with an open session, if there is one at hand.
     pub(crate) fn take_open(&self) -> Option<PooledSlot> {
         let _turn = self.line.try_enter()?;
-        self.slots.try_get().filter(|slot| slot.is_open())
+        self.slots.try_get().filter(|slot| slot.is_ready())
     }
 
     /// How many sessions are in use: the slots that somebody has taken.
@@ -280,11 +307,21 @@ impl Pool {
         Sessions { in_use, limit: self.slots.max_size() }
     }
 
+    /// How many sessions are open, at the most: in use, or at rest.
+    pub(crate) fn opened(&self) -> u32 {
+        self.slots.state().connections
+    }
+
     /// Tells the observer of them. To be called after a slot was taken or given back, under no mutex but that of an engine.
     pub(crate) fn tell_of_sessions(&self) {
         if let Some(observing) = &self.observing {
             observing.sessions(|| self.sessions());
         }
+    }
+
+    /// True if there is an observer to tell.
+    pub(crate) fn is_observed(&self) -> bool {
+        self.observing.is_some()
     }
 
     /// How many slots nobody has taken.
@@ -301,13 +338,14 @@ impl Pool {
     }
 
     /// The rhythm of heartbeats, for a claim whose time begins at `epoch`.
-    pub(crate) fn rhythm(&self, epoch: Instant) -> Rhythm {
-        Rhythm::of(self.heartbeat, epoch.saturating_duration_since(self.made))
+    pub(crate) fn rhythm(&self, epoch: Moment) -> Rhythm {
+        Rhythm::of(self.plan.heartbeat, epoch.saturating_duration_since(self.made))
     }
 
     /// How long it may take to have a slot and to open its session.
     pub(crate) fn takes_at_most(&self) -> Duration {
-        let attempts = if self.catalog_ready.load(Ordering::Relaxed) { 2 } else { 3 };
+        let is_known = self.catalog_ready.load(Ordering::Relaxed) && self.probed.load(Ordering::Relaxed);
+        let attempts = if is_known { 2 } else { 3 };
         PATIENCE * (1 + TURNS) + self.connect_timeout * attempts
     }
 
@@ -373,49 +411,223 @@ impl Pool {
         slot
     }
 
+    /// True if there may be another session.
+    pub(crate) fn has_room(&self) -> bool {
+        !self.is_full()
+    }
+
+    /// Sees once more that the catalog is there, for a session that has found it missing.
+    pub(crate) fn look_again(&self, session: &mut Session, by: Instant) -> std::result::Result<(), Refusal> {
+        self.look_at_catalog(session, by)
+    }
+
     /// True if somebody has taken each slot that there may be.
     fn is_full(&self) -> bool {
         let Sessions { in_use, limit } = self.sessions();
         in_use >= limit
     }
 
-    /// Opens the slot's session if it is not open. `control` can end the attempt.
+    /// Opens the slot's session, if there is none that may take locks. `control` can end the attempt.
     ///
-    /// It takes `connect_timeout`; as long again for the probe, and once more where the catalog is looked for, which may have
-    /// to be made.
+    /// It takes `connect_timeout`; as long again for the probe, and once more for the catalog, which may have to be made, and in which it
+    /// looks whether the server was taken over.
     pub(crate) fn open(&self, slot: &mut Slot, control: &StreamControl) -> std::result::Result<(), Refusal> {
+        if slot.is_ready() {
+            return Ok(());
+        }
+        let mut session = self.connect(slot, control)?;
+        let by = Instant::now() + self.connect_timeout;
+        if self.confirms() {
+            confirm::may_confirm(&mut session, by)
+                .map_err(|refusal| self.during("looked at the standbys", refusal))?;
+        }
+        self.look_at_catalog(&mut session, by)
+            .map_err(|refusal| self.during("looked at the catalog", refusal))?;
+        session.set_for_locks();
+        slot.session = Some(session);
+        Ok(())
+    }
+
+    /// Opens the slot's session, if there is none, for a question. Of a manager that has taken no lock yet it may take none: who only
+    /// looks agrees on nothing for all managers of the database, and is not refused for what it would agree on.
+    fn open_to_ask(&self, slot: &mut Slot) -> std::result::Result<(), Refusal> {
         if slot.is_open() {
             return Ok(());
         }
+        let control = StreamControl::new();
+        if self.catalog_ready.load(Ordering::Relaxed) {
+            return self.open(slot, &control);
+        }
+        let mut session = self.connect(slot, &control)?;
+        if self.catalog != CatalogMode::None {
+            let by = Instant::now() + self.connect_timeout;
+            if !self.catalog_seen.load(Ordering::Relaxed) {
+                catalog::ensure(&mut session, self.catalog, by)
+                    .map_err(|refusal| self.during("looked for the catalog", refusal))?;
+                self.catalog_seen.store(true, Ordering::Relaxed);
+            }
+            match takeover::peek(&mut session, by).map_err(Refusal::from_failure)? {
+                Some(Past::Pending { id, lasts, seen }) => {
+                    self.graces.lock().goes_on(&id, lasts, seen, Instant::now());
+                }
+                Some(Past::Over { id }) => {
+                    self.graces.lock().ends(&id);
+                }
+                None => {}
+            }
+        }
+        slot.session = Some(session);
+        Ok(())
+    }
+
+    fn connect(&self, slot: &mut Slot, control: &StreamControl) -> std::result::Result<Session, Refusal> {
         slot.taint();
         let by = Instant::now() + self.connect_timeout;
-        let mut session = if self.probed.load(Ordering::Relaxed) {
-            self.open_session(control.clone(), by)?
+        let session = if self.probed.load(Ordering::Relaxed) {
+            Session::open(&self.plan, control.clone(), by)?
         } else {
             self.open_and_probe(control, by)?
         };
         if let Err(error) = session.watch_by(&self.watchdog) {
             log::debug!("no thread for the watchdog, so each call has a timer of its own: {error}");
         }
-        if !self.catalog_ready.load(Ordering::Relaxed) {
-            let by = Instant::now() + self.connect_timeout;
-            catalog::ensure(&mut session, self.catalog, by)
-                .map_err(|refusal| self.during("looked for the catalog", refusal))?;
+        Ok(session)
+    }
+
+    /// Sees that the catalog is there, and whether the session may be granted locks.
+    ///
+    /// Each session asks for itself, once: it does not outlive its server, so what it has found stays true. And as long as a takeover grace
+    /// goes on, it remembers that.
+    fn look_at_catalog(&self, session: &mut Session, by: Instant) -> std::result::Result<(), Refusal> {
+        if self.catalog == CatalogMode::None {
             self.catalog_ready.store(true, Ordering::Relaxed);
+            return Ok(());
         }
-        slot.session = Some(session);
+        let mut first = !self.catalog_ready.load(Ordering::Relaxed);
+        let over = loop {
+            // In a new one there is nothing to be found.
+            if first && catalog::ensure(session, self.catalog, by)? {
+                break None;
+            }
+            match takeover::may_ask(session, self.own, first, by).map_err(catalog::failed) {
+                // Somebody has dropped it.
+                Err(refusal) if refusal.is_about_catalog() && !first => {
+                    self.catalog_is_gone();
+                    first = true;
+                }
+                outcome => break outcome?,
+            }
+        };
+        let past = match over {
+            Some(id) => Past::Over { id },
+            None => takeover::look_at_past(session, self.own, None, by).map_err(catalog::failed)??,
+        };
+        self.catalog_ready.store(true, Ordering::Relaxed);
+        self.take_note(session, past);
         Ok(())
     }
 
-    fn open_session(&self, control: StreamControl, by: Instant) -> std::result::Result<Session, Refusal> {
-        self.opener()(control, by)
+    /// Keeps in mind what a session has found, and logs what is new about it.
+    fn take_note(&self, session: &mut Session, past: Past) {
+        match past {
+            Past::Over { id } => {
+                self.grace_is_over(&id);
+                session.set_run(id, false);
+            }
+            Past::Pending { id, lasts, seen } => {
+                let left = lasts.saturating_sub(seen);
+                let is_new = self.graces.lock().goes_on(&id, lasts, seen, Instant::now());
+                if is_new && !left.is_zero() {
+                    log::warn!(
+                        "the server was restarted, or another one took its place: no lock is granted for {left:?} at the most, since a holder \
+                         of before may be cut off, and the longest lease is {lasts:?} (takeover policy: {})",
+                        self.own.policy.name()
+                    );
+                }
+                session.set_run(id, true);
+            }
+        }
     }
 
-    /// What opens sessions, also on another thread.
-    fn opener(&self) -> impl FnOnce(StreamControl, Instant) -> std::result::Result<Session, Refusal> + use<> {
-        let (dialer, schema) = (Arc::clone(&self.dialer), Arc::clone(&self.schema));
-        let (slice, lease, heartbeat) = (self.wait_slice, self.lease, self.heartbeat);
-        move |control, by| Session::open(dialer, schema, control, slice, lease, heartbeat, by)
+    fn grace_is_over(&self, id: &str) {
+        let is_new = self.graces.lock().ends(id);
+        if is_new {
+            log::info!("all terms from before the takeover of the server are over: locks are granted again");
+        }
+    }
+
+    /// Looks again at the takeover grace that a session knows of, if it is time for that, and ends one that this process has waited
+    /// out. Gives how long it lasts yet; `None` if it is over.
+    pub(crate) fn look_at_grace(
+        &self,
+        session: &mut Session,
+        by: Instant,
+    ) -> std::result::Result<std::result::Result<Option<GraceLeft>, Refusal>, Failure> {
+        loop {
+            let Some(id) = session.pending().map(str::to_owned) else { return Ok(Ok(None)) };
+            let step = self.graces.lock().next_step(&id, Instant::now());
+            let waited_out = match step {
+                GraceStep::Over => {
+                    session.set_run(id, false);
+                    return Ok(Ok(None));
+                }
+                GraceStep::Wait(left) => return Ok(Ok(Some(left))),
+                GraceStep::Mark => Some(id.as_str()),
+                GraceStep::Look => None,
+            };
+            match takeover::look_at_past(session, self.own, waited_out, by)? {
+                Ok(past) => self.take_note(session, past),
+                Err(refusal) => return Ok(Err(refusal)),
+            }
+            if Instant::now() >= by {
+                return Err(Failure::Lost { reason: LossReason::HeartbeatTimedOut, cause: None });
+            }
+        }
+    }
+
+    /// The longest lease of the time before a takeover, if a session has found its grace.
+    pub(crate) fn longest_lease(&self, grace: &str) -> Option<Duration> {
+        self.graces.lock().lasts(grace)
+    }
+
+    /// How long the takeover grace lasts at the most that goes on, as far as this manager knows.
+    pub(crate) fn grace_left(&self) -> Option<Duration> {
+        self.graces.lock().of_newest(Instant::now())
+    }
+
+    /// How long the takeover grace lasts at the most that goes on, by the word of a session that takes no locks; and whether it is
+    /// counted, by this manager or by another process of this machine. To look is not to begin to count: who takes locks does, and logs it.
+    pub(crate) fn grace_on(
+        &self,
+        session: &mut Session,
+        by: Instant,
+    ) -> std::result::Result<Option<(Duration, bool)>, Failure> {
+        let Some(Past::Pending { id, lasts, seen }) = takeover::peek(session, by)? else { return Ok(None) };
+        let left = lasts.saturating_sub(seen);
+        let by_manager = self.graces.lock().left(&id, Instant::now());
+        let is_counted = by_manager.is_some() || !seen.is_zero();
+        let left = by_manager.unwrap_or(left).min(left);
+        Ok((!left.is_zero()).then_some((left, is_counted)))
+    }
+
+    /// Whether the standbys are to confirm heartbeats.
+    pub(crate) fn confirms(&self) -> bool {
+        self.own.quorum
+    }
+
+    /// Waits until the standbys have confirmed what was sent at `sent` on this session: see [`confirm::confirm`].
+    pub(crate) fn confirm(
+        &self,
+        session: &mut Session,
+        sent: Moment,
+        wait: &Wait<impl Fn() -> bool>,
+    ) -> std::result::Result<confirm::Outcome, Failure> {
+        confirm::confirm(session, &self.confirmations, sent, wait)
+    }
+
+    /// What all its sessions have in common.
+    pub(crate) fn plan(&self) -> &SessionPlan {
+        &self.plan
     }
 
     /// Opens two sessions at once, and shows that they are two which exclude each other. Gives the one that obeys
@@ -428,11 +640,10 @@ impl Pool {
         let half_time = move || Instant::now() + by.saturating_duration_since(Instant::now()) / 2;
         let other_control = StreamControl::new();
         let (hand_over, others) = bounded(0);
-        let opener = self.opener();
         let opens_other = {
-            let control = other_control.clone();
+            let (plan, control) = (self.plan.clone(), other_control.clone());
             move || {
-                let outcome = opener(control, by);
+                let outcome = Session::open(&plan, control, by);
                 // Closed if nobody wants it by then.
                 let _ = hand_over.send_deadline(outcome, half_time());
             }
@@ -442,7 +653,7 @@ impl Pool {
                            raise the limit of threads";
             Refusal::new(ErrorKind::SessionUnavailable, message.to_owned()).because(error)
         })?;
-        let session = self.open_session(control.clone(), by);
+        let session = Session::open(&self.plan, control.clone(), by);
         let other = match &session {
             Err(refusal) if refusal.is_final() => None,
             _ => await_other(&others, control, half_time()),
@@ -465,17 +676,31 @@ impl Pool {
         outcome
     }
 
-    /// Shows once that two sessions which are open at once are two, stay what they are, and exclude each other.
+    /// Shows once that two sessions which are open at once are two, stay what they are, and exclude each other by locks of each kind.
     ///
     /// A transaction pooler serves both with one and the same backend, or one of them with several, and then two clients
     /// "hold" one lock. A pooler that comes later is noticed by the heartbeat. And there are servers that look like
     /// PostgreSQL, whose advisory locks always succeed.
-    fn probe(
+    pub(crate) fn probe(
         &self,
         mut session: Session,
         mut other: Session,
         by: Instant,
     ) -> std::result::Result<Session, Refusal> {
+        let verdict = self.contend(&mut session, &mut other, by);
+        if let Err(refusal) = verdict {
+            return Err(session.explain_both(&mut other, refusal, by));
+        }
+        self.probed.store(true, Ordering::Relaxed);
+        Ok(session)
+    }
+
+    fn contend(
+        &self,
+        session: &mut Session,
+        other: &mut Session,
+        by: Instant,
+    ) -> std::result::Result<(), Refusal> {
         let told = |failure| match failure {
             Failure::Lost { reason: LossReason::SessionChanged, .. } => Refusal::pooler(),
             // What pgbouncer says in statement mode.
@@ -489,24 +714,30 @@ impl Pool {
         if session.backend_pid() == other.backend_pid() {
             return Err(Refusal::pooler());
         }
-        let key = nonce().map_err(Refusal::system)?.cast_signed();
+        let probe = Probe::new(nonce().map_err(Refusal::system)?);
         // Twice in a row: a pooler may take turns with its sessions. Then the other one at once: a pooler may serve it by
         // the backend that was free last.
-        session.heartbeat(by).map_err(told)?;
+        if let Some(advice) = session.heartbeat_and_look(by).map_err(told)? {
+            log::warn!("{advice}");
+        }
         session.heartbeat(by).map_err(told)?;
         other.heartbeat(by).map_err(told)?;
-        let held = other.begin_with_lock(key, self.connect_timeout, by);
-        // Only against a lock that is held: one that a pooler's backend was granted would stay there.
-        let granted = match held {
-            Ok(true) => session.heartbeat_and_try(key, by),
-            _ => Ok(false),
+        let held = other.hold(probe, self.connect_timeout, by);
+        // Only against locks that are held: what a pooler's backend was granted might stay there.
+        let contended = match held {
+            Ok(true) => session.contend(probe, by).map(Some),
+            _ => Ok(None),
         };
-        let _ = other.simple_query("ROLLBACK", by);
-        if held.map_err(told)? && granted.map_err(told)? {
-            return Err(Refusal::stub());
+        let given_back = other.give_back(probe, matches!(held, Ok(true)), by);
+        if !held.map_err(told)? {
+            return Err(Refusal::no_locks("does not grant a lock that nobody has"));
         }
-        self.probed.store(true, Ordering::Relaxed);
-        Ok(session)
+        match contended.map_err(told)? {
+            Some((true, _)) => Err(Refusal::stub()),
+            Some((false, false)) => Err(Refusal::no_locks("does not let two sessions share a lock")),
+            _ if given_back.map_err(told)? => Ok(()),
+            _ => Err(Refusal::no_locks("does not give back a lock that was held")),
+        }
     }
 
     /// Asks something on a session of the pool, which goes back there. The statement is written for the schema `dsync`, and may be run
@@ -516,7 +747,7 @@ impl Pool {
         let mut slot = self.take(true).map_err(Refusal::into_error)?;
         let refusal = loop {
             let has_rested = slot.is_open();
-            self.open(&mut slot, &StreamControl::new()).map_err(Refusal::into_error)?;
+            self.open_to_ask(&mut slot).map_err(Refusal::into_error)?;
             let Some(session) = slot.session() else { return Err(Refusal::not_postgres().into_error()) };
             let statement = session.schema().apply(statement);
             let failure = match session.query(&statement, parameters, Instant::now() + patience) {
@@ -558,6 +789,7 @@ impl Pool {
     /// A statement has found the catalog missing: someone dropped it, or the whole database.
     pub(crate) fn catalog_is_gone(&self) {
         self.catalog_ready.store(false, Ordering::Relaxed);
+        self.catalog_seen.store(false, Ordering::Relaxed);
     }
 }
 
@@ -569,7 +801,7 @@ impl Drop for Pool {
 
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool").field("state", &self.slots.state()).field("dialer", &self.dialer).finish()
+        f.debug_struct("Pool").field("state", &self.slots.state()).field("dialer", &self.plan.dialer).finish()
     }
 }
 
@@ -596,7 +828,11 @@ mod tests {
         let config = Config::from_url("postgres://nobody@localhost").unwrap().lease(Duration::from_secs(8));
         let pool = Pool::new(&config, None).unwrap();
         for late in [0, 1, 130, 999, 5_000].map(Duration::from_millis) {
-            assert_eq!(pool.rhythm(pool.made + late), Rhythm::of(Duration::from_secs(2), late), "{late:?}");
+            assert_eq!(
+                pool.rhythm(pool.made.checked_add(late).unwrap()),
+                Rhythm::of(Duration::from_secs(2), late),
+                "{late:?}"
+            );
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fmt;
+use std::io;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock, Weak};
@@ -11,10 +12,14 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
+use crate::check::{CheckLine, CheckReport};
 use crate::error::{Error, ErrorKind, Result, chain};
-use crate::key::{HandleKey, Key};
-use crate::lock::LockOptions;
+use crate::key::{AdvisoryKey, HandleKey, Key};
+use crate::lock::{Lock as _, LockOptions};
 use crate::once::Successes;
+use crate::pg::carrier::carrier::Carrier;
+use crate::pg::carrier::elsewhere::Elsewhere;
+use crate::pg::check;
 use crate::pg::claim::caller::ActiveClaim;
 use crate::pg::claim::idle::IdleSupervisors;
 use crate::pg::claim::shared::EndReason;
@@ -38,6 +43,10 @@ pub(crate) struct Registry {
     observing: Option<Arc<Observing>>,
     state: Mutex<State>,
     idle: Arc<IdleSupervisors>,
+    /// Those that have been needed so far, of as many as there may be. Taken under no other mutex but that of a handle.
+    carriers: Mutex<Vec<Option<Arc<Carrier>>>>,
+    /// How many claims of theirs may go on with sessions of their own.
+    elsewhere: Arc<Elsewhere>,
 }
 
 struct State {
@@ -131,7 +140,17 @@ impl Registry {
         let observing = config.observer.as_ref().map(|observer| Observing::new(Arc::clone(observer)));
         let pool = Arc::new(Pool::new(&config, observing.clone())?);
         let state = Mutex::new(State { stage: Stage::New, pool: Some(pool), locks: HashMap::new() });
-        Ok(Arc::new(Self { config, origin: Origin::here(), observing, state, idle: Arc::default() }))
+        let own_sessions = config.max_sessions.saturating_sub(config.shared_sessions.max(1));
+        let elsewhere = Elsewhere::new(usize::try_from(own_sessions).unwrap_or(usize::MAX));
+        Ok(Arc::new(Self {
+            config,
+            origin: Origin::here(),
+            observing,
+            state,
+            idle: Arc::default(),
+            carriers: Mutex::default(),
+            elsewhere,
+        }))
     }
 
     /// Looks at the server: see [`PostgresManager`](crate::PostgresManager).
@@ -228,6 +247,26 @@ impl Registry {
         &self.idle
     }
 
+    /// The carrier that has the lock with this number.
+    ///
+    /// # Errors
+    /// When the process has no descriptor left.
+    pub(crate) fn carrier(&self, number: AdvisoryKey, pool: &Arc<Pool>) -> io::Result<Arc<Carrier>> {
+        let config = &self.config;
+        let count = usize::try_from(config.shared_sessions.max(1)).unwrap_or(usize::MAX);
+        let mut carriers = self.carriers.lock();
+        carriers.resize(count, None);
+        let place = &mut carriers[Carrier::place_of(number, count)];
+        if let Some(carrier) = place {
+            return Ok(Arc::clone(carrier));
+        }
+        let own_name = config.postgres.get_application_name().unwrap_or("dsync");
+        let carrier =
+            Carrier::new(Arc::clone(pool), config.lease_plan(), &self.idle, &self.elsewhere, own_name)?;
+        *place = Some(Arc::clone(&carrier));
+        Ok(carrier)
+    }
+
     /// When a release that begins now must be over.
     pub(crate) fn release_by(&self) -> Instant {
         Instant::now() + self.config.release_timeout
@@ -248,17 +287,35 @@ impl Registry {
         }
     }
 
-    /// The view of the lock with this key.
+    /// The view of the lock with this key; of the semaphore, where nobody has the lock or waits for it.
     pub(crate) fn inspect(&self, key: &Key) -> Result<LockView> {
-        let catalog = self.config.catalog != CatalogMode::None;
-        self.ask(|pool| inspect::one(pool, &self.named(key, &key.to_string()), catalog))
+        let text = key.to_string();
+        match self.config.catalog {
+            CatalogMode::None => self.ask(|pool| inspect::one(pool, &self.named(key, &text), false)),
+            _ => {
+                let semaphore = key.semaphore(&self.config.namespace);
+                self.ask(|pool| inspect::either(pool, &self.named(key, &text), semaphore))
+            }
+        }
     }
 
-    /// Ends the session of whoever holds the lock with this key, and tells who that was.
-    pub(crate) fn break_lock(&self, key: &Key) -> Result<Option<Holder>> {
-        let catalog = self.config.catalog != CatalogMode::None;
+    /// The view of this lock, or of this semaphore.
+    pub(crate) fn view(&self, key: &HandleKey) -> Result<LockView> {
+        let (catalog, text) = (self.config.catalog != CatalogMode::None, key.key.to_string());
+        self.ask(|pool| inspect::view(pool, &self.named_as(key, &text), key.mode, catalog))
+    }
+
+    /// Ends the session of whoever holds this lock, and tells who that was.
+    pub(crate) fn break_lock(&self, key: &HandleKey) -> Result<Option<Holder>> {
+        let (catalog, text) = (self.config.catalog != CatalogMode::None, key.key.to_string());
         let at_most = self.config.lease_plan().heartbeat_timeout / 2;
-        self.ask(|pool| inspect::break_lock(pool, &self.named(key, &key.to_string()), catalog, at_most))
+        self.ask(|pool| inspect::break_lock(pool, &self.named_as(key, &text), key.mode, catalog, at_most))
+    }
+
+    /// Gives the semaphore with this key another number of permits than it has, or than `said`; how many it had.
+    pub(crate) fn set_permits(&self, key: &HandleKey, said: u32, permits: u32) -> Result<u32> {
+        let text = key.key.to_string();
+        self.ask(|pool| inspect::set_permits(pool, &self.named_as(key, &text), said, permits))
     }
 
     /// Asks the holder of the lock with this key to resign; `false` if there is none that has a token.
@@ -282,12 +339,26 @@ impl Registry {
         Named { key: key.advisory(namespace), namespace: key.namespace(namespace), name: text }
     }
 
-    /// Asks the server something on a session of the pool.
+    /// As `named`, for what is had in this way.
+    fn named_as<'a>(&'a self, key: &'a HandleKey, text: &'a str) -> Named<'a> {
+        Named { key: key.advisory(&self.config.namespace), ..self.named(&key.key, text) }
+    }
+
+    /// Asks the server something on a session of the pool. A manager that was not started can ask as well, since it takes no locks.
     pub(crate) fn ask<T: Send>(&self, question: impl FnOnce(&Pool) -> Result<T> + Send) -> Result<T> {
-        let pool = self.pool()?;
+        let pool = self.state.lock().pool.clone().ok_or_else(Error::stopped)?;
         let answer = drive(|| question(&pool));
         pool.tell_of_sessions();
         answer.map_err(no_thread)?
+    }
+
+    /// Looks at the server for a report: see [`PostgresManager::check`](crate::PostgresManager::check).
+    pub(crate) fn check(&self) -> CheckReport {
+        let Some(pool) = self.state.lock().pool.clone() else {
+            return CheckReport::of(CheckLine::from_error("manager", &Error::stopped()));
+        };
+        let report = drive(|| check::check(&pool, &self.config));
+        report.unwrap_or_else(|error| CheckReport::of(CheckLine::from_error("manager", &no_thread(error))))
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
@@ -296,12 +367,16 @@ impl Registry {
 
     /// The one handle for `key`, and for the way that `options` say.
     pub(crate) fn lock(self: &Arc<Self>, key: Key, options: LockOptions) -> Result<Arc<PostgresLock>> {
-        let key = HandleKey { key, shared: options.shared };
+        let key = HandleKey { key, mode: options.mode };
         let mut state = self.state.lock();
         if let Stage::Stopped = state.stage {
             return Err(Error::stopped());
         }
-        if let Some(lock) = state.locks.get(&key).and_then(|entry| entry.handle.upgrade()) {
+        let known = state.locks.get(&key).and_then(|entry| entry.handle.upgrade());
+        if let Some(lock) = known {
+            // A handle that is dropped forgets itself under this mutex.
+            drop(state);
+            options.check_permits(lock.options(), lock.key())?;
             return Ok(lock);
         }
         let lock = PostgresLock::new(key.clone(), options, Arc::clone(self));
@@ -377,6 +452,9 @@ impl Registry {
                 }
             }
         });
+        // Not before: a claim that had begun when the stop came may have had one made since.
+        let carriers = std::mem::take(&mut *self.carriers.lock());
+        carriers.iter().flatten().for_each(|carrier| carrier.stop());
         // Not before: the server is busy with each session that ends, and the last locks would wait for it.
         let close_idle = || {
             if let Some(pool) = &pool {
@@ -390,6 +468,7 @@ impl Registry {
             lock.forget(&active.claim);
         }
         known.iter().for_each(|lock| lock.leave_pool());
+        carriers.iter().flatten().for_each(|carrier| carrier.wait_over(by));
         if let Stage::Starting(start) = &former {
             let _ = start.over.recv_deadline(by);
         }

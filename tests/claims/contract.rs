@@ -12,11 +12,11 @@ use std::time::{Duration, Instant, SystemTime};
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
 use dsync::{
     Context, Error, ErrorKind, Key, Lock, LockOptions, LossReason, Lost, MemoryManager, MemoryServer,
-    MultiGuard, Once, Period, SyncManager, json_valuer,
+    MultiGuard, MultiLock, Once, Period, SyncManager, json_valuer,
 };
 use parking_lot::Mutex;
 
-use crate::common::on_both;
+use crate::common::{count_locks, on_both};
 
 on_both! {
     // Exclusion, and giving the lock on.
@@ -118,6 +118,17 @@ on_both! {
     who_has_a_lock_one_way_is_refused_it_the_other_way
     what_is_for_one_at_a_time_refuses_a_shared_lock
     no_schedule_of_readers_and_writers_breaks_exclusion
+    // Semaphores.
+    a_semaphore_is_had_by_as_many_as_it_has_permits
+    who_waits_for_a_permit_is_served_in_order_and_not_overtaken
+    a_permit_that_is_lost_goes_to_who_waits
+    claims_have_permits_as_guards_do
+    a_semaphore_and_a_lock_of_one_key_are_two_things
+    another_number_of_permits_is_told_and_a_changed_one_runs_in
+    the_first_holder_is_that_of_the_first_permit
+    who_gets_no_permit_is_told_why
+    what_is_for_one_at_a_time_refuses_a_semaphore
+    no_schedule_of_permits_goes_above_their_number
     // Several locks at once.
     a_set_of_locks_is_taken_as_a_whole_and_each_key_once
     a_set_of_which_one_lock_is_busy_is_not_taken
@@ -125,6 +136,7 @@ on_both! {
     a_set_that_cannot_be_one_is_refused
     sets_in_whatever_order_never_wait_for_each_other
     work_is_done_under_all_locks_of_a_set
+    a_set_tells_of_each_key_who_has_it_and_who_waits
     // Work that is done once a period.
     work_is_done_once_a_period
     work_that_fails_or_panics_is_due_still
@@ -156,6 +168,9 @@ trait World {
 
     /// How many sessions wait for the lock `x`.
     fn waiting(&self) -> usize;
+
+    /// How many sessions wait for a permit of the semaphore `x`.
+    fn waiting_for_permits(&self) -> usize;
 
     /// The annotation of the term of `x`.
     fn annotation(&self) -> Option<Vec<u8>>;
@@ -212,6 +227,10 @@ impl World for Memory {
         self.0.waiting("x")
     }
 
+    fn waiting_for_permits(&self) -> usize {
+        self.0.waiting("x")
+    }
+
     fn annotation(&self) -> Option<Vec<u8>> {
         self.0.annotation("x")
     }
@@ -230,21 +249,19 @@ impl World for Memory {
 struct Postgres {
     operator: Mutex<::postgres::Client>,
     database: support::Database<'static>,
+    /// How many sessions the locks of a manager share.
+    shared_sessions: u32,
 }
 
 impl Postgres {
-    fn new() -> Self {
+    fn new(shared_sessions: u32) -> Self {
         let database = support::Database::fresh().unwrap();
-        Self { operator: Mutex::new(database.client().unwrap()), database }
+        Self { operator: Mutex::new(database.client().unwrap()), database, shared_sessions }
     }
 
     /// Counts what `column` says of the database's advisory locks.
     fn count(&self, column: &str) -> i64 {
-        let query = format!(
-            "SELECT count({column}) FROM pg_locks AS locks JOIN pg_database AS databases ON databases.oid = database
-             WHERE datname = current_database() AND locktype = 'advisory'"
-        );
-        self.operator.lock().query_one(&query, &[]).unwrap().get(0)
+        count_locks(&mut self.operator.lock(), column, self.shared_sessions)
     }
 }
 
@@ -252,7 +269,10 @@ impl World for Postgres {
     fn new_manager(&self) -> Arc<dyn SyncManager> {
         let config = dsync::Config::from_url(&self.database.url()).unwrap();
         // Shorter slices than by default, so that a test sees several of them; and time for a busy machine.
-        let config = config.wait_slice(Duration::from_secs(1)).connect_timeout(PATIENCE);
+        let config = config
+            .wait_slice(Duration::from_secs(1))
+            .connect_timeout(PATIENCE)
+            .shared_sessions(self.shared_sessions);
         Arc::new(dsync::PostgresManager::new(config).unwrap())
     }
 
@@ -268,6 +288,11 @@ impl World for Postgres {
         self.count("CASE WHEN NOT granted THEN pid END").try_into().unwrap()
     }
 
+    fn waiting_for_permits(&self) -> usize {
+        let query = "SELECT waiting FROM dsync.semaphores WHERE key = 'x'";
+        self.operator.lock().query_one(query, &[]).unwrap().get::<_, i64>(0).try_into().unwrap()
+    }
+
     fn annotation(&self) -> Option<Vec<u8>> {
         let query = "SELECT annotation FROM dsync.locks WHERE key = 'x'";
         self.operator.lock().query_opt(query, &[]).unwrap()?.get(0)
@@ -278,7 +303,7 @@ impl World for Postgres {
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let config = dsync::Config::from_url(&format!("postgres://nobody@{address}/nothing")).unwrap();
         // All its attempts together would take longer than any test.
-        let config = config.connect_timeout(PATIENCE * 4);
+        let config = config.connect_timeout(PATIENCE * 4).shared_sessions(self.shared_sessions);
         Arc::new(dsync::PostgresManager::new(config).unwrap())
     }
 
@@ -1830,6 +1855,231 @@ fn no_schedule_of_readers_and_writers_breaks_exclusion(world: &dyn World) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Semaphores
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// A process that wants a permit of the semaphore `x`, which has so many.
+fn one_of(world: &dyn World, permits: u32) -> Rival {
+    let manager = world.manager();
+    Rival { lock: manager.semaphore("x", permits).unwrap(), manager }
+}
+
+fn wait_for_waiters_for_permits(world: &dyn World, count: usize) {
+    eventually(&format!("{count} waiters"), || world.waiting_for_permits() == count);
+}
+
+fn a_semaphore_is_had_by_as_many_as_it_has_permits(world: &dyn World) {
+    let (one, other) = (one_of(world, 3), one_of(world, 3));
+    let guards = [&one.lock, &one.lock, &other.lock].map(|lock| lock.acquire(PATIENCE).unwrap());
+    assert!(guards.iter().all(|guard| guard.is_held()));
+    let tokens = guards.each_ref().map(|guard| guard.term().token().unwrap());
+    assert!(tokens[0] < tokens[1] && tokens[1] < tokens[2], "{tokens:?}");
+    for lock in [&one.lock, &other.lock] {
+        assert!(lock.try_acquire().unwrap().is_none());
+        assert_eq!(kind(lock.acquire(Duration::ZERO)), ErrorKind::TimedOut);
+        assert_eq!(kind(lock.acquire(Duration::from_millis(50))), ErrorKind::TimedOut);
+    }
+    let holder = other.lock.holder().unwrap().unwrap();
+    assert!(holder.is_shared && tokens.contains(&holder.token.unwrap()), "{holder:?}");
+    assert!((1..=3).contains(&holder.permit.unwrap()), "{holder:?}");
+    for guard in guards {
+        guard.release().unwrap();
+        let next = other.lock.try_acquire().unwrap().unwrap();
+        assert!(next.term().token().unwrap() > tokens[2]);
+        next.release().unwrap();
+    }
+    assert!(other.lock.holder().unwrap().is_none());
+}
+
+fn who_waits_for_a_permit_is_served_in_order_and_not_overtaken(world: &dyn World) {
+    let (holder, newcomer) = (one_of(world, 2), one_of(world, 2));
+    let mut held = [(); 2].map(|()| holder.lock.acquire(PATIENCE).unwrap()).into_iter().collect::<Vec<_>>();
+    let line = [(); 3].map(|()| one_of(world, 2));
+    let mut waiting = Vec::new();
+    for (number, rival) in line.iter().enumerate() {
+        waiting.push(rival.starts_waiting(&Context::background()));
+        wait_for_waiters_for_permits(world, number + 1);
+    }
+    assert!(newcomer.lock.try_acquire().unwrap().is_none());
+    let mut line = line.iter().zip(waiting);
+    for left in (1..3).rev() {
+        let (_, first) = line.next().unwrap();
+        held.pop().unwrap().release().unwrap();
+        first.get().unwrap();
+        assert!(newcomer.lock.try_acquire().unwrap().is_none(), "others wait, and all permits are held");
+        wait_for_waiters_for_permits(world, left);
+    }
+    let (last, waiting) = line.next().unwrap();
+    assert!(!waiting.is_ready() && !last.is_held());
+}
+
+fn a_permit_that_is_lost_goes_to_who_waits(world: &dyn World) {
+    let (ours, theirs) = (one_of(world, 1), one_of(world, 1));
+    let guard = ours.lock.acquire(PATIENCE).unwrap();
+    let (lost, token) = (guard.lost().clone(), guard.term().token());
+    let waiting = theirs.starts_waiting(&Context::background());
+    wait_for_waiters_for_permits(world, 1);
+    assert_eq!(theirs.lock.break_lock().unwrap().unwrap().token, token);
+    hear(&lost);
+    assert_eq!(guard.loss().unwrap().reason, LossReason::Terminated);
+    assert_eq!(kind(guard.release()), ErrorKind::Lost);
+    waiting.get().unwrap();
+    // A claim has one again by itself.
+    let first = theirs.lock.term().unwrap();
+    theirs.lock.break_lock().unwrap().unwrap();
+    hear(first.lost());
+    theirs.gets_it();
+    assert!(theirs.lock.term().unwrap().token() > first.token());
+}
+
+fn claims_have_permits_as_guards_do(world: &dyn World) {
+    let [one, other, third] = [(); 3].map(|()| one_of(world, 2));
+    one.lock();
+    other.lock();
+    one.lock();
+    third.is_refused();
+    assert!(one.is_held() && other.is_held() && !third.is_held());
+    assert!(one.manager.snapshot().claim("x").unwrap().is_shared);
+    assert!(one.lock.try_acquire().unwrap().is_none(), "a guard is one more");
+    one.release();
+    third.gets_it();
+    other.manager.stop().unwrap();
+    one.lock();
+    assert!(third.is_held());
+}
+
+fn a_semaphore_and_a_lock_of_one_key_are_two_things(world: &dyn World) {
+    let manager = world.manager();
+    let (alone, permit) = (x(&*manager), manager.semaphore("x", 1).unwrap());
+    let guards = [alone.acquire(PATIENCE).unwrap(), permit.acquire(PATIENCE).unwrap()];
+    assert!(guards.iter().all(|guard| guard.is_held()));
+    assert!(!alone.holder().unwrap().unwrap().is_shared && permit.holder().unwrap().unwrap().is_shared);
+    drop(guards);
+    alone.lock(&soon()).unwrap();
+    permit.lock(&soon()).unwrap();
+    alone.release().unwrap();
+    assert!(is_held(&permit) && !is_held(&alone));
+    assert_eq!(kind(alone.set_permits(2)), ErrorKind::InvalidConfig);
+}
+
+fn another_number_of_permits_is_told_and_a_changed_one_runs_in(world: &dyn World) {
+    let (ours, theirs) = (one_of(world, 2), one_of(world, 3));
+    let first = ours.lock.acquire(PATIENCE).unwrap();
+    for outcome in [theirs.lock.acquire(PATIENCE), theirs.lock.try_acquire().map(|_| unreachable!())] {
+        let error = outcome.unwrap_err();
+        assert!(error.kind() == ErrorKind::InvalidConfig, "{error}");
+        assert!(
+            error.to_string().contains("with 3 permits") && error.to_string().contains("says 2"),
+            "{error}"
+        );
+    }
+    assert_eq!(kind(theirs.lock.lock(&soon())), ErrorKind::InvalidConfig);
+    theirs.lock.release().unwrap();
+    assert_eq!(kind(ours.manager.semaphore("x", 3)), ErrorKind::InvalidConfig);
+    assert_eq!(kind(ours.manager.semaphore("y", 0)), ErrorKind::InvalidConfig);
+    assert_eq!(kind(ours.manager.semaphore("y", 1024)), ErrorKind::InvalidConfig);
+    let without = LockOptions::new().permits(2).without_token();
+    assert_eq!(kind(ours.manager.lock_with("y", without)), ErrorKind::InvalidConfig);
+
+    let second = ours.lock.acquire(PATIENCE).unwrap();
+    let waiting = ours.starts_waiting(&Context::background());
+    wait_for_waiters_for_permits(world, 1);
+    assert_eq!(theirs.lock.set_permits(3).unwrap(), 2);
+    waiting.get().unwrap();
+    assert!(theirs.lock.try_acquire().unwrap().is_none());
+    // Those who say two go on, by the new number, until it is changed again.
+    assert_eq!(ours.lock.set_permits(1).unwrap(), 3);
+    assert_eq!(ours.lock.set_permits(1).unwrap(), 1);
+    assert_eq!(kind(one_of(world, 2).lock.acquire(PATIENCE)), ErrorKind::InvalidConfig);
+    assert!(first.is_held() && second.is_held() && ours.is_held());
+    assert!(theirs.lock.try_acquire().unwrap().is_none());
+    drop((first, second));
+    ours.release();
+    let only = theirs.lock.acquire(PATIENCE).unwrap();
+    assert!(one_of(world, 1).lock.try_acquire().unwrap().is_none());
+    drop(only);
+}
+
+fn the_first_holder_is_that_of_the_first_permit(world: &dyn World) {
+    // A manager for each, since those of one may be on one session.
+    let processes = [(); 4].map(|()| one_of(world, 3));
+    let mut held: Vec<_> = processes[1..].iter().map(|one| one.lock.acquire(PATIENCE).unwrap()).collect();
+    held.sort_by_key(|guard| guard.term().permit());
+    held.remove(0).release().unwrap();
+    // The only one that is free, for who came last.
+    let semaphore = &processes[0];
+    let first = semaphore.lock.acquire(PATIENCE).unwrap();
+    assert_eq!(first.term().permit(), Some(1));
+    let holder = semaphore.lock.holder().unwrap().unwrap();
+    assert_eq!((holder.permit, holder.token), (Some(1), first.term().token()));
+    assert_eq!(semaphore.lock.break_lock().unwrap().unwrap().token, first.term().token());
+    hear(first.lost());
+    assert!(held.iter().all(|guard| guard.is_held()));
+}
+
+fn who_gets_no_permit_is_told_why(world: &dyn World) {
+    let (one, other) = (one_of(world, 1), one_of(world, 1));
+    one.lock();
+    let text = |outcome: Result<(), Error>| outcome.unwrap_err().to_string();
+    assert_eq!(
+        text(other.lock.try_lock(&soon())),
+        r#"lock unavailable: others have, or wait for, all permits of "x"; without a guard, the claim goes on in the background until release()"#
+    );
+    let ends = r#" for lock "x", of which others have, or wait for, all permits"#;
+    let waited = text(other.lock.lock(&briefly()));
+    assert!(waited.ends_with(ends), "{waited}");
+    assert!(text(one.lock.acquire(briefly()).map(drop)).ends_with(ends));
+    let tried = text(one.lock.acquire(no_time()).map(drop));
+    assert_eq!(tried, r#"timed out: others have, or wait for, all permits of "x""#);
+    // So is who waits to share a lock.
+    let (writer, reader) = (world.manager(), world.manager());
+    let guard = writer.lock("y").unwrap().acquire(PATIENCE).unwrap();
+    let reader = reader.shared_lock("y").unwrap();
+    assert!(text(reader.lock(&briefly())).ends_with(r#"for lock "y", which a writer has, or waits for"#));
+    assert!(
+        text(reader.try_lock(&soon())).starts_with(r#"lock unavailable: a writer has, or waits for, "y"; "#)
+    );
+    drop(guard);
+}
+
+fn what_is_for_one_at_a_time_refuses_a_semaphore(world: &dyn World) {
+    let one = one_of(world, 2);
+    assert_eq!(kind(dsync::Leader::start(Arc::clone(&one.lock), |_| ())), ErrorKind::InvalidConfig);
+    let outcome = one.lock.once(DAY, PATIENCE, |_| -> Result<(), Error> { unreachable!() });
+    assert_eq!(kind(outcome), ErrorKind::InvalidConfig);
+    assert_eq!(kind(one.lock.request_resignation()), ErrorKind::InvalidConfig);
+}
+
+fn no_schedule_of_permits_goes_above_their_number(world: &dyn World) {
+    const ROUNDS: usize = 12;
+    const PERMITS: u32 = 3;
+    let managers = [(); 3].map(|()| world.manager());
+    let (working, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for number in 0..9 {
+            let (manager, working, most) = (&managers[number % 3], &working, &most);
+            scope.spawn(move || {
+                let semaphore = manager.semaphore("x", PERMITS).unwrap();
+                let mut left = ROUNDS;
+                while left > 0 {
+                    let guard = match left % 4 {
+                        0 => semaphore.try_acquire().unwrap(),
+                        _ => Some(semaphore.acquire(PATIENCE).unwrap()),
+                    };
+                    let Some(guard) = guard else { continue };
+                    most.fetch_max(working.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                    thread::sleep(Duration::from_millis(2));
+                    working.fetch_sub(1, Ordering::SeqCst);
+                    guard.release().unwrap();
+                    left -= 1;
+                }
+            });
+        }
+    });
+    assert_eq!(most.into_inner(), PERMITS as usize);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Several locks at once
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -1903,6 +2153,40 @@ fn a_set_is_lost_with_the_first_of_its_locks(world: &dyn World) {
     hear(&lost);
     assert_eq!(kind(both.release()), ErrorKind::Lost);
     assert_free(world);
+}
+
+fn a_set_tells_of_each_key_who_has_it_and_who_waits(world: &dyn World) {
+    let [ours, theirs, third] = [(); 3].map(|()| world.manager());
+    // In whichever order they are taken, one of the two is another one.
+    let keys = [Key::from("z"), Key::from("x"), Key::from(7), Key::from((7, 7))];
+    let mirrored: Vec<_> = keys.iter().rev().chain(&keys).cloned().collect();
+    let shown = |set: &MultiLock| {
+        set.inspect().unwrap().into_iter().map(|view| view.key).collect::<Vec<_>>().join(" ")
+    };
+    let (set, other) = (ours.multi_lock(keys.clone()).unwrap(), ours.multi_lock(mirrored).unwrap());
+    assert_eq!([shown(&set), shown(&other)], ["z x #7 #7:7", "#7:7 #7 x z"]);
+
+    let alone = theirs.lock("x").unwrap().acquire(PATIENCE).unwrap();
+    let readers = [(); 2].map(|()| theirs.shared_lock(7).unwrap().acquire(PATIENCE).unwrap());
+    let permit = theirs.semaphore("z", 1).unwrap().acquire(PATIENCE).unwrap();
+    let waiting = Rival { lock: x(&*third), manager: third };
+    let waiting_call = waiting.starts_waiting(&Context::background());
+    world.wait_for_waiters(1);
+    let views = set.inspect().unwrap();
+    let tokens: Vec<Vec<_>> =
+        views.iter().map(|view| view.holders().map(|holder| holder.token).collect()).collect();
+    let of_readers = readers.each_ref().map(|guard| guard.term().token());
+    assert_eq!(tokens, [vec![], vec![alone.term().token()], of_readers.to_vec(), vec![]]);
+    assert!(
+        views[2].holders().all(|holder| holder.is_shared) && !views[1].holder.as_ref().unwrap().is_shared
+    );
+    let waiters: Vec<_> = views.iter().map(|view| view.waiters.len()).collect();
+    assert!(waiters == [0, 1, 0, 0] && views[1].waiters[0].is_shared == Some(false), "{views:?}");
+    assert!(views.iter().all(|view| view.permits.is_none() && view.grace_left.is_none()), "{views:?}");
+    drop((alone, readers, permit));
+    waiting_call.get().unwrap();
+    ours.stop().unwrap();
+    assert_eq!(kind(set.inspect()), ErrorKind::SyncManagerStopped);
 }
 
 fn a_set_that_cannot_be_one_is_refused(world: &dyn World) {

@@ -110,6 +110,7 @@ fn child(role: &str, inherited: Inherited) {
             told("stop", manager.stop());
             told("inspect", manager.inspect("held").map(drop));
             told("inspect_all", manager.inspect_all().map(drop));
+            assert!(manager.check().lines[0].text.contains("made in another process"));
             let _ = format!("{manager:?}");
             assert!(!term.is_held() && !guard.term().is_held());
             let mut client = postgres::Client::connect(&url, postgres::NoTls).unwrap();
@@ -196,7 +197,7 @@ fn a_lock_that_something_else_unlocked_in_its_session_is_lost_with_the_next_hear
     let database = Database::fresh().unwrap();
     for catalog in [dsync::CatalogMode::Automatic, dsync::CatalogMode::None] {
         let proxy = common::flood::Proxy::start(database.server().port());
-        let url = database.url_at("127.0.0.1", proxy.port());
+        let url = database.url_at("127.0.0.1", proxy.port()) + "?sslmode=disable";
         let config = Config::from_url(&url).unwrap().lease(Duration::from_secs(2)).catalog(catalog);
         let manager = started(config);
         for key in [dsync::Key::from("name"), dsync::Key::from(-7), dsync::Key::from((-1, 2))] {

@@ -1,9 +1,7 @@
 //! Guards where something ends in the same moment or fails: warnings, cancellations, loggers that panic, managers that stop.
 
-use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
@@ -11,7 +9,9 @@ use crossbeam_channel::RecvTimeoutError;
 use dsync::{Config, Context, ErrorKind, Lock, LockOptions};
 use support::{Database, Server};
 
-use crate::common::{PATIENCE, Process, becomes, begin, kind, lock, process, role, soon, started};
+use crate::common::{
+    Bomb, PATIENCE, Process, becomes, begin, kind, library_threads, lock, process, role, soon, started,
+};
 
 const AT_ONCE: Duration = Duration::from_secs(1);
 
@@ -69,17 +69,10 @@ fn outliving() {
     let database = Database::fresh().unwrap();
     let manager = started(Config::from_url(&database.url()).unwrap());
     let guard = lock(&manager, "x").acquire(soon()).unwrap();
-    assert!(!threads().is_empty());
+    assert!(!library_threads().is_empty());
     drop(manager);
-    becomes("the threads", &Vec::new(), threads);
+    becomes("the threads", &Vec::new(), library_threads);
     assert_eq!(kind(guard.release()), ErrorKind::Lost);
-}
-
-/// The threads of this process that are the library's.
-fn threads() -> Vec<String> {
-    let tasks = fs::read_dir("/proc/self/task").unwrap();
-    let names = tasks.map_while(Result::ok).map(|task| fs::read_to_string(task.path().join("comm")));
-    names.map_while(Result::ok).filter(|name| name.starts_with("dsync")).collect()
 }
 
 #[test]
@@ -89,34 +82,19 @@ fn a_logger_that_panics_leaves_no_claim_behind() {
 
 #[test]
 fn panicking() {
-    static ARMED: AtomicBool = AtomicBool::new(false);
-    struct Bomb;
-    impl log::Log for Bomb {
-        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
-            true
-        }
-        fn log(&self, record: &log::Record<'_>) {
-            let text = record.args().to_string();
-            if text.contains("acquired") && ARMED.swap(false, SeqCst) {
-                panic!("the logger failed at {text:?}");
-            }
-        }
-        fn flush(&self) {}
-    }
     if role().as_deref() != Some("panic") {
         return;
     }
-    log::set_logger(&Bomb).unwrap();
-    log::set_max_level(log::LevelFilter::Debug);
+    let bomb = Bomb::set();
     let database = Database::fresh().unwrap();
     let manager = started(Config::from_url(&database.url()).unwrap());
     for _ in 0..10 {
-        ARMED.store(true, SeqCst);
+        bomb.arm(true);
         // On this thread if it waits without a limit and nobody else is at work.
         let outcome = catch_unwind(AssertUnwindSafe(|| lock(&manager, "x").acquire(Context::background())));
         drop(outcome);
         assert!(format!("{manager:?}").contains("locks: 0"), "{manager:?}");
     }
-    ARMED.store(false, SeqCst);
+    bomb.arm(false);
     lock(&manager, "x").acquire(soon()).unwrap().release().unwrap();
 }

@@ -146,7 +146,11 @@ mod scenes {
         assert_eq!(kind(dsync::init_with(manager, Some(&too_long), None)), ErrorKind::InvalidKey);
         assert_failed();
         dsync::init(config().service("billing")).unwrap();
-        dsync::leadership_lock().unwrap().lock(&soon()).unwrap();
+        let leadership = dsync::leadership_lock().unwrap();
+        leadership.lock(&soon()).unwrap();
+        let leader = leadership.holder().unwrap().expect("this process leads");
+        let annotation: Value = serde_json::from_slice(&leader.annotation.unwrap()).unwrap();
+        assert_eq!(annotation["pid"], std::process::id(), "who leads can be asked of the instance");
         dsync::shutdown().unwrap();
     }
 

@@ -74,17 +74,22 @@ impl World for Memory {
 struct Postgres {
     operator: Mutex<::postgres::Client>,
     database: support::Database<'static>,
+    /// How many sessions the locks of a manager share.
+    shared_sessions: u32,
 }
 
 impl Postgres {
-    fn new() -> Self {
+    fn new(shared_sessions: u32) -> Self {
         let database = support::Database::fresh().unwrap();
-        Self { operator: Mutex::new(database.client().unwrap()), database }
+        Self { operator: Mutex::new(database.client().unwrap()), database, shared_sessions }
     }
 
     fn config(&self) -> Config {
         let config = Config::from_url(&self.database.url()).unwrap();
-        config.wait_slice(Duration::from_secs(1)).connect_timeout(PATIENCE)
+        config
+            .wait_slice(Duration::from_secs(1))
+            .connect_timeout(PATIENCE)
+            .shared_sessions(self.shared_sessions)
     }
 }
 
@@ -687,7 +692,7 @@ fn a_snapshot_shows_claims_as_they_come_and_go(world: &dyn World) {
 
 #[test]
 fn heartbeats_are_told_with_their_round_trip() {
-    let (world, listener) = (Postgres::new(), Arc::new(Listener::default()));
+    let (world, listener) = (Postgres::new(0), Arc::new(Listener::default()));
     let config = world.config().heartbeat(Duration::from_millis(50));
     let manager = PostgresManager::connect(config.observer(Arc::clone(&listener))).unwrap();
     let guard = manager.lock("x").unwrap().acquire(soon()).unwrap();
@@ -716,7 +721,7 @@ fn heartbeats_are_told_with_their_round_trip() {
 
 #[test]
 fn sessions_are_told_whenever_their_number_changes() {
-    let (world, listener) = (Postgres::new(), Arc::new(Listener::default()));
+    let (world, listener) = (Postgres::new(0), Arc::new(Listener::default()));
     let config = world.config().max_sessions(3).observer(Arc::clone(&listener));
     let manager = PostgresManager::connect(config).unwrap();
     let in_use = || listener.sessions.lock().last().map(|sessions| (sessions.in_use, sessions.limit));

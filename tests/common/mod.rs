@@ -9,18 +9,20 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, unbounded};
 use dsync::{Context, Error, ErrorKind, Lock, Lost, PostgresManager, SyncManager};
+use postgres::Client;
 use socket2::SockRef;
 
 /// What should happen has this long, so that a fault is a failed test and not a hung one.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Makes tests of the functions named, once for each implementation: the `Memory` and the `Postgres` of the file. One that is forgotten
-/// here is dead code, which the compiler reports.
+/// Makes tests of the functions named, once for each implementation: the `Memory` and the `Postgres` of the file, the latter also with a session
+/// that all locks of a manager share. One that is forgotten here is dead code, which the compiler reports.
 #[allow(unused_macros, reason = "not every program of tests has such functions")]
 macro_rules! on_both {
     ($($behaviour:ident)*) => {
@@ -28,12 +30,34 @@ macro_rules! on_both {
             $(#[test] fn $behaviour() { super::$behaviour(&super::Memory::new()); })*
         }
         mod postgres {
-            $(#[test] fn $behaviour() { super::$behaviour(&super::Postgres::new()); })*
+            $(#[test] fn $behaviour() { super::$behaviour(&super::Postgres::new(0)); })*
+        }
+        mod shared_session {
+            $(#[test] fn $behaviour() { super::$behaviour(&super::Postgres::new(1)); })*
         }
     };
 }
 #[allow(unused_imports, reason = "as above")]
 pub(crate) use on_both;
+
+/// Makes tests of the functions named, once where each lock of a manager has a session of its own, and once where all of them share one. They are
+/// told how many sessions are shared.
+#[allow(unused_macros, reason = "as above")]
+macro_rules! in_both_modes {
+    ($($(#[$attribute:meta])* $behaviour:ident)*) => {
+        mod dedicated {
+            $(#[test] $(#[$attribute])* fn $behaviour() { super::$behaviour(0); })*
+        }
+        mod shared_session {
+            $(#[test] $(#[$attribute])* fn $behaviour() { super::$behaviour(1); })*
+        }
+    };
+}
+#[allow(unused_imports, reason = "as above")]
+pub(crate) use in_both_modes;
+
+/// Whether the library does TLS without a connector of the application's.
+pub(crate) const HAS_TLS: bool = cfg!(feature = "_tls");
 
 pub(crate) fn soon() -> Context {
     Context::timeout(PATIENCE)
@@ -52,6 +76,30 @@ pub(crate) fn started(config: dsync::Config) -> PostgresManager {
     let manager = PostgresManager::new(config).unwrap();
     manager.start().unwrap();
     manager
+}
+
+/// The number of the advisory lock whose name an expression of SQL gives.
+pub(crate) fn number_of(name: &str) -> String {
+    format!(
+        "('x' || left(encode(sha256('dsync'::bytea || '\\x00'::bytea || convert_to({name}, 'UTF8')), 'hex'), 16))::bit(64)::int8"
+    )
+}
+
+/// Counts what `column` says of the advisory locks of the operator's database; where sessions are shared, without the lock by which the heartbeats of
+/// such a session see that it has what it took, and which is nobody's.
+pub(crate) fn count_locks(operator: &mut Client, column: &str, shared_sessions: u32) -> i64 {
+    let witness = match shared_sessions {
+        0 => "false",
+        _ => {
+            "NOT EXISTS (SELECT FROM dsync.lock WHERE id >> 10 IN (of.id >> 10, (of.id # 7238262541130953845) >> 10))"
+        }
+    };
+    let query = format!(
+        "SELECT count({column}) FROM pg_locks AS locks CROSS JOIN LATERAL (SELECT classid::int8 << 32 | objid::int8 AS id) AS of
+         JOIN pg_database AS databases ON databases.oid = database
+         WHERE datname = current_database() AND locktype = 'advisory' AND NOT (granted AND {witness})"
+    );
+    operator.query_one(&query, &[]).unwrap().get(0)
 }
 
 pub(crate) fn kind<T>(result: Result<T, Error>) -> ErrorKind {
@@ -133,6 +181,47 @@ impl SilentHost {
     pub(crate) fn port(&self) -> u16 {
         self.listener.local_addr().unwrap().port()
     }
+}
+
+/// A logger that panics when it is told next that a lock was acquired, if it is armed.
+pub(crate) struct Bomb(AtomicBool);
+
+impl Bomb {
+    /// For a process of its own.
+    pub(crate) fn set() -> &'static Self {
+        static BOMB: Bomb = Bomb(AtomicBool::new(false));
+        log::set_logger(&BOMB).unwrap();
+        log::set_max_level(log::LevelFilter::Debug);
+        &BOMB
+    }
+
+    pub(crate) fn arm(&self, armed: bool) {
+        self.0.store(armed, SeqCst);
+    }
+}
+
+impl log::Log for Bomb {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        let text = record.args().to_string();
+        if text.contains("acquired") && self.0.swap(false, SeqCst) {
+            panic!("the logger failed at {text:?}");
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// The threads of this process that are the library's.
+pub(crate) fn library_threads() -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    let mut names: Vec<_> = names.filter(|name| name.starts_with("dsync")).collect();
+    names.sort();
+    names
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ fn settings_that_cannot_work_are_refused_before_anything_is_connected() {
         (good().service("a\0b"), "service contains a NUL"),
         (good().service(""), "service is empty"),
         (good().service_build("a\0b"), "build contains a NUL"),
-        (config("host=localhost user=app sslmode=require"), "Config::tls"),
+        (config("host=localhost user=app sslmode=require sslcrl=/x"), "Config::tls"),
         (config("user=app"), "do not fit together"),
         (config("host=a,b,c port=1,2 user=app"), "do not fit together"),
     ];
@@ -173,7 +173,7 @@ fn variables_that_cannot_be_understood_are_named() {
         ("PGHOSTADDR", "localhost".into(), "it should be an IP address"),
         ("PGPORT", "70000".into(), "it should be a port number"),
         ("PGCONNECT_TIMEOUT", "soon".into(), "it should be a number of seconds"),
-        ("PGSSLMODE", "verify-full".into(), "a connector that verifies"),
+        ("PGSSLMODE", "allow".into(), "say disable, prefer or require"),
         ("PGSSLNEGOTIATION", "no".into(), "it should be one of postgres, direct"),
         ("PGCHANNELBINDING", "no".into(), "it should be one of disable, prefer, require"),
         ("PGTARGETSESSIONATTRS", "standby".into(), "locks need the primary"),
@@ -573,7 +573,7 @@ fn what_speaks_the_protocol_without_being_postgresql_is_refused() {
         }
         Hold::Open
     };
-    let url = format!("host=127.0.0.1 port={} user=app", impostor(manners));
+    let url = format!("host=127.0.0.1 port={} user=app sslmode=disable", impostor(manners));
     let manager = Arc::new(PostgresManager::new(config(&url)).unwrap());
     let error = start_refused(&manager);
     assert_tells(

@@ -4,6 +4,8 @@
 use std::collections::HashSet;
 use std::error::Error as StdError;
 use std::fmt::Write;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
@@ -187,7 +189,8 @@ fn locker_of_the_environment() {
         return;
     }
     capture_the_log();
-    let outcome = Config::from_env().and_then(|config| {
+    // Twice, as by a program with two managers: what it is warned of, it is warned of once.
+    let outcome = Config::from_env().and_then(|_| Config::from_env()).and_then(|config| {
         let manager = PostgresManager::new(config.catalog(CatalogMode::None))?;
         manager.start()?;
         let held = lock(&manager, "x");
@@ -202,9 +205,9 @@ fn locker_of_the_environment() {
     println!("logged: {}", LOGGED.lock().unwrap());
 }
 
-type Variables<'a> = &'a [(&'a str, &'a str)];
+pub(crate) type Variables<'a> = &'a [(&'a str, &'a str)];
 
-fn lock_in(variables: Variables<'_>) -> String {
+pub(crate) fn lock_in(variables: Variables<'_>) -> String {
     let mut process = common::process("connection::locker_of_the_environment", "locker");
     common::Process::start(process.envs(variables.iter().copied())).succeeds()
 }
@@ -219,6 +222,7 @@ fn the_environment_leads_where_it_leads_psql_or_the_variable_in_the_way_is_named
     let bare = "postgres://127.0.0.1/postgres";
     let mounted = format!("{url}\n");
     let quoted = format!("\"{url}\"");
+    let no_tls = if common::HAS_TLS { "switch TLS on at the server" } else { "the features tls-rustls-ring" };
     let cases: &[(Variables<'_>, Variables<'_>, &str)] = &[
         (&address, &[], "locked"),
         (&[], &[("DATABASE_URL", &*url)], "locked"),
@@ -227,20 +231,16 @@ fn the_environment_leads_where_it_leads_psql_or_the_variable_in_the_way_is_named
         (&address, &[("DATABASE_URL", bare)], "locked"),
         (&address, &[("PGTZ", "UTC"), ("PGKRBSRVNAME", "x"), ("PGCLIENTENCODING", "LATIN1")], "locked"),
         (&address, &[("PGSERVICE", "prod")], "PGSERVICE cannot be used"),
-        (&address, &[("PGREQUIRESSL", "1")], "Config::tls"),
-        (&address, &[("PGSSLROOTCERT", "/etc/ca.pem")], "PGSSLROOTCERT cannot be used"),
+        (&address, &[("PGREQUIRESSL", "1")], no_tls),
+        (&address, &[("PGSSLROOTCERT", "/nowhere/ca.pem")], "PGSSLROOTCERT"),
         (&address, &[("PGSSLMODE", "allow")], "PGSSLMODE cannot be used"),
         (&address, &[("PGREQUIREAUTH", "scram-sha-256")], "PGREQUIREAUTH cannot be used"),
         (&address, &[("PGTARGETSESSIONATTRS", "standby")], "locks need the primary"),
         (&address, &[("PGHOST", "ss#word@127.0.0.1")], "PGHOST cannot be used"),
-        (&[], &[("DATABASE_URL", &*url), ("PGSSLMODE", "require")], "Config::tls"),
-        (&[], &[("DATABASE_URL", &*url), ("PGSSLMODE", "verify-full")], "PGSSLMODE cannot be used"),
-        (
-            &[],
-            &[("DATABASE_URL", &*url), ("PGCHANNELBINDING", "require")],
-            "channel_binding=require needs TLS",
-        ),
-        (&address[..3], &[("PGPASSFILE", "/etc/pgpass")], "PGPASSFILE cannot be used"),
+        (&[], &[("DATABASE_URL", &*url), ("PGSSLMODE", "require")], no_tls),
+        (&[], &[("DATABASE_URL", &*url), ("PGSSLMODE", "verify-ca")], "PGSSL"),
+        (&[], &[("DATABASE_URL", &*url), ("PGCHANNELBINDING", "require")], "channel_binding"),
+        (&address[..3], &[("PGPASSFILE", "/nowhere")], "password"),
         (&[], &[("DATABASE_URL", &*quoted)], "DATABASE_URL cannot be used: it stands in quotes"),
     ];
     for (variables, more, told) in cases {
@@ -253,6 +253,41 @@ fn the_environment_leads_where_it_leads_psql_or_the_variable_in_the_way_is_named
 }
 
 #[test]
+fn the_password_file_has_the_password_of_each_session_unless_others_can_read_it() {
+    let server = Server::builder().password_auth().start().unwrap();
+    let (port, password) = (server.port().to_string(), server.password().unwrap().to_owned());
+    let file = std::env::temp_dir().join(format!("dsync-pgpass-{}", std::process::id()));
+    std::fs::write(&file, format!("elsewhere:*:*:*:no\n127.0.0.1:{port}:*:postgres:{password}\n")).unwrap();
+    let file = file.to_str().unwrap();
+    let variables =
+        [("PGHOST", "127.0.0.1"), ("PGPORT", &*port), ("PGUSER", "postgres"), ("PGPASSFILE", file)];
+    for (mode, works) in [(0o600, true), (0o640, false), (0o400, true)] {
+        std::fs::set_permissions(file, std::fs::Permissions::from_mode(mode)).unwrap();
+        let said = lock_in(&variables);
+        assert_eq!(said.contains("locked"), works, "{mode:o}: {said}");
+        assert_eq!(said.contains("chmod 0600"), !works, "{mode:o}: {said}");
+        assert!(!said.contains(&password), "{said}");
+    }
+
+    // A password that was changed is used from the next session on.
+    let url = format!("postgres://postgres@127.0.0.1:{port}/postgres?passfile={file}");
+    std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let manager = started(Config::from_url(&url).unwrap());
+    let held = lock(&manager, "x");
+    held.lock(&soon()).unwrap();
+    let lost = held.lost();
+    let mut administrator = server.client().unwrap();
+    administrator.batch_execute("ALTER ROLE postgres PASSWORD 'another'").unwrap();
+    std::fs::write(file, "*:*:*:*:another\n").unwrap();
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+               WHERE client_addr IS NOT NULL AND pid <> pg_backend_pid()";
+    administrator.batch_execute(end).unwrap();
+    hear(&lost);
+    eventually("the claim comes back", || is_held(&held));
+    std::fs::remove_file(file).unwrap();
+}
+
+#[test]
 fn a_variable_that_nobody_reads_is_warned_of_by_its_name_alone() {
     let server = Server::shared();
     let url = server.url();
@@ -260,15 +295,51 @@ fn a_variable_that_nobody_reads_is_warned_of_by_its_name_alone() {
         ("DATABASE_URL", &url),
         ("DSYNC_LAESE", "5s-typo"),
         ("dsync_lease", "6s-typo"),
+        ("DSYNC_HEARTBEATTIMEOUT", "8s-typo"),
+        ("DSYNC_COLOUR", "9s-typo"),
         ("DSYNC_LEASE", "7s"),
         ("DSYNC_MARGIN", ""),
     ]);
     assert!(said.contains("locked"), "{said}");
-    for name in ["DSYNC_LAESE", "dsync_lease"] {
-        assert!(said.contains(&format!("the environment variable {name} is not one that is read")), "{said}");
+    for (name, meant) in [
+        ("DSYNC_LAESE", " (did you mean DSYNC_LEASE?);"),
+        ("dsync_lease", " (did you mean DSYNC_LEASE?);"),
+        ("DSYNC_HEARTBEATTIMEOUT", " (did you mean DSYNC_HEARTBEAT_TIMEOUT?);"),
+        ("DSYNC_COLOUR", ";"),
+    ] {
+        let told = format!("the environment variable {name} is not one that is read{meant}");
+        assert_eq!(said.matches(&told).count(), 1, "{said}");
     }
     assert!(!said.contains("-typo") && !said.contains("variable DSYNC_LEASE "), "{said}");
     assert!(!said.contains("DSYNC_MARGIN"), "{said}");
+}
+
+/// Whoever tests a service with the servers of these tests has them set.
+#[test]
+fn variables_of_the_tests_and_tools_are_not_warned_of() {
+    let mut names = Vec::new();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut folders: Vec<_> =
+        ["tests/support", "xtask", "tests/public_api.rs"].map(|path| root.join(path)).into();
+    while let Some(path) = folders.pop() {
+        if path.is_dir() {
+            folders.extend(std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let words = text.split(|letter: char| !letter.is_ascii_uppercase() && letter != '_');
+            names
+                .extend(words.filter(|word| word.starts_with("DSYNC_") && word.len() > 6).map(str::to_owned));
+        }
+    }
+    names.sort();
+    names.dedup();
+    assert!(names.iter().any(|name| name == "DSYNC_PG_VERSION"), "{names:?}");
+    let server = Server::shared();
+    let url = server.url();
+    let mut variables = vec![("DATABASE_URL", &*url)];
+    variables.extend(names.iter().map(|name| (&**name, "")));
+    let said = lock_in(&variables);
+    assert!(said.contains("locked") && !said.contains("is not one that is read"), "{said}");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ fn an_error_tells_of_each_host_what_happened_there_and_has_no_word_of_tls() {
     let other = Server::start().unwrap();
     let dead = Dead::in_all_ways(&other);
     let ports: Vec<u16> = dead.iter().map(|(_, host)| host.port()).collect();
-    let manager = started(hosts(&ports, ""));
+    let manager = started(hosts(&ports, "sslmode=disable"));
     let error = lock(&manager, "x").lock(&Context::timeout(CONNECT * 2)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     let text = format!("{error:#}");
@@ -249,8 +249,8 @@ fn later(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
 fn with_a_round_trip_of_400_ms_the_defaults_give_a_lock_from_the_first_attempt_on() {
     let server = Server::builder().password_auth().start().unwrap();
     let port = slow_link(server.port(), Duration::from_millis(400));
-    let config = Config::from_url(&server.url_at("127.0.0.1", port)).unwrap();
-    let manager = PostgresManager::new(config).unwrap();
+    let url = server.url_at("127.0.0.1", port) + "?sslmode=disable";
+    let manager = PostgresManager::new(Config::from_url(&url).unwrap()).unwrap();
     let begun = Instant::now();
     manager.start().unwrap();
     let time = begun.elapsed();
@@ -287,7 +287,7 @@ fn where_a_link_is_too_slow_the_error_says_at_which_step_and_what_to_raise() {
     for (port, step) in
         [(slow, "while we logged in"), (silent_after_the_login(), "while we prepared a session")]
     {
-        let url = server.url_at("127.0.0.1", port);
+        let url = server.url_at("127.0.0.1", port) + "?sslmode=disable";
         let config = Config::from_url(&url).unwrap().connect_timeout(Duration::from_secs(1));
         let manager = begin(move || started(config)).get();
         let error = lock(&manager, "x").lock(&Context::timeout(Duration::from_secs(3))).unwrap_err();

@@ -9,7 +9,11 @@
 mod common;
 
 mod bad_input;
+mod checking;
 mod connection;
 mod dialing;
+mod lookalikes;
 mod refusals;
+#[cfg(feature = "_tls")]
+mod tls;
 mod verdicts;

@@ -92,6 +92,9 @@ fn warm_up(url: &str, count: usize) {
 
 #[test]
 fn a_pooler_that_shares_sessions_is_refused_at_the_start() {
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
     let server = Server::start().unwrap();
     for mode in [PoolMode::Transaction, PoolMode::Statement] {
         for size in ["1", "20"] {
@@ -110,6 +113,9 @@ fn a_pooler_that_shares_sessions_is_refused_at_the_start() {
 /// two sessions at one time, and a statement is not known where it was prepared.
 #[test]
 fn a_pooler_that_takes_turns_with_its_sessions_is_refused_at_the_start() {
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
     let server = Server::start().unwrap();
     for size in 2..=7 {
         println!("{size} server sessions");
@@ -126,6 +132,9 @@ fn a_pooler_that_takes_turns_with_its_sessions_is_refused_at_the_start() {
 /// At the start there was nobody to ask.
 #[test]
 fn a_pooler_that_is_reached_after_the_start_only_is_refused_by_try_lock() {
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
     let server = Server::start().unwrap();
     for mode in [PoolMode::Transaction, PoolMode::Statement] {
         let bouncer = pgbouncer::start(&server, mode).unwrap();
@@ -156,6 +165,9 @@ fn a_pooler_that_is_reached_after_the_start_only_is_refused_by_try_lock() {
 
 #[test]
 fn through_a_pooler_in_session_mode_locks_work_in_full() {
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
     // It forgives nothing that a client may ask for when it connects.
@@ -205,6 +217,9 @@ fn through_a_pooler_in_session_mode_locks_work_in_full() {
 /// What comes of a parameter that a pooler does not know: so none must be needed.
 #[test]
 fn a_pooler_refuses_startup_parameters_that_it_does_not_know() {
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
     let server = Server::shared();
     let bouncer =
         pgbouncer::start_with(server, PoolMode::Session, &[("ignore_startup_parameters", "")]).unwrap();
@@ -215,6 +230,9 @@ fn a_pooler_refuses_startup_parameters_that_it_does_not_know() {
 /// The probe wants two sessions, and there is one.
 #[test]
 fn a_pooler_in_session_mode_with_a_single_session_gives_a_lock() {
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
     let server = Server::shared();
     let database = server.database().unwrap();
     let settings = [("default_pool_size", "1")];
@@ -285,6 +303,9 @@ fn backend(client: &mut Client) -> i32 {
 /// lock is given to somebody else, and the heartbeat is served by another one.
 #[test]
 fn a_session_that_a_pooler_exchanges_is_noticed_by_the_heartbeat() {
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
     let switch = Switch::to(server.port());

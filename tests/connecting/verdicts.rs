@@ -185,8 +185,14 @@ fn what_is_not_known_to_pass_is_refused_and_what_is_known_is_waited_for() {
         (
             "28000",
             "no pg_hba.conf entry for host \"127.0.0.1\", user \"app\", database \"app\", no encryption",
-            "demand TLS",
+            "lets this host, user and database in without TLS: give a TLS connector",
         ),
+        (
+            "28000",
+            "no pg_hba.conf entry for host \"127.0.0.1\", user \"app\", database \"app\", SSL encryption",
+            "add a line for this host",
+        ),
+        ("28000", "role \"app\" does not exist", "check the user"),
         ("53100", "could not extend file", "disk is full"),
     ] {
         start_refused(config(&refusing(code, message)), &[code_free(message), advice]);
@@ -227,6 +233,9 @@ fn code_free(message: &str) -> &str {
 
 #[test]
 fn what_pgbouncer_says_of_passwords_users_and_databases_is_told() {
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
     let server = Server::start().unwrap();
     let users = std::env::temp_dir().join(format!("users-{}", std::process::id()));
     std::fs::write(&users, "\"app\" \"right\"\n").unwrap();
@@ -261,6 +270,9 @@ fn rustls(trusted: Option<&Server>) -> MakeRustlsConnect {
 
 #[test]
 fn tls_that_cannot_work_is_told_by_what_is_wrong_with_it() {
+    if support::skip_without(support::tls::available()) {
+        return;
+    }
     let server = Server::builder().tls().hba("hostnossl all all all reject").start().unwrap();
     let url = |host: &str, more: &str| {
         let port = server.port();
@@ -270,7 +282,7 @@ fn tls_that_cannot_work_is_told_by_what_is_wrong_with_it() {
     start_refused(issuer, &["TLS handshake failed", "UnknownIssuer", "must trust its issuer"]);
     let name = url("elsewhere.example", "sslmode=require").tls(rustls(Some(&server)));
     start_refused(name, &["certificate", "the host name of the connection"]);
-    start_refused(url("localhost", ""), &["encryption", "sslmode=require"]);
+    start_refused(url("localhost", "sslmode=disable"), &["encryption", "sslmode=require"]);
     // Before 17 the server takes the handshake for a startup message; from 17 on it wants ALPN.
     let direct = url("localhost", "sslmode=require sslnegotiation=direct").tls(rustls(Some(&server)));
     start_refused(direct, &["PostgreSQL 17", "ALPN", "sslnegotiation=postgres"]);
@@ -316,6 +328,9 @@ fn a_server_whose_locks_always_succeed_is_refused() {
 /// The probe's lock goes with the probe, also where a pooler keeps the session.
 #[test]
 fn the_probe_leaves_no_lock_behind() {
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
     let server = Server::start().unwrap();
     server.client().unwrap().batch_execute(CATALOG_SQL).unwrap();
     let bouncer = pgbouncer::start_with(&server, PoolMode::Session, &[("server_reset_query", "")]).unwrap();

@@ -12,16 +12,23 @@ use std::time::{Duration, Instant};
 
 use dsync::{
     CATALOG_SQL, CatalogMode, Config, Context, ErrorKind, Key, Lock, LockOptions, LockValuer, MAX_ANNOTATION,
-    PostgresManager, SyncManager,
+    PostgresManager, SyncManager, TakeoverPolicy,
 };
 use postgres::Client;
 use support::process::Signal;
 use support::{Database, Replication, Server, Shutdown};
 
-use crate::common::{self, PATIENCE, Process, becomes, briefly, eventually, kind, lock, soon, started};
+use crate::common::{
+    self, PATIENCE, Process, becomes, briefly, eventually, kind, lock, number_of, soon, started,
+};
 
 fn config(database: &Database<'_>) -> Config {
     Config::from_url(&database.url()).unwrap()
+}
+
+/// Where the tokens are shown, and not what a takeover of the server costs.
+fn at_once(url: &str) -> Config {
+    Config::from_url(url).unwrap().takeover(TakeoverPolicy::Immediate)
 }
 
 fn token(lock: &Arc<dyn Lock>) -> i64 {
@@ -90,11 +97,11 @@ fn a_newer_catalog_is_refused_and_an_older_one_brought_up_to_date() {
     client.batch_execute(CATALOG_SQL).unwrap();
 
     // Whatever columns it has.
-    for change in ["UPDATE dsync.version SET version = 6", "ALTER TABLE dsync.lock ADD COLUMN more int4"] {
+    for change in ["UPDATE dsync.version SET version = 7", "ALTER TABLE dsync.lock ADD COLUMN more int4"] {
         client.batch_execute(change).unwrap();
         let error = PostgresManager::new(config(&database)).unwrap().start().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FailedInitialization);
-        assert!(error.to_string().contains("version 6, this library needs 5"), "{error}");
+        assert!(error.to_string().contains("version 7, this library needs 6"), "{error}");
     }
 
     client.batch_execute("ALTER TABLE dsync.lock DROP COLUMN more").unwrap();
@@ -102,7 +109,7 @@ fn a_newer_catalog_is_refused_and_an_older_one_brought_up_to_date() {
     let strict = config(&database).catalog(CatalogMode::MustExist);
     assert_eq!(kind(PostgresManager::new(strict).unwrap().start()), ErrorKind::FailedInitialization);
     one_term(&lock(&started(config(&database)), "x"));
-    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 5);
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 6);
     assert_eq!(count(&mut client, "SELECT count(*) FROM dsync.waiters"), 0);
 }
 
@@ -234,7 +241,7 @@ fn a_catalog_of_version_3_is_brought_up_to_date_with_the_rights_on_its_locks() {
     let error = PostgresManager::new(modest.clone()).unwrap().start().unwrap_err();
     assert!(error.to_string().contains("CATALOG_SQL"), "{error}");
     drop(started(config(&database)));
-    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 5);
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 6);
     one_term(&lock(&started(modest), "x"));
     let rights = |client: &mut Client, role: &str| -> (bool, Vec<bool>) {
         let query = "SELECT has_function_privilege($1, 'dsync.fence(text)', 'EXECUTE'),
@@ -275,10 +282,50 @@ fn a_catalog_of_version_4_is_brought_up_to_date_under_its_locks() {
     let manager = started(config(&database));
     let readers = manager.shared_lock(7).unwrap();
     assert!(readers.try_acquire().unwrap().is_none());
-    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 5);
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 6);
     client.batch_execute("SELECT pg_advisory_unlock(7)").unwrap();
     let token = readers.acquire(common::PATIENCE).unwrap().term().token().unwrap();
     assert!(token > 1 && token == count(&mut client, "SELECT readers FROM dsync.lock"));
+}
+
+/// As version 5 made it.
+const VERSION_5: &str = include_str!("fixtures/catalog-version-5.sql");
+
+#[test]
+fn a_catalog_of_version_5_is_brought_up_to_date_and_whoever_could_lock_has_semaphores() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    client.batch_execute(VERSION_5).unwrap();
+    let role = format!("app_{}", database.name());
+    client
+        .batch_execute(&format!(
+            "CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA dsync TO {role};
+             GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO {role};
+             GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation, dsync.success TO {role};
+             GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO {role}"
+        ))
+        .unwrap();
+    drop(started(config(&database)));
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 6);
+    let url = database.url().replace("postgres@", &format!("{role}@"));
+    let manager = started(Config::from_url(&url).unwrap());
+    let gpus = manager.semaphore("gpu", 2).unwrap();
+    let guard = gpus.acquire(PATIENCE).unwrap();
+    assert_eq!(gpus.set_permits(3).unwrap(), 2);
+    assert_eq!(manager.inspect("gpu").unwrap().holder.unwrap().token, guard.term().token());
+    let seen = format!("SET ROLE {role}; SELECT permits, held FROM dsync.semaphores");
+    let seen = client.simple_query(&seen).unwrap();
+    assert!(
+        seen.iter().any(|message| matches!(message, postgres::SimpleQueryMessage::Row(row)
+            if (row.get(0), row.get(1)) == (Some("3"), Some("1")))),
+        "{seen:?}"
+    );
+    drop(guard);
+    // A role of before that was granted the rights of before has locks, and is told what it lacks.
+    client.batch_execute(&format!("RESET ROLE; REVOKE ALL ON dsync.semaphore FROM {role}")).unwrap();
+    let error = gpus.try_acquire().unwrap_err();
+    assert!(error.kind() == ErrorKind::SessionRefused && error.to_string().contains("semaphore"), "{error}");
+    one_term(&lock(&manager, "gpu"));
 }
 
 /// Who brings it up to date may be one of several roles that the owner trusts, or an administrator. Else the other roles would not trust
@@ -286,8 +333,9 @@ fn a_catalog_of_version_4_is_brought_up_to_date_under_its_locks() {
 #[test]
 fn what_an_older_catalog_lacks_belongs_to_the_owner_of_its_locks() {
     let server = Server::start().unwrap();
-    for (older, by_administrator) in
-        [VERSION_2, VERSION_3, VERSION_4].into_iter().flat_map(|older| [(older, false), (older, true)])
+    for (older, by_administrator) in [VERSION_2, VERSION_3, VERSION_4, VERSION_5]
+        .into_iter()
+        .flat_map(|older| [(older, false), (older, true)])
     {
         let database = server.database().unwrap();
         let mut administrator = database.client().unwrap();
@@ -310,6 +358,7 @@ fn what_an_older_catalog_lacks_belongs_to_the_owner_of_its_locks() {
             one_term(&lock(&manager, "x"));
             assert!(!manager.request_resignation("x").unwrap());
             assert!(!manager.forget_success("x").unwrap());
+            drop(manager.semaphore("x", 2).unwrap().acquire(PATIENCE).unwrap());
         }
         let query = "SELECT count(*) FROM (
                          SELECT relowner FROM pg_class WHERE relnamespace = 'dsync'::regnamespace
@@ -959,7 +1008,7 @@ impl Drop for Folder {
 fn tokens_grow_over_crashes_of_the_server() {
     let server = Server::builder().durable().setting("wal_writer_delay", "10s").start().unwrap();
     let database = server.database().unwrap();
-    let manager = started(config(&database));
+    let manager = started(at_once(&database.url()));
     let locks = [lock(&manager, "held"), lock(&manager, "other")];
     let mut newest = 0;
     type Crash = (&'static str, fn(&Server));
@@ -1006,7 +1055,7 @@ fn tokens_grow_over_crashes_of_the_server() {
 #[test]
 fn tokens_grow_over_a_row_of_quick_crashes_and_the_dropping_of_the_catalog() {
     let server = Server::start().unwrap();
-    let manager = started(Config::from_url(&server.url()).unwrap());
+    let manager = started(at_once(&server.url()));
     let lock = lock(&manager, "x");
     let mut terms = vec![one_term(&lock)];
     for _ in 0..5 {
@@ -1026,7 +1075,7 @@ fn tokens_grow_over_a_row_of_quick_crashes_and_the_dropping_of_the_catalog() {
 #[test]
 fn tokens_grow_over_crashes_at_a_clock_that_was_set_back() {
     let server = Server::start().unwrap();
-    let manager = started(Config::from_url(&server.url()).unwrap());
+    let manager = started(at_once(&server.url()));
     let lock = lock(&manager, "x");
     one_term(&lock);
     let mut client = server.client().unwrap();
@@ -1051,12 +1100,14 @@ fn run(database: &Database<'_>, program: &str, arguments: &[&str]) -> String {
 fn tokens_grow_over_the_restore_of_a_dump() {
     let database = Database::fresh().unwrap();
     let (mut client, mut operator) = (database.client().unwrap(), database.server().client().unwrap());
-    let manager = started(config(&database));
+    let manager = started(at_once(&database.url()));
     let quick = lock(&manager, "x");
     one_term(&quick);
     let file = database.server().folder().join(format!("{}.sql", database.name()));
     let restore = |more: &str| {
-        let dump = run(&database, "pg_dump", &[&database.url()]);
+        // A `pg_dump` of version 17 or newer sets what an older server does not know.
+        let dump =
+            run(&database, "pg_dump", &[&database.url()]).replace("SET transaction_timeout = 0;\n", "");
         let after = (0..3).map(|_| one_term(&quick)).next_back().unwrap();
         fs::write(&file, more.to_owned() + &dump).unwrap();
         after
@@ -1072,7 +1123,7 @@ fn tokens_grow_over_the_restore_of_a_dump() {
     // Into the database where it comes from, while managers are at it.
     let last = restore("DROP SCHEMA dsync CASCADE;");
     psql(&file);
-    let old = started(config(&database));
+    let old = started(at_once(&database.url()));
     let (first, second) = (one_term(&quick), one_term(&lock(&old, "x")));
     assert!(last < first && first < second, "in place: {last} {first} {second}");
 
@@ -1083,7 +1134,7 @@ fn tokens_grow_over_the_restore_of_a_dump() {
     operator.batch_execute(&format!("DROP DATABASE {name} WITH (FORCE)")).unwrap();
     operator.batch_execute(&format!("CREATE DATABASE {name}")).unwrap();
     psql(&file);
-    let (first, second) = (one_term(&quick), one_term(&lock(&started(config(&database)), "x")));
+    let (first, second) = (one_term(&quick), one_term(&lock(&started(at_once(&database.url())), "x")));
     assert!(last < first && first < second, "into a new database: {last} {first} {second}");
 
     // From a copy that the server made, under the same name later.
@@ -1092,12 +1143,12 @@ fn tokens_grow_over_the_restore_of_a_dump() {
         format!("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = '{name}'");
     operator.batch_execute(&end_all).unwrap();
     operator.batch_execute(&format!("CREATE DATABASE {name}_copy TEMPLATE {name}")).unwrap();
-    let manager = started(config(&database));
+    let manager = started(at_once(&database.url()));
     let last = (0..3).map(|_| one_term(&lock(&manager, "x"))).next_back().unwrap();
     manager.stop().unwrap();
     operator.batch_execute(&format!("DROP DATABASE {name} WITH (FORCE)")).unwrap();
     operator.batch_execute(&format!("ALTER DATABASE {name}_copy RENAME TO {name}")).unwrap();
-    let first = one_term(&lock(&started(config(&database)), "x"));
+    let first = one_term(&lock(&started(at_once(&database.url())), "x"));
     assert!(last < first, "from a copy: {last} {first}");
     client = database.client().unwrap();
     assert_eq!(count(&mut client, "SELECT count(*) FROM dsync.era"), 1);
@@ -1107,7 +1158,7 @@ fn tokens_grow_over_the_restore_of_a_dump() {
 #[test]
 fn tokens_grow_over_the_return_of_a_cold_copy_of_the_server() {
     let server = Server::start().unwrap();
-    let manager = started(Config::from_url(&server.url()).unwrap());
+    let manager = started(at_once(&server.url()));
     let lock = lock(&manager, "x");
     one_term(&lock);
     let mut client = server.client().unwrap();
@@ -1131,7 +1182,7 @@ fn an_era_begins_where_the_timeline_is_refused() {
              REVOKE EXECUTE ON FUNCTION pg_walfile_name(pg_lsn), pg_current_wal_lsn() FROM PUBLIC",
         )
         .unwrap();
-    let manager = started(Config::from_url(&server.url().replace("postgres@", "app@")).unwrap());
+    let manager = started(at_once(&server.url().replace("postgres@", "app@")));
     let lock = lock(&manager, "x");
     let first = one_term(&lock);
     server.restart(Shutdown::Immediate).unwrap();
@@ -1147,7 +1198,7 @@ fn tokens_grow_over_the_promotion_of_a_synchronous_standby() {
     let url = format!(
         "host=127.0.0.1,127.0.0.1 port={ports} user=postgres dbname=postgres target_session_attrs=read-write"
     );
-    let manager = started(Config::from_url(&url).unwrap());
+    let manager = started(at_once(&url));
     let lock = lock(&manager, "x");
     let mut newest = (0..5).map(|_| one_term(&lock)).next_back().unwrap();
     standby.wait_caught_up(&primary).unwrap();
@@ -1335,9 +1386,8 @@ fn annotations_are_kept_to_the_byte_or_left_out() {
 
 /// The number that the name `x` has in the namespace `dsync`. As a key it is another key with the same hash.
 fn number_of_x(database: &Database<'_>) -> i64 {
-    let query = "SELECT ('x' || left(encode(sha256(convert_to('dsync', 'UTF8') || '\\x00'::bytea \
-                 || convert_to('x', 'UTF8')), 'hex'), 16))::bit(64)::bigint";
-    database.client().unwrap().query_one(query, &[]).unwrap().get(0)
+    let query = format!("SELECT {}", number_of("'x'"));
+    database.client().unwrap().query_one(&query, &[]).unwrap().get(0)
 }
 
 #[test]
@@ -1397,10 +1447,19 @@ fn a_number_and_a_pair_of_the_same_bits_are_different_locks() {
 /// Two that begin at once: neither sees the other's row when it asks.
 #[test]
 fn keys_that_collide_at_the_first_moment_do_not_wait_for_ever() {
+    // At the same time, since one of the two waits until its time is over.
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| collide_at_the_first_moment(5));
+        }
+    });
+}
+
+fn collide_at_the_first_moment(rounds: usize) {
     let database = Database::fresh().unwrap();
     let manager = started(config(&database).wait_slice(Duration::from_millis(200)));
     let mut client = database.client().unwrap();
-    for _ in 0..20 {
+    for _ in 0..rounds {
         client.batch_execute("DELETE FROM dsync.lock").unwrap();
         let number = manager.lock(number_of_x(&database)).unwrap();
         let locks = [lock(&manager, "x"), number];
@@ -1471,6 +1530,33 @@ fn old_rows_go_but_not_those_of_held_locks_and_of_fenced_transactions() {
     let term = locks[0].term().unwrap();
     assert!(term.is_current(&mut client).unwrap());
     assert!(one_term(&locks[2]) > term.token().unwrap(), "a row that has gone comes back");
+}
+
+/// What nobody has changed is what the next one says who comes.
+#[test]
+fn semaphores_go_that_nobody_has_used_for_a_day_but_not_what_was_changed() {
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database));
+    let semaphores = ["held", "changed", "old", "recent"].map(|key| manager.semaphore(key, 2).unwrap());
+    let held = semaphores.each_ref().map(|semaphore| semaphore.acquire(PATIENCE).unwrap());
+    semaphores[1].set_permits(3).unwrap();
+    let [held, others @ ..] = held;
+    drop(others);
+    let mut client = database.client().unwrap();
+    client
+        .batch_execute(
+            "UPDATE dsync.semaphore SET since = now() - interval '2 days';
+             UPDATE dsync.lock SET since = now() - interval '2 days' WHERE key <> 'recent'",
+        )
+        .unwrap();
+    drop(started(config(&database)));
+    let rows = client.query("SELECT key FROM dsync.semaphore ORDER BY key", &[]).unwrap();
+    let keys: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    assert_eq!(keys, ["changed", "held", "recent"]);
+    assert!(held.term().is_current(&mut client).unwrap());
+    assert_eq!(manager.inspect("changed").unwrap().permits, Some(3));
+    let other = started(config(&database));
+    drop(other.semaphore("old", 5).unwrap().acquire(PATIENCE).unwrap());
 }
 
 /// A reader's term does not write the row, so nothing in it tells that the lock has been taken up again since the cleaning looked for those

@@ -1,4 +1,6 @@
-//! Fenced transactions: what a former holder writes is refused, and a successor waits for what is being written.
+//! Fenced transactions: what a former holder writes is refused, and a successor waits for what is being written. What a fence asks of the
+//! application's own connection is tried in one mode: it does not know which session has the lock. So is what a successor has that waits, which is
+//! a session of its own in either mode.
 
 use std::fs;
 use std::io::Write;
@@ -14,10 +16,33 @@ use postgres::{Client, GenericClient, IsolationLevel, NoTls, Transaction};
 use support::process::Signal;
 use support::{Database, Replication, Server};
 
-use crate::common::{self, PATIENCE, Process, eventually, hear, kind, lock, soon, started, wait_in_thread};
+use crate::common::{
+    self, PATIENCE, Process, eventually, hear, in_both_modes, kind, lock, soon, started, wait_in_thread,
+};
 
-fn config(database: &Database<'_>) -> Config {
-    Config::from_url(&database.url()).unwrap()
+in_both_modes! {
+    // A holder that was paused.
+    a_holder_that_was_frozen_past_its_lease_cannot_write
+    a_writer_that_is_frozen_in_its_transaction_holds_up_nobody_for_longer_than_the_lease
+    the_database_itself_refuses_a_former_holder
+    a_former_term_stays_over_when_the_lock_is_held_again
+    a_term_that_ends_while_the_database_looks_is_over
+    // A successor waits.
+    the_next_term_begins_only_when_the_fenced_transactions_of_the_last_one_have_ended
+    the_holder_s_own_next_term_waits_for_the_fenced_transactions_of_its_last_one
+    a_transaction_that_was_refused_holds_up_nobody
+    // Whose transaction it is.
+    transactions_of_every_isolation_level_can_be_fenced
+    // By the function of the catalog.
+    the_function_refuses_a_former_holder_by_a_state_of_its_own
+    the_function_knows_terms_of_numbers_and_pairs
+    the_next_term_begins_only_when_transactions_that_called_the_function_have_ended
+    a_transaction_that_the_function_has_refused_holds_up_nobody
+    above_read_committed_a_transaction_from_before_the_first_term_is_refused
+}
+
+fn config(database: &Database<'_>, shared_sessions: u32) -> Config {
+    Config::from_url(&database.url()).unwrap().shared_sessions(shared_sessions)
 }
 
 /// A holder of the lock `x`, a rival, and the connection of somebody who writes.
@@ -30,8 +55,8 @@ struct Scene<'a> {
 }
 
 impl<'a> Scene<'a> {
-    fn set(database: &'a Database<'a>) -> Self {
-        let managers = [(); 2].map(|()| started(config(database)));
+    fn set(database: &'a Database<'a>, shared_sessions: u32) -> Self {
+        let managers = [(); 2].map(|()| started(config(database, shared_sessions)));
         let [holder, rival] = [&managers[0], &managers[1]].map(|manager| lock(manager, "x"));
         holder.lock(&soon()).unwrap();
         Self { database, holder, rival, writer: database.client().unwrap(), _managers: managers }
@@ -74,18 +99,17 @@ fn bound(transaction: &mut impl GenericClient) -> String {
 /// Of the processes that are frozen. The others have longer ones, so that a busy machine does not cost them their locks.
 const LEASE: Duration = Duration::from_secs(1);
 
-#[test]
-fn a_holder_that_was_frozen_past_its_lease_cannot_write() {
+fn a_holder_that_was_frozen_past_its_lease_cannot_write(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
     let mut client = database.client().unwrap();
     client.batch_execute("CREATE TABLE story (id serial, writer text, fenced bool)").unwrap();
     let gate = database.server().folder().join(format!("gate-{}", database.name()));
-    let role = format!("paused {} {}", database.url(), gate.display());
+    let role = format!("paused {shared_sessions} {} {}", database.url(), gate.display());
     let child = Process::start(&mut common::process("fencing::worker", &role));
     child.says("held");
 
     support::process::signal(child.id(), Signal::Stop).unwrap();
-    let manager = started(config(&database));
+    let manager = started(config(&database, shared_sessions));
     let successor = lock(&manager, "x");
     successor.lock(&soon()).unwrap();
     let mut transaction = client.transaction().unwrap();
@@ -106,14 +130,15 @@ fn a_holder_that_was_frozen_past_its_lease_cannot_write() {
     );
 }
 
-#[test]
-fn a_writer_that_is_frozen_in_its_transaction_holds_up_nobody_for_longer_than_the_lease() {
+fn a_writer_that_is_frozen_in_its_transaction_holds_up_nobody_for_longer_than_the_lease(
+    shared_sessions: u32,
+) {
     let database = Database::fresh().unwrap();
     let mut client = database.client().unwrap();
     client.batch_execute("CREATE TABLE story (id serial, writer text, fenced bool)").unwrap();
-    let child =
-        Process::start(&mut common::process("fencing::worker", &format!("inside {} -", database.url())));
-    let manager = started(config(&database));
+    let role = format!("inside {shared_sessions} {} -", database.url());
+    let child = Process::start(&mut common::process("fencing::worker", &role));
+    let manager = started(config(&database, shared_sessions));
     let successor = lock(&manager, "x");
     child.says("inside");
 
@@ -134,8 +159,9 @@ fn a_writer_that_is_frozen_in_its_transaction_holds_up_nobody_for_longer_than_th
 fn worker() {
     let Some(role) = common::role() else { return };
     let words: Vec<_> = role.split(' ').collect();
-    let [what, url, gate] = words[..] else { panic!("{role}") };
-    let manager = started(Config::from_url(url).unwrap().lease(LEASE));
+    let [what, shared, url, gate] = words[..] else { panic!("{role}") };
+    let config = Config::from_url(url).unwrap().lease(LEASE).shared_sessions(shared.parse().unwrap());
+    let manager = started(config);
     let lock = lock(&manager, "x");
     lock.lock(&soon()).unwrap();
     let term = lock.term().unwrap();
@@ -172,10 +198,9 @@ fn worker() {
 }
 
 /// The former holder's own knowledge plays no part here.
-#[test]
-fn the_database_itself_refuses_a_former_holder() {
+fn the_database_itself_refuses_a_former_holder(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, shared_sessions);
     let term = scene.term();
     assert!(term.is_current(&mut scene.writer).unwrap());
     let mut transaction = scene.writer.transaction().unwrap();
@@ -194,10 +219,9 @@ fn the_database_itself_refuses_a_former_holder() {
     assert_eq!(kind(term.fence(&mut transaction)), ErrorKind::Lost);
 }
 
-#[test]
-fn a_former_term_stays_over_when_the_lock_is_held_again() {
+fn a_former_term_stays_over_when_the_lock_is_held_again(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, shared_sessions);
     let old = scene.term();
     scene.holder.release().unwrap();
     assert!(!old.is_held());
@@ -215,10 +239,9 @@ fn a_former_term_stays_over_when_the_lock_is_held_again() {
 }
 
 /// The fence waits for the row, which somebody else has, and the term ends meanwhile: it would be the last to know.
-#[test]
-fn a_term_that_ends_while_the_database_looks_is_over() {
+fn a_term_that_ends_while_the_database_looks_is_over(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, shared_sessions);
     let term = scene.term();
     let waits = |operator: &mut Client| {
         eventually("the look at the row", || {
@@ -265,7 +288,7 @@ fn a_term_that_ends_while_the_database_looks_is_over() {
 #[test]
 fn a_row_that_cannot_be_seen_is_not_taken_for_one_that_is_gone() {
     let database = Database::fresh().unwrap();
-    let scene = Scene::set(&database);
+    let scene = Scene::set(&database, 0);
     let role = format!("role_{}", database.name());
     let mut administrator = database.client().unwrap();
     administrator
@@ -315,10 +338,9 @@ fn a_row_that_cannot_be_seen_is_not_taken_for_one_that_is_gone() {
 // A successor waits
 // ---------------------------------------------------------------------------------------------------------------------
 
-#[test]
-fn the_next_term_begins_only_when_the_fenced_transactions_of_the_last_one_have_ended() {
+fn the_next_term_begins_only_when_the_fenced_transactions_of_the_last_one_have_ended(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, shared_sessions);
     scene.writer.batch_execute("CREATE TABLE story (line text)").unwrap();
     let term = scene.term();
     // Two at once: several threads of the holder may write.
@@ -355,10 +377,9 @@ fn the_next_term_begins_only_when_the_fenced_transactions_of_the_last_one_have_e
 }
 
 /// The holder's own next claim, which may follow so close that it keeps the session, waits as anybody's does.
-#[test]
-fn the_holder_s_own_next_term_waits_for_the_fenced_transactions_of_its_last_one() {
+fn the_holder_s_own_next_term_waits_for_the_fenced_transactions_of_its_last_one(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, shared_sessions);
     for round in 0..5 {
         let term = scene.term();
         let mut transaction = scene.writer.transaction().unwrap();
@@ -376,10 +397,9 @@ fn the_holder_s_own_next_term_waits_for_the_fenced_transactions_of_its_last_one(
 }
 
 /// It is told to roll back. That it takes its time is no concern of its successors.
-#[test]
-fn a_transaction_that_was_refused_holds_up_nobody() {
+fn a_transaction_that_was_refused_holds_up_nobody(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, shared_sessions);
     scene.supersede();
     let term = scene.term();
     let mut transaction = scene.writer.transaction().unwrap();
@@ -397,7 +417,7 @@ fn a_transaction_that_was_refused_holds_up_nobody() {
 fn a_successor_that_waited_for_a_fenced_transaction_has_a_lease() {
     let database = Database::fresh().unwrap();
     let mut client = database.client().unwrap();
-    let manager = started(config(&database));
+    let manager = started(config(&database, 0));
     let first = lock(&manager, "x");
     first.lock(&soon()).unwrap();
     let mut transaction = client.transaction().unwrap();
@@ -435,7 +455,7 @@ fn a_successor_that_waited_for_a_fenced_transaction_has_a_lease() {
 fn a_successor_that_freezes_while_it_waits_for_a_fenced_transaction_is_replaced() {
     let database = Database::fresh().unwrap();
     let mut client = database.client().unwrap();
-    let manager = started(config(&database));
+    let manager = started(config(&database, 0));
     let first = lock(&manager, "x");
     first.lock(&soon()).unwrap();
     let mut transaction = client.transaction().unwrap();
@@ -496,8 +516,16 @@ fn increment(term: &Term, by_function: bool, client: &mut Client, key: &str, pau
 
 #[test]
 fn a_thousand_interleavings_lose_no_update() {
+    interleavings_lose_no_update(125, 0);
+}
+
+#[test]
+fn interleavings_of_terms_on_shared_sessions_lose_no_update() {
+    interleavings_lose_no_update(30, 1);
+}
+
+fn interleavings_lose_no_update(rounds: usize, shared_sessions: u32) {
     const THREADS: usize = 8;
-    const ROUNDS: usize = 125;
     let database = Database::fresh().unwrap();
     database.client().unwrap().batch_execute("CREATE TABLE counter (key text, value int8)").unwrap();
     let refused = AtomicI64::new(0);
@@ -506,13 +534,13 @@ fn a_thousand_interleavings_lose_no_update() {
             let (database, refused) = (&database, &refused);
             scope.spawn(move || {
                 let key = format!("counter {number}");
-                let managers = [(); 2].map(|()| started(config(database)));
+                let managers = [(); 2].map(|()| started(config(database, shared_sessions)));
                 let [holder, rival] = [&managers[0], &managers[1]].map(|manager| lock(manager, &key));
                 let [mut one, mut other, mut operator] = [(); 3].map(|()| database.client().unwrap());
                 operator.execute("INSERT INTO counter VALUES ($1, 0)", &[&key]).unwrap();
                 let mut random = fastrand::Rng::with_seed(number as u64);
                 let mut committed = 0;
-                for _ in 0..ROUNDS {
+                for _ in 0..rounds {
                     let mut pause = || Duration::from_micros(random.u64(..3000));
                     let (first, second, before) = ([pause(), pause()], [pause(), pause()], pause());
                     let (queues_first, by_function) = (random.bool(), random.bool());
@@ -550,9 +578,9 @@ fn a_thousand_interleavings_lose_no_update() {
         }
     });
     let refused = refused.into_inner();
-    println!("{refused} of {} former holders were refused", THREADS * ROUNDS);
+    println!("{refused} of {} former holders were refused", THREADS * rounds);
     assert!(
-        refused > 0 && refused < (THREADS * ROUNDS) as i64,
+        refused > 0 && refused < (THREADS * rounds) as i64,
         "both ends of the race have been seen: {refused}"
     );
 }
@@ -564,7 +592,7 @@ fn a_thousand_interleavings_lose_no_update() {
 #[test]
 fn a_tighter_bound_on_pauses_stays_and_a_looser_one_comes_back() {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, 0);
     let term = scene.term();
     for (own, wanted) in
         [("300ms", "300ms"), ("1h", "15s"), ("0", "15s"), ("14999ms", "14999ms"), ("2d", "15s")]
@@ -583,10 +611,9 @@ fn begin(client: &mut Client, level: IsolationLevel) -> Transaction<'_> {
     client.build_transaction().isolation_level(level).start().unwrap()
 }
 
-#[test]
-fn transactions_of_every_isolation_level_can_be_fenced() {
+fn transactions_of_every_isolation_level_can_be_fenced(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, shared_sessions);
     let mut operator = database.client().unwrap();
     for level in [IsolationLevel::ReadCommitted, IsolationLevel::RepeatableRead, IsolationLevel::Serializable]
     {
@@ -617,7 +644,7 @@ fn transactions_of_every_isolation_level_can_be_fenced() {
 #[test]
 fn any_role_on_any_connection_can_fence_if_it_has_the_rights() {
     let database = Database::fresh().unwrap();
-    let scene = Scene::set(&database);
+    let scene = Scene::set(&database, 0);
     let term = scene.term();
     let mut administrator = database.client().unwrap();
     administrator.batch_execute("CREATE ROLE clerk LOGIN").unwrap();
@@ -653,7 +680,7 @@ fn any_role_on_any_connection_can_fence_if_it_has_the_rights() {
 #[test]
 fn a_connection_that_is_lost_is_no_lost_term() {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, 0);
     let term = scene.term();
     let pid: i32 = scene.writer.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
     let mut transaction = scene.writer.transaction().unwrap();
@@ -685,10 +712,9 @@ fn refused(code: &str) -> Result<(), String> {
     Err(code.to_owned())
 }
 
-#[test]
-fn the_function_refuses_a_former_holder_by_a_state_of_its_own() {
+fn the_function_refuses_a_former_holder_by_a_state_of_its_own(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, shared_sessions);
     let text = text(&scene.term());
     let mut transaction = scene.writer.transaction().unwrap();
     call(&mut transaction, &text).unwrap();
@@ -708,10 +734,9 @@ fn the_function_refuses_a_former_holder_by_a_state_of_its_own() {
     assert_eq!(call(&mut scene.writer.transaction().unwrap(), &text), refused(OVER));
 }
 
-#[test]
-fn the_function_knows_terms_of_numbers_and_pairs() {
+fn the_function_knows_terms_of_numbers_and_pairs(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
-    let manager = started(config(&database));
+    let manager = started(config(&database, shared_sessions));
     let mut writer = database.client().unwrap();
     for key in [Key::from(-1), Key::from(i64::MAX), Key::from((-1, 2)), Key::from((i32::MIN, -1))] {
         let lock = manager.lock(key.clone()).unwrap();
@@ -729,10 +754,9 @@ fn the_function_knows_terms_of_numbers_and_pairs() {
     }
 }
 
-#[test]
-fn the_next_term_begins_only_when_transactions_that_called_the_function_have_ended() {
+fn the_next_term_begins_only_when_transactions_that_called_the_function_have_ended(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, shared_sessions);
     scene.writer.batch_execute("CREATE TABLE story (line text)").unwrap();
     let text = text(&scene.term());
     let mut transaction = scene.writer.transaction().unwrap();
@@ -754,10 +778,9 @@ fn the_next_term_begins_only_when_transactions_that_called_the_function_have_end
     scene.rival.release().unwrap();
 }
 
-#[test]
-fn a_transaction_that_the_function_has_refused_holds_up_nobody() {
+fn a_transaction_that_the_function_has_refused_holds_up_nobody(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, shared_sessions);
     scene.supersede();
     let text = text(&scene.term());
     let mut transaction = scene.writer.transaction().unwrap();
@@ -775,7 +798,7 @@ fn a_transaction_that_the_function_has_refused_holds_up_nobody() {
 #[test]
 fn the_function_bounds_the_pauses_of_its_transaction_alone() {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, 0);
     let text = text(&scene.term());
     for (own, wanted) in
         [("300ms", "300ms"), ("1h", "15s"), ("0", "15s"), ("14999ms", "14999ms"), ("2d", "15s")]
@@ -801,7 +824,7 @@ fn the_function_bounds_the_pauses_of_its_transaction_alone() {
 #[test]
 fn above_read_committed_the_function_has_a_transaction_tried_again() {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, 0);
     let mut operator = database.client().unwrap();
     for level in [IsolationLevel::ReadCommitted, IsolationLevel::RepeatableRead, IsolationLevel::Serializable]
     {
@@ -840,10 +863,9 @@ fn above_read_committed_the_function_has_a_transaction_tried_again() {
 }
 
 /// No row tells that there is a term.
-#[test]
-fn above_read_committed_a_transaction_from_before_the_first_term_is_refused() {
+fn above_read_committed_a_transaction_from_before_the_first_term_is_refused(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
-    let manager = started(config(&database));
+    let manager = started(config(&database, shared_sessions));
     for (number, level) in
         [IsolationLevel::RepeatableRead, IsolationLevel::Serializable].into_iter().enumerate()
     {
@@ -879,7 +901,7 @@ fn on_a_standby_nothing_can_be_fenced() {
 #[test]
 fn the_function_has_the_rights_of_its_caller() {
     let database = Database::fresh().unwrap();
-    let scene = Scene::set(&database);
+    let scene = Scene::set(&database, 0);
     let text = text(&scene.term());
     let mut administrator = database.client().unwrap();
     let role = format!("role_{}", database.name());
@@ -914,7 +936,7 @@ fn the_function_has_the_rights_of_its_caller() {
 #[test]
 fn a_text_that_no_term_has_given_is_refused() {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, 0);
     let good = text(&scene.term());
     let [kind, id, pair, token, pause] = good.split(':').collect::<Vec<_>>()[..] else { panic!("{good}") };
     let outcome = scene.writer.query_one("SELECT dsync.fence(NULL)", &[]);
@@ -946,7 +968,7 @@ fn a_text_that_no_term_has_given_is_refused() {
 #[test]
 fn a_child_process_writes_behind_the_fence_of_its_parent_s_term() {
     let database = Database::fresh().unwrap();
-    let mut scene = Scene::set(&database);
+    let mut scene = Scene::set(&database, 0);
     scene.writer.batch_execute("CREATE TABLE story (line text)").unwrap();
     let fence = text(&scene.term());
     let psql = database.server().binaries().program("psql");
@@ -986,7 +1008,7 @@ fn a_term_that_no_database_knows_has_no_fence() {
     assert!(error.to_string().contains("in memory"), "{error}");
     assert_eq!(kind(guard.term().is_current(&mut client)), ErrorKind::InvalidConfig);
 
-    let manager = started(config(&database));
+    let manager = started(config(&database, 0));
     let tokenless = manager.lock_with("y", LockOptions::new().without_token()).unwrap();
     assert_eq!(tokenless.acquire(soon()).unwrap().term().fence_text(), None);
 }

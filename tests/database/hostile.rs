@@ -1,6 +1,7 @@
 //! Roles and databases that bring settings along which could break a lock. Locks behave as always, and a session that goes
 //! from claim to claim takes nothing along.
 
+use std::thread;
 use std::time::Duration;
 
 use dsync::{Config, ErrorKind, LockOptions, PostgresManager, SyncManager, json_valuer};
@@ -14,22 +15,27 @@ use crate::common::{
 /// Longer than the timeouts that the roles have, several times.
 const LONG: &str = "1.2 s";
 
+/// Enough where no setting is a timeout.
+const SHORT: &str = "0.1 s";
+
 /// A database, and a role that may make the catalog there.
 struct Place {
     database: Database<'static>,
     operator: Client,
     role: String,
+    /// How long sessions are left alone.
+    rest: &'static str,
 }
 
 impl Place {
-    fn new() -> Self {
+    fn new(rest: &'static str) -> Self {
         let database = Database::fresh().unwrap();
         let mut operator = database.client().unwrap();
         let role = format!("app_of_{}", database.name());
         let grant =
             format!("CREATE ROLE {role} LOGIN; GRANT CREATE ON DATABASE {} TO {role}", database.name());
         operator.batch_execute(&grant).unwrap();
-        Self { database, operator, role }
+        Self { database, operator, role, rest }
     }
 
     fn url(&self) -> String {
@@ -38,8 +44,9 @@ impl Place {
 
     fn config(&self, name: &str) -> Config {
         let config = Config::from_url(&format!("{}?application_name={name}", self.url())).unwrap();
-        // Some of the settings make each first statement of a session slow, on a busy machine more so.
-        config.connect_timeout(PATIENCE)
+        // Some of the settings make each first statement of a session slow, on a busy machine more so. By the lease, how long an answer is
+        // waited for.
+        config.connect_timeout(PATIENCE).lease(PATIENCE)
     }
 
     /// A connection of the application's, with all that its role brings along.
@@ -50,8 +57,9 @@ impl Place {
     /// How long the session of this name has been in its present state, without a statement in between.
     fn has_rested(&mut self, name: &str, state: &str) -> bool {
         let query = format!(
-            "SELECT state = '{state}' AND clock_timestamp() - greatest(state_change, query_start) > '{LONG}'
-             FROM pg_stat_activity WHERE application_name = '{name} x' AND datname = current_database()"
+            "SELECT state = '{state}' AND clock_timestamp() - greatest(state_change, query_start) > '{}'
+             FROM pg_stat_activity WHERE application_name = '{name} x' AND datname = current_database()",
+            self.rest
         );
         self.operator.query_opt(&query, &[]).unwrap().is_some_and(|row| row.get(0))
     }
@@ -61,7 +69,9 @@ impl Place {
         let query = "SELECT coalesce(bool_and(clock_timestamp() - state_change > $1::text::interval), true)
                      FROM pg_stat_activity
                      WHERE application_name IN ('first', 'second') AND datname = current_database()";
-        eventually("a long rest in the pool", || self.operator.query_one(query, &[&LONG]).unwrap().get(0));
+        eventually("a long rest in the pool", || {
+            self.operator.query_one(query, &[&self.rest]).unwrap().get(0)
+        });
     }
 
     fn backends(&mut self) -> Vec<i32> {
@@ -163,25 +173,35 @@ fn locks_of_the_application_behave_as_always(manager: &PostgresManager, client: 
     assert_eq!(format!("{before:?}"), format!("{after:?}"));
 }
 
-/// With settings of the role, and then with settings of the database.
+/// With settings of the role, and with settings of the database.
 fn are_survived(settings: &[(&str, &str)]) {
-    for by_role in [true, false] {
-        let mut place = Place::new();
-        let of = if by_role {
-            format!("ROLE {}", place.role)
-        } else {
-            format!("DATABASE {}", place.database.name())
-        };
-        for (name, value) in settings {
-            place.operator.batch_execute(&format!("ALTER {of} SET {name} = {value}")).unwrap();
+    let with_timeout = settings.iter().any(|(name, _)| name.ends_with("_timeout"));
+    let rest = if with_timeout { LONG } else { SHORT };
+    // At the same time, since most of it is waiting.
+    thread::scope(|scope| {
+        for by_role in [true, false] {
+            scope.spawn(move || {
+                let mut place = Place::new(rest);
+                let of = if by_role {
+                    format!("ROLE {}", place.role)
+                } else {
+                    format!("DATABASE {}", place.database.name())
+                };
+                for (name, value) in settings {
+                    place.operator.batch_execute(&format!("ALTER {of} SET {name} = {value}")).unwrap();
+                }
+                let shown = place.client().query_one(&format!("SHOW {}", settings[0].0), &[]).unwrap();
+                println!("{of}: {} is {}", settings[0].0, shown.get::<_, String>(0));
+                // What was connected before has the settings from before.
+                place.operator = place.database.client().unwrap();
+                place
+                    .operator
+                    .batch_execute("SET statement_timeout = 0; SET idle_session_timeout = 0")
+                    .unwrap();
+                locks_behave_as_always(&mut place);
+            });
         }
-        let shown = place.client().query_one(&format!("SHOW {}", settings[0].0), &[]).unwrap();
-        println!("{of}: {} is {}", settings[0].0, shown.get::<_, String>(0));
-        // What was connected before has the settings from before.
-        place.operator = place.database.client().unwrap();
-        place.operator.batch_execute("SET statement_timeout = 0; SET idle_session_timeout = 0").unwrap();
-        locks_behave_as_always(&mut place);
-    }
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -330,7 +350,7 @@ const TRAPS: &str = r"
 #[test]
 fn namesakes_of_what_is_built_in_are_survived() {
     for path in ["traps, pg_catalog", "traps, pg_catalog, pg_temp", "nowhere", "''"] {
-        let mut place = Place::new();
+        let mut place = Place::new(SHORT);
         place.operator.batch_execute(TRAPS).unwrap();
         place.operator.batch_execute(&format!("ALTER ROLE {} SET search_path = {path}", place.role)).unwrap();
         if path.starts_with("traps") {

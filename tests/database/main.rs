@@ -13,6 +13,7 @@ mod fencing;
 mod hostile;
 mod introspection;
 mod neighbours;
+mod semaphores;
 mod server_log;
 mod session_locks;
 mod shared_locks;

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dsync::{CatalogMode, Config, Error, ErrorKind, Key, Lock, LockOptions, PostgresManager};
+use dsync::{CatalogMode, Config, Context, Error, ErrorKind, Key, Lock, LockOptions, PostgresManager};
 use postgres::Client;
 use support::{Database, Server};
 
-use crate::common::{Outcome, becomes, eventually, hear, is_held, kind, lock, soon, started, wait_in_thread};
+use crate::common::{
+    Outcome, becomes, begin, eventually, hear, is_held, kind, lock, soon, started, wait_in_thread,
+};
 
 /// As short as a busy machine allows, since a wait is to go on over several.
 const SLICE: Duration = Duration::from_millis(100);
@@ -112,6 +114,38 @@ fn in_both_modes(test: impl Fn(CatalogMode)) {
 /// Names and pairs, and one that would end a statement if it were taken for a part of it.
 fn keys() -> [Key; 4] {
     ["x".into(), 7.into(), (-4, 2).into(), r"it's \'; DROP TABLE dsync.lock; -- $dsync$ $wait$ ü".into()]
+}
+
+/// The next one looks again and again, and a second one is behind it: both over several slices, and given up in the midst of one.
+#[test]
+fn waiting_for_a_permit_is_quiet() {
+    let server = Server::start().unwrap();
+    let mut scene = Scene::set(&server);
+    let managers = [(); 3].map(|()| scene.manager(CatalogMode::Automatic));
+    let [holder, next, later] = managers.each_ref().map(|manager| manager.semaphore("x", 1).unwrap());
+    let held = holder.acquire(Context::background()).unwrap();
+    let (context, canceller) = Context::background().with_cancel();
+    let next_one = {
+        let next = Arc::clone(&next);
+        begin(move || kind(next.acquire(context)))
+    };
+    eventually("the next one", || managers[0].inspect("x").unwrap().waiters.len() == 1);
+    for _ in 0..3 {
+        let (begun, time) = (Instant::now(), SLICE * 5 / 2);
+        assert_eq!(kind(later.acquire(time)), ErrorKind::TimedOut);
+        assert!(begun.elapsed() >= time);
+    }
+    canceller.cancel();
+    assert_eq!(next_one.get(), ErrorKind::Cancelled);
+    assert_eq!(kind(next.acquire(SLICE * 3)), ErrorKind::TimedOut);
+    let waiting = wait_in_thread(&next);
+    eventually("the next one", || managers[0].inspect("x").unwrap().waiters.len() == 1);
+    held.release().unwrap();
+    waiting.get().unwrap();
+    next.release().unwrap();
+    assert_eq!(scene.held(), 0);
+    drop(managers);
+    scene.log_is_quiet();
 }
 
 #[test]
@@ -301,7 +335,8 @@ fn where_there_are_no_blocks_a_claim_waits_without_them() {
                 .batch_execute(&format!(
                     "CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA dsync TO {role};
                      GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO {role};
-                     GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation, dsync.success TO {role};
+                     GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation, dsync.success, dsync.semaphore TO {role};
+                     GRANT SELECT, INSERT, UPDATE ON dsync.policy, dsync.takeover TO {role};
                      GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO {role}; {obstacle}"
                 ))
                 .unwrap();

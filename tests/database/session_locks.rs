@@ -204,6 +204,9 @@ fn a_wait_that_ends_leaves_the_connection_as_it_was() {
 /// What the documentation warns of is at least told.
 #[test]
 fn a_pooler_that_has_exchanged_the_session_is_told() {
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
     let database = Database::fresh().unwrap();
     let manager = manager(&database);
     let settings = [("default_pool_size", "2")];

@@ -228,6 +228,9 @@ fn what_threads_count_under_it_is_counted_once_each() {
 
 #[test]
 fn it_works_through_a_pooler_in_transaction_mode() {
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
     let database = Database::fresh().unwrap();
     let manager = manager(&database);
     let (mut holder, mut operator) = (database.client().unwrap(), database.client().unwrap());

@@ -12,7 +12,7 @@ use crate::assignment::{AssignmentCell, Orders};
 use crate::bell::{ModelBell, later, never};
 use crate::explore;
 use crate::idle::IdleSupervisors;
-use crate::key::AdvisoryKey;
+use crate::key::{AdvisoryKey, Mode};
 use crate::pg::claim::spec::LockSpec;
 use crate::shared::{Claim, Span};
 use crate::sync::Mutex;
@@ -79,7 +79,7 @@ impl Supervisor {
 }
 
 fn new_claim() -> Arc<Claim> {
-    Claim::new("key".to_owned(), Duration::ZERO, Span::UntilReleased, None, None)
+    Claim::new("key".to_owned(), Mode::Alone, Duration::ZERO, Span::UntilReleased, None, None)
 }
 
 /// As `PostgresLock::begin`, then a caller's work, then `PostgresLock::forget`.

@@ -15,6 +15,8 @@ mod bell;
 mod cancel;
 #[path = "../../src/cancellation.rs"]
 mod cancellation;
+#[path = "../../src/clock.rs"]
+mod clock;
 #[path = "../../src/error.rs"]
 mod error;
 #[path = "../../src/expiry.rs"]

@@ -3,6 +3,25 @@
 pub(crate) mod key {
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub(crate) struct AdvisoryKey(pub(crate) i64);
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) enum Mode {
+        Alone,
+    }
+
+    impl Mode {
+        pub(crate) fn is_shared(self) -> bool {
+            false
+        }
+
+        pub(crate) fn who_has(self) -> &'static str {
+            "another session holds"
+        }
+
+        pub(crate) fn which_has(self) -> &'static str {
+            "which another session holds"
+        }
+    }
 }
 
 pub(crate) mod context {
@@ -39,6 +58,10 @@ pub(crate) mod term {
     impl Term {
         pub(crate) fn new(_: Lost, _: Option<i64>, _: Option<Arc<dyn Fence>>) -> Self {
             Self
+        }
+
+        pub(crate) fn with_permit(self, _: Option<u32>) -> Self {
+            self
         }
 
         pub(crate) fn with_expiry(self, _: Arc<Expiry>) -> Self {

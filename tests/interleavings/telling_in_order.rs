@@ -36,7 +36,7 @@ fn all_is_told_once_and_in_its_order_whoever_tells() {
         let listener = StdArc::new(Listener::default());
         let observing = Observing::new(StdArc::new(StdArc::clone(&listener)));
         let story = Arc::new(Story::new(&observing, "key", false, false, Instant::now()));
-        story.acquired(None);
+        story.acquired(None, None);
         let watchdog = {
             let story = Arc::clone(&story);
             thread::spawn(move || story.lost(LossReason::LeaseNotRenewed))
@@ -65,7 +65,7 @@ fn what_is_noted_while_another_thread_tells_is_not_left_untold() {
         let listener = StdArc::new(Listener::default());
         let observing = Observing::new(StdArc::new(StdArc::clone(&listener)));
         let story = Arc::new(Story::new(&observing, "key", false, false, Instant::now()));
-        story.acquired(None);
+        story.acquired(None, None);
         let other = {
             let story = Arc::clone(&story);
             thread::spawn(move || {

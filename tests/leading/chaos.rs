@@ -24,7 +24,7 @@ fn no_work_overlaps_unannounced_in_memory() {
 
 #[test]
 fn no_work_overlaps_unannounced_while_backends_are_terminated() {
-    chaos(&Postgres::new(), GRACE);
+    chaos(&Postgres::new(0), GRACE);
 }
 
 fn chaos(world: &dyn World, grace: Duration) {

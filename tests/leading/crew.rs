@@ -7,7 +7,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, never, sele
 use dsync::{Leader, LeaderEvent, LeaderOptions, Lock, MemoryManager, MemoryServer, SyncManager, Tenure};
 use parking_lot::Mutex;
 
-use crate::common::{PATIENCE, eventually};
+use crate::common::{PATIENCE, count_locks, eventually};
 
 /// A server, and what an operator can do and see there. All leaders want the lock `x`.
 pub(crate) trait World: Send + Sync {
@@ -72,12 +72,14 @@ impl World for Memory {
 pub(crate) struct Postgres {
     operator: Mutex<::postgres::Client>,
     database: support::Database<'static>,
+    /// How many sessions the locks of a manager share.
+    shared_sessions: u32,
 }
 
 impl Postgres {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(shared_sessions: u32) -> Self {
         let database = support::Database::fresh().unwrap();
-        Self { operator: Mutex::new(database.client().unwrap()), database }
+        Self { operator: Mutex::new(database.client().unwrap()), database, shared_sessions }
     }
 
     pub(crate) fn url(&self) -> String {
@@ -91,6 +93,7 @@ impl Postgres {
             .wait_slice(Duration::from_secs(1))
             .connect_timeout(Duration::from_secs(30))
             .heartbeat(Duration::from_millis(200))
+            .shared_sessions(self.shared_sessions)
     }
 
     pub(crate) fn run(&self, statement: &str) {
@@ -99,11 +102,7 @@ impl Postgres {
 
     /// Counts what `column` says of the database's advisory locks.
     fn count(&self, column: &str) -> i64 {
-        let query = format!(
-            "SELECT count({column}) FROM pg_locks AS locks JOIN pg_database AS databases ON databases.oid = database
-             WHERE datname = current_database() AND locktype = 'advisory'"
-        );
-        self.operator.lock().query_one(&query, &[]).unwrap().get(0)
+        count_locks(&mut self.operator.lock(), column, self.shared_sessions)
     }
 }
 

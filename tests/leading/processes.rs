@@ -60,7 +60,7 @@ fn candidate() {
 
 #[test]
 fn five_processes_that_step_down_lead_one_at_a_time_and_all_get_their_turns() {
-    let world = Postgres::new();
+    let world = Postgres::new(0);
     let mut processes = [(); COUNT].map(|()| {
         let mut command = common::process("processes::candidate", "candidate");
         Process::start(command.env("DATABASE_URL", world.url()).stdin(Stdio::piped()))

@@ -86,7 +86,7 @@ fn a_leader_tells_of_an_outage_and_leads_again_after_it() {
 /// Without a catalog there are leaders, whom nobody can ask to resign.
 #[test]
 fn without_a_catalog_leaders_lead_and_cannot_be_asked_to_resign() {
-    let world = Postgres::new();
+    let world = Postgres::new(0);
     let manager = || Arc::new(started(world.config().catalog(CatalogMode::None)));
     let first = Candidate::of(manager(), Heeds, quick());
     let work = first.begins();
@@ -107,7 +107,7 @@ fn without_a_catalog_leaders_lead_and_cannot_be_asked_to_resign() {
 /// The questions to the server take a session of their own. Where there is none, the leader leads, and says so once.
 #[test]
 fn a_leader_whose_manager_has_no_second_session_says_so_and_leads() {
-    let world = Postgres::new();
+    let world = Postgres::new(0);
     let manager = Arc::new(started(world.config().max_sessions(1)));
     let candidate = Candidate::of(manager, Heeds, quick());
     let work = candidate.begins();
@@ -121,7 +121,7 @@ fn a_leader_whose_manager_has_no_second_session_says_so_and_leads() {
 /// A table of the catalog that somebody has locked, or dropped, ends no term.
 #[test]
 fn a_leader_does_without_the_table_of_resignations() {
-    let world = Postgres::new();
+    let world = Postgres::new(0);
     let candidate = Candidate::new(&world, Heeds);
     let work = candidate.begins();
     world.run("DROP TABLE dsync.resignation");
@@ -135,7 +135,7 @@ fn a_leader_does_without_the_table_of_resignations() {
 /// In threads that drive a runtime the calls work, too.
 #[test]
 fn a_leader_is_started_asked_and_stopped_in_async_code() {
-    let world = Postgres::new();
+    let world = Postgres::new(0);
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(async {
         let manager = PostgresManager::connect(world.config()).unwrap();

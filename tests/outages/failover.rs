@@ -5,35 +5,45 @@
 
 use std::sync::Arc;
 
-use dsync::{CatalogMode, Config, ErrorKind, Lock, LossReason, PostgresManager};
+use dsync::{CatalogMode, Config, ErrorKind, Lock, LossReason, PostgresManager, TakeoverPolicy};
 use postgres::Client;
 use support::{Replication, Server, Shutdown};
 
 use crate::common::{
-    self, becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
+    self, becomes, briefly, eventually, hear, in_both_modes, is_held, is_open, kind, lock, number_of, soon,
+    started, wait_in_thread,
 };
+
+in_both_modes! {
+    claims_move_over_to_the_standby_that_is_promoted
+    claims_move_over_where_any_host_would_do_for_the_driver
+    an_old_primary_that_comes_back_does_not_get_its_locks_back
+    a_primary_that_is_made_a_standby_under_a_held_lock_is_not_used
+}
 
 const KEYS: [&str; 3] = ["a", "b", "c"];
 
-/// One address for both, whichever is the primary.
-fn config(name: &str, servers: [&Server; 2], attributes: &str) -> Config {
+/// One address for both, whichever is the primary. The takeover grace is another matter: see `takeover.rs`.
+fn config(name: &str, servers: [&Server; 2], attributes: &str, shared_sessions: u32) -> Config {
     let [first, second] = servers.map(Server::port);
     let url = format!(
         "host=127.0.0.1,127.0.0.1 port={first},{second} user=postgres dbname=postgres \
          target_session_attrs={attributes} application_name={name}"
     );
-    Config::from_url(&url).unwrap()
+    Config::from_url(&url).unwrap().takeover(TakeoverPolicy::Immediate).shared_sessions(shared_sessions)
 }
 
 fn locks(manager: &PostgresManager) -> Vec<Arc<dyn Lock>> {
     KEYS.map(|key| lock(manager, key)).to_vec()
 }
 
-/// Who has advisory locks, or waits for them.
+/// Who has advisory locks, or waits for them, and which. A session of many locks has one more, which has no name.
 fn on_the_server(operator: &mut Client, condition: &str) -> Vec<String> {
     let query = format!(
-        "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid)
-         WHERE locktype = 'advisory' AND {condition} ORDER BY 1"
+        "SELECT replace(application_name, '(many locks)', key) AS holding FROM pg_locks JOIN pg_stat_activity USING (pid)
+         LEFT JOIN unnest('{{a,b,c,x,y}}'::text[]) AS key ON classid::int8 << 32 | objid::int8 = {number}
+         WHERE locktype = 'advisory' AND {condition} AND (key IS NOT NULL OR application_name NOT LIKE '%(many locks)') ORDER BY 1",
+        number = number_of("key")
     );
     operator.query(&query, &[]).unwrap().iter().map(|row| row.get(0)).collect()
 }
@@ -58,11 +68,12 @@ fn visits(server: &Server, name: &str) -> usize {
 
 /// `any` is what an operator writes who names two hosts and knows no more. What keeps the library from the standby is then
 /// its own question, and not the driver's.
-fn claims_move_over(attributes: &str) {
+fn claims_move_over(attributes: &str, shared_sessions: u32) {
     let primary = Server::builder().setting("log_connections", "on").start().unwrap();
     let standby = primary.standby(Replication::Asynchronous).unwrap();
     let servers = [&primary, &standby];
-    let [first, second] = ["first", "second"].map(|name| started(config(name, servers, attributes)));
+    let [first, second] =
+        ["first", "second"].map(|name| started(config(name, servers, attributes, shared_sessions)));
     let (held, wanted) = (locks(&first), locks(&second));
     held.iter().for_each(|lock| lock.lock(&soon()).unwrap());
     let waiting: Vec<_> = wanted.iter().map(wait_in_thread).collect();
@@ -121,22 +132,19 @@ fn claims_move_over(attributes: &str) {
     becomes("the locks that are left", &Vec::new(), || on_the_server(operator, "true"));
 }
 
-#[test]
-fn claims_move_over_to_the_standby_that_is_promoted() {
-    claims_move_over("read-write");
+fn claims_move_over_to_the_standby_that_is_promoted(shared_sessions: u32) {
+    claims_move_over("read-write", shared_sessions);
 }
 
-#[test]
-fn claims_move_over_where_any_host_would_do_for_the_driver() {
-    claims_move_over("any");
+fn claims_move_over_where_any_host_would_do_for_the_driver(shared_sessions: u32) {
+    claims_move_over("any", shared_sessions);
 }
 
 /// The old primary returns, as a standby would do best. Both hosts answer then.
-#[test]
-fn an_old_primary_that_comes_back_does_not_get_its_locks_back() {
+fn an_old_primary_that_comes_back_does_not_get_its_locks_back(shared_sessions: u32) {
     let primary = Server::start().unwrap();
     let standby = primary.standby(Replication::Asynchronous).unwrap();
-    let manager = started(config("only", [&primary, &standby], "read-write"));
+    let manager = started(config("only", [&primary, &standby], "read-write", shared_sessions));
     let x = lock(&manager, "x");
     x.lock(&soon()).unwrap();
     let term = x.term().unwrap();
@@ -154,7 +162,7 @@ fn an_old_primary_that_comes_back_does_not_get_its_locks_back() {
     let backend: i32 = standby
         .client()
         .unwrap()
-        .query_one("SELECT pid FROM pg_locks WHERE locktype = 'advisory'", &[])
+        .query_one("SELECT pid FROM dsync.locks WHERE key = 'x'", &[])
         .unwrap()
         .get(0);
     standby.terminate(backend).unwrap();
@@ -171,10 +179,12 @@ fn become_standby(server: &Server) {
     assert!(server.is_in_recovery().unwrap());
 }
 
-#[test]
-fn a_primary_that_is_made_a_standby_under_a_held_lock_is_not_used() {
+fn a_primary_that_is_made_a_standby_under_a_held_lock_is_not_used(shared_sessions: u32) {
     let server = Server::start().unwrap();
-    let config = || Config::from_url(&server.url()).unwrap();
+    let config = || {
+        let config = Config::from_url(&server.url()).unwrap().takeover(TakeoverPolicy::Immediate);
+        config.shared_sessions(shared_sessions)
+    };
     let manager = started(config());
     let x = lock(&manager, "x");
     x.lock(&soon()).unwrap();

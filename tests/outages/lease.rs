@@ -1,14 +1,17 @@
 //! Lost before stolen: a holder that is frozen, cut off or dead, or whose server is, knows that it has lost its lock
 //! before another can get it, and another gets it within the lease and a second. And nothing hangs meanwhile.
 //!
-//! Each test has a server of its own. `partition.rs` has the same cuts in real networks.
+//! Each test has a server of its own. `partition.rs` has the same cuts in real networks. Who waits has a session of its own in either mode, so what
+//! befalls a waiter is tried in one of them; and how long the lease is makes no difference to who shares it.
 
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::RecvTimeoutError;
-use dsync::{ErrorKind, Lock, LockGuard, LockOptions, LossReason, PostgresManager, SyncManager};
+use dsync::{
+    ErrorKind, Lock, LockGuard, LockOptions, LossReason, PostgresManager, Quorum, SyncManager, TakeoverPolicy,
+};
 use parking_lot::Mutex;
 use postgres::Client;
 use support::netns::Direction;
@@ -16,8 +19,8 @@ use support::process::{Signal, signal};
 use support::{Server, Shutdown};
 
 use crate::common::{
-    PATIENCE, becomes, begin, eventually, hear, is_held, is_open, kind, lock, role, soon, started,
-    wait_in_thread,
+    PATIENCE, Process, becomes, begin, eventually, hear, in_both_modes, is_held, is_open, kind, lock,
+    process, role, soon, started, wait_in_thread,
 };
 use crate::cutoff::proxy::Proxy;
 use crate::cutoff::witness::{Event, Role, WITNESS, Witness, testify};
@@ -26,11 +29,33 @@ use crate::cutoff::{
     ms, nothing_is_left, now, queues,
 };
 
+in_both_modes! {
+    // The server stands still.
+    a_holder_of_a_frozen_server_knows_by_its_own_deadline
+    who_has_a_grace_is_warned_by_so_much_before_the_end_of_the_term
+    a_short_freeze_costs_nobody_a_long_lease
+    a_heartbeat_that_is_not_answered_ends_a_term_long_before_the_lease
+    releasing_and_stopping_end_in_time_on_a_frozen_server
+    // The process stands still, or dies.
+    a_frozen_holder_is_replaced_in_time_and_knows_when_it_thaws
+    a_killed_holder_is_replaced_at_once
+    // The network is cut.
+    a_hundred_holders_cut_off_in_both_directions_lose_before_another_gets
+    a_hundred_holders_that_hear_nothing_lose_before_another_gets
+    a_hundred_holders_that_are_not_heard_lose_before_another_gets
+    holders_with_a_long_lease_are_told_of_a_cut_long_before_it_ends
+    // Why it was lost.
+    the_handle_tells_why_the_lock_was_lost_and_the_log_tells_it_once
+}
+
 /// What a machine that is busy may add where a bound is on our own doing.
 const SLACK: Duration = Duration::from_millis(500);
 
 /// A long lease, for the tests that do not end before it does.
 const MINUTE: Duration = Duration::from_secs(60);
+
+/// Twice the default.
+const HALF_A_MINUTE: Duration = Duration::from_secs(30);
 
 /// Longer than any test, so that the order of a queue stays.
 const ONE_SLICE: Duration = Duration::from_secs(100);
@@ -45,11 +70,11 @@ fn own_deadline(lease: Duration) -> Duration {
 // The server stands still
 // ---------------------------------------------------------------------------------------------------------------------
 
-#[test]
-fn a_holder_of_a_frozen_server_knows_by_its_own_deadline() {
+fn a_holder_of_a_frozen_server_knows_by_its_own_deadline(shared_sessions: u32) {
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let holder = Party::new("holder", &server.url(), 10);
+    let settings = config("holder", &server.url(), 10).shared_sessions(shared_sessions);
+    let holder = Party::with("holder", 10, settings);
     let terms = holder.lock_all();
     let frozen = server.freeze().unwrap();
     let frozen_at = now();
@@ -72,12 +97,12 @@ fn a_holder_of_a_frozen_server_knows_by_its_own_deadline() {
     nothing_is_left(operator);
 }
 
-#[test]
-fn who_has_a_grace_is_warned_by_so_much_before_the_end_of_the_term() {
+fn who_has_a_grace_is_warned_by_so_much_before_the_end_of_the_term(shared_sessions: u32) {
     const GRACE: Duration = Duration::from_secs(1);
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let manager = started(config("graceful", &server.url(), 3).lease(Duration::from_secs(4)));
+    let settings = config("graceful", &server.url(), 3).lease(Duration::from_secs(4));
+    let manager = started(settings.shared_sessions(shared_sessions));
     let graceful = manager.lock_with("graceful", LockOptions::new().grace(GRACE)).unwrap();
     let plain = manager.lock("plain").unwrap();
     let [graceful, plain] = [graceful, plain].map(|lock| lock.acquire(PATIENCE).unwrap());
@@ -85,6 +110,9 @@ fn who_has_a_grace_is_warned_by_so_much_before_the_end_of_the_term() {
     // A heartbeat that is answered is no reason to warn.
     assert_eq!(warned.recv_timeout(Duration::from_secs(2)), Err(RecvTimeoutError::Timeout));
     let frozen = server.freeze().unwrap();
+    // Nor is one warned of less for what another thread asks, be it on the same session.
+    let another = manager.lock("another").unwrap();
+    let another = begin(move || another.acquire(PATIENCE).map(drop));
     assert_eq!(warned.recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected));
     let warned_at = Instant::now();
     assert!(is_open(&lost) && graceful.is_held());
@@ -95,6 +123,7 @@ fn who_has_a_grace_is_warned_by_so_much_before_the_end_of_the_term() {
     hear(plain.lost());
     assert!(plain.term().warned().try_recv().is_err_and(|error| error.is_disconnected()));
     frozen.thaw();
+    another.get().unwrap();
 
     // A renewal that comes after the warning after all does not take it back, and the term goes on.
     drop((graceful, plain));
@@ -115,12 +144,12 @@ fn who_has_a_grace_is_warned_by_so_much_before_the_end_of_the_term() {
     nothing_is_left(operator);
 }
 
-#[test]
-fn a_short_freeze_costs_nobody_a_long_lease() {
+fn a_short_freeze_costs_nobody_a_long_lease(shared_sessions: u32) {
     const LONG: Duration = Duration::from_secs(60);
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let holder = Party::with("holder", 10, config("holder", &server.url(), 10).lease(LONG));
+    let settings = config("holder", &server.url(), 10).lease(LONG).shared_sessions(shared_sessions);
+    let holder = Party::with("holder", 10, settings);
     let terms = holder.lock_all();
     let before = granted(operator, 10);
     let frozen = server.freeze().unwrap();
@@ -136,11 +165,11 @@ fn a_short_freeze_costs_nobody_a_long_lease() {
 }
 
 /// With a long lease, the heartbeat's timeout is what tells.
-#[test]
-fn a_heartbeat_that_is_not_answered_ends_a_term_long_before_the_lease() {
+fn a_heartbeat_that_is_not_answered_ends_a_term_long_before_the_lease(shared_sessions: u32) {
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let holder = Party::with("holder", 10, long_lease("holder", &server.url(), 10));
+    let settings = long_lease("holder", &server.url(), 10).shared_sessions(shared_sessions);
+    let holder = Party::with("holder", 10, settings);
     let terms = holder.lock_all();
     let frozen = server.freeze().unwrap();
     let frozen_at = now();
@@ -215,8 +244,7 @@ impl Claimant {
     }
 }
 
-#[test]
-fn releasing_and_stopping_end_in_time_on_a_frozen_server() {
+fn releasing_and_stopping_end_in_time_on_a_frozen_server(shared_sessions: u32) {
     const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
@@ -225,8 +253,8 @@ fn releasing_and_stopping_end_in_time_on_a_frozen_server() {
     for phase in [Phase::Held, Phase::Lost, Phase::Waiting, Phase::Connecting] {
         for way in [Way::Release, Way::Stop, Way::DropManager, Way::Guard] {
             let number = claimants.len() as i64;
-            let manager =
-                started(config(&format!("{phase:?}"), &server.url(), 2).release_timeout(RELEASE_TIMEOUT));
+            let settings = config(&format!("{phase:?}"), &server.url(), 2).release_timeout(RELEASE_TIMEOUT);
+            let manager = started(settings.shared_sessions(shared_sessions));
             let lock = manager.lock(number).unwrap();
             let mut guard = None;
             match phase {
@@ -312,17 +340,17 @@ fn a_witness() {
     }
 }
 
-fn witness(server: &Server, count: usize) -> Witness {
-    let role = Role { url: server.url(), count, lease: LEASE, wait_slice: ONE_SLICE };
+fn witness(server: &Server, count: usize, shared_sessions: u32) -> Witness {
+    let (url, quorum) = (server.url(), Quorum::Server);
+    let role = Role { url, count, lease: LEASE, wait_slice: ONE_SLICE, quorum, shared_sessions };
     Witness::start(&role, &mut role.command("lease::a_witness"))
 }
 
-#[test]
-fn a_frozen_holder_is_replaced_in_time_and_knows_when_it_thaws() {
+fn a_frozen_holder_is_replaced_in_time_and_knows_when_it_thaws(shared_sessions: u32) {
     const COUNT: usize = 20;
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let mut witness = witness(&server, COUNT);
+    let mut witness = witness(&server, COUNT, shared_sessions);
     witness.says_of_all("held", Event::held);
     let competitor = Party::new("competitor", &server.url(), COUNT);
     let had = competitor.wait_for_all();
@@ -383,7 +411,7 @@ fn a_frozen_waiter_that_is_granted_the_lock_loses_it_in_time_and_does_not_believ
     let slow = |name| Party::with(name, COUNT, config(name, &server.url(), COUNT).wait_slice(ONE_SLICE));
     let holder = slow("holder");
     holder.lock_all();
-    let mut witness = witness(&server, COUNT);
+    let mut witness = witness(&server, COUNT, 0);
     becomes("the queue of the witness", &COUNT, || queues(operator, WITNESS));
     let next = slow("next");
     let had = next.wait_for_all();
@@ -413,11 +441,10 @@ fn a_frozen_waiter_that_is_granted_the_lock_loses_it_in_time_and_does_not_believ
     assert!(witness.says_of_all("held", Event::held).iter().all(|&by| by > released_at));
 }
 
-#[test]
-fn a_killed_holder_is_replaced_at_once() {
+fn a_killed_holder_is_replaced_at_once(shared_sessions: u32) {
     const COUNT: usize = 10;
     let server = Server::start().unwrap();
-    let mut witness = witness(&server, COUNT);
+    let mut witness = witness(&server, COUNT, shared_sessions);
     witness.says_of_all("held", Event::held);
     let next = Party::new("next", &server.url(), COUNT);
     let had = next.wait_for_all();
@@ -434,9 +461,9 @@ fn a_killed_waiter_leaves_the_queue() {
     const COUNT: usize = 10;
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let holder = Party::new("holder", &server.url(), COUNT);
+    let holder = Party::steady("holder", &server.url(), COUNT);
     holder.lock_all();
-    let witness = witness(&server, COUNT);
+    let witness = witness(&server, COUNT, 0);
     becomes("the queue of the witness", &COUNT, || queues(operator, WITNESS));
     witness.process.kill();
     let killed_at = Instant::now();
@@ -453,7 +480,7 @@ fn a_killed_waiter_leaves_the_queue() {
 // ---------------------------------------------------------------------------------------------------------------------
 
 /// Cuts `count` holders off at one moment, and checks each of them.
-fn cut_off(direction: Direction, lease: Duration, count: usize) {
+fn cut_off(direction: Direction, lease: Duration, count: usize, shared_sessions: u32) {
     let connections = u32::try_from(4 * count + 20).unwrap();
     let server = Server::builder().max_connections(connections).start().unwrap();
     let operator = &mut server.client().unwrap();
@@ -461,15 +488,21 @@ fn cut_off(direction: Direction, lease: Duration, count: usize) {
     // Nobody cuts the competitor off: on a busy machine it must not lose what it has got, which the holder would then take.
     let [holder, competitor] =
         [("holder", server.url_at("127.0.0.1", proxy.port()), lease), ("competitor", server.url(), MINUTE)]
-            .map(|(name, url, lease)| Party::with(name, count, config(name, &url, count).lease(lease)));
+            .map(|(name, url, lease)| {
+                let settings = config(name, &url, count).lease(lease).shared_sessions(shared_sessions);
+                Party::with(name, count, settings)
+            });
     let terms = holder.lock_all();
     let had = competitor.wait_for_all();
-    all_queue(operator, &competitor);
+    // On a machine that is too busy for its heartbeats the holder may have lost a lock before it is cut off.
+    becomes("those that wait", &count, || queues(operator, "competitor") + competitor.held());
     let before = granted(operator, count);
     // Anywhere between two heartbeats.
     thread::sleep(Duration::from_micros(now().unsigned_abs() % 700_000));
-    assert_eq!(holder.held(), count);
+    let believed: Vec<_> = (0..count).filter(|index| is_open(&terms[*index])).collect();
+    assert!(!believed.is_empty(), "no holder was put to the test");
 
+    let late = Lateness::watch();
     proxy.cut(direction);
     let cut_at = now();
     let mut last = 0;
@@ -478,10 +511,11 @@ fn cut_off(direction: Direction, lease: Duration, count: usize) {
         assert!(!is_open(&terms[index]) && !is_held(&holder.locks[index]), "lock {index}: two hold it");
         last = last.max(at);
     }
+    let late = late.of_a_take_over();
     let after = granted(operator, count);
     let mut margins = Vec::new();
-    for (index, lock) in holder.locks.iter().enumerate() {
-        let (loss, (since, token)) = (lock.last_loss().unwrap(), after[index]);
+    for index in believed {
+        let (loss, (since, token)) = (holder.locks[index].last_loss().unwrap(), after[index]);
         assert!(token > before[index].1, "lock {index}: there is a new term");
         let margin = since - micros(loss.at);
         assert!(margin > 0, "lock {index}: stolen {:.3} ms before it was lost ({loss:?})", ms(margin, 0));
@@ -489,13 +523,15 @@ fn cut_off(direction: Direction, lease: Duration, count: usize) {
     }
     margins.sort_unstable();
     println!(
-        "{direction:?}, lease {lease:?}: {count} holders cut off; lost before stolen by {:.3} ms at the least, {:.3} ms in the median; \
+        "{direction:?}, lease {lease:?}: {} holders cut off; lost before stolen by {:.3} ms at the least, {:.3} ms in the median; \
          the last competitor had its lock {:.0} ms after the cut",
+        margins.len(),
         ms(0, margins[0]),
-        ms(0, margins[count / 2]),
+        ms(0, margins[margins.len() / 2]),
         ms(cut_at, last),
     );
-    assert!(last - cut_at <= length(lease + GRACE), "{:.0} ms", ms(cut_at, last));
+    let bound = length(lease + GRACE) + late;
+    assert!(last - cut_at <= bound, "{:.0} ms, the bound is {:.0} ms", ms(cut_at, last), ms(0, bound));
 
     proxy.restore();
     all_queue(operator, &holder);
@@ -505,45 +541,42 @@ fn cut_off(direction: Direction, lease: Duration, count: usize) {
     nothing_is_left(operator);
 }
 
-#[test]
-fn a_hundred_holders_cut_off_in_both_directions_lose_before_another_gets() {
-    cut_off(Direction::Both, LEASE, 100);
+fn a_hundred_holders_cut_off_in_both_directions_lose_before_another_gets(shared_sessions: u32) {
+    cut_off(Direction::Both, LEASE, 100, shared_sessions);
+}
+
+fn a_hundred_holders_that_hear_nothing_lose_before_another_gets(shared_sessions: u32) {
+    cut_off(Direction::Inward, LEASE, 100, shared_sessions);
+}
+
+fn a_hundred_holders_that_are_not_heard_lose_before_another_gets(shared_sessions: u32) {
+    cut_off(Direction::Outward, LEASE, 100, shared_sessions);
 }
 
 #[test]
-fn a_hundred_holders_that_hear_nothing_lose_before_another_gets() {
-    cut_off(Direction::Inward, LEASE, 100);
+fn with_a_lease_of_half_a_minute_it_is_the_same_in_both_directions() {
+    cut_off(Direction::Both, HALF_A_MINUTE, 5, 0);
 }
 
 #[test]
-fn a_hundred_holders_that_are_not_heard_lose_before_another_gets() {
-    cut_off(Direction::Outward, LEASE, 100);
+fn with_a_lease_of_half_a_minute_it_is_the_same_for_those_that_hear_nothing() {
+    cut_off(Direction::Inward, HALF_A_MINUTE, 5, 0);
 }
 
 #[test]
-fn with_a_lease_of_a_minute_it_is_the_same_in_both_directions() {
-    cut_off(Direction::Both, MINUTE, 5);
+fn with_a_lease_of_half_a_minute_it_is_the_same_for_those_that_are_not_heard() {
+    cut_off(Direction::Outward, HALF_A_MINUTE, 5, 0);
 }
 
-#[test]
-fn with_a_lease_of_a_minute_it_is_the_same_for_those_that_hear_nothing() {
-    cut_off(Direction::Inward, MINUTE, 5);
-}
-
-#[test]
-fn with_a_lease_of_a_minute_it_is_the_same_for_those_that_are_not_heard() {
-    cut_off(Direction::Outward, MINUTE, 5);
-}
-
-#[test]
-fn holders_with_a_long_lease_are_told_of_a_cut_long_before_it_ends() {
+fn holders_with_a_long_lease_are_told_of_a_cut_long_before_it_ends(shared_sessions: u32) {
     const COUNT: usize = 10;
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
     for direction in [Direction::Both, Direction::Inward, Direction::Outward] {
         let proxy = Proxy::to(server.port());
         let url = server.url_at("127.0.0.1", proxy.port());
-        let holder = Party::with("holder", COUNT, long_lease("holder", &url, COUNT));
+        let settings = long_lease("holder", &url, COUNT).shared_sessions(shared_sessions);
+        let holder = Party::with("holder", COUNT, settings);
         let competitor = Party::new("competitor", &server.url(), COUNT);
         let terms = holder.lock_all();
         let had = competitor.wait_for_all();
@@ -578,7 +611,7 @@ fn a_waiter_that_is_cut_off_is_passed_over_and_queues_again_when_the_cut_ends() 
     for direction in [Direction::Both, Direction::Inward, Direction::Outward] {
         let proxy = Proxy::to(server.port());
         let url = server.url_at("127.0.0.1", proxy.port());
-        let holder = Party::new("holder", &server.url(), COUNT);
+        let holder = Party::steady("holder", &server.url(), COUNT);
         holder.lock_all();
         let slice = Duration::from_secs(2);
         let waiter = Party::with("waiter", COUNT, config("waiter", &url, COUNT).wait_slice(slice));
@@ -712,27 +745,30 @@ impl log::Log for Logger {
     fn flush(&self) {}
 }
 
-/// The warnings about a key's loss. Tests that use this have keys of their own.
-fn warnings(key: &str) -> Vec<String> {
-    let start = format!("lock {key:?}: lost");
-    let logged = LOGGED.lock();
-    logged
-        .iter()
-        .filter(|(level, text)| text.starts_with(&start) && *level == log::Level::Warn)
-        .map(|(_, text)| text.clone())
-        .collect()
+fn the_handle_tells_why_the_lock_was_lost_and_the_log_tells_it_once(shared_sessions: u32) {
+    Process::start(&mut process("lease::telling_why", &shared_sessions.to_string())).succeeds();
 }
 
+/// The body of [`the_handle_tells_why_the_lock_was_lost_and_the_log_tells_it_once`], in a process of its own, for its logger.
 #[test]
-fn the_handle_tells_why_the_lock_was_lost_and_the_log_tells_it_once() {
-    static LOGGER: Once = Once::new();
-    LOGGER.call_once(|| {
-        log::set_logger(&Logger).unwrap();
-        log::set_max_level(log::LevelFilter::Debug);
-    });
+fn telling_why() {
+    let Some(shared_sessions) = role().map(|role| role.parse().unwrap()) else { return };
+    log::set_logger(&Logger).unwrap();
+    log::set_max_level(log::LevelFilter::Debug);
+    // Of many locks on one session, one warning tells.
+    let start = if shared_sessions == 0 {
+        "lock \"x\": lost: "
+    } else {
+        "a session was lost with all the locks that it carried: "
+    };
+    let warnings = || -> Vec<String> {
+        let logged = LOGGED.lock();
+        let warnings = logged.iter().filter(|(level, _)| *level == log::Level::Warn);
+        warnings.filter_map(|(_, text)| text.strip_prefix(start)).map(str::to_owned).collect()
+    };
     type Strike<'a> = &'a dyn Fn(&Server, &Proxy, &mut Client);
     let terminate: Strike<'_> = &|_, _, operator| {
-        let query = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'";
+        let query = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' GROUP BY pid";
         assert_eq!(operator.query(query, &[]).unwrap().len(), 1);
     };
     let table: [(&str, Strike<'_>, &[LossReason], &str); 5] = [
@@ -766,17 +802,18 @@ fn the_handle_tells_why_the_lock_was_lost_and_the_log_tells_it_once() {
         let server = Server::start().unwrap();
         let mut operator = server.client().unwrap();
         let proxy = Proxy::to(server.port());
-        let manager = started(config("it", &server.url_at("127.0.0.1", proxy.port()), 2));
-        let key = format!("why-{name}");
-        let lock = lock(&manager, &key);
+        let config = config("it", &server.url_at("127.0.0.1", proxy.port()), 2);
+        let config = config.takeover(TakeoverPolicy::Immediate).shared_sessions(shared_sessions);
+        let manager = started(config);
+        let lock = lock(&manager, "x");
         assert_eq!(lock.last_loss(), None);
         lock.lock(&soon()).unwrap();
         let (lost, before) = (lock.lost(), now());
         strike(&server, &proxy, &mut operator);
         hear(&lost);
-        eventually("the warning", || !warnings(&key).is_empty());
+        eventually("the warning", || !warnings().is_empty());
         let loss = lock.last_loss().unwrap();
-        println!("{name}: {loss:?}: {}", warnings(&key)[0]);
+        println!("{name}: {loss:?}: {}", warnings()[0]);
         assert!(reasons.contains(&loss.reason), "{name}: {loss:?}");
         assert!(loss.to_string().contains(words), "{name}: {loss}");
         assert!((before..=now()).contains(&micros(loss.at)));
@@ -787,8 +824,9 @@ fn the_handle_tells_why_the_lock_was_lost_and_the_log_tells_it_once() {
         eventually("the lock again", || is_held(&lock));
         lock.release().unwrap();
         assert_eq!(lock.last_loss(), Some(loss), "a release is no loss");
-        let said = warnings(&key);
-        assert_eq!(said.len(), 1, "{said:?}");
+        let said = warnings();
+        assert!(said.len() == 1 && said[0].contains(words), "{said:?}");
+        LOGGED.lock().clear();
         nothing_is_left(&mut operator);
     }
 }

@@ -12,4 +12,6 @@ mod cutoff;
 mod failover;
 mod lease;
 mod partition;
+mod quorum;
 mod recovery;
+mod takeover;

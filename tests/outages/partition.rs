@@ -6,15 +6,23 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use dsync::Quorum;
 use support::Server;
 use support::netns::{Direction, Netns};
 
-use crate::common::{becomes, role};
+use crate::common::{becomes, in_both_modes, role};
 use crate::cutoff::witness::{Event, Role, WITNESS, Witness, testify};
 use crate::cutoff::{
     GRACE, LEASE, Lateness, Party, all_queue, granted, holds, last_of, length, micros, ms, nothing_is_left,
     now, queues,
 };
+
+in_both_modes! {
+    a_holder_cut_off_in_both_directions_loses_before_another_gets
+    a_holder_that_hears_nothing_loses_before_another_gets
+    a_holder_that_is_not_heard_loses_before_another_gets
+    a_holder_that_hears_nothing_has_no_more_than_its_lease
+}
 
 const COUNT: usize = 20;
 
@@ -26,45 +34,37 @@ fn a_witness() {
     }
 }
 
-fn namespace() -> Option<Netns> {
-    match Netns::available() {
-        Ok(()) => Some(Netns::new().unwrap()),
-        Err(reason) => {
-            assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "nothing may be skipped here: {reason}");
-            println!("SKIPPED: {reason}");
-            None
-        }
+pub(crate) fn namespace() -> Option<Netns> {
+    if support::skip_without(Netns::available()) {
+        return None;
     }
+    Some(Netns::new().unwrap())
 }
 
-#[test]
-fn a_holder_cut_off_in_both_directions_loses_before_another_gets() {
-    pull_the_cable(Direction::Both, LEASE);
+fn a_holder_cut_off_in_both_directions_loses_before_another_gets(shared_sessions: u32) {
+    pull_the_cable(Direction::Both, LEASE, shared_sessions);
 }
 
-#[test]
-fn a_holder_that_hears_nothing_loses_before_another_gets() {
-    pull_the_cable(Direction::Inward, LEASE);
+fn a_holder_that_hears_nothing_loses_before_another_gets(shared_sessions: u32) {
+    pull_the_cable(Direction::Inward, LEASE, shared_sessions);
 }
 
-#[test]
-fn a_holder_that_is_not_heard_loses_before_another_gets() {
-    pull_the_cable(Direction::Outward, LEASE);
+fn a_holder_that_is_not_heard_loses_before_another_gets(shared_sessions: u32) {
+    pull_the_cable(Direction::Outward, LEASE, shared_sessions);
 }
 
 /// Such a holder goes on renewing its lease for a while, without knowing. And the end of its connection may not get
 /// through: TCP sends nothing new while what was sent before is not acknowledged.
-#[test]
-fn a_holder_that_hears_nothing_has_no_more_than_its_lease() {
-    pull_the_cable(Direction::Inward, Duration::from_secs(9));
+fn a_holder_that_hears_nothing_has_no_more_than_its_lease(shared_sessions: u32) {
+    pull_the_cable(Direction::Inward, Duration::from_secs(9), shared_sessions);
 }
 
-fn pull_the_cable(direction: Direction, lease: Duration) {
+fn pull_the_cable(direction: Direction, lease: Duration, shared_sessions: u32) {
     let Some(netns) = namespace() else { return };
     let server = Server::builder().listen([netns.host_address()]).start().unwrap();
     let operator = &mut server.client().unwrap();
     let url = server.url_at(&netns.host_address(), server.port());
-    let role = Role { url, count: COUNT, lease, wait_slice: LEASE };
+    let role = Role { url, count: COUNT, lease, wait_slice: LEASE, quorum: Quorum::Server, shared_sessions };
     let mut witness = Witness::start(&role, &mut role.command_inside(&netns, "partition::a_witness"));
     witness.says_of_all("held", Event::held);
     let competitor = Party::new("competitor", &server.url(), COUNT);
@@ -123,7 +123,7 @@ fn pull_the_cable(direction: Direction, lease: Duration) {
     nothing_is_left(operator);
 }
 
-/// The cut is at the waiter's; the holder outside goes on.
+/// The cut is at the waiter's, which has sessions of its own in either mode; the holder outside goes on.
 #[test]
 fn a_waiter_whose_cable_is_pulled_is_passed_over_and_queues_again() {
     let Some(netns) = namespace() else { return };
@@ -131,9 +131,10 @@ fn a_waiter_whose_cable_is_pulled_is_passed_over_and_queues_again() {
     let operator = &mut server.client().unwrap();
     let url = server.url_at(&netns.host_address(), server.port());
     for direction in [Direction::Both, Direction::Inward, Direction::Outward] {
-        let holder = Party::new("holder", &server.url(), COUNT);
+        let holder = Party::steady("holder", &server.url(), COUNT);
         holder.lock_all();
-        let role = Role { url: url.clone(), count: COUNT, lease: LEASE, wait_slice: LEASE };
+        let (url, quorum) = (url.clone(), Quorum::Server);
+        let role = Role { url, count: COUNT, lease: LEASE, wait_slice: LEASE, quorum, shared_sessions: 0 };
         let mut witness = Witness::start(&role, &mut role.command_inside(&netns, "partition::a_witness"));
         becomes("the queue of the witness", &COUNT, || queues(operator, WITNESS));
         let next = Party::new("next", &server.url(), COUNT);
@@ -146,15 +147,18 @@ fn a_waiter_whose_cable_is_pulled_is_passed_over_and_queues_again() {
         let last = last_of(&had, COUNT);
         println!("{direction:?}: passed over within {:.0} ms", ms(released_at, last));
         assert!(last - released_at <= length(LEASE + GRACE), "{:.0} ms", ms(released_at, last));
+        let grants = granted(operator, COUNT);
+        becomes("the sessions of the witness", &0, || queues(operator, WITNESS) + holds(operator, WITNESS));
         if direction == Direction::Outward {
-            // Each was told that it has the lock, and had it, until it got no answer.
-            for ((since, _), lost) in
-                granted(operator, COUNT).iter().zip(witness.says_of_all("lost", Event::lost))
-            {
-                assert!(lost < *since, "stolen {:.3} ms before it was lost", ms(*since, lost));
+            // Each was told that it has the lock, and had it, until it got no answer; but for those whose slice ended in the moment of the cut.
+            let said = witness.rest().into_iter();
+            let lost: Vec<_> = said.filter_map(|(number, event, _)| Some((number, event.lost()?))).collect();
+            assert!(!lost.is_empty(), "none was told");
+            for (number, lost) in lost {
+                let since = grants[number].0;
+                assert!(lost < since, "stolen {:.3} ms before it was lost", ms(since, lost));
             }
         }
-        becomes("the sessions of the witness", &0, || queues(operator, WITNESS) + holds(operator, WITNESS));
         netns.restore(direction).unwrap();
         let restored_at = Instant::now();
         becomes("the queue of the witness", &COUNT, || queues(operator, WITNESS));

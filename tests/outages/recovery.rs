@@ -1,20 +1,40 @@
 //! What befalls servers and sessions, and that locks come back: the loss is told, the lock is acquired again without
 //! another call, and who believes to hold it is who holds it by the server's word.
 //!
-//! Each test has a server of its own.
+//! Each test has a server of its own. Who waits has a session of its own in either mode, so what befalls it is tried in one of them.
 
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{Config, ErrorKind, Lock, LossReason, Lost, PostgresManager, SyncManager};
+use dsync::{Config, ErrorKind, Lock, LossReason, Lost, PostgresManager, SyncManager, TakeoverPolicy};
+use postgres::types::FromSql;
 use postgres::{Client, NoTls};
 use support::process::{self, Signal};
 use support::{Server, Shutdown};
 
 use crate::common::{
-    Outcome, becomes, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
+    Outcome, becomes, briefly, eventually, hear, in_both_modes, is_held, is_open, kind, lock, number_of,
+    soon, started, wait_in_thread,
 };
+
+in_both_modes! {
+    // The server ends and comes back.
+    a_held_lock_comes_back_however_the_server_ended
+    one_of_holder_and_waiter_gets_the_lock_however_the_server_ended
+    claims_that_begin_while_the_server_is_down_get_their_lock
+    a_server_that_dies_while_a_session_is_being_opened_is_waited_for
+    a_smart_shutdown_leaves_the_lock_until_the_session_ends
+    restarts_in_a_row_are_survived
+    // Sessions end.
+    sessions_killed_one_by_one_again_and_again_come_back
+    a_backend_killed_hard_takes_all_sessions_along_and_they_come_back
+    a_dropped_database_that_is_made_again_has_locks_again
+    a_dropped_catalog_is_made_again
+    a_full_server_is_waited_for
+    a_password_that_is_changed_and_changed_back_is_waited_for
+    try_lock_without_time_ends_the_pause_after_an_outage
+}
 
 /// A process that wants the lock `x`. Its name is that of its sessions.
 struct Rival {
@@ -23,15 +43,20 @@ struct Rival {
     lock: Arc<dyn Lock>,
 }
 
+/// Here is shown how soon locks come back; that a crash costs a lease otherwise is in `takeover.rs`.
+fn at_once(url: &str) -> Config {
+    Config::from_url(url).unwrap().takeover(TakeoverPolicy::Immediate)
+}
+
 impl Rival {
-    fn new(name: &'static str, url: &str) -> Self {
-        let config = Config::from_url(&format!("{url}?application_name={name}")).unwrap();
-        let manager = started(config);
+    fn new(name: &'static str, url: &str, shared_sessions: u32) -> Self {
+        let config = at_once(&format!("{url}?application_name={name}"));
+        let manager = started(config.shared_sessions(shared_sessions));
         Self { name, lock: lock(&manager, "x"), manager }
     }
 
-    fn pair(server: &Server) -> [Self; 2] {
-        ["first", "second"].map(|name| Self::new(name, &server.url()))
+    fn pair(server: &Server, shared_sessions: u32) -> [Self; 2] {
+        ["first", "second"].map(|name| Self::new(name, &server.url(), shared_sessions))
     }
 
     fn lock(&self) -> Lost {
@@ -94,10 +119,16 @@ fn waiters(operator: &mut Client) -> Vec<String> {
 }
 
 fn sessions(operator: &mut Client, condition: &str) -> Vec<String> {
+    about_x(operator, "split_part(application_name, ' ', 1)", condition)
+}
+
+/// What `column` says of the sessions that have the lock `x` or wait for it, be they its own or those of many locks.
+fn about_x<T: for<'a> FromSql<'a>>(operator: &mut Client, column: &str, condition: &str) -> Vec<T> {
     let query = format!(
-        "SELECT split_part(application_name, ' ', 1) FROM pg_locks JOIN pg_stat_activity USING (pid)
-         WHERE locktype = 'advisory' AND datname = current_database() AND application_name LIKE '% x' AND {condition}
-         ORDER BY 1"
+        "SELECT {column} FROM pg_locks JOIN pg_stat_activity USING (pid)
+         WHERE locktype = 'advisory' AND datname = current_database() AND {condition}
+           AND (application_name LIKE '% x' OR classid::int8 << 32 | objid::int8 = {x}) ORDER BY 1",
+        x = number_of("'x'")
     );
     operator.query(&query, &[]).unwrap().iter().map(|row| row.get(0)).collect()
 }
@@ -143,9 +174,9 @@ const FAULTS: [Fault; 4] = [
 fn a_loss_is_told_soon_to_one_who_has_waited_for_the_lock() {
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let [first, mut second] = Rival::pair(&server);
+    let [first, mut second] = Rival::pair(&server, 0);
     let url = format!("{}?application_name=second", server.url());
-    second.manager = started(Config::from_url(&url).unwrap().lease(Duration::from_secs(120)));
+    second.manager = started(at_once(&url).lease(Duration::from_secs(120)));
     second.lock = lock(&second.manager, "x");
     for _ in 0..5 {
         first.lock();
@@ -166,10 +197,9 @@ fn a_loss_is_told_soon_to_one_who_has_waited_for_the_lock() {
     }
 }
 
-#[test]
-fn a_held_lock_comes_back_however_the_server_ended() {
+fn a_held_lock_comes_back_however_the_server_ended(shared_sessions: u32) {
     let server = Server::start().unwrap();
-    let only = Rival::new("only", &server.url());
+    let only = Rival::new("only", &server.url(), shared_sessions);
     only.lock();
     for Fault { name, strike, reasons } in FAULTS {
         println!("{name}");
@@ -184,12 +214,11 @@ fn a_held_lock_comes_back_however_the_server_ended() {
     only.lock.release().unwrap();
 }
 
-#[test]
-fn one_of_holder_and_waiter_gets_the_lock_however_the_server_ended() {
+fn one_of_holder_and_waiter_gets_the_lock_however_the_server_ended(shared_sessions: u32) {
     let server = Server::start().unwrap();
     for Fault { name, strike, reasons } in FAULTS {
         println!("{name}");
-        let [first, second] = Rival::pair(&server);
+        let [first, second] = Rival::pair(&server, shared_sessions);
         let term = first.lock();
         let waiting = wait_in_thread(&second.lock);
         becomes("the queue", &vec!["second".to_owned()], || waiters(&mut server.client().unwrap()));
@@ -207,10 +236,9 @@ fn one_of_holder_and_waiter_gets_the_lock_however_the_server_ended() {
     }
 }
 
-#[test]
-fn claims_that_begin_while_the_server_is_down_get_their_lock() {
+fn claims_that_begin_while_the_server_is_down_get_their_lock(shared_sessions: u32) {
     let server = Server::start().unwrap();
-    let only = Rival::new("only", &server.url());
+    let only = Rival::new("only", &server.url(), shared_sessions);
     for Fault { name, strike, .. } in FAULTS {
         println!("{name}");
         // Whatever is in the pool was there before.
@@ -225,16 +253,16 @@ fn claims_that_begin_while_the_server_is_down_get_their_lock() {
 }
 
 /// A connection that is being made is one to a server that hangs, and then to one that has died.
-#[test]
-fn a_server_that_dies_while_a_session_is_being_opened_is_waited_for() {
+fn a_server_that_dies_while_a_session_is_being_opened_is_waited_for(shared_sessions: u32) {
     let server = Server::start().unwrap();
-    let only = Rival::new("only", &server.url());
+    let only = Rival::new("only", &server.url(), shared_sessions);
     server.restart(Shutdown::Fast).unwrap(); // so that there is no session in the pool
     let frozen = server.freeze().unwrap();
     let waiting = wait_in_thread(&only.lock);
     only.waits_for_the_server();
-    drop(frozen);
+    // It dies where it stands. One that went on for a moment might grant the lock.
     server.kill_hard().unwrap();
+    drop(frozen);
     only.waits_for_the_server();
     server.start_again().unwrap();
     waiting.get().unwrap();
@@ -242,16 +270,15 @@ fn a_server_that_dies_while_a_session_is_being_opened_is_waited_for() {
 }
 
 /// Such a server refuses new sessions and lets the old ones be.
-#[test]
-fn a_smart_shutdown_leaves_the_lock_until_the_session_ends() {
+fn a_smart_shutdown_leaves_the_lock_until_the_session_ends(shared_sessions: u32) {
     let server = Server::start().unwrap();
-    let holder = Rival::new("holder", &server.url());
+    let holder = Rival::new("holder", &server.url(), shared_sessions);
     let term = holder.lock();
     let backends = server.backend_pids().unwrap();
     thread::scope(|scope| {
         let stopping = scope.spawn(|| server.stop(Shutdown::Smart));
         eventually("the order to stop", || server.log().contains("received smart shutdown request"));
-        let other = Rival::new("other", &server.url());
+        let other = Rival::new("other", &server.url(), shared_sessions);
         other.waits_for_the_server();
         assert!(is_open(&term) && server.is_running(), "the server waits for the holder");
         for backend in backends {
@@ -267,10 +294,9 @@ fn a_smart_shutdown_leaves_the_lock_until_the_session_ends() {
 }
 
 /// The seed's scenario, step by step: the server goes, nothing can be had, the server comes, all is well.
-#[test]
-fn restarts_in_a_row_are_survived() {
+fn restarts_in_a_row_are_survived(shared_sessions: u32) {
     let server = Server::start().unwrap();
-    let [first, second] = Rival::pair(&server);
+    let [first, second] = Rival::pair(&server, shared_sessions);
     first.lock();
     let waiting = wait_in_thread(&second.lock);
     for how in [Shutdown::Fast, Shutdown::Immediate, Shutdown::Fast] {
@@ -289,15 +315,14 @@ fn restarts_in_a_row_are_survived() {
 
 /// The backends that serve `condition` of the locks.
 fn backends(operator: &mut Client, condition: &str) -> Vec<i32> {
-    let query = format!("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND {condition} ORDER BY pid");
-    operator.query(&query, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+    about_x(operator, "pid", condition)
 }
 
 #[test]
 fn a_waiter_whose_session_is_removed_queues_again() {
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let [first, second] = Rival::pair(&server);
+    let [first, second] = Rival::pair(&server, 0);
     let term = first.lock();
     let waiting = wait_in_thread(&second.lock);
     for _ in 0..5 {
@@ -314,12 +339,11 @@ fn a_waiter_whose_session_is_removed_queues_again() {
     second.gets_it_again(operator);
 }
 
-#[test]
-fn sessions_killed_one_by_one_again_and_again_come_back() {
+fn sessions_killed_one_by_one_again_and_again_come_back(shared_sessions: u32) {
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let [first, second] = Rival::pair(&server);
-    let third = Rival::new("third", &server.url());
+    let [first, second] = Rival::pair(&server, shared_sessions);
+    let third = Rival::new("third", &server.url(), shared_sessions);
     let rivals = [&first, &second, &third];
     let waiting = rivals.map(|rival| wait_in_thread(&rival.lock));
     for round in 0..30 {
@@ -351,10 +375,9 @@ fn sessions_killed_one_by_one_again_and_again_come_back() {
 }
 
 /// The server then ends all other sessions too, since the one may have left its memory in disorder.
-#[test]
-fn a_backend_killed_hard_takes_all_sessions_along_and_they_come_back() {
+fn a_backend_killed_hard_takes_all_sessions_along_and_they_come_back(shared_sessions: u32) {
     let server = Server::start().unwrap();
-    let [first, second] = Rival::pair(&server);
+    let [first, second] = Rival::pair(&server, shared_sessions);
     let term = first.lock();
     let waiting = wait_in_thread(&second.lock);
     becomes("the queue", &vec!["second".to_owned()], || waiters(&mut server.client().unwrap()));
@@ -367,14 +390,13 @@ fn a_backend_killed_hard_takes_all_sessions_along_and_they_come_back() {
     pass_on(winner, other, waiting, operator);
 }
 
-#[test]
-fn a_dropped_database_that_is_made_again_has_locks_again() {
+fn a_dropped_database_that_is_made_again_has_locks_again(shared_sessions: u32) {
     let server = Server::start().unwrap();
     let mut administrator = server.client().unwrap();
     administrator.batch_execute("CREATE DATABASE fragile").unwrap();
     let url = format!("{}fragile", server.url().strip_suffix("postgres").unwrap());
     let operator = || Client::connect(&url, NoTls).unwrap();
-    let [first, second] = ["first", "second"].map(|name| Rival::new(name, &url));
+    let [first, second] = ["first", "second"].map(|name| Rival::new(name, &url, shared_sessions));
     let term = first.lock();
     let waiting = wait_in_thread(&second.lock);
     becomes("the queue", &vec!["second".to_owned()], || waiters(&mut operator()));
@@ -402,11 +424,10 @@ fn a_dropped_database_that_is_made_again_has_locks_again() {
     }
 }
 
-#[test]
-fn a_dropped_catalog_is_made_again() {
+fn a_dropped_catalog_is_made_again(shared_sessions: u32) {
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let only = Rival::new("only", &server.url());
+    let only = Rival::new("only", &server.url(), shared_sessions);
     only.lock();
     operator.batch_execute("DROP SCHEMA dsync CASCADE").unwrap();
     only.lock.release().unwrap();
@@ -415,8 +436,7 @@ fn a_dropped_catalog_is_made_again() {
     assert!(only.lock.term().unwrap().token().is_some());
 }
 
-#[test]
-fn a_full_server_is_waited_for() {
+fn a_full_server_is_waited_for(shared_sessions: u32) {
     let server = Server::builder().max_connections(10).start().unwrap();
     let operator = &mut server.client().unwrap();
     let others =
@@ -430,13 +450,13 @@ fn a_full_server_is_waited_for() {
     };
 
     let crowd = others();
-    let first = Rival::new("first", &server.url());
+    let first = Rival::new("first", &server.url(), shared_sessions);
     no_room(&first);
     drop(crowd);
     first.gets_it_again(operator);
 
     // A full server loses the holder's session, and the place may be taken before the next one comes.
-    let second = Rival::new("second", &server.url());
+    let second = Rival::new("second", &server.url(), shared_sessions);
     let term = first.lock.lost();
     let waiting = wait_in_thread(&second.lock);
     becomes("the queue", &vec!["second".to_owned()], || waiters(operator));
@@ -453,14 +473,14 @@ fn a_full_server_is_waited_for() {
     first.gets_it_again(operator);
 }
 
-#[test]
-fn a_password_that_is_changed_and_changed_back_is_waited_for() {
+fn a_password_that_is_changed_and_changed_back_is_waited_for(shared_sessions: u32) {
     let server = Server::builder().password_auth().start().unwrap();
     let operator = &mut server.client().unwrap();
     operator
         .batch_execute("CREATE ROLE app LOGIN PASSWORD 'right'; GRANT CREATE ON DATABASE postgres TO app")
         .unwrap();
-    let only = Rival::new("only", &format!("postgres://app:right@127.0.0.1:{}/postgres", server.port()));
+    let url = format!("postgres://app:right@127.0.0.1:{}/postgres", server.port());
+    let only = Rival::new("only", &url, shared_sessions);
     let term = only.lock();
     operator.batch_execute("ALTER ROLE app PASSWORD 'another'").unwrap();
     assert!(is_open(&term), "who is in stays in");
@@ -479,10 +499,9 @@ fn a_password_that_is_changed_and_changed_back_is_waited_for() {
 }
 
 /// A call without time makes an attempt of its own, however long the claim would pause.
-#[test]
-fn try_lock_without_time_ends_the_pause_after_an_outage() {
+fn try_lock_without_time_ends_the_pause_after_an_outage(shared_sessions: u32) {
     let server = Server::start().unwrap();
-    let manager = started(Config::from_url(&server.url()).unwrap());
+    let manager = started(Config::from_url(&server.url()).unwrap().shared_sessions(shared_sessions));
     let x = lock(&manager, "x");
     x.lock(&soon()).unwrap();
     let lost = x.lost();

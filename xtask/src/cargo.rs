@@ -15,12 +15,12 @@ pub(crate) fn root() -> PathBuf {
 /// Cargo, with variables of the environment.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cargo {
-    variables: Vec<(&'static str, &'static str)>,
+    variables: Vec<(&'static str, String)>,
 }
 
 impl Cargo {
-    pub(crate) fn env(mut self, name: &'static str, value: &'static str) -> Self {
-        self.variables.push((name, value));
+    pub(crate) fn env(mut self, name: &'static str, value: &str) -> Self {
+        self.variables.push((name, value.to_owned()));
         self
     }
 
@@ -45,7 +45,10 @@ impl Cargo {
                 command.env_remove(&name);
             }
         }
-        command.args(arguments).envs(self.variables.iter().copied()).current_dir(root());
+        command
+            .args(arguments)
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
+            .current_dir(root());
         command
     }
 }

@@ -4,6 +4,7 @@
 
 mod benches;
 mod cargo;
+mod gates;
 mod repeat;
 mod task;
 mod tools;

@@ -11,6 +11,7 @@ use std::thread;
 use std::time::Instant;
 
 use crate::cargo::{Cargo, line};
+use crate::task::{ALL_TESTS, waiting};
 
 /// A compiled program of tests, and the folder in which cargo would run it.
 struct Program {
@@ -43,8 +44,10 @@ pub(crate) fn tests(rounds: u32, tests: &[&str], busy: bool) -> Result<(), Strin
 }
 
 pub(crate) fn suite(rounds: u32, busy: bool) -> Result<(), String> {
-    Cargo::default().run(&["test", "--workspace", "--no-run"])?;
-    repeat(rounds, busy, || succeeds(&mut Cargo::default().command(&["test", "--workspace"])))
+    let cargo = waiting(&Cargo::default());
+    cargo.run(&[&ALL_TESTS[..], &["--no-run"]].concat())?;
+    let all = [&ALL_TESTS[..], &["--no-fail-fast"]].concat();
+    repeat(rounds, busy, || succeeds(&mut cargo.command(&all)))
 }
 
 fn repeat(rounds: u32, busy: bool, mut round: impl FnMut() -> Result<(), String>) -> Result<(), String> {
@@ -96,8 +99,8 @@ impl Program {
 
 /// All programs of tests, compiled.
 fn programs() -> Result<Vec<Program>, String> {
-    let arguments = ["test", "--workspace", "--no-run", "--message-format=json-render-diagnostics"];
-    eprintln!("xtask: {}", line(&arguments[..3]));
+    let arguments = [&ALL_TESTS[..], &["--no-run", "--message-format=json-render-diagnostics"]].concat();
+    eprintln!("xtask: {}", line(&arguments[..ALL_TESTS.len() + 1]));
     let output = Cargo::default()
         .command(&arguments)
         .stderr(Stdio::inherit())

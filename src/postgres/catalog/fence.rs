@@ -52,6 +52,12 @@ impl Fence for RowFence {
 }
 
 impl RowFence {
+    /// The same for a permit of the semaphore that has this number.
+    pub(crate) fn of_permit(&self, permit: u32) -> Self {
+        let Self { key, longest_pause, schema } = self;
+        Self { key: key.permit(permit), longest_pause: *longest_pause, schema: Arc::clone(schema) }
+    }
+
     /// In milliseconds, as the statements take it.
     pub(crate) fn longest_pause(&self) -> String {
         self.longest_pause.as_millis().to_string()

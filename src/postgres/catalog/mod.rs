@@ -1,6 +1,7 @@
 //! The catalog: sees that it is there, and is nobody else's, before it is needed.
 
 pub(crate) mod fence;
+pub(crate) mod takeover;
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use crate::pg::sql;
 use crate::pg::sql::schema::Schema;
 
 /// The version of the catalog that this library works with.
-const VERSION: i32 = 5;
+const VERSION: i32 = 6;
 
 /// The SQL that makes the catalog, for an administrator to run where the role of the locks may not.
 ///
@@ -29,8 +30,9 @@ const VERSION: i32 = 5;
 /// administrator.batch_execute(
 ///     "GRANT USAGE ON SCHEMA dsync TO app;
 ///      GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO app;
-///      GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation, dsync.success TO app;
-///      GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO app;
+///      GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation, dsync.success, dsync.semaphore TO app;
+///      GRANT SELECT, INSERT, UPDATE ON dsync.policy, dsync.takeover TO app;
+///      GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters, dsync.semaphores TO app;
 ///      GRANT EXECUTE ON FUNCTION dsync.fence(text) TO app;",
 /// )?;
 /// # Ok(())
@@ -49,24 +51,22 @@ pub fn catalog_sql(schema: &str) -> Result<String> {
 }
 
 /// What an administrator is to run, for messages.
-const SCRIPT: &str = "dsync::CATALOG_SQL (for another schema than dsync: dsync::catalog_sql)";
+pub(crate) const SCRIPT: &str = "dsync::CATALOG_SQL (for another schema than dsync: dsync::catalog_sql)";
 
-/// Sees that the catalog is there and can be used.
+/// Sees that the catalog is there and can be used; `true` if it had to be made, or brought up to date.
 pub(crate) fn ensure(
     session: &mut Session,
     mode: CatalogMode,
     by: Instant,
-) -> std::result::Result<(), Refusal> {
+) -> std::result::Result<bool, Refusal> {
     if mode == CatalogMode::None {
-        return Ok(());
+        return Ok(false);
     }
     let mut state = look(session, by)?;
-    if state.is_none() {
+    let is_new = state.is_none();
+    if is_new {
         if mode == CatalogMode::MustExist {
-            return Err(refused(&format!(
-                "the catalog is not there or too old, and the settings say that it must be there; let an administrator run \
-                 {SCRIPT} in this database, or set the catalog to automatic or none"
-            )));
+            return Err(missing());
         }
         state = Some(create(session, by)?);
     }
@@ -82,7 +82,27 @@ pub(crate) fn ensure(
             log::debug!("rows of old locks stay in the catalog: {}", chain(&error));
         }
     }
-    Ok(())
+    Ok(is_new)
+}
+
+/// Whether the catalog is there and can be used, as it is; `false` if a session that needs it would make it, or bring it up to
+/// date.
+pub(crate) fn is_there(
+    session: &mut Session,
+    mode: CatalogMode,
+    by: Instant,
+) -> std::result::Result<bool, Refusal> {
+    match look(session, by)? {
+        None if mode == CatalogMode::MustExist => Err(missing()),
+        state => Ok(state.is_some()),
+    }
+}
+
+fn missing() -> Refusal {
+    refused(&format!(
+        "the catalog is not there or too old, and the settings say that it must be there; let an administrator run \
+         {SCRIPT} in this database, or set the catalog to automatic or none"
+    ))
 }
 
 /// What there is to be done for a catalog that can be used.
@@ -130,7 +150,8 @@ fn look(session: &mut Session, by: Instant) -> std::result::Result<Option<State>
     let [rights, has_era, has_old_rows] = ask(session, sql::CATALOG_STATE, by)?;
     if !is_true(&rights) {
         return Err(no_rights(&session.schema().apply(
-            "SELECT, INSERT and UPDATE on dsync.lock and dsync.era, USAGE and UPDATE on dsync.token are needed",
+            "SELECT, INSERT and UPDATE on dsync.lock, dsync.era, dsync.policy and dsync.takeover, USAGE and UPDATE on \
+             dsync.token are needed",
         )));
     }
     Ok(Some(State { has_era: is_true(&has_era), has_old_rows: is_true(&has_old_rows) }))
@@ -202,7 +223,7 @@ fn code(error: &postgres::Error) -> &str {
 }
 
 /// Why a statement on the catalog failed, where that means something else than on a session.
-fn failed(failure: Failure) -> Refusal {
+pub(crate) fn failed(failure: Failure) -> Refusal {
     match failure {
         Failure::Refused(error) if code(&error) == "42501" => no_rights(&chain(&error)),
         // The end of `lock_timeout` or `statement_timeout`.

@@ -7,16 +7,64 @@ use crossbeam_channel::{at, never, select};
 
 use crate::context::{Context, OnCancel};
 use crate::error::{Error, ErrorKind, Result};
+use crate::pg::carrier::seat::Seat;
 use crate::pg::claim::engine::Caller;
 use crate::pg::claim::shared::{Claim, EndReason, LeaveRequest, Patience, Progress};
 use crate::pg::claim::supervisor::Supervisor;
 use crate::process::{Origin, may_drive};
 
-/// A claim, and its supervisor.
+/// A claim, and who works on it.
 #[derive(Clone, Debug)]
 pub(crate) struct ActiveClaim {
     pub(crate) claim: Arc<Claim>,
-    pub(crate) supervisor: Arc<Supervisor>,
+    pub(crate) worker: Worker,
+}
+
+/// Who works on a claim, beside the threads that call.
+#[derive(Clone, Debug)]
+pub(crate) enum Worker {
+    /// On a session of its own.
+    Supervisor(Arc<Supervisor>),
+    /// On one that carries many claims; or a supervisor, if it has moved.
+    Seat(Arc<Seat>),
+}
+
+impl Worker {
+    /// The supervisor, if there is one.
+    pub(crate) fn supervisor(&self) -> Option<&Arc<Supervisor>> {
+        match self {
+            Self::Supervisor(supervisor) => Some(supervisor),
+            Self::Seat(seat) => seat.supervisor(),
+        }
+    }
+
+    /// Makes it look at the claim.
+    fn wake(&self) {
+        match self {
+            Self::Supervisor(supervisor) => supervisor.wake(),
+            Self::Seat(seat) => seat.wake(),
+        }
+    }
+
+    /// Runs the engine of the claim as far as this thread may; `false` if it did nothing.
+    fn run_engine(&self, claim: &Claim, caller: Caller, leave: Option<&Arc<LeaveRequest>>) -> bool {
+        match (self, self.supervisor()) {
+            (_, Some(supervisor)) => may_drive() && supervisor.run_engine(claim, caller, leave),
+            (Self::Seat(seat), None) => {
+                // Here, so that an application that takes its time is in nobody else's way. A slow valuer must not outlast a caller's patience.
+                let annotates = match caller {
+                    Caller::Acquires { until: None, is_cancellable: false, .. } => true,
+                    Caller::Acquires { .. } => seat.spec().annotates_fast(),
+                    Caller::Releases => false,
+                };
+                if annotates && seat.mark_asked() {
+                    seat.annotate();
+                }
+                seat.carrier().run_engine(seat, caller)
+            }
+            (Self::Supervisor(_), None) => false,
+        }
+    }
 }
 
 impl ActiveClaim {
@@ -25,13 +73,13 @@ impl ActiveClaim {
     /// A change of threads takes longer than a statement. So this thread runs the engine itself where it may, and waits for the
     /// claim to change where it may not.
     pub(crate) fn lock(&self, patience: Patience, context: &Context) -> Result<()> {
-        let Self { claim, supervisor } = self;
+        let Self { claim, worker } = self;
         let begun = Instant::now();
         // An attempt that failed before this call does not count.
         let failures = claim.failures();
         if patience == Patience::TryOnce && !claim.is_for_one_term() {
             claim.hurry();
-            supervisor.wake();
+            worker.wake();
         }
         let caller = may_drive().then(|| Caller::Acquires {
             until: context.expires_at(),
@@ -44,25 +92,28 @@ impl ActiveClaim {
         let mut subscribe = false;
         loop {
             let changed = match claim.progress(patience, failures, subscribe)? {
-                Progress::Held => return Ok(()),
+                Progress::Held => {
+                    self.have_told();
+                    return Ok(());
+                }
                 Progress::GaveUp => return Err(claim.gave_up(ErrorKind::TimedOut, begun)),
                 Progress::Pending(changed) => changed,
             };
             if let Some(caller) = caller
-                && supervisor.run_engine(claim, caller, leave.as_ref())
+                && worker.run_engine(claim, caller, leave.as_ref())
             {
                 continue;
             }
             let Some(changed) = changed else {
                 if caller.is_none() {
-                    supervisor.wake();
+                    worker.wake();
                 }
                 // Before the next try to run the engine, so that a change after that try is not missed.
                 subscribe = true;
                 continue;
             };
             if asking.is_some() && claim.is_asked() {
-                supervisor.wake();
+                worker.wake();
             }
             select! {
                 recv(changed) -> _ => {}
@@ -82,32 +133,42 @@ impl ActiveClaim {
         if begins || self.claim.is_for_one_term() && !self.claim.is_over() {
             self.give_back(by);
         }
-        self.claim.wait_ended(by)
+        let outcome = self.claim.wait_ended(by);
+        self.have_told();
+        outcome
+    }
+
+    /// Sees to it that the observer has been told of the claim before others may have something to tell of the lock. A carrier's thread has that done by
+    /// another one.
+    fn have_told(&self) {
+        if let Worker::Seat(_) = self.worker {
+            self.claim.have_told();
+        }
     }
 
     /// Gives the lock of an ended claim back, or makes the thread that runs the engine do so.
     pub(crate) fn give_back(&self, by: Instant) {
-        let done = may_drive() && self.supervisor.run_engine(&self.claim, Caller::Releases, None);
+        let done = self.worker.run_engine(&self.claim, Caller::Releases, None);
         if !done {
-            self.supervisor.wake();
+            self.worker.wake();
             self.claim.interrupt(by);
         }
     }
 
     /// Leaves the claim to its supervisor: the caller's context had ended when the call began.
     pub(crate) fn left(&self, kind: ErrorKind) -> Error {
-        self.supervisor.wake();
+        self.worker.wake();
         self.claim.gave_up(kind, Instant::now())
     }
 
     /// What wakes the supervisor if `context` is cancelled while this thread runs the engine.
     fn leave_request(&self, context: &Context) -> Option<Arc<LeaveRequest>> {
         context.can_be_cancelled().then(|| {
-            let (supervisor, origin) = (Arc::clone(&self.supervisor), Origin::here());
+            let (worker, origin) = (self.worker.clone(), Origin::here());
             let request = LeaveRequest::new(move || {
                 // In a forked child the bell is the parent's.
                 if origin.is_here() {
-                    supervisor.wake();
+                    worker.wake();
                 }
             });
             context.on_cancel(Arc::downgrade(&request) as Weak<dyn OnCancel>);
@@ -121,6 +182,10 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::clock::Moment;
+    use crate::clock::tests::pretend_suspend;
+    use crate::expiry::Expiry;
+    use crate::key::Mode;
     use crate::loss::LossReason;
     use crate::pg::claim::shared::Span;
 
@@ -128,13 +193,39 @@ mod tests {
     fn a_term_whose_time_is_over_is_lost_and_not_released() {
         let at_most = Duration::from_secs(2);
         for span in [Span::UntilReleased, Span::OneTerm { waits: true, has_others: false, at_most }] {
-            let claim = Claim::new("k".to_owned(), at_most, span, None, None);
-            assert!(claim.announce_acquired(Instant::now(), None));
+            let claim = Claim::new("k".to_owned(), Mode::Alone, at_most, span, None, None);
+            assert!(claim.announce_acquired(Arc::new(Expiry::new(Moment::now())), None, None));
             // As in a process that was frozen, whose watchdog has not looked yet.
             let begins = claim.end(EndReason::Released, Instant::now() + at_most);
             assert_eq!(begins, span == Span::UntilReleased);
             assert_eq!(claim.last_loss().map(|loss| loss.reason), Some(LossReason::LeaseNotRenewed));
             assert!(claim.is_ending());
+        }
+    }
+
+    #[test]
+    fn a_term_goes_on_while_the_machine_is_suspended_and_is_over_when_it_wakes_up() {
+        const TERM: Duration = Duration::from_secs(600);
+        let ends = || Moment::now().checked_add(TERM).unwrap();
+        for watchdog_is_first in [false, true] {
+            let claim = Claim::new("k".to_owned(), Mode::Alone, TERM, Span::UntilReleased, None, None);
+            assert!(
+                claim.announce_acquired(Arc::new(Expiry::new(ends())), None, None)
+                    && claim.announce_renewed(ends())
+            );
+            let (lost, term) = (claim.lost(), claim.term(|_| None).unwrap());
+            pretend_suspend(TERM / 2);
+            let due = claim.deadline().unwrap().saturating_duration_since(Instant::now());
+            assert!(term.is_held() && due <= TERM / 2 && due > TERM / 4, "{due:?}");
+            pretend_suspend(TERM / 2);
+            assert!(claim.deadline().unwrap() <= Instant::now(), "the watchdog has something to enforce");
+            if watchdog_is_first {
+                claim.enforce_deadline();
+                assert!(lost.is_lost());
+            }
+            assert!(!term.is_held() && claim.term(|_| None).is_none() && lost.is_lost());
+            assert!(!claim.announce_renewed(ends()), "nothing brings it back");
+            assert_eq!(claim.last_loss().map(|loss| loss.reason), Some(LossReason::LeaseNotRenewed));
         }
     }
 }

@@ -4,12 +4,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::clock::Moment;
 use crate::error::{Error, ErrorKind, chain};
+use crate::expiry::Expiry;
 use crate::loss::LossReason;
 use crate::pg::claim::lifecycle::{Action, Event, Lifecycle};
-use crate::pg::claim::machine::{self as claim, End, Notice};
+use crate::pg::claim::machine::{self as claim, End, Notice, Obstacle};
 use crate::pg::claim::shared::{Claim, EndReason};
 use crate::pg::claim::spec::LockSpec;
+use crate::pg::confirm::{Outcome, Wait};
 use crate::pg::pool::PooledSlot;
 use crate::pg::session::control::SessionControl;
 use crate::pg::session::locks::Answer;
@@ -29,12 +32,10 @@ pub(crate) struct Engine {
     request: Request,
     claim: Arc<Claim>,
     lifecycle: Lifecycle,
-    epoch: Instant,
+    epoch: Moment,
     /// The right to a session lasts as long as the claim: when a session is lost the next one takes its place.
     slot: Option<PooledSlot>,
     control: Option<Arc<SessionControl>>,
-    /// The backends of this claim's lost sessions, whose loss the server may not have noticed yet, and when each was lost.
-    lost_backends: Vec<(Instant, i32)>,
     uncertain_until: Time,
     /// The server has said that it ends the session at hand.
     end_announced: bool,
@@ -44,6 +45,8 @@ pub(crate) struct Engine {
     logged: Option<ErrorKind>,
     /// The token of the current term, or of the last one.
     token: Option<i64>,
+    /// The same of the permit, of a semaphore.
+    permit: Option<u32>,
     /// When the release must be done, from when the machine has been told of it.
     release_by: Option<Instant>,
     /// The claim followed close on another one of its supervisor, so a third may follow on this one: the session stays.
@@ -54,6 +57,12 @@ pub(crate) struct Engine {
     has_nothing: bool,
     /// The annotation was made for the statement before, which found the lock taken, and serves for the first slice too.
     is_annotated: bool,
+    /// When the current term was granted, or the last one.
+    granted_at: Instant,
+    /// When the takeover grace ends that was found last.
+    grace_ends: Instant,
+    /// Which of the lock's terms was asked for last, whether it is the newest of the key; it was not.
+    unproven: Option<i64>,
 }
 
 /// What a caller's thread may do.
@@ -74,37 +83,41 @@ impl Engine {
         slot: Option<PooledSlot>,
         is_quick: bool,
     ) -> Self {
-        let epoch = Instant::now();
+        let epoch = Moment::now();
         let timing = Timing {
             term: spec.plan.term(),
             heartbeat: spec.plan.heartbeat,
             rhythm: spec.pool.rhythm(epoch),
             begins_fresh: claim.has_grace(),
+            confirms: spec.pool.confirms(),
         };
+        // Sessions that it shared with others may have left something behind.
+        let uncertain_until =
+            claim.uncertain_until().map_or(Time::ZERO, |until| until.saturating_duration_since(epoch));
+        let machine = claim::Machine::new(spec.uncertainty_window(), spec.request.mode.is_shared())
+            .uncertain_until_then(uncertain_until);
         Self {
             spec: Arc::clone(spec),
             request: spec.request.clone(),
             claim,
-            lifecycle: Lifecycle::dedicated(
-                timing,
-                spec.uncertainty_window(),
-                spec.request.shared,
-                fastrand::u64(..),
-            ),
+            lifecycle: Lifecycle::dedicated(timing, machine, fastrand::u64(..)),
             epoch,
             slot,
             control: None,
-            lost_backends: Vec::new(),
-            uncertain_until: Time::ZERO,
+            uncertain_until,
             end_announced: false,
             problem: None,
             logged: None,
             token: None,
+            permit: None,
             release_by: None,
             is_quick,
             may_wait: false,
             has_nothing: false,
             is_annotated: false,
+            granted_at: Instant::now(),
+            grace_ends: Instant::now(),
+            unproven: None,
         }
     }
 
@@ -129,7 +142,7 @@ impl Engine {
             (Action::Session(session::Action::Open), Caller::Acquires { until, .. }) => {
                 let by = Instant::now() + self.spec.pool.takes_at_most();
                 if until.is_some_and(|until| until < by)
-                    && !self.slot.as_mut().is_some_and(|slot| slot.is_open())
+                    && !self.slot.as_mut().is_some_and(|slot| slot.is_ready())
                 {
                     let open = self.spec.pool.take_open();
                     let is_open = open.is_some();
@@ -165,6 +178,7 @@ impl Engine {
         let event = match action {
             Action::Session(session::Action::Open) => self.open_session(),
             Action::Session(session::Action::Renew { by }) => self.renew(by),
+            Action::Session(session::Action::Confirm { sent, by }) => self.confirm(sent, by),
             Action::Session(session::Action::Close) => self.close_session(),
             Action::Claim(_, claim::Action::Try) => self.try_lock(),
             Action::Claim(_, claim::Action::Queue) => self.queue(),
@@ -174,7 +188,10 @@ impl Engine {
             Action::Session(
                 session::Action::Pause { .. } | session::Action::Serve | session::Action::Watch { .. },
             )
-            | Action::Claim(_, claim::Action::Wait | claim::Action::Finish(_)) => return,
+            | Action::Claim(
+                _,
+                claim::Action::Wait | claim::Action::Pause { .. } | claim::Action::Finish(_),
+            ) => return,
         };
         self.take_in(event);
         self.claim.tell();
@@ -188,6 +205,11 @@ impl Engine {
     pub(crate) fn time_has_passed(&mut self) {
         self.take_in(Event::Session(session::Event::TimePassed));
         self.claim.tell();
+    }
+
+    /// The time has come to look again whether the takeover grace is over.
+    pub(crate) fn pause_is_over(&mut self) {
+        self.take_in(Event::Claim(CLAIM, claim::Event::TimePassed));
     }
 
     /// Somebody does not want to wait for the end of a pause.
@@ -211,7 +233,7 @@ impl Engine {
 
     /// True if there is an open session at hand.
     pub(crate) fn has_session(&self) -> bool {
-        self.slot.as_ref().is_some_and(|slot| slot.is_open())
+        self.slot.as_ref().is_some_and(|slot| slot.is_ready())
     }
 
     /// True if the session is known to be over.
@@ -224,9 +246,15 @@ impl Engine {
         self.control.as_ref().and_then(|control| control.stream().socket())
     }
 
+    /// When to stop waiting for `time`, or when a call must be over.
     pub(crate) fn at(&self, time: Time) -> Instant {
         // `Time::MAX` stands for no limit; every use takes the earlier of it and another.
-        self.epoch.checked_add(time).unwrap_or_else(|| self.spec.soon())
+        self.epoch.checked_add(time).map_or_else(|| self.spec.soon(), Moment::instant)
+    }
+
+    /// The end of something that is counted in the machine's time.
+    fn moment(&self, time: Time) -> Moment {
+        self.epoch.checked_add(time).unwrap_or_else(Moment::now)
     }
 
     // The actions on the session.
@@ -281,6 +309,29 @@ impl Engine {
         }
     }
 
+    /// Waits until the standbys have confirmed what was sent at `sent`; for a heartbeat's timeout, and then sends a heartbeat first.
+    fn confirm(&mut self, sent: Time, by: Time) -> Event {
+        let (since, until) = (self.moment(sent), self.spec.soon().min(self.at(by)));
+        let (pool, claim) = (Arc::clone(&self.spec.pool), Arc::clone(&self.claim));
+        let wait = Wait { until, leaves: || claim.is_ending(), patience: self.spec.plan.heartbeat_timeout };
+        claim.announce_unconfirmed(true);
+        match self.on_session(|session, _, _| pool.confirm(session, since, &wait)) {
+            Ok(Outcome::Confirmed) => {
+                claim.announce_unconfirmed(false);
+                (self.problem, self.logged) = (None, None);
+                Event::Session(session::Event::Confirmed { sent })
+            }
+            Ok(Outcome::Missing(refusal)) => {
+                self.note(refusal.into_error());
+                Event::Session(session::Event::Unconfirmed)
+            }
+            // The release is what is next.
+            Ok(Outcome::Left) => Event::Session(session::Event::Unconfirmed),
+            Err(Event::Claim(..)) => Event::Session(session::Event::Lost(LossReason::ServerError)),
+            Err(lost) => lost,
+        }
+    }
+
     /// Closes the session. The event says whether the server is known to have ended it.
     fn close_session(&mut self) -> Event {
         /// The server is seldom busy with that for longer, and the next attempt would only wait for the same.
@@ -293,9 +344,7 @@ impl Engine {
             if let Some(session) = slot.session()
                 && !gone
             {
-                let window = self.spec.uncertainty_window();
-                self.lost_backends.retain(|(since, _)| since.elapsed() <= window);
-                self.lost_backends.push((Instant::now(), session.backend_pid()));
+                self.claim.note_lost_backend(session.backend_pid());
             }
             slot.taint();
         }
@@ -313,9 +362,12 @@ impl Engine {
     // The actions of the claim.
 
     fn try_lock(&mut self) -> Event {
+        let by = self.after_try();
+        if let Some(event) = self.look_at_past(by) {
+            return event;
+        }
         self.annotate();
         self.is_annotated = true;
-        let by = self.after_try();
         let waits = std::mem::take(&mut self.may_wait);
         if waits && self.is_contended() && self.claim.begin_unasked_wait() {
             // The lock was taken when this session asked last. So one statement does what the try and the first slice would do in
@@ -326,6 +378,49 @@ impl Engine {
             return event;
         }
         self.ask(claim::Event::Busy, |session, _, request| session.try_lock(request, waits, by))
+    }
+
+    /// Sees whether the lock may be asked for. It may not while terms may last that began before the server was taken over. Gives what has
+    /// happened then.
+    fn look_at_past(&mut self, by: Instant) -> Option<Event> {
+        let grace = self.session()?.pending()?.to_owned();
+        let proven_in = match self.proven_in(&grace, by) {
+            Ok(Some(Duration::ZERO)) => return None,
+            Ok(time) => time.unwrap_or(Duration::MAX),
+            Err(event) => return Some(event),
+        };
+        let pool = Arc::clone(&self.spec.pool);
+        let left = match self.on_session(|session, _, _| pool.look_at_grace(session, by)) {
+            Ok(Ok(left)) => left?,
+            Ok(Err(refusal)) => return Some(self.refused(refusal)),
+            Err(event) => return Some(event),
+        };
+        self.grace_ends = Instant::now() + left.all.min(proven_in);
+        Some(Event::Claim(
+            CLAIM,
+            claim::Event::Later {
+                until: self.now() + left.look_again.min(proven_in),
+                obstacle: Obstacle::Grace,
+            },
+        ))
+    }
+
+    /// How soon nobody else can believe in the lock any more since the newest term of the key was one of this lock's, which is over; `None`
+    /// if it was not.
+    ///
+    /// The holder before that one may have lost its session to an operator, or to the very end of the server, where it is ended a moment before
+    /// others; and may be cut off. So the term must have begun as long ago as the longest lease.
+    fn proven_in(&mut self, grace: &str, by: Instant) -> Result<Option<Duration>, Event> {
+        let Some((token, began)) = *self.spec.last_term.lock() else { return Ok(None) };
+        let Some(longest_lease) = self.spec.pool.longest_lease(grace) else { return Ok(None) };
+        if self.unproven == Some(token) {
+            return Ok(None);
+        }
+        if self.on_session(|session, _, request| session.is_newest_term(request, token, by))? {
+            return Ok(Some(longest_lease.saturating_sub(began.elapsed())));
+        }
+        self.unproven = Some(token);
+        Ok(None)
     }
 
     fn queue(&mut self) -> Event {
@@ -345,11 +440,11 @@ impl Engine {
     }
 
     fn settle(&mut self) -> Event {
-        if self.has_nothing && self.lost_backends.is_empty() && self.stays() {
+        let lost = self.claim.lost_backends();
+        if self.has_nothing && lost.is_empty() && self.stays() {
             return Event::Claim(CLAIM, claim::Event::Settled { clear: true });
         }
         let by = self.release_by();
-        let lost: Vec<_> = self.lost_backends.iter().map(|(_, pid)| *pid).collect();
         self.on_session(|session, _, _| session.settle(&lost, by))
             .map_or_else(|failed| failed, |clear| Event::Claim(CLAIM, claim::Event::Settled { clear }))
     }
@@ -364,15 +459,18 @@ impl Engine {
         let outcome = self.on_session(ask);
         self.has_nothing = matches!(outcome, Ok(Answer::Taken));
         match outcome {
-            Ok(Answer::Granted { token }) => {
-                self.token = token;
-                if !self.request.shared {
-                    self.lost_backends.clear();
+            Ok(Answer::Granted { token, permit }) => {
+                (self.token, self.permit, self.granted_at) = (token, permit, Instant::now());
+                if !self.request.mode.is_shared() {
+                    self.claim.forget_lost_backends();
                 }
                 Event::Claim(CLAIM, claim::Event::Granted { sent })
             }
             Ok(Answer::NotGranted | Answer::Taken) => Event::Claim(CLAIM, otherwise),
             Ok(Answer::Collision { other }) => self.refused(Refusal::collision(self.claim.key(), &other)),
+            Ok(Answer::OtherPermits { theirs }) => {
+                self.refused(Refusal::other_permits(self.claim.key(), self.request.permits, theirs))
+            }
             Err(failed) => failed,
         }
     }
@@ -484,7 +582,7 @@ impl Engine {
         let until = self.lifecycle.uncertain_until(CLAIM);
         if self.uncertain_until != until {
             self.uncertain_until = until;
-            self.claim.announce_uncertainty((until > Time::ZERO).then(|| self.at(until)));
+            self.claim.announce_uncertainty((until > Time::ZERO).then(|| self.moment(until)));
         }
     }
 
@@ -494,16 +592,16 @@ impl Engine {
         let key = claim.key();
         match notice {
             Notice::Acquired { until } => {
-                let until = self.at(until);
-                if !claim.announce_acquired(until, self.token) {
+                let until = self.moment(until);
+                if !claim.announce_acquired(Arc::new(Expiry::new(until)), self.token, self.permit) {
                     return Err(LossReason::ConnectionClosed);
                 }
                 log::debug!("lock {key:?}: acquired");
-                self.spec.pool.watchdog().look_by(claim.deadline().unwrap_or(until));
+                self.spec.pool.watchdog().look_by(claim.deadline().unwrap_or_else(|| until.instant()));
                 (self.problem, self.logged) = (None, None);
             }
             // The term had run out, and an application thread was the first to see it.
-            Notice::Renewed { until } if !claim.announce_renewed(self.at(until)) => {
+            Notice::Renewed { until } if !claim.announce_renewed(self.moment(until)) => {
                 return Err(LossReason::LeaseNotRenewed);
             }
             Notice::Renewed { .. } => {}
@@ -511,8 +609,13 @@ impl Engine {
                 claim.announce_queueing();
                 (self.problem, self.logged) = (None, None);
             }
+            Notice::InGrace => {
+                claim.announce_in_grace(self.grace_ends);
+                (self.problem, self.logged) = (None, None);
+            }
             Notice::Lost(reason) => {
                 claim.announce_lost(reason);
+                self.spec.term_is_over(self.token, self.granted_at);
                 let cause =
                     self.problem.take().map(|error| format!(" ({})", chain(&error))).unwrap_or_default();
                 log::warn!("lock {key:?}: lost: {reason}{cause}");
@@ -526,6 +629,7 @@ impl Engine {
     /// who wait for the end.
     pub(crate) fn finish(mut self, end: End, before_told: impl FnOnce(Option<PooledSlot>)) {
         self.leave_session();
+        self.spec.term_is_over(self.token, self.granted_at);
         // Before the end is told: whoever claims the lock next finds the session.
         let mut slot = self.slot.take();
         // A stop closes the sessions when they are all in the pool.
@@ -534,32 +638,8 @@ impl Engine {
         before_told(slot.filter(|_| stays));
         self.spec.pool.tell_of_sessions();
         self.claim.tell();
-        let key = self.claim.key();
-        let outcome = match end {
-            End::Released => Ok(()),
-            End::NotHeld => Err(Error::new(
-                ErrorKind::UnlockFailed,
-                format!(
-                    "the server says that {key:?} was not held: something else unlocked it in our session"
-                ),
-            )),
-            End::Unconfirmed => {
-                let message = format!(
-                    "the session for {key:?} was lost before the server confirmed the release; \
-                     the server frees the lock when it notices, after {:?} at the latest",
-                    self.spec.uncertainty_window()
-                );
-                let error = Error::new(ErrorKind::UnlockFailed, message);
-                Err(match self.problem.take() {
-                    Some(problem) => error.with_source(problem),
-                    None => error,
-                })
-            }
-        };
-        if let Err(error) = &outcome {
-            self.claim.note_trouble(error);
-            self.claim.tell();
-        }
+        let outcome = outcome_of(&self.claim, end, self.problem.take());
+        self.claim.tell();
         self.claim.finish(outcome);
     }
 
@@ -570,6 +650,34 @@ impl Engine {
     fn release_by(&self) -> Instant {
         self.release_by.unwrap_or_else(|| Instant::now() + self.spec.release_timeout)
     }
+}
+
+/// The outcome of the release of a claim that has ended as its machine says. The `problem` is the last one that it had.
+pub(crate) fn outcome_of(claim: &Claim, end: End, problem: Option<Error>) -> Result<(), Error> {
+    let key = claim.key();
+    let outcome = match end {
+        End::Released => Ok(()),
+        End::NotHeld => Err(Error::new(
+            ErrorKind::UnlockFailed,
+            format!("the server says that {key:?} was not held: something else unlocked it in our session"),
+        )),
+        End::Unconfirmed => {
+            let message = format!(
+                "the session for {key:?} was lost before the server confirmed the release; \
+                 the server frees the lock when it notices, after {:?} at the latest",
+                claim.uncertainty_window()
+            );
+            let error = Error::new(ErrorKind::UnlockFailed, message);
+            Err(match problem {
+                Some(problem) => error.with_source(problem),
+                None => error,
+            })
+        }
+    };
+    if let Err(error) = &outcome {
+        claim.note_trouble(error);
+    }
+    outcome
 }
 
 impl Drop for Engine {

@@ -1,16 +1,27 @@
 //! A session and the claims that use it: hands what happened from one machine to the others. As pure as they are.
 
+#[cfg(test)]
 use std::time::Duration;
 
-use crate::loss::LossReason;
 use crate::pg::claim::machine::{self as claim, Machine as Claim};
 use crate::pg::session::machine::{self as session, Machine as Session, Time, Timing, misplaced};
 
 /// One session and its claims. A dedicated session has one claim.
+///
+/// What happens to one claim takes as long whether it is alone or one of thousands; only the beginning and the end of the session
+/// are told to all.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Lifecycle {
     session: Session,
     claims: Vec<Claim>,
+    /// How many of them hold their locks.
+    holding: usize,
+    /// How many of them use the session.
+    using: usize,
+    /// Those that have been granted their locks and do not hold them before the session's lease lasts.
+    confirming: Vec<usize>,
+    /// The session carries many claims, so those that hold locks are not told one by one that it goes on.
+    is_carrier: bool,
 }
 
 /// What is to be done next. The number is the claim's.
@@ -31,34 +42,102 @@ pub(crate) enum Event {
 pub(crate) type Notices = Vec<(usize, claim::Notice)>;
 
 impl Lifecycle {
-    /// A session that is wanted by one claim, which has the number 0, and may share its lock with other sessions.
-    pub(crate) fn dedicated(timing: Timing, uncertainty_window: Duration, shares: bool, seed: u64) -> Self {
-        Self { session: Session::new(timing, seed), claims: vec![Claim::new(uncertainty_window, shares)] }
+    /// A session that is wanted by one claim, which has the number 0.
+    pub(crate) fn dedicated(timing: Timing, claim: Claim, seed: u64) -> Self {
+        let session = Session::new(timing, seed);
+        Self { session, claims: vec![claim], holding: 0, using: 0, confirming: Vec::new(), is_carrier: false }
     }
 
-    /// As `dedicated`, with several claims, which are numbered from 0.
+    /// A session that carries claims which [come](Self::admit) later.
+    pub(crate) fn carrier(timing: Timing, seed: u64) -> Self {
+        let session = Session::new(timing, seed);
+        Self { session, claims: Vec::new(), holding: 0, using: 0, confirming: Vec::new(), is_carrier: true }
+    }
+
+    /// Two or more claims, which are numbered from 0, and are told one by one what becomes of the lease.
     #[cfg(test)]
     pub(crate) fn shared(timing: Timing, uncertainty_window: Duration, seed: u64, claims: usize) -> Self {
-        Self {
-            session: Session::new(timing, seed),
-            claims: vec![Claim::new(uncertainty_window, false); claims],
+        let claims = vec![Claim::new(uncertainty_window, false); claims];
+        Self { claims, is_carrier: false, ..Self::carrier(timing, seed) }
+    }
+
+    /// Takes in another claim, in the place of one that has ended or left, or with the next number.
+    pub(crate) fn admit(&mut self, number: usize, mut claim: Claim, now: Time) {
+        if self.session.serves() {
+            let _ = claim.handle_session(session::Notice::Ready, now);
+        }
+        self.using += usize::from(claim.uses_session());
+        match self.claims.get_mut(number) {
+            Some(place) => *place = claim,
+            None => self.claims.push(claim),
         }
     }
 
-    /// What to do next: what a claim asks for comes before what the session can wait with.
+    /// The claim goes on elsewhere. The session has nothing for it.
+    pub(crate) fn dismiss(&mut self, number: usize, now: Time) -> Notices {
+        let mut notices = Notices::new();
+        if let Some(claim) = self.claims.get_mut(number) {
+            self.using -= usize::from(claim.uses_session());
+            claim.leave();
+            self.retire_if_unused(now, &mut notices);
+        }
+        notices
+    }
+
+    /// True if there is a session that claims may use.
+    pub(crate) fn serves(&self) -> bool {
+        self.session.serves()
+    }
+
+    /// What the session itself has to do next.
+    pub(crate) fn session_action(&self) -> session::Action {
+        self.session.action()
+    }
+
+    /// What one claim has to do next.
+    pub(crate) fn claim_action(&self, number: usize) -> claim::Action {
+        self.claims.get(number).map_or(claim::Action::Wait, Claim::action)
+    }
+
+    /// Until when all that is held by the session is held at least; `None` if no lease lasts.
+    pub(crate) fn leased_until(&self) -> Option<Time> {
+        self.session.leased_until()
+    }
+
+    /// How many claims hold their locks.
+    pub(crate) fn holding(&self) -> usize {
+        self.holding
+    }
+
+    /// What to do next: what a claim asks for comes before what the session can wait with. Of pauses, the one that is over first.
     pub(crate) fn action(&self) -> Action {
-        let urgent = matches!(self.session.action(), session::Action::Renew { .. } | session::Action::Close);
-        let mut wanted = self.claims.iter().map(Claim::action).enumerate();
-        let claim = wanted.find(|(_, action)| match action {
-            claim::Action::Wait => false,
+        let session = self.session.action();
+        let urgent = matches!(
+            session,
+            session::Action::Renew { .. } | session::Action::Confirm { .. } | session::Action::Close
+        );
+        let wanted = || self.claims.iter().map(Claim::action).enumerate();
+        let claim = wanted().find(|(_, action)| match action {
+            claim::Action::Wait | claim::Action::Pause { .. } => false,
             // It asks for nothing on the session.
             claim::Action::Finish(_) => true,
             _ => !urgent,
         });
-        claim.map_or_else(
-            || Action::Session(self.session.action()),
-            |(number, action)| Action::Claim(number, action),
-        )
+        if let Some((number, action)) = claim {
+            return Action::Claim(number, action);
+        }
+        let session_until = match session {
+            session::Action::Serve => Time::MAX,
+            session::Action::Watch { until } => until,
+            _ => return Action::Session(session),
+        };
+        let pauses = wanted().filter_map(|(number, action)| match action {
+            claim::Action::Pause { until } if until <= session_until => Some((until, number)),
+            _ => None,
+        });
+        pauses.min().map_or(Action::Session(session), |(until, number)| {
+            Action::Claim(number, claim::Action::Pause { until })
+        })
     }
 
     /// Takes in what happened, at `now`; says what to announce.
@@ -68,7 +147,7 @@ impl Lifecycle {
         let mut notices = Notices::new();
         let is_release = matches!(event, Event::Claim(_, claim::Event::Release));
         if self.session.lease_is_over(now) && !is_release {
-            self.tell_session(session::Event::Lost(LossReason::LeaseNotRenewed), now, &mut notices);
+            self.tell_session(session::Event::Lost(self.session.why_over()), now, &mut notices);
             return notices;
         }
         match event {
@@ -85,28 +164,59 @@ impl Lifecycle {
 
     fn tell_session(&mut self, event: session::Event, now: Time, notices: &mut Notices) {
         let Some(told) = self.session.handle(event, now) else { return };
-        for (number, claim) in self.claims.iter_mut().enumerate() {
-            notices.extend(claim.handle_session(told, now).map(|notice| (number, notice)));
+        let is_of_lease = matches!(told, session::Notice::LeasedUntil(_) | session::Notice::Unconfirmed);
+        if self.is_carrier && is_of_lease {
+            for number in std::mem::take(&mut self.confirming) {
+                self.tell_of_session(number, told, now, notices);
+            }
+        } else {
+            self.confirming.clear();
+            for number in 0..self.claims.len() {
+                self.tell_of_session(number, told, now, notices);
+            }
         }
     }
 
+    fn tell_of_session(&mut self, number: usize, told: session::Notice, now: Time, notices: &mut Notices) {
+        self.change(number, |claim| {
+            let notice = claim.handle_session(told, now);
+            notices.extend(notice.map(|notice| (number, notice)));
+        });
+    }
+
     fn tell_claim(&mut self, number: usize, event: claim::Event, now: Time, notices: &mut Notices) {
-        let Some(claim) = self.claims.get_mut(number) else {
+        let held = self.holding;
+        let Some(effects) = self.change(number, |claim| claim.handle(event, now)) else {
             return misplaced(&"a claim that is not there", &event);
         };
-        let held = claim.holds();
-        let effects = claim.handle(event, now);
-        let holds = claim.holds();
         notices.extend(effects.notice.map(|notice| (number, notice)));
-        if held && !holds && !self.claims.iter().any(Claim::holds) {
+        if held > 0 && self.holding == 0 {
             self.tell_session(session::Event::LastLockLeft, now, notices);
         }
         if let Some(event) = effects.session {
             self.tell_session(event, now, notices);
         }
-        if self.session.is_retiring() && !self.claims.iter().any(Claim::uses_session) {
+        self.retire_if_unused(now, notices);
+    }
+
+    fn retire_if_unused(&mut self, now: Time, notices: &mut Notices) {
+        if self.session.is_retiring() && self.using == 0 {
             self.tell_session(session::Event::Retired, now, notices);
         }
+    }
+
+    /// Changes one of the claims, and what is counted of them.
+    fn change<T>(&mut self, number: usize, change: impl FnOnce(&mut Claim) -> T) -> Option<T> {
+        let claim = self.claims.get_mut(number)?;
+        let was = (claim.holds(), claim.uses_session());
+        let outcome = change(claim);
+        let is = (claim.holds(), claim.uses_session());
+        self.holding = self.holding + usize::from(is.0) - usize::from(was.0);
+        self.using = self.using + usize::from(is.1) - usize::from(was.1);
+        if claim.is_confirming() && !self.confirming.contains(&number) {
+            self.confirming.push(number);
+        }
+        Some(outcome)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::pg::session::machine::{self as session, Time, misplaced};
 ///   start ──► WantingSession ◄──────────────── closed ────────────── SessionClosing
 ///                   │ session ready                                        ▲
 ///                   ▼                                                      │
-///                Trying ──────────── busy ──────────► Queueing ⟲ slice over│
+///    Pausing ⇄ Trying ──────────── busy ──────────► Queueing ⟲ slice over  │
 ///                   │ granted                             │ granted        │
 ///                   ▼                                     │                ├── session lost,
 ///               Confirming ◄──────────────────────────────┘                │   from any of these
@@ -22,7 +22,7 @@ use crate::pg::session::machine::{self as session, Time, misplaced};
 ///   release: Confirming, Held ──► Unlocking ──► Ended; of a shared lock, after a loss, by way of Settling
 ///            Queueing ──► Settling ──► Ended
 ///            SessionClosing, or the session is lost meanwhile ──► Leaving ── closed ──► Ended
-///            WantingSession, Trying ──► Ended
+///            WantingSession, Trying, Pausing ──► Ended
 ///   refused: Trying, Queueing ──► Settling ──► SessionClosing
 /// ```
 ///
@@ -47,6 +47,8 @@ enum State {
     WantingSession,
     /// There is a session; the lock has not been asked for.
     Trying,
+    /// The session has nothing for this claim, which asks again then: an [`Obstacle`] is in its way.
+    Pausing { until: Time },
     /// Another session holds the lock; ours queues for it, a slice of time at once. It may come to hold the lock without
     /// our knowing, when the end of a slice races with the grant.
     Queueing,
@@ -91,8 +93,10 @@ pub(crate) enum End {
 pub(crate) enum Action {
     /// Whatever the session's machine says.
     Wait,
-    /// Ask for the lock without waiting: `Granted`, `Busy`, `Refused`.
+    /// Ask for the lock without waiting, unless a takeover grace goes on: `Granted`, `Busy`, `Refused`, `Later`.
     Try,
+    /// Do nothing until then, and watch the session: `TimePassed`.
+    Pause { until: Time },
     /// Queue for the lock for one slice: `Granted`, `SliceOver`, `Refused`.
     Queue,
     /// Give the lock back: `Unlocked`, `Refused`.
@@ -108,6 +112,10 @@ pub(crate) enum Action {
 pub(crate) enum Event {
     /// Another session holds the lock.
     Busy,
+    /// It is to ask again then, and the session has nothing for it.
+    Later { until: Time, obstacle: Obstacle },
+    /// The time that a pause was given has passed.
+    TimePassed,
     /// The lock is ours; `sent` is when it was asked for.
     Granted { sent: Time },
     /// The slice went by; the lock was not granted, or it was without our knowing.
@@ -122,6 +130,17 @@ pub(crate) enum Event {
     Release,
 }
 
+/// Why a claim does not go on at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Obstacle {
+    /// The server was taken over, and terms of before may last still, so the lock was not asked for.
+    Grace,
+    /// Another session holds the lock, or another claim on this one; and this session queues for nobody, since others use it.
+    Taken,
+    /// A statement was refused for this claim, and others use the session.
+    Refused,
+}
+
 /// What is to be announced to the application, before the next action begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Notice {
@@ -131,6 +150,8 @@ pub(crate) enum Notice {
     Renewed { until: Time },
     /// Another session holds the lock.
     Busy,
+    /// Nobody is granted a lock yet.
+    InGrace,
     /// The term is over.
     Lost(LossReason),
     /// An attempt to get a session, or to ask for the lock, failed.
@@ -158,6 +179,11 @@ impl Machine {
         Self { uncertainty_window, shares, state: State::WantingSession, uncertain_until: Time::ZERO }
     }
 
+    /// As [`new`](Self::new), for a claim that had other sessions before, for which the server may hold something until then.
+    pub(crate) fn uncertain_until_then(self, uncertain_until: Time) -> Self {
+        Self { uncertain_until, ..self }
+    }
+
     /// What to do next.
     pub(crate) fn action(&self) -> Action {
         match self.state {
@@ -167,6 +193,7 @@ impl Machine {
             | State::SessionClosing { .. }
             | State::Leaving { .. } => Action::Wait,
             State::Trying => Action::Try,
+            State::Pausing { until } => Action::Pause { until },
             State::Queueing => Action::Queue,
             State::Unlocking => Action::Unlock,
             State::Settling { .. } => Action::Settle,
@@ -184,6 +211,25 @@ impl Machine {
             (State::Trying, Event::Busy) => {
                 self.state = State::Queueing;
                 Effects { notice: Some(Notice::Busy), session: Some(session::Event::Served) }
+            }
+            (State::Trying, Event::Later { until, obstacle }) => {
+                self.state = State::Pausing { until };
+                match obstacle {
+                    Obstacle::Grace => {
+                        Effects { notice: Some(Notice::InGrace), session: Some(session::Event::Served) }
+                    }
+                    Obstacle::Taken => {
+                        Effects { notice: Some(Notice::Busy), session: Some(session::Event::Served) }
+                    }
+                    Obstacle::Refused => Effects { notice: Some(Notice::Failed), session: None },
+                }
+            }
+            (State::Pausing { until }, Event::TimePassed) => {
+                // Too early: whoever has slept looks again.
+                if now >= until {
+                    self.state = State::Trying;
+                }
+                Effects::NONE
             }
             (State::Trying | State::Queueing, Event::Granted { sent }) => {
                 // Unless it is shared, only one session can have the lock, so no lost one does; and one that queued still would have
@@ -242,12 +288,17 @@ impl Machine {
                 None
             }
             (State::WantingSession, session::Notice::Unavailable) => Some(Notice::Failed),
+            // It came while the connection before was being closed.
+            (State::WantingSession, session::Notice::Closed { .. }) => None,
 
             (State::Confirming, session::Notice::LeasedUntil(until)) => {
                 self.state = State::Held;
                 Some(Notice::Acquired { until })
             }
             (State::Held, session::Notice::LeasedUntil(until)) => Some(Notice::Renewed { until }),
+            // It is no term yet. What has begun goes on until its time is over.
+            (State::Confirming, session::Notice::Unconfirmed) => Some(Notice::Failed),
+            (State::Held, session::Notice::Unconfirmed) => None,
 
             (
                 State::Trying
@@ -274,6 +325,12 @@ impl Machine {
                 None
             }
 
+            // It has asked for nothing on the session.
+            (State::Pausing { .. }, session::Notice::Lost(_)) => {
+                self.state = State::SessionClosing { uncertain_before: self.uncertain_until };
+                Some(Notice::Failed)
+            }
+
             // It has left the session already, and waits for it to be closed. If it has left something there, that lives as
             // long as the session does, which others may have used until now.
             (
@@ -289,12 +346,13 @@ impl Machine {
             // The lease is renewed for another claim on the session.
             (
                 State::Trying
+                | State::Pausing { .. }
                 | State::Queueing
                 | State::Unlocking
                 | State::Settling { .. }
                 | State::SessionClosing { .. }
                 | State::Leaving { .. },
-                session::Notice::LeasedUntil(_),
+                session::Notice::LeasedUntil(_) | session::Notice::Unconfirmed,
             )
             | (State::Ended(_), _) => None,
             (state, notice) => {
@@ -309,6 +367,11 @@ impl Machine {
         self.uncertain_until
     }
 
+    /// Whether it has been granted its lock, and does not hold it before the session's lease lasts.
+    pub(crate) fn is_confirming(&self) -> bool {
+        self.state == State::Confirming
+    }
+
     /// Whether it holds its lock, as far as the session's lease lasts.
     pub(crate) fn holds(&self) -> bool {
         matches!(self.state, State::Confirming | State::Held)
@@ -319,6 +382,7 @@ impl Machine {
         matches!(
             self.state,
             State::Trying
+                | State::Pausing { .. }
                 | State::Queueing
                 | State::Confirming
                 | State::Held
@@ -327,9 +391,19 @@ impl Machine {
         )
     }
 
+    /// It goes on elsewhere, and has nothing on the session.
+    pub(crate) fn leave(&mut self) {
+        if !matches!(self.state, State::WantingSession | State::Pausing { .. } | State::Ended(_)) {
+            misplaced(&self.state, &"leave");
+        }
+        self.state = State::Ended(End::Released);
+    }
+
     fn release(&mut self, now: Time) -> Effects {
         self.state = match self.state {
-            State::WantingSession | State::Trying => State::Ended(self.end_by_time(now)),
+            State::WantingSession | State::Trying | State::Pausing { .. } => {
+                State::Ended(self.end_by_time(now))
+            }
             State::Queueing | State::Settling { .. } => State::Settling { then: Next::End },
             State::Confirming | State::Held => State::Unlocking,
             State::SessionClosing { uncertain_before } => State::Leaving { uncertain_before },

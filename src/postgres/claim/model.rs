@@ -1,23 +1,33 @@
-//! All interleavings of two claims on one lock, within bounds: what the machines of session and claim promise together with
+//! All interleavings of two or three claims, within bounds: what the machines of session and claim promise together with
 //! those who run them, shown by exhaustion.
 //!
-//! A [`World`] is a server with PostgreSQL's advisory locks and the row of the newest term, two processes with an engine of a
-//! claim each (what `engine.rs`, `supervisor.rs`, `caller.rs`, `shared.rs` and `open.rs` do, step by step), the connections
+//! A [`World`] is a server with PostgreSQL's advisory locks and the rows of the newest terms, two processes with an engine of a
+//! claim each on the same lock (what `engine.rs`, `supervisor.rs`, `caller.rs`, `shared.rs` and `open.rs` do, step by step), the connections
 //! between them, and the fenced transactions of the processes. [`Model::explore`] visits every world that can come about, in
 //! breadth, and [checks](check) each. Any step may be put off for as long as the clock goes: that is a frozen thread, a late
 //! answer, a slow network. The clock has coarse [ticks](tick), so that all that a back-off can do is to wait for the next
 //! one.
 //!
+//! A server may be restarted, or another one take its place: see [`takeover`]. The locks are gone then, and the takeover grace keeps a
+//! holder of before, which may be cut off, from meeting one of afterwards. Or a standby is promoted, and the primary of before lives on
+//! with one of the processes: see [`split`]. There the confirmation of heartbeats does that.
+//!
+//! A process may have one session that carries several claims: see [`carrier`]. Each of these comes to its lock when nothing is in its way any
+//! more but time.
+//!
 //! Left out: a request that reaches the server after its connection was closed at the client; a server that drops a
 //! silent connection before the lease is over (`sql` must see to it that TCP keepalives do not); a session that keeps its
 //! lease for the next claim; and a fenced transaction that runs one statement for longer than the lease.
 
+mod carrier;
 mod check;
 mod fence;
 mod leaving;
 mod process;
 mod server;
+mod split;
 mod step;
+mod takeover;
 mod tally;
 mod tests;
 
@@ -26,9 +36,10 @@ use std::time::Duration;
 
 use crate::loss::LossReason;
 use crate::pg::claim::lifecycle::{Action, Event, Lifecycle};
-use crate::pg::claim::machine::{self as claim, Notice};
+use crate::pg::claim::machine::{self as claim, Machine as Claim, Notice, Obstacle};
 use crate::pg::session::machine::{self as session, Rhythm, Time, Timing};
 
+use carrier::Carrier;
 use process::{Doing, Process, Worker};
 use server::Server;
 use step::{Fault, Step};
@@ -42,8 +53,13 @@ const SLICE: u8 = 2;
 const SHORTLY: u8 = 1;
 /// The number of the only claim of a lifecycle.
 const CLAIM: usize = 0;
-/// In the place of a third process: a claim of one of the two whose release was given up, and its late workers.
+/// In the place of a third process: a claim of one of the two whose release was given up, and its late workers; or one that has left the
+/// session that carried it, for one of its own.
 const LATE: usize = 2;
+/// How many locks there are.
+const KEYS: usize = 2;
+/// How many claims a session carries.
+const SEATS: usize = 2;
 
 /// Longer than any pause between attempts.
 fn tick(count: u8) -> Time {
@@ -52,7 +68,7 @@ fn tick(count: u8) -> Time {
 
 /// The tick at which a time has come.
 fn ticks(time: Time) -> u8 {
-    u8::try_from(time.as_secs().div_ceil(60)).unwrap_or(u8::MAX)
+    u8::try_from(time.as_nanos().div_ceil(tick(1).as_nanos())).unwrap_or(u8::MAX)
 }
 
 /// What is explored, and how far.
@@ -67,12 +83,25 @@ struct Model {
     faults: u8,
     /// Nothing goes wrong but that threads stand still.
     only_freezes: bool,
+    /// Nothing goes wrong but that the server is taken over.
+    only_takeovers: bool,
+    /// The server may be taken over beside all that goes wrong else.
+    with_takeovers: bool,
+    /// Nothing goes wrong but that a standby is promoted while the primary lives on.
+    only_splits: bool,
     /// How often each process claims the lock.
     claims: [u8; 2],
     /// How many fenced transactions are begun, in all.
     fences: u8,
     /// In so many of the processes a caller's thread runs the engine too, and a release is given up that takes too long.
     callers: usize,
+    /// So many of the processes have one session for [`SEATS`] claims. The others have one for each claim, on the first lock.
+    carriers: usize,
+    /// How often the claims of a carrier come, each after its former one, and on which locks.
+    seats: [u8; SEATS],
+    keys: [usize; SEATS],
+    /// A claim whose lock is taken may leave its carrier.
+    moves: bool,
 }
 
 /// A fault of the library, to show that the checks can fail.
@@ -108,6 +137,38 @@ enum Flaw {
     TermKilled,
     /// A caller whose session was killed after the grant begins a term.
     TermOnKilled,
+    /// Locks are granted as soon as a server accepts sessions.
+    GraceIgnored,
+    /// The takeover grace is shorter than a term may last.
+    GraceTooShort,
+    /// A crash in the middle of a takeover grace does not begin it again.
+    GraceOutlivesCrash,
+    /// Whoever has had the lock counts as proven, and not the last one only.
+    ProofOfFormer,
+    /// The last holder counts as proven however short its term was.
+    ProofTooYoung,
+    /// A confirmation serves heartbeats that were sent after it, too.
+    ConfirmationReused,
+    /// Of the claims of a session that is lost, one is told.
+    LossToldToOne,
+    /// A carrier takes a lock for its own that it has given back.
+    NumberKept,
+    /// A carrier does not look whether its session has the lock already.
+    AskedTwice,
+    /// What a refused statement took is not given back.
+    NotPutRight,
+    /// The lock of another claim is given back.
+    WrongOneGiven,
+    /// What was granted on a session that is lost is told of the next one.
+    AnswerOutlivesSession,
+    /// A lock that finds a fenced transaction open is called busy, and kept.
+    BusyKept,
+    /// The end of all terms is moved though somebody has seen it.
+    SeenEndMoved,
+    /// A claim that leaves its carrier does not know until when the server may have something of it.
+    UncertaintyLeft,
+    /// A claim that leaves its carrier does not know which sessions were lost.
+    LostForgotten,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -131,6 +192,7 @@ impl Model {
             // Each tick is one of its times.
             rhythm: Rhythm::of(tick(1), Duration::ZERO),
             begins_fresh: false,
+            confirms: false,
         };
         Self {
             timing,
@@ -141,9 +203,16 @@ impl Model {
             horizon: LEASE,
             faults: 1,
             only_freezes: false,
+            only_takeovers: false,
+            with_takeovers: false,
+            only_splits: false,
             claims: [1, 1],
             fences: 0,
             callers: 0,
+            carriers: 0,
+            seats: [1; SEATS],
+            keys: [0, 1],
+            moves: false,
         }
     }
 
@@ -153,7 +222,7 @@ impl Model {
 
     /// Whether the processes are alike.
     fn is_symmetric(&self) -> bool {
-        self.claims[0] == self.claims[1] && self.callers != 1
+        self.claims[0] == self.claims[1] && self.callers != 1 && self.carriers == 0
     }
 
     fn has(&self, flaw: Flaw) -> bool {
@@ -162,13 +231,16 @@ impl Model {
 
     /// Visits every world within the bounds, the nearest first.
     fn explore(&self) -> Result<Tally, Violation> {
-        let [first, second] = self.claims.map(Process::new);
+        let new = |who: usize| match who < self.carriers {
+            true => Process::carrying(self.seats),
+            false => Process::new(self.claims[who]),
+        };
         let start = World {
             now: 0,
             faults_left: self.faults,
             fences_left: self.fences,
             server: Server::default(),
-            processes: [first, second, Process::default()],
+            processes: [new(0), new(1), Process::default()],
         };
         let mut tally = Tally::default();
         let mut ends = check::Ends::default();
@@ -184,7 +256,7 @@ impl Model {
                     let taken = self.take(&mut after, step);
                     tally.count(&world, step, &after);
                     let broken = |promise| Violation { promise, steps: path(&origins, origin, step) };
-                    taken.map_err(broken)?;
+                    taken.and_then(|()| self.check_seen(&world, &after)).map_err(broken)?;
                     if seen.insert(fingerprint(&after)) {
                         self.check(&after, step, &mut ends).map_err(broken)?;
                         origins.push((origin, step));
@@ -233,10 +305,11 @@ impl Model {
             {
                 steps.push(Step::Claim(who));
             }
-            (Some(_), None) => steps.push(Step::Release(who)),
+            (Some(_), None) if process.carrier.is_none() => steps.push(Step::Release(who)),
             _ => {}
         }
-        if process.term.is_some_and(|term| world.now >= term.until) {
+        steps.extend(self.seat_steps(world, who));
+        if process.may_see_end(world.now) {
             steps.push(Step::SeeEndOfTerm(who));
         }
         if process.runs_as(Worker::Caller)
@@ -288,11 +361,14 @@ impl Model {
         }
         let mut awake = workers.iter().copied().filter(|worker| !process.is_frozen(*worker));
         match process.doing {
-            Doing::Announcing(_) => steps.push(Step::Announce(who)),
+            Doing::Announcing(_) | Doing::Telling { .. } => steps.push(Step::Announce(who)),
+            Doing::Carrying { by, .. } => steps.extend(self.carrying_steps(world, who, by)),
+            Doing::TakingIn => steps.extend(self.taking_in_steps(world, who)),
             Doing::Performing { action, by, .. } => {
                 let events = self.outcomes(world, who, action, by);
                 steps.extend(events.into_iter().map(|event| Step::Conclude(who, event)));
             }
+            Doing::Nothing if process.carrier.is_some() => steps.extend(self.carrier_steps(world, who)),
             Doing::Nothing
                 if process.is_interrupted()
                     && !self.has(Flaw::Deaf)
@@ -311,6 +387,15 @@ impl Model {
                     if let Action::Session(session::Action::Watch { .. }) = lifecycle.action() {
                         steps.extend(process.lost().map(|reason| look(session::Event::Lost(reason))));
                     }
+                }
+                Action::Claim(_, claim::Action::Pause { until }) => {
+                    if process.is_frozen(Worker::Supervisor) {
+                        return steps;
+                    }
+                    let passed = Event::Claim(CLAIM, claim::Event::TimePassed);
+                    steps.extend((now >= ticks(until)).then_some(Step::Look(who, passed)));
+                    let lost = process.lost().map(|reason| Event::Session(session::Event::Lost(reason)));
+                    steps.extend(lost.map(|lost| Step::Look(who, lost)));
                 }
                 action => steps.extend(
                     awake
@@ -344,6 +429,16 @@ impl Model {
         if self.only_freezes {
             return faults;
         }
+        if self.only_splits {
+            return Vec::from_iter(world.can_split(who).then_some(Fault::Promoted));
+        }
+        if (self.only_takeovers || self.with_takeovers) && world.is_connected() {
+            faults.extend(takeover::FAULTS);
+        }
+        if self.only_takeovers {
+            faults.retain(|fault| takeover::FAULTS.contains(fault));
+            return faults;
+        }
         if process.is_performing(Action::Session(session::Action::Open)) && process.released.is_none() {
             faults.push(Fault::ConnectionRefused);
         }
@@ -354,8 +449,13 @@ impl Model {
             return faults;
         }
         faults.push(Fault::SessionTerminated);
-        if connection.request.is_some() {
-            faults.push(Fault::StatementRefused);
+        match connection.request {
+            Some(process::Request::Carrier(statement)) if statement.takes() > 0 => {
+                let numbers = (0..SEATS).filter(|number| statement.takes_for(*number));
+                faults.extend(numbers.map(Fault::OneRefused));
+            }
+            Some(_) => faults.push(Fault::StatementRefused),
+            None => {}
         }
         if process.is_performing(Action::Claim(CLAIM, claim::Action::Queue))
             && matches!(connection.answer, Some(Event::Claim(_, claim::Event::Granted { .. })))
@@ -377,14 +477,14 @@ impl Model {
                 process.claims_left -= 1;
                 process.owner = (who, process.claims_left);
                 process.lifecycle =
-                    Some(Lifecycle::dedicated(self.timing, self.uncertainty_window, false, 7));
+                    Some(Lifecycle::dedicated(self.timing, Claim::new(self.uncertainty_window, false), 7));
             }
             Step::Release(who) => world.processes[who].released = Some(world.now),
-            Step::SeeEndOfTerm(who) => world.processes[who].term = None,
+            Step::SeeEndOfTerm(who) => world.processes[who].see_end(),
             Step::CancelContext(who) => world.processes[who].is_cancelled = true,
             Step::GiveUp(who) => self.give_up(world, who)?,
-            Step::FenceLook(who) => world.fence_look(who),
-            Step::FenceAsk(who) => world.fence_ask(who)?,
+            Step::FenceLook(who, seat) => world.fence_look(who, seat),
+            Step::FenceAsk(who) => self.fence_ask(world, who)?,
             Step::FenceAnswer(who) => self.fence_answer(world, who)?,
             Step::FenceEnd(who) => self.fence_end(world, who),
             Step::Thaw(who, worker) => world.processes[who].thaw(worker),
@@ -397,7 +497,18 @@ impl Model {
             Step::Look(who, event) => self.tell(world, who, event)?,
             Step::MakeLeave(who) => self.make_leave(world, who),
             Step::Kill(who) => self.kill_for_caller(world, who),
-            Step::Process(who) => self.process(world, who),
+            Step::Admit(who, number) => self.admit(world, who, number),
+            Step::ReleaseOne(who, number) => world.release_one(who, number),
+            Step::HearOne(who, number) => {
+                self.tell(world, who, Event::Claim(number, claim::Event::Release))?;
+            }
+            Step::Move(who, number) => self.move_claim(world, who, number)?,
+            Step::Work(who, worker) => self.work(world, who, worker)?,
+            Step::Reply(who) => self.take_reply(world, who)?,
+            Step::TakeIn(who, place) => self.take_in(world, who, place)?,
+            Step::Rest(who) => self.rest_carrier(world, who)?,
+            Step::Leave(who) => self.leave_carrier(world, who)?,
+            Step::Process(who) => self.process(world, who)?,
             Step::Cancel(who) => world.cancel(who),
             Step::Exit(who) => world.exit(self, who),
             Step::ExitOfFormer => world.exit_of_former(self),
@@ -412,8 +523,14 @@ impl Model {
                         self.conclude(world, who, Event::Session(failed))?;
                     }
                     Fault::StatementRefused => world.refuse(who),
+                    Fault::OneRefused(number) => {
+                        world.processes[who].carrier.iter_mut().for_each(|carrier| carrier.refuse(number));
+                        world.refuse(who);
+                    }
                     Fault::SliceEndsInGrant => world.slice_ends_in_grant(who),
                     Fault::WaitCancelled => world.cancel(who),
+                    Fault::TakenOver { clean, told, in_turn } => world.take_over(clean, told, in_turn),
+                    Fault::Promoted => world.split(who),
                 }
             }
         }
@@ -432,10 +549,10 @@ impl World {
     fn is_private(&self, who: usize) -> bool {
         let process = &self.processes[who];
         let idle = process.connection.as_ref().is_none_or(|connection| {
-            let holds = self.server.session(connection.session).is_some_and(|session| session.held);
+            let holds = self.server.session(connection.session).is_some_and(server::Session::holds);
             connection.request.is_none() && !holds && !self.server.waits(connection.session)
         });
-        idle && process.term.is_none() && process.fencing.is_none() && !self.server.is_ending(process.owner)
+        idle && process.terms() == 0 && process.fencing.is_none() && !self.server.is_ending(process.owner)
     }
 
     /// Whether time may pass before the next of its own steps: if a worker is frozen, waits for a time or for the server, or
@@ -460,7 +577,7 @@ impl World {
         let Self { server, processes, .. } = self;
         let Server { sessions, queue, .. } = server;
         sessions.retain(|session| {
-            session.held
+            session.holds()
                 || queue.iter().any(|waiter| waiter.id == session.id)
                 || processes
                     .iter()
@@ -469,6 +586,11 @@ impl World {
         });
         for session in sessions.iter_mut().filter(|session| !session.leased) {
             session.idle_since = 0;
+        }
+        let is_gone = |id: u8| sessions.iter().all(|session| session.id != id);
+        for process in processes {
+            process.lost.retain(|session| !is_gone(*session));
+            process.carrier.iter_mut().for_each(|carrier| carrier.forget(is_gone));
         }
     }
 }

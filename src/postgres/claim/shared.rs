@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, after, at, bounded, never, select};
 
+use crate::clock::Moment;
 use crate::context::{Context, OnCancel};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, in_grace};
 use crate::expiry::Expiry;
+use crate::key::Mode;
 use crate::loss::{Alive, Loss, LossReason, Lost, lost_already};
 use crate::pg::session::control::SessionControl;
 use crate::pg::stream::StreamControl;
@@ -23,6 +25,7 @@ use crate::term::{Fence, Term};
 pub(crate) struct Claim {
     /// The lock's key, for messages.
     key: String,
+    mode: Mode,
     /// How long the server may keep a lock whose session was lost.
     uncertainty_window: Duration,
     span: Span,
@@ -66,6 +69,8 @@ enum InFlight {
     Connecting(StreamControl),
     /// An open session.
     Session(Arc<SessionControl>),
+    /// A session that other claims use, too, which is not to be ended for this one.
+    Carrier,
 }
 
 /// A caller that runs the engine and can be cancelled.
@@ -119,9 +124,15 @@ struct Status {
     lost: Lost,
     /// Of the current term, or of the last one.
     token: Option<i64>,
+    /// The same, of a semaphore: which of its permits.
+    permit: Option<u32>,
     last_loss: Option<Loss>,
     /// Until when the server may hold something for a session of this claim that was lost.
-    uncertain_until: Option<Instant>,
+    uncertain_until: Option<Moment>,
+    /// The backends of its lost sessions, whose loss the server may not have noticed yet, and when each was lost.
+    lost_backends: Vec<(Moment, i32)>,
+    /// The server has answered what shows that the lock is held, and the standbys have not confirmed it.
+    unconfirmed: bool,
     /// The session at hand was killed while there was no term, so none may begin on it.
     session_killed: bool,
     /// Disconnects at the next change; there while somebody waits for it.
@@ -132,8 +143,10 @@ struct Status {
 enum Phase {
     /// No session, or no answer yet.
     Acquiring,
-    /// Another session holds the lock.
-    Queueing,
+    /// Another session holds the lock. A claim that `takes_turns` has no place in the server's queue.
+    Queueing { takes_turns: bool },
+    /// The server was taken over: nobody is granted a lock before then.
+    InGrace { ends: Instant },
     Held {
         until: Arc<Expiry>,
         /// Dropped at the end of the term, which is the signal.
@@ -170,6 +183,10 @@ pub(crate) enum EndReason {
     Lost,
     /// Another session holds the lock, and the claim does not wait for it.
     Unavailable,
+    /// The server was taken over: nobody is granted a lock before then, and the claim does not wait for that.
+    InGrace {
+        ends: Instant,
+    },
 }
 
 /// How far a claim has come.
@@ -193,6 +210,7 @@ pub(crate) enum Patience {
 impl Claim {
     pub(crate) fn new(
         key: String,
+        mode: Mode,
         uncertainty_window: Duration,
         span: Span,
         grace: Option<Duration>,
@@ -205,13 +223,17 @@ impl Claim {
             failed_attempts: 0,
             lost: lost_already(),
             token: None,
+            permit: None,
             last_loss: None,
             uncertain_until: None,
+            lost_backends: Vec::new(),
+            unconfirmed: false,
             session_killed: false,
             changed: None,
         };
         Arc::new(Self {
             key,
+            mode,
             uncertainty_window,
             span,
             grace,
@@ -257,8 +279,13 @@ impl Claim {
             Phase::Ending { reason, .. } | Phase::Ended { reason, .. } => {
                 return Err(self.ended(*reason, status.last_loss.as_ref()));
             }
-            Phase::Queueing if patience != Patience::Lock => return Err(Error::lock_unavailable(&self.key)),
-            Phase::Queueing | Phase::Acquiring => {}
+            Phase::Queueing { .. } if patience != Patience::Lock => {
+                return Err(Error::lock_unavailable(&self.key, self.mode));
+            }
+            Phase::InGrace { ends } if patience != Patience::Lock => {
+                return Err(Error::in_grace(&self.key, left_until(*ends)));
+            }
+            Phase::Queueing { .. } | Phase::InGrace { .. } | Phase::Acquiring => {}
         }
         if self.has_others()
             && let Some(problem) = &status.problem
@@ -266,8 +293,8 @@ impl Claim {
         {
             return Err(problem.clone());
         }
-        if patience != Patience::Lock
-            && let Some(problem) = &status.problem
+        if let Some(problem) = &status.problem
+            && (patience != Patience::Lock || problem.kind() == ErrorKind::InvalidConfig)
         {
             if problem.kind() != ErrorKind::SessionUnavailable {
                 return Err(problem.clone());
@@ -333,7 +360,7 @@ impl Claim {
             Phase::Held { until, warning, .. } => {
                 let grace = self.grace.filter(|_| warning.calm.is_some()).unwrap_or_default();
                 let ends_at = until.at()?;
-                Some(ends_at.checked_sub(grace).unwrap_or(ends_at))
+                Some(ends_at.checked_sub(grace).unwrap_or(ends_at).instant())
             }
             _ => None,
         }
@@ -350,11 +377,13 @@ impl Claim {
         }
     }
 
-    /// The current term, if there is one.
-    pub(crate) fn term(&self, fence: Option<Arc<dyn Fence>>) -> Option<Term> {
+    /// The current term, if there is one, with the fence for its permit, of a semaphore.
+    pub(crate) fn term(&self, fence: impl FnOnce(Option<u32>) -> Option<Arc<dyn Fence>>) -> Option<Term> {
         let status = self.current();
         let Phase::Held { until, warning, .. } = &status.phase else { return None };
-        let term = Term::new(status.lost.clone(), status.token, fence).with_expiry(Arc::clone(until));
+        let term = Term::new(status.lost.clone(), status.token, fence(status.permit))
+            .with_permit(status.permit)
+            .with_expiry(Arc::clone(until));
         Some(match &warning.warned {
             Some(warned) => term.with_warning(warned.clone()),
             None => term,
@@ -411,7 +440,7 @@ impl Claim {
     /// If that thread waits for the lock, this sends a cancel request, which blocks for up to half of the time until `by`.
     pub(crate) fn interrupt(&self, by: Instant) {
         let session = match &*self.in_flight.lock() {
-            InFlight::Nothing => None,
+            InFlight::Nothing | InFlight::Carrier => None,
             // Under the mutex: as soon as that is released, the session may belong to another claim.
             InFlight::Connecting(control) => {
                 control.kill();
@@ -439,6 +468,7 @@ impl Claim {
                 control.kill();
                 Err(self.unconfirmed())
             }
+            InFlight::Carrier => Err(self.goes_on()),
             // There is no session now, but there may have been one before.
             InFlight::Connecting(_) | InFlight::Nothing if self.is_uncertain() => Err(self.unconfirmed()),
             InFlight::Connecting(_) | InFlight::Nothing => Ok(()),
@@ -459,8 +489,17 @@ impl Claim {
         Error::new(ErrorKind::UnlockFailed, message)
     }
 
+    fn goes_on(&self) -> Error {
+        let message = format!(
+            "the release of {:?} was not confirmed in time; it goes on, and is over as soon as the server answers; if its session is lost \
+             before, after {:?} at the latest",
+            self.key, self.uncertainty_window
+        );
+        Error::new(ErrorKind::UnlockFailed, message)
+    }
+
     fn is_uncertain(&self) -> bool {
-        self.status.lock().uncertain_until.is_some_and(|until| Instant::now() < until)
+        self.status.lock().uncertain_until.is_some_and(|until| Moment::now() < until)
     }
 
     /// Blocks until another thread's release of this claim is over; fails if `context` ends before. At `by` the claim ends in any
@@ -520,7 +559,8 @@ impl Claim {
         if let Phase::Held { until, .. } = &status.phase
             && until.has_passed()
         {
-            status.lose(LossReason::LeaseNotRenewed, self.story.as_ref());
+            let reason = status.why_over();
+            status.lose(reason, self.story.as_ref());
         }
         status
     }
@@ -529,7 +569,8 @@ impl Claim {
         match reason {
             EndReason::Released => Error::released(&self.key),
             EndReason::Stopped => Error::stopped(),
-            EndReason::Unavailable => Error::lock_unavailable(&self.key),
+            EndReason::Unavailable => Error::lock_unavailable(&self.key, self.mode),
+            EndReason::InGrace { ends } => Error::in_grace(&self.key, left_until(ends)),
             EndReason::Lost => Error::lost(&self.key, loss),
         }
     }
@@ -538,7 +579,8 @@ impl Claim {
     pub(crate) fn gave_up(&self, kind: ErrorKind, begun: Instant) -> Error {
         let status = self.status.lock();
         let obstacle = match (&status.phase, &status.problem, &status.last_loss) {
-            (Phase::Queueing, ..) => ", which another session holds".to_owned(),
+            (Phase::Queueing { .. }, ..) => format!(", {}", self.mode.which_has()),
+            (Phase::InGrace { ends }, ..) => format!("; {}", in_grace(left_until(*ends))),
             (_, Some(problem), _) => format!("; {problem}"),
             (Phase::Ending { .. }, ..) => ", whose former claim is still being released".to_owned(),
             (Phase::Acquiring, None, Some(loss)) => {
@@ -564,7 +606,9 @@ impl Claim {
         let status = self.current();
         let (state, until) = match &status.phase {
             Phase::Acquiring => (ClaimState::Connecting, None),
-            Phase::Queueing => (ClaimState::Queueing, None),
+            Phase::Queueing { takes_turns: false } => (ClaimState::Queueing, None),
+            Phase::Queueing { takes_turns: true } => (ClaimState::TakingTurns, None),
+            Phase::InGrace { .. } => (ClaimState::InGrace, None),
             Phase::Held { until, .. } => (ClaimState::Held, Some(until)),
             Phase::Ending { .. } => (ClaimState::Releasing, None),
             Phase::Ended { .. } => return None,
@@ -572,10 +616,14 @@ impl Claim {
         Some(ClaimSnapshot {
             key: self.key.clone(),
             is_guard: self.is_for_one_term(),
-            is_shared: false,
+            is_shared: self.mode.is_shared(),
             state,
             token: status.token.filter(|_| until.is_some()),
             time_left: until.map(|until| until.left()),
+            grace_left: match status.phase {
+                Phase::InGrace { ends } => Some(left_until(ends)),
+                _ => None,
+            },
             last_error: status.problem.clone(),
             last_loss: status.last_loss.clone(),
             waiting_threads: 0,
@@ -583,6 +631,18 @@ impl Claim {
     }
 
     // What the manager's observer is told.
+
+    /// As [`tell`](Self::tell), for a caller that is about to return.
+    pub(crate) fn have_told(&self) {
+        if let Some(story) = &self.story {
+            story.have_told();
+        }
+    }
+
+    /// True if there is an observer to tell.
+    pub(crate) fn is_observed(&self) -> bool {
+        self.story.is_some()
+    }
 
     /// Tells the observer what has happened to the claim. To be called under no mutex but that of the engine, and not by a thread
     /// that must not block.
@@ -625,7 +685,7 @@ impl Claim {
             };
             let insist = caller.told_at.get_or_insert_with(Instant::now).elapsed() >= grace;
             let session = match &*self.in_flight.lock() {
-                InFlight::Nothing => return true,
+                InFlight::Nothing | InFlight::Carrier => return true,
                 InFlight::Connecting(stream) => {
                     self.attempt_was_killed.store(true, SeqCst);
                     stream.kill();
@@ -669,7 +729,7 @@ impl Claim {
     pub(crate) fn find_out(&self, by: Instant) {
         let session = match &*self.in_flight.lock() {
             InFlight::Session(control) => Arc::clone(control),
-            InFlight::Nothing | InFlight::Connecting(_) => return,
+            InFlight::Nothing | InFlight::Connecting(_) | InFlight::Carrier => return,
         };
         if let Some(number) = session.slice()
             && self.is_asked()
@@ -688,15 +748,53 @@ impl Claim {
                 Span::OneTerm { waits: false, at_most, .. } => {
                     Phase::Ending { reason: EndReason::Unavailable, by: Instant::now() + at_most }
                 }
-                _ => Phase::Queueing,
+                _ => Phase::Queueing { takes_turns: false },
             };
             status.problem = None;
             status.notify();
         }
     }
 
-    /// The lock is held until `until` at least; `false` if its session was killed meanwhile.
-    pub(crate) fn announce_acquired(&self, until: Instant, token: Option<i64>) -> bool {
+    /// Another session holds the lock, and there is no session by which to queue for it: the claim asks again and again.
+    pub(crate) fn announce_taking_turns(&self) {
+        let mut status = self.status.lock();
+        if let Phase::Queueing { takes_turns } = &mut status.phase {
+            *takes_turns = true;
+        }
+    }
+
+    /// Another one works on the claim now.
+    pub(crate) fn announce_moved(&self) {
+        self.status.lock().notify();
+    }
+
+    /// The claim uses a session that others use, too.
+    pub(crate) fn announce_carried(&self) {
+        self.set_in_flight(InFlight::Carrier);
+    }
+
+    /// The server was taken over, and nobody is granted a lock before `ends`, or before another process has waited for that long.
+    pub(crate) fn announce_in_grace(&self, ends: Instant) {
+        let mut status = self.status.lock();
+        if status.is_open() {
+            status.phase = match status.span {
+                Span::OneTerm { waits: false, at_most, .. } => {
+                    Phase::Ending { reason: EndReason::InGrace { ends }, by: Instant::now() + at_most }
+                }
+                _ => Phase::InGrace { ends },
+            };
+            status.problem = None;
+            status.notify();
+        }
+    }
+
+    /// The lock is held until `until`, which may be moved on; `false` if its session was killed meanwhile.
+    pub(crate) fn announce_acquired(
+        &self,
+        until: Arc<Expiry>,
+        token: Option<i64>,
+        permit: Option<u32>,
+    ) -> bool {
         let mut status = self.status.lock();
         if status.is_open() {
             if status.session_killed {
@@ -704,12 +802,12 @@ impl Claim {
             }
             let (term, lost) = Lost::pair();
             let warning = Warning::new(self.grace.is_some());
-            status.phase = Phase::Held { until: Arc::new(Expiry::new(until)), _term: term, warning };
+            status.phase = Phase::Held { until, _term: term, warning };
             status.problem = None;
             status.lost = lost;
-            status.token = token;
+            (status.token, status.permit) = (token, permit);
             if let Some(story) = &self.story {
-                story.acquired(token);
+                story.acquired(token, permit);
             }
             status.notify();
         }
@@ -718,18 +816,24 @@ impl Claim {
     }
 
     /// The term goes on until `until` at least; `false` if it has ended here meanwhile.
-    pub(crate) fn announce_renewed(&self, until: Instant) -> bool {
+    pub(crate) fn announce_renewed(&self, until: Moment) -> bool {
         let mut status = self.status.lock();
         match &status.phase {
             Phase::Held { until: expiry, .. } if !expiry.has_passed() && expiry.move_to(until) => true,
             Phase::Held { .. } => {
-                status.lose(LossReason::LeaseNotRenewed, self.story.as_ref());
+                let reason = status.why_over();
+                status.lose(reason, self.story.as_ref());
                 false
             }
             // The engine sees the release at its next step.
             Phase::Ending { .. } => true,
             _ => false,
         }
+    }
+
+    /// Whether the standbys have still to confirm what the server has answered.
+    pub(crate) fn announce_unconfirmed(&self, unconfirmed: bool) {
+        self.status.lock().unconfirmed = unconfirmed;
     }
 
     /// The term is over; `false` if that was known already.
@@ -743,8 +847,30 @@ impl Claim {
     }
 
     /// Until when the server may hold something for a session of this claim that was lost.
-    pub(crate) fn announce_uncertainty(&self, until: Option<Instant>) {
+    pub(crate) fn announce_uncertainty(&self, until: Option<Moment>) {
         self.status.lock().uncertain_until = until;
+    }
+
+    /// Until when the server may hold something for a session of this claim that was lost.
+    pub(crate) fn uncertain_until(&self) -> Option<Moment> {
+        self.status.lock().uncertain_until
+    }
+
+    /// The server may not have noticed the loss of the session that this backend serves.
+    pub(crate) fn note_lost_backend(&self, pid: i32) {
+        let lost = &mut self.status.lock().lost_backends;
+        lost.retain(|(since, _)| since.elapsed() <= self.uncertainty_window);
+        lost.push((Moment::now(), pid));
+    }
+
+    /// The backends of its sessions whose loss the server may not have noticed yet.
+    pub(crate) fn lost_backends(&self) -> Vec<i32> {
+        self.status.lock().lost_backends.iter().map(|(_, pid)| *pid).collect()
+    }
+
+    /// None of them has anything of the claim's any more.
+    pub(crate) fn forget_lost_backends(&self) {
+        self.status.lock().lost_backends.clear();
     }
 
     /// An attempt failed.
@@ -798,6 +924,11 @@ impl Claim {
         self.finish(Err(Error::new(ErrorKind::UnlockFailed, message)));
     }
 
+    /// How long the server may keep a lock whose session was lost.
+    pub(crate) fn uncertainty_window(&self) -> Duration {
+        self.uncertainty_window
+    }
+
     /// The claim is over, with this outcome of its release. Only the first call has an effect.
     pub(crate) fn finish(&self, outcome: Result<()>) {
         let mut status = self.status.lock();
@@ -811,10 +942,19 @@ impl Claim {
     }
 }
 
+fn left_until(at: Instant) -> Duration {
+    at.saturating_duration_since(Instant::now())
+}
+
 impl Status {
     /// True until the application ends the claim.
     fn is_open(&self) -> bool {
         !matches!(self.phase, Phase::Ending { .. } | Phase::Ended { .. })
+    }
+
+    /// Why the time of the term was not prolonged.
+    fn why_over(&self) -> LossReason {
+        if self.unconfirmed { LossReason::NotConfirmed } else { LossReason::LeaseNotRenewed }
     }
 
     fn lose(&mut self, reason: LossReason, story: Option<&Story>) {

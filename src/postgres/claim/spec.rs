@@ -6,6 +6,8 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 use crate::lock::{LockValuer, annotate};
 use crate::pg::config::LeasePlan;
 use crate::pg::pool::Pool;
@@ -20,6 +22,8 @@ pub(crate) struct LockSpec {
     pub(crate) plan: LeasePlan,
     pub(crate) wait_slice: Duration,
     pub(crate) release_timeout: Duration,
+    /// The newest term of this lock that is over in this process, with its token and the time of its grant. Taken with no other mutex.
+    pub(crate) last_term: Mutex<Option<(i64, Instant)>>,
     pub(crate) pool: Arc<Pool>,
 }
 
@@ -38,6 +42,12 @@ impl LockSpec {
     /// By when the server must have answered a statement that waits for a slice from now on.
     pub(crate) fn after_slice(&self) -> Instant {
         self.soon() + 2 * self.wait_slice
+    }
+
+    /// A term with this token is over for the application, if there was one. It was granted at `began`.
+    pub(crate) fn term_is_over(&self, token: Option<i64>, began: Instant) {
+        let mut last = self.last_term.lock();
+        *last = last.max(token.map(|token| (token, began)));
     }
 
     /// True if there is no valuer, or if it was fast the last time.

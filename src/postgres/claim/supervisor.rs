@@ -93,15 +93,28 @@ impl Next {
 }
 
 impl Supervisor {
-    /// Starts the thread, with a claim to work on.
+    /// Has a supervisor work on a claim: an idle one, or one that is started.
     ///
     /// # Errors
     /// When the process has no descriptor or no thread left.
-    pub(crate) fn start(
+    pub(crate) fn begin(
         claim: &Arc<Claim>,
         spec: &Arc<LockSpec>,
         idle: &Arc<IdleSupervisors>,
     ) -> io::Result<Arc<Self>> {
+        while let Some(supervisor) = idle.take(spec.request.key) {
+            if supervisor.assign(claim, spec) {
+                return Ok(supervisor);
+            }
+        }
+        Self::start(claim, spec, idle)
+    }
+
+    /// Starts the thread, with a claim to work on.
+    ///
+    /// # Errors
+    /// When the process has no descriptor or no thread left.
+    fn start(claim: &Arc<Claim>, spec: &Arc<LockSpec>, idle: &Arc<IdleSupervisors>) -> io::Result<Arc<Self>> {
         let runner = RunnerState {
             engine: None,
             slot: None,
@@ -180,7 +193,8 @@ impl Supervisor {
             let opens = action == Action::Session(session::Action::Open) && !engine.has_session();
             if leave.is_some_and(|leave| leave.is_made()) || !engine.allows(caller, action) {
                 break match action {
-                    Action::Session(session::Action::Watch { until }) => Some(engine.at(until)),
+                    Action::Session(session::Action::Watch { until })
+                    | Action::Claim(_, claim::Action::Pause { until }) => Some(engine.at(until)),
                     _ => Some(Instant::now()),
                 };
             }
@@ -260,16 +274,21 @@ impl Supervisor {
                 Action::Session(session::Action::Pause { .. }) if engine.claim().wants_attempt() => {
                     self.guarded(&mut runner, Engine::is_wanted);
                 }
+                Action::Claim(_, claim::Action::Pause { until }) if engine.is_due(until) => {
+                    self.guarded(&mut runner, Engine::pause_is_over);
+                }
                 Action::Session(session::Action::Pause { until }) => {
                     return Next::Sleep { until: engine.at(until), watch: None };
                 }
                 // What woke it may have been an answer that a caller has read meanwhile.
                 Action::Session(session::Action::Watch { .. })
+                | Action::Claim(_, claim::Action::Pause { .. })
                     if mem::take(&mut readable) && engine.has_news() || engine.is_cut_off() =>
                 {
                     self.guarded(&mut runner, Engine::listen);
                 }
-                Action::Session(session::Action::Watch { until }) => {
+                Action::Session(session::Action::Watch { until })
+                | Action::Claim(_, claim::Action::Pause { until }) => {
                     let until = engine.at(until);
                     let is_quick = mem::replace(&mut state.called_at, called_at) != called_at;
                     if is_quick && woken == Woken::Readable {

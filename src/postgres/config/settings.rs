@@ -6,13 +6,18 @@
 //! <https://www.postgresql.org/docs/current/libpq-envars.html>
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::ffi::OsStr;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use postgres::config::{ChannelBinding, LoadBalanceHosts, SslMode, SslNegotiation, TargetSessionAttrs};
 
-use super::{Variables, invalid, text, variable};
+use super::password_file::PasswordFile;
+use super::tls::NO_TLS;
+use super::tls_settings::TlsSettings;
+use super::{Variables, invalid, service_file, text, variable};
 use crate::error::{Error, Result};
 
 /// A setting, by its names.
@@ -27,7 +32,10 @@ struct Setting {
 enum Rule {
     Set(fn(&mut postgres::Config, &str) -> Outcome),
     Password,
-    /// It changes nothing about a session of ours.
+    PasswordFile,
+    /// A file for TLS; whoever makes the connector is told of it.
+    TlsFile(fn(&mut TlsSettings, PathBuf)),
+    /// It changes nothing about a session of ours, or has done its work before the settings are gone through.
     NoEffect,
     /// Nothing but another setting helps; the text says which.
     Refused(&'static str),
@@ -42,8 +50,10 @@ type Outcome = std::result::Result<(), &'static str>;
 pub(super) enum Unless {
     /// TLS is left to `Config::tls`, or there is none.
     Tls,
-    /// There is a password, or `Config::password_with`.
-    Password,
+    /// The connector was made as the settings ask, by `Config::tls_with` or by a feature of the library, or there is no TLS.
+    TlsAsSet,
+    /// As `TlsAsSet`, or TLS is left to `Config::tls`.
+    AnyTls,
     /// No host is a Unix socket.
     Tcp,
 }
@@ -53,10 +63,17 @@ pub(super) enum Unless {
 pub(super) enum Origin {
     /// The connection string that the program gave.
     Text,
+    /// The field `url` of a file.
+    #[cfg(feature = "serde")]
+    Url,
     /// The connection string in the environment.
     DatabaseUrl,
+    /// The service that one of these named.
+    Service,
     /// The variable of its own.
     Variable,
+    /// What libpq takes where nobody says anything.
+    Usual,
 }
 
 /// A setting that is not read, and must be made up for; see [`Unread::check`].
@@ -67,19 +84,27 @@ pub(super) struct Unread {
 }
 
 impl Unread {
-    /// Refuses the setting unless something makes up for it.
-    pub(super) fn check(&self, is_so: impl FnOnce(Unless) -> bool) -> Result<()> {
-        let advice = match self.unless {
-            Unless::Tls => "it; give a TLS connector that is set up so with Config::tls, or unset it",
-            Unless::Password => {
-                "password files; give the password itself, or a hook with Config::password_with, or unset it"
-            }
-            Unless::Tcp => "whose process serves a Unix socket; connect with TCP and TLS, or unset it",
-        };
+    /// Refuses the setting unless something makes up for it. `has_tls` if there is a connector of any kind.
+    pub(super) fn check(&self, has_tls: bool, is_so: impl FnOnce(Unless) -> bool) -> Result<()> {
         if is_so(self.unless) {
             return Ok(());
         }
-        Err(invalid(format!("{} cannot be used: this version does not read {advice}", self.name)))
+        let problem = match self.unless {
+            Unless::TlsAsSet | Unless::AnyTls if !has_tls => {
+                return Err(invalid(format!("{} cannot be used: {NO_TLS}, or unset it", self.name)));
+            }
+            Unless::Tls | Unless::AnyTls => {
+                "this version does not read it; give a TLS connector that is set up so with Config::tls, or unset it"
+            }
+            Unless::TlsAsSet => {
+                "the connector that was given with Config::tls decides alone what is verified; say require, and give one that \
+                 verifies it, or make it with Config::tls_with"
+            }
+            Unless::Tcp => {
+                "this version does not read whose process serves a Unix socket; connect with TCP and TLS, or unset it"
+            }
+        };
+        Err(invalid(format!("{} cannot be used: {problem}", self.name)))
     }
 }
 
@@ -88,11 +113,28 @@ impl Origin {
     fn name(self, setting: &Setting) -> String {
         match self {
             Self::Text => format!("the parameter {} of the connection string", setting.parameter),
+            #[cfg(feature = "serde")]
+            Self::Url => format!("the parameter {} in url", setting.parameter),
             Self::DatabaseUrl => format!("the parameter {} in DATABASE_URL", setting.parameter),
+            Self::Service => format!("the parameter {} of the service", setting.parameter),
             Self::Variable => format!("the environment variable {}", setting.variable),
+            Self::Usual => format!("the default of {}", setting.parameter),
         }
     }
 }
+
+/// What the settings describe.
+pub(super) struct Connection {
+    pub(super) postgres: postgres::Config,
+    /// Where the password is, if it is not among the settings.
+    pub(super) password_file: Option<PasswordFile>,
+    pub(super) tls: TlsSettings,
+    /// What the program itself must see to.
+    pub(super) unread: Vec<Unread>,
+}
+
+/// The folders of the local server's socket that are usual; libpq has one of them compiled in.
+pub(super) const SOCKET_FOLDERS: [&str; 2] = ["/var/run/postgresql", "/tmp"];
 
 /// The settings that were given, by the names of their parameters.
 #[derive(Default)]
@@ -106,11 +148,44 @@ impl Given {
                 format!("{problem}. It should look like postgres://user:password@host:5432/database");
             match origin {
                 Origin::Text => invalid(format!("the connection string cannot be understood: {problem}")),
-                Origin::DatabaseUrl | Origin::Variable => variable("DATABASE_URL", &problem),
+                #[cfg(feature = "serde")]
+                Origin::Url => invalid(format!("url cannot be understood: {problem}")),
+                _ => variable("DATABASE_URL", &problem),
             }
         })?;
         let given = parameters.into_iter().filter(|(_, value)| !value.is_empty());
         Ok(Self(given.map(|(name, value)| (name, (origin, value))).collect()))
+    }
+
+    /// A password that stands beside the connection string. `false` if that has one.
+    #[cfg(feature = "serde")]
+    pub(super) fn set_password(&mut self, password: String) -> bool {
+        self.0.insert("password", (Origin::Url, password.into_bytes())).is_none()
+    }
+
+    /// What the program calls itself, which gives way to every other setting of that name.
+    pub(super) fn call(&mut self, name: &str) {
+        self.0.entry("fallback_application_name").or_insert((Origin::Usual, name.into()));
+    }
+
+    /// Fills in what a service says, if one is named, and was left out.
+    pub(super) fn fill_in_service(&mut self, get: &Variables<'_>) -> Result<()> {
+        for (parameter, name) in [("service", "PGSERVICE"), ("servicefile", "PGSERVICEFILE")] {
+            if let (Some(value), false) = (get(name)?, self.0.contains_key(parameter)) {
+                self.0.insert(parameter, (Origin::Variable, value.into_bytes()));
+            }
+        }
+        let Some((origin, name)) = self.0.get("service") else { return Ok(()) };
+        let file = self.0.get("servicefile").map(|(_, path)| PathBuf::from(OsStr::from_bytes(path)));
+        let parameters = service_file::look_up(name, file, get)?.map_err(|problem| {
+            let service = SETTINGS.iter().find(|setting| setting.parameter == "service");
+            let named_by = service.map(|setting| origin.name(setting)).unwrap_or_default();
+            invalid(format!("{named_by} cannot be used: {problem}"))
+        })?;
+        for (name, value) in parameters.into_iter().filter(|(_, value)| !value.is_empty()) {
+            self.0.entry(name).or_insert((Origin::Service, value));
+        }
+        Ok(())
     }
 
     /// Fills in from the environment what was left out, and at last the local server, as libpq does.
@@ -128,51 +203,111 @@ impl Given {
             self.0.entry("sslmode").or_insert((Origin::Variable, b"require".to_vec()));
         }
         if !self.0.contains_key("host") && !self.0.contains_key("hostaddr") {
-            // The usual folders of the local server's socket; libpq has one of them compiled in.
-            let usual = ["/var/run/postgresql", "/tmp"];
-            let folder = usual.into_iter().find(|folder| Path::new(folder).is_dir()).unwrap_or("/tmp");
-            self.0.insert("host", (Origin::Variable, folder.into()));
+            let folder =
+                SOCKET_FOLDERS.into_iter().find(|folder| Path::new(folder).is_dir()).unwrap_or("/tmp");
+            self.0.insert("host", (Origin::Usual, folder.into()));
         }
-        if !self.0.contains_key("password") && !self.0.contains_key("passfile") {
-            let file = get("HOME").ok().flatten().map(|home| Path::new(&home).join(".pgpass"));
-            if file.is_some_and(|file| file.exists()) {
-                log::info!(
-                    "no password is given, and ~/.pgpass is not read: PGPASSWORD or Config::password_with give one"
-                );
-            }
+        if let Some(home) = get("HOME")? {
+            self.fill_in_files(Path::new(&home));
         }
         Ok(())
     }
 
-    /// The connection that they describe, and what the program itself must see to.
-    pub(super) fn connection(&self) -> Result<(postgres::Config, Vec<Unread>)> {
-        let (mut connection, mut unread) = (postgres::Config::new(), Vec::new());
+    /// Fills in the files that libpq looks for in the user's home.
+    fn fill_in_files(&mut self, home: &Path) {
+        for (parameter, file) in [
+            ("passfile", ".pgpass"),
+            ("sslrootcert", ".postgresql/root.crt"),
+            ("sslcert", ".postgresql/postgresql.crt"),
+            ("sslkey", ".postgresql/postgresql.key"),
+        ] {
+            let file = home.join(file);
+            // The password file is looked for at each connect.
+            let counts = match parameter {
+                "passfile" => true,
+                "sslkey" => self.0.contains_key("sslcert") && file.exists(),
+                _ => file.exists(),
+            };
+            if counts && !self.0.contains_key(parameter) {
+                self.0.insert(parameter, (Origin::Usual, file.into_os_string().into_vec()));
+            }
+        }
+    }
+
+    /// The connection that they describe. `get` tells who the user is where no setting does.
+    pub(super) fn connection(&self, get: &Variables<'_>) -> Result<Connection> {
+        let mut connection = Connection {
+            postgres: postgres::Config::new(),
+            password_file: None,
+            tls: TlsSettings::default(),
+            unread: Vec::new(),
+        };
+        let mut file = None;
         for setting in &SETTINGS {
             let Some((origin, value)) = self.0.get(setting.parameter) else { continue };
             let refuse = |problem: &str| -> Error {
                 invalid(format!("{} cannot be used: {problem}", origin.name(setting)))
             };
+            let unread = |unless| Unread { name: origin.name(setting), unless };
+            let path = || PathBuf::from(OsStr::from_bytes(value));
             match &setting.rule {
                 Rule::Set(set) => {
-                    let value = std::str::from_utf8(value).map_err(|_| refuse("it is not UTF-8"))?;
-                    set(&mut connection, value).map_err(refuse)?;
+                    let text = std::str::from_utf8(value).map_err(|_| refuse("it is not UTF-8"))?;
+                    set(&mut connection.postgres, text).map_err(refuse)?;
+                    if setting.parameter == "sslmode" && connection.tls.set_mode(text) {
+                        connection.unread.push(unread(Unless::TlsAsSet));
+                    }
                 }
                 Rule::Password => {
-                    connection.password(value);
+                    connection.postgres.password(value);
+                }
+                Rule::PasswordFile => {
+                    file = Some((path(), origin.name(setting)));
+                }
+                Rule::TlsFile(set) => {
+                    set(&mut connection.tls, path());
+                    // A file that happens to be there does not ask for TLS.
+                    if *origin != Origin::Usual {
+                        connection.unread.push(unread(Unless::AnyTls));
+                    }
                 }
                 Rule::NoEffect => {}
                 Rule::Refused(advice) => return Err(refuse(advice)),
-                Rule::Unread(Unless::Password) if self.0.contains_key("password") => {}
-                Rule::Unread(unless) => unread.push(Unread { name: origin.name(setting), unless: *unless }),
+                Rule::Unread(unless) => connection.unread.push(unread(*unless)),
             }
         }
-        Ok((connection, unread))
+        // As in libpq: what the system trusts says something only of names.
+        if connection.tls.trusts_system() && !self.0.contains_key("sslmode") {
+            connection.postgres.ssl_mode(SslMode::Require);
+            connection.tls.set_mode("verify-full");
+        }
+        let postgres = &connection.postgres;
+        if let (Some((path, named_by)), None) = (file, postgres.get_password()) {
+            // The driver asks the system for the name, by a way that it does not share.
+            let system = match postgres.get_user() {
+                Some(_) => None,
+                None => get("LOGNAME")?.map_or_else(|| get("USER"), |name| Ok(Some(name)))?,
+            };
+            let user = postgres.get_user().or(system.as_deref());
+            connection.password_file = Some(PasswordFile::new(path, named_by, user, postgres.get_dbname()));
+        }
+        Ok(connection)
     }
 }
 
 /// The parameter with this name.
 pub(super) fn parameter(name: &[u8]) -> Option<&'static str> {
     SETTINGS.iter().map(|setting| setting.parameter).find(|parameter| parameter.as_bytes() == name)
+}
+
+#[cfg(test)]
+pub(super) fn parameters() -> impl Iterator<Item = &'static str> {
+    SETTINGS.iter().map(|setting| setting.parameter)
+}
+
+#[cfg(test)]
+pub(super) fn variables() -> impl Iterator<Item = &'static str> {
+    SETTINGS.iter().map(|setting| setting.variable).filter(|variable| !variable.is_empty())
 }
 
 const fn setting(parameter: &'static str, variable: &'static str, rule: Rule) -> Setting {
@@ -190,7 +325,7 @@ const SETTINGS: [Setting; 51] = [
     setting("dbname", "PGDATABASE", Rule::Set(|config, name| done(config.dbname(name)))),
     setting("user", "PGUSER", Rule::Set(|config, name| done(config.user(name)))),
     setting("password", "PGPASSWORD", Rule::Password),
-    setting("passfile", "PGPASSFILE", Rule::Unread(Unless::Password)),
+    setting("passfile", "PGPASSFILE", Rule::PasswordFile),
     setting("options", "PGOPTIONS", Rule::Set(|config, options| done(config.options(options)))),
     // In front of the one that it stands in for.
     setting("fallback_application_name", "", Rule::Set(|config, name| done(config.application_name(name)))),
@@ -198,6 +333,7 @@ const SETTINGS: [Setting; 51] = [
     setting("connect_timeout", "PGCONNECT_TIMEOUT", Rule::Set(set_connect_timeout)),
     setting("target_session_attrs", "PGTARGETSESSIONATTRS", Rule::Set(set_target_session_attrs)),
     setting("load_balance_hosts", "PGLOADBALANCEHOSTS", Rule::Set(set_load_balance_hosts)),
+    // In front of `sslrootcert`, which may ask for more than it does.
     setting("sslmode", "PGSSLMODE", Rule::Set(set_sslmode)),
     setting("sslnegotiation", "PGSSLNEGOTIATION", Rule::Set(set_sslnegotiation)),
     setting("channel_binding", "PGCHANNELBINDING", Rule::Set(set_channel_binding)),
@@ -224,9 +360,9 @@ const SETTINGS: [Setting; 51] = [
         "",
         Rule::Set(|config, text| seconds(text, |time| _ = config.tcp_user_timeout(time))),
     ),
-    setting("sslrootcert", "PGSSLROOTCERT", Rule::Unread(Unless::Tls)),
-    setting("sslcert", "PGSSLCERT", Rule::Unread(Unless::Tls)),
-    setting("sslkey", "PGSSLKEY", Rule::Unread(Unless::Tls)),
+    setting("sslrootcert", "PGSSLROOTCERT", Rule::TlsFile(TlsSettings::trust)),
+    setting("sslcert", "PGSSLCERT", Rule::TlsFile(|tls, path| tls.sslcert = Some(path))),
+    setting("sslkey", "PGSSLKEY", Rule::TlsFile(|tls, path| tls.sslkey = Some(path))),
     setting("sslpassword", "", Rule::Unread(Unless::Tls)),
     setting("sslcertmode", "PGSSLCERTMODE", Rule::Unread(Unless::Tls)),
     setting("sslcrl", "PGSSLCRL", Rule::Unread(Unless::Tls)),
@@ -234,13 +370,8 @@ const SETTINGS: [Setting; 51] = [
     setting("sslsni", "PGSSLSNI", Rule::Unread(Unless::Tls)),
     setting("ssl_min_protocol_version", "PGSSLMINPROTOCOLVERSION", Rule::Unread(Unless::Tls)),
     setting("ssl_max_protocol_version", "PGSSLMAXPROTOCOLVERSION", Rule::Unread(Unless::Tls)),
-    setting(
-        "service",
-        "PGSERVICE",
-        Rule::Refused(
-            "this version reads no service files; unset it, and give host, port, user and database themselves",
-        ),
-    ),
+    // Both are gone through before the others.
+    setting("service", "PGSERVICE", Rule::NoEffect),
     setting("servicefile", "PGSERVICEFILE", Rule::NoEffect),
     setting(
         "require_auth",
@@ -348,15 +479,10 @@ fn set_sslmode(config: &mut postgres::Config, mode: &str) -> Outcome {
     config.ssl_mode(match mode {
         "disable" => SslMode::Disable,
         "prefer" => SslMode::Prefer,
-        "require" => SslMode::Require,
-        "verify-ca" | "verify-full" => {
-            return Err(
-                "this version leaves the verification of certificates to the TLS connector; say require, and give \
-                 Config::tls a connector that verifies them",
-            );
-        }
+        // Who makes the connector sees to the rest: see `TlsSettings`.
+        "require" | "verify-ca" | "verify-full" => SslMode::Require,
         "allow" => return Err("this version does not fall back to TLS; say disable, prefer or require"),
-        _ => return Err("it should be one of disable, prefer, require"),
+        _ => return Err("it should be one of disable, prefer, require, verify-ca, verify-full"),
     });
     Ok(())
 }

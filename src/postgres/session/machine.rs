@@ -23,7 +23,10 @@ pub(crate) type Time = Duration;
 ///              Leased ⇄ Renewing ─── lost, or the lease not renewed in time
 /// ```
 ///
-/// A claim uses the session while it is `Open`, `Leased` or `Renewing`: see [`claim::machine`](super::super::claim::machine).
+/// Where the standbys are to [confirm](Timing::confirms), it is `Confirming` before it is `Leased`: after a lock was taken, and after
+/// each heartbeat. From there it goes back to `Renewing` if they have not, and is lost as there.
+///
+/// A claim uses the session while it is `Open`, `Leased`, `Renewing` or `Confirming`: see [`claim::machine`](super::super::claim::machine).
 /// The lease is the session's, so it is renewed once for all the locks that are held by it.
 ///
 /// Inputs: [`handle`](Self::handle), which takes what happened and gives what the claims must be told. Output:
@@ -39,6 +42,8 @@ pub(crate) struct Machine {
     /// The session refused a claim something, and is to be closed when that claim has left it; `patient` as in
     /// [`Event::OpenFailed`].
     retiring: Option<Retirement>,
+    /// The standbys have been asked to confirm since they did the last time, and have not.
+    unconfirmed: bool,
     /// Seeds the jitter of the back-off.
     seed: u64,
 }
@@ -56,6 +61,8 @@ pub(crate) struct Timing {
     /// No term begins whose first heartbeat is due already, after a long wait: a heartbeat comes first. For an application
     /// that is warned of one that is overdue.
     pub(crate) begins_fresh: bool,
+    /// A lock that was taken, and a heartbeat, count only when the standbys have confirmed that they still followed the server then.
+    pub(crate) confirms: bool,
 }
 
 /// The times at which heartbeats are sent: at `offset`, and from then on once each `period`.
@@ -105,6 +112,9 @@ enum State {
     /// It holds a lock, and a heartbeat is due. Without a time the lock was granted so long ago that its term would be over:
     /// a heartbeat must show that it is held still.
     Renewing { renewed: Option<Time> },
+    /// What was sent at `sent` shows that it holds a lock, and the standbys are to confirm that they still followed the server then. As
+    /// for `Renewing`, no term has begun if `renewed` is no time.
+    Confirming { renewed: Option<Time>, sent: Time },
     /// The connection is of no use any more and must be closed.
     Closing { then: Next },
 }
@@ -134,6 +144,8 @@ pub(crate) enum Action {
     Watch { until: Time },
     /// Prove that the session is alive and holds its locks, by then at the latest: `Renewed`, `Lost`.
     Renew { by: Time },
+    /// See that the standbys still followed the server at `sent`, by then at the latest: `Confirmed`, `Unconfirmed`, `Lost`.
+    Confirm { sent: Time, by: Time },
     /// Close the session without ceremony; if the server has said that it ends it, see whether it has: `Closed`.
     Close,
 }
@@ -157,6 +169,10 @@ pub(crate) enum Event {
     LastLockLeft,
     /// The heartbeat sent at `sent` was answered.
     Renewed { sent: Time },
+    /// The standbys followed the server at `sent`, or later.
+    Confirmed { sent: Time },
+    /// They have not confirmed it yet.
+    Unconfirmed,
     /// The connection is over.
     Lost(LossReason),
     /// A claim was refused something, and is leaving the session.
@@ -176,6 +192,8 @@ pub(crate) enum Notice {
     Unavailable,
     /// What is held by it is held until then at least.
     LeasedUntil(Time),
+    /// A lock that was taken, or a heartbeat, is not confirmed by the standbys yet.
+    Unconfirmed,
     /// It is over, and everything that was held by it is lost.
     Lost(LossReason),
     /// No claim uses it any more, and it is being closed since it refused one something.
@@ -187,7 +205,15 @@ pub(crate) enum Notice {
 impl Machine {
     /// Begins with a session that is wanted. `seed` decides the jitter of its back-off.
     pub(crate) fn new(timing: Timing, seed: u64) -> Self {
-        Self { timing, state: State::Opening, failing_since: None, has_served: false, retiring: None, seed }
+        Self {
+            timing,
+            state: State::Opening,
+            failing_since: None,
+            has_served: false,
+            retiring: None,
+            unconfirmed: false,
+            seed,
+        }
     }
 
     /// What to do next.
@@ -200,6 +226,9 @@ impl Machine {
             State::Renewing { renewed: Some(renewed) } => Action::Renew { by: self.term_end(renewed) },
             // There is no term to lose yet, so the answer has the heartbeat's whole time, whenever the sending is.
             State::Renewing { renewed: None } => Action::Renew { by: Time::MAX },
+            State::Confirming { renewed, sent } => {
+                Action::Confirm { sent, by: renewed.map_or(Time::MAX, |renewed| self.term_end(renewed)) }
+            }
             State::Closing { .. } => Action::Close,
         }
     }
@@ -211,7 +240,7 @@ impl Machine {
         match (self.state, event) {
             (State::Opening, Event::Opened) => {
                 self.has_served = false;
-                self.retiring = None;
+                (self.retiring, self.unconfirmed) = (None, false);
                 self.state = State::Open;
                 Some(Notice::Ready)
             }
@@ -223,29 +252,60 @@ impl Machine {
             (State::BackingOff { until }, Event::TimePassed) if now >= until => self.go_to(State::Opening),
             (State::BackingOff { .. }, Event::Wanted) => self.go_to(State::Opening),
 
-            (State::Open | State::Leased { .. } | State::Renewing { .. }, Event::Served) => {
+            (
+                State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
+                Event::Served,
+            ) => {
                 self.failing_since = None;
                 self.has_served = true;
                 None
             }
-            (State::Open | State::Leased { .. } | State::Renewing { .. }, Event::LockTaken { sent }) => {
-                self.lock_taken(sent, now)
+            (
+                State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
+                Event::LockTaken { sent },
+            ) => self.lock_taken(sent, now),
+            (
+                State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
+                Event::LastLockLeft,
+            ) => {
+                self.unconfirmed = false;
+                self.go_to(State::Open)
             }
-            (State::Leased { .. } | State::Renewing { .. }, Event::LastLockLeft) => self.go_to(State::Open),
 
             (State::Leased { renewed }, Event::TimePassed) if now >= self.heartbeat_after(renewed) => {
                 self.go_to(State::Renewing { renewed: Some(renewed) })
             }
-            (State::Renewing { .. }, Event::Renewed { sent }) => self.renewed(sent, now),
-
-            (State::Open | State::Leased { .. } | State::Renewing { .. }, Event::Lost(reason)) => {
-                self.lose(reason)
+            (State::Renewing { renewed }, Event::Renewed { sent }) if self.timing.confirms => {
+                self.go_to(State::Confirming { renewed, sent })
             }
-            (State::Open | State::Leased { .. } | State::Renewing { .. }, Event::Refused { patient }) => {
+            (State::Renewing { .. }, Event::Renewed { sent }) => self.renewed(sent, now),
+            (State::Confirming { renewed, .. }, Event::Confirmed { sent }) => {
+                // Each standby was promoted later, if it was. So a term that is counted from then is over before its takeover grace is.
+                self.unconfirmed = false;
+                self.lease_from(sent, renewed.is_none(), now)
+            }
+            // Whoever had to wait for so long asks anew, which also keeps the session from standing idle.
+            (State::Confirming { renewed, .. }, Event::Unconfirmed) => {
+                self.unconfirmed = true;
+                self.state = State::Renewing { renewed };
+                Some(Notice::Unconfirmed)
+            }
+
+            (
+                State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
+                Event::Lost(reason),
+            ) => self.lose(reason),
+            (
+                State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
+                Event::Refused { patient },
+            ) => {
                 self.retiring = Some(Retirement { patient });
                 None
             }
-            (State::Open | State::Leased { .. } | State::Renewing { .. }, Event::Retired) => {
+            (
+                State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
+                Event::Retired,
+            ) => {
                 self.state = State::Closing { then: self.after_closing() };
                 Some(Notice::Retired)
             }
@@ -261,15 +321,39 @@ impl Machine {
             // Too early: whoever has slept looks again.
             (State::BackingOff { .. } | State::Leased { .. }, Event::TimePassed) => None,
             // The pause is over already, or has not begun.
-            (State::Opening | State::Open | State::Leased { .. } | State::Renewing { .. }, Event::Wanted) => {
-                None
-            }
+            (
+                State::Opening
+                | State::Open
+                | State::Leased { .. }
+                | State::Renewing { .. }
+                | State::Confirming { .. },
+                Event::Wanted,
+            ) => None,
             // Its connection is being closed for another reason already.
             (State::Closing { .. }, Event::Wanted | Event::Lost(_) | Event::LastLockLeft) => None,
             (state, event) => {
                 misplaced(&state, &event);
                 None
             }
+        }
+    }
+
+    /// Whether there is a session that claims may use.
+    pub(crate) fn serves(&self) -> bool {
+        self.retiring.is_none()
+            && matches!(
+                self.state,
+                State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. }
+            )
+    }
+
+    /// Until when what is held by it is held at least; `None` if no term may have begun.
+    pub(crate) fn leased_until(&self) -> Option<Time> {
+        match self.state {
+            State::Leased { renewed }
+            | State::Renewing { renewed: Some(renewed) }
+            | State::Confirming { renewed: Some(renewed), .. } => Some(self.term_end(renewed)),
+            _ => None,
         }
     }
 
@@ -281,7 +365,18 @@ impl Machine {
 
     /// True if the time of a term on this session is over, whatever else has happened.
     pub(crate) fn lease_is_over(&self, now: Time) -> bool {
-        matches!(self.state, State::Leased { renewed } | State::Renewing { renewed: Some(renewed) } if now >= self.term_end(renewed))
+        matches!(
+            self.state,
+            State::Leased { renewed }
+            | State::Renewing { renewed: Some(renewed) }
+            | State::Confirming { renewed: Some(renewed), .. } if now >= self.term_end(renewed)
+        )
+    }
+
+    /// Why the time of a term was not prolonged.
+    pub(crate) fn why_over(&self) -> LossReason {
+        let is_confirming = matches!(self.state, State::Confirming { .. });
+        if is_confirming || self.unconfirmed { LossReason::NotConfirmed } else { LossReason::LeaseNotRenewed }
     }
 
     /// When a heartbeat is due after one that was sent at `renewed`.
@@ -305,11 +400,20 @@ impl Machine {
     fn lock_taken(&mut self, sent: Time, now: Time) -> Option<Notice> {
         self.failing_since = None;
         self.has_served = true;
-        let renewed = match self.state {
-            State::Leased { renewed } | State::Renewing { renewed: Some(renewed) } => renewed.max(sent),
-            _ => sent,
+        let before = match self.state {
+            State::Leased { renewed }
+            | State::Renewing { renewed: Some(renewed) }
+            | State::Confirming { renewed: Some(renewed), .. } => Some(renewed),
+            _ => None,
         };
+        if self.timing.confirms {
+            return self.go_to(State::Confirming { renewed: before, sent });
+        }
         let is_first = self.state == State::Open;
+        self.lease_from(before.map_or(sent, |before| before.max(sent)), is_first, now)
+    }
+
+    fn lease_from(&mut self, renewed: Time, is_first: bool, now: Time) -> Option<Notice> {
         let is_stale = is_first && self.timing.begins_fresh && now >= self.heartbeat_after(renewed);
         if is_stale || now >= self.term_end(renewed) {
             return self.go_to(State::Renewing { renewed: None });
@@ -319,11 +423,7 @@ impl Machine {
     }
 
     fn renewed(&mut self, sent: Time, now: Time) -> Option<Notice> {
-        if now >= self.term_end(sent) {
-            return self.go_to(State::Renewing { renewed: None });
-        }
-        self.state = State::Leased { renewed: sent };
-        Some(Notice::LeasedUntil(self.term_end(sent)))
+        self.lease_from(sent, false, now)
     }
 
     fn lose(&mut self, reason: LossReason) -> Option<Notice> {

@@ -6,24 +6,30 @@ use std::io;
 use std::iter;
 use std::time::Duration;
 
+use crate::check::CheckLine;
 use crate::error::{Error, ErrorKind, chain};
 use crate::loss::LossReason;
 use crate::pg::session::wire::Failure;
-use crate::pg::stream::{DialError, Ended, HookError, Local, PasswordError, TimedOut};
+use crate::pg::stream::{DialError, Ended, HookError, Local, PasswordError, Route, TimedOut, is_alert};
 
 /// Why there is no session: an error in the making, with the kind that decides how to go on.
 #[derive(Debug)]
 pub(crate) struct Refusal {
     kind: ErrorKind,
     message: String,
+    /// What to change, where the message does not say it: the text goes on with it.
+    advice: String,
     cause: Option<Box<dyn StdError + Send + Sync>>,
     /// An answer did not come in time.
     is_late: bool,
+    /// What a report says it under: see [`CheckLine::topic`].
+    topic: Option<&'static str>,
 }
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
+        f.write_str(&self.message)?;
+        if self.advice.is_empty() { Ok(()) } else { write!(f, "; {}", self.advice) }
     }
 }
 
@@ -35,14 +41,14 @@ impl StdError for Refusal {
 
 impl Refusal {
     pub(crate) fn new(kind: ErrorKind, message: String) -> Self {
-        Self { kind, message, cause: None, is_late: false }
+        Self { kind, message, advice: String::new(), cause: None, is_late: false, topic: None }
     }
 
     /// Says of a refusal for want of time what the time was spent on.
     pub(crate) fn during(mut self, step: &str, time: Duration) -> Self {
         if self.is_late {
-            let text = format!(", while we {step}, which may take {time:?}; {SLOW_LINK}");
-            self.message.push_str(&text);
+            self.message.push_str(&format!(", while we {step}, which may take {time:?}"));
+            SLOW_LINK.clone_into(&mut self.advice);
         }
         self
     }
@@ -69,7 +75,7 @@ impl Refusal {
 
     /// Whether the next attempt need not hurry.
     pub(crate) fn is_patient(&self) -> bool {
-        matches!(self.kind, ErrorKind::SessionRefused | ErrorKind::InvalidKey)
+        matches!(self.kind, ErrorKind::SessionRefused | ErrorKind::InvalidKey | ErrorKind::InvalidConfig)
     }
 
     /// Whether a part of the catalog was found missing: a table, or a column that an older version does not have.
@@ -81,8 +87,37 @@ impl Refusal {
         )
     }
 
+    /// Adds a sentence to the advice.
+    pub(crate) fn saying(mut self, sentence: Option<&str>) -> Self {
+        if let Some(sentence) = sentence {
+            // The advice may be in the message.
+            let text = if self.advice.is_empty() { &mut self.message } else { &mut self.advice };
+            text.push_str("; ");
+            text.push_str(sentence);
+        }
+        self
+    }
+
+    /// What it is about, if it is about one thing only.
+    pub(crate) fn topic(&self) -> Option<&'static str> {
+        self.topic
+    }
+
+    /// The line of a report on `topic`, with what to change apart from what is wrong.
+    pub(crate) fn into_line(self, topic: &'static str) -> CheckLine {
+        let mut text = self.message;
+        if let Some(cause) = self.cause.map(|cause| chain(&*cause)).filter(|cause| !text.contains(cause)) {
+            text = format!("{text}: {cause}");
+        }
+        if self.advice.is_empty() {
+            CheckLine::from_text(topic, text)
+        } else {
+            CheckLine::wrong(topic, text, self.advice)
+        }
+    }
+
     pub(crate) fn into_error(self) -> Error {
-        let error = Error::new(self.kind, self.message);
+        let error = Error::new(self.kind, self.to_string());
         match self.cause {
             Some(cause) => error.with_source(cause),
             None => error,
@@ -98,6 +133,13 @@ impl Refusal {
         Self::new(ErrorKind::InvalidKey, message)
     }
 
+    /// A semaphore has another number of permits than the caller says.
+    pub(crate) fn other_permits(key: &str, ours: i32, theirs: i32) -> Self {
+        let (ours, theirs) = (ours.cast_unsigned(), theirs.cast_unsigned());
+        let error = Error::other_permits(key, ours, theirs, "the catalog says");
+        Self::new(error.kind(), error.into_message())
+    }
+
     /// This process is short of something.
     pub(crate) fn system(error: Error) -> Self {
         Self::new(ErrorKind::SessionUnavailable, "no session can be opened here".to_owned()).because(error)
@@ -111,21 +153,20 @@ impl Refusal {
             .or_else(|| verdicts.iter().position(is(ErrorKind::PoolExhausted)))
             .unwrap_or(verdicts.len().saturating_sub(1));
         let kind = verdicts.get(number).map_or(ErrorKind::SessionUnavailable, |(kind, _)| *kind);
-        let mut message = error.to_string();
+        let message = error.to_string();
         let mut given: Vec<&str> = Vec::new();
         for (_, advice) in verdicts.iter().filter(|verdict| is(kind)(verdict)) {
             if !advice.is_empty() && !given.contains(advice) {
                 given.push(advice);
-                message.push_str("; ");
-                message.push_str(advice);
             }
         }
+        let advice = given.join("; ");
         // The preparation's refusal has its cause with it.
         let cause = error.into_failure(number).and_then(|failure| match failure.downcast::<Self>() {
             Ok(refusal) => refusal.cause,
             Err(failure) => Some(failure),
         });
-        Self { cause, ..Self::new(kind, message) }
+        Self { advice, cause, ..Self::new(kind, message) }
     }
 
     pub(crate) fn from_failure(failure: Failure) -> Self {
@@ -145,29 +186,34 @@ impl Refusal {
             }
             Failure::Refused(cause) => {
                 let (kind, advice) = advise(&cause);
-                let message = format!("{}; {advice}", chain(&cause));
-                Self { cause: Some(cause.into()), ..Self::new(kind, message) }
+                let (message, advice) = (chain(&cause), advice.to_owned());
+                Self { advice, cause: Some(cause.into()), ..Self::new(kind, message) }
             }
         }
     }
 
-    fn refused(message: String) -> Self {
-        Self::new(ErrorKind::SessionRefused, message)
+    fn refused(topic: &'static str, message: String) -> Self {
+        Self { topic: Some(topic), ..Self::new(ErrorKind::SessionRefused, message) }
     }
 
     pub(crate) fn not_postgres() -> Self {
-        Self::refused("the server does not answer as PostgreSQL does; check host and port".to_owned())
+        Self::refused(
+            "server",
+            "the server does not answer as PostgreSQL does; check host and port".to_owned(),
+        )
     }
 
     pub(crate) fn too_old(major: i32) -> Self {
-        Self::refused(format!(
+        let message = format!(
             "the server is PostgreSQL {major}, which has no idle_session_timeout to bound a lease; \
              upgrade it to 14 or newer"
-        ))
+        );
+        Self::refused("server", message)
     }
 
     pub(crate) fn standby() -> Self {
         Self::refused(
+            "primary",
             "the server is a hot standby, whose locks exclude nobody on the primary; connect to the primary, \
              or name all hosts and say target_session_attrs=read-write"
                 .to_owned(),
@@ -175,15 +221,24 @@ impl Refusal {
     }
 
     pub(crate) fn pooler() -> Self {
-        Self::refused(SHARED_SESSIONS.to_owned())
+        Self::refused("sessions", SHARED_SESSIONS.to_owned())
     }
 
     /// Two sessions had one lock at once.
     pub(crate) fn stub() -> Self {
         Self::refused(
+            "sessions",
             "two sessions were granted one advisory lock at the same time, so locks of this server exclude nobody: it \
              only looks like PostgreSQL; connect to a PostgreSQL server"
                 .to_owned(),
+        )
+    }
+
+    /// A lock that nobody had was not granted, not shared, or not given back.
+    pub(crate) fn no_locks(what: &str) -> Self {
+        Self::refused(
+            "sessions",
+            format!("the server {what}: it only looks like PostgreSQL; connect to a PostgreSQL server"),
         )
     }
 }
@@ -194,6 +249,9 @@ const SHARED_SESSIONS: &str = "a pooler in transaction or statement mode stands 
 const NOT_POSTGRES: &str =
     "the server does not speak PostgreSQL's protocol; check host and port, and what stands in front of it";
 const UNREACHABLE: &str = "check host and port, and that the server runs";
+/// Where a connection names no host, it is a socket that is looked for.
+const NO_SOCKET: &str =
+    "check that the server runs; if it is not on this machine, name its host, by DATABASE_URL or PGHOST say";
 const SLOW_LINK: &str = "if the link is slow, raise connect_timeout";
 const UNREACHABLE_OR_SLOW: &str =
     "check host and port, and that the server runs; if the link is slow, raise connect_timeout";
@@ -201,8 +259,76 @@ const CERTIFICATE: &str = "check the server's certificate: the TLS connector mus
                            the host name of the connection";
 const TLS: &str = "check what the TLS connector and the server agree on: versions, and a client certificate if the server \
                    asks for one";
-const DIRECT_TLS: &str = "sslnegotiation=direct needs PostgreSQL 17 or newer, and a TLS connector that offers the protocol \
-                          \"postgresql\" by ALPN, which only its maker can set; do that, or use sslnegotiation=postgres";
+const CLIENT_CERTIFICATE: &str = "the server does not take the client certificate: name one with sslcert and sslkey that has not expired, and \
+                                  that was signed by an issuer in the server's ssl_ca_file";
+const DIRECT_TLS: &str = "sslnegotiation=direct needs PostgreSQL 17 or newer, and where the application gives the TLS connector, one that \
+                          offers the protocol \"postgresql\" by ALPN, which only its maker can set; do that, or use \
+                          sslnegotiation=postgres";
+
+/// What is wrong with a server's certificate, by the words that rustls and OpenSSL have for it, in lower case; what to do about it.
+const CERTIFICATES: [(&[&str], &str); 6] = [
+    (
+        &["certificate expired", "certificate has expired"],
+        "renew the server's certificate, and let the server read it (pg_ctl reload); if it is valid still, correct this machine's clock",
+    ),
+    (
+        &["not valid yet", "not yet valid"],
+        "correct the clock of this machine, or that of the certificate's issuer",
+    ),
+    (
+        &["not valid for name", "notvalidforname", "hostname mismatch", "ip address mismatch"],
+        "connect by a name that the server's certificate has in its subjectAltName, or let one be issued for the host name of the connection",
+    ),
+    (
+        &["causedasendentity"],
+        "rustls takes no certificate of an authority for a server's, unless it is in the file sslrootcert itself: name it there, or let \
+         the authority sign one for the server",
+    ),
+    (
+        &["unsupportedcertversion"],
+        "rustls reads certificates of version 3 only: let one be issued with a subjectAltName, or use the feature tls-native-tls",
+    ),
+    (
+        &[
+            "unknownissuer",
+            "badsignature",
+            "self-signed certificate",
+            "self signed certificate",
+            "unable to get local issuer",
+            "certificate signature failure",
+        ],
+        "the TLS connector must trust its issuer: name the file with the issuer's certificate in sslrootcert, or of a self-signed \
+         certificate the certificate itself",
+    ),
+];
+
+/// What to do about a failed handshake, by the text of its error.
+fn handshake_advice(text: &str, is_direct: bool) -> &'static str {
+    let text = text.to_lowercase();
+    // Something else that begins with an S has been taken for a yes.
+    if !is_direct && ["corrupt message", "wrong version number"].iter().any(|words| text.contains(words)) {
+        return NOT_POSTGRES;
+    }
+    // Sent by the server, so it is not the server's certificate that is meant.
+    if text.contains("alert") {
+        return alert_advice(&text).unwrap_or(if is_direct { DIRECT_TLS } else { TLS });
+    }
+    let known = CERTIFICATES.iter().find(|(words, _)| words.iter().any(|word| text.contains(word)));
+    match known {
+        Some((_, advice)) => advice,
+        None if text.contains("certificate") => CERTIFICATE,
+        None if is_direct => DIRECT_TLS,
+        None => TLS,
+    }
+}
+
+/// The same of an alert, in lower case, if it is about the client's certificate.
+fn alert_advice(text: &str) -> Option<&'static str> {
+    // The last one is what OpenSSL says where another issuer has the same name.
+    let words = ["certificate", "unknownca", "unknown ca", "decrypterror", "decrypt error"];
+    let is_about_us = words.iter().any(|word| text.contains(word));
+    is_about_us.then_some(CLIENT_CERTIFICATE)
+}
 
 /// What kind of trouble a failure to open a session is, and what to do about it.
 fn verdict(failure: &(dyn StdError + Send + Sync + 'static)) -> (ErrorKind, &'static str) {
@@ -232,14 +358,17 @@ fn verdict(failure: &(dyn StdError + Send + Sync + 'static)) -> (ErrorKind, &'st
         Some(HookError::Tls { direct, source }) => match broken_connection(&**source) {
             true if *direct => (SessionRefused, DIRECT_TLS),
             true => (SessionUnavailable, UNREACHABLE),
-            false if chain(&**source).to_lowercase().contains("certificate") => (SessionRefused, CERTIFICATE),
-            false if *direct => (SessionRefused, DIRECT_TLS),
-            false => (SessionRefused, TLS),
+            false => (SessionRefused, handshake_advice(&chain(&**source), *direct)),
         },
         Some(HookError::Connect { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => (
             SessionRefused,
             "the operating system forbids it; check the rights on the socket, and the firewall",
         ),
+        Some(HookError::Connect { route: Route::Unix { .. }, source })
+            if source.kind() == io::ErrorKind::NotFound =>
+        {
+            (SessionUnavailable, NO_SOCKET)
+        }
         // The name server's, too.
         _ => (SessionUnavailable, UNREACHABLE),
     }
@@ -284,8 +413,19 @@ pub(crate) fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
             // The server's texts may be translated; then the last advice is the one.
             "28000" if text.contains("no encryption") || text.contains("SSL off") => (
                 SessionRefused,
-                "the server may demand TLS: give a TLS connector and set sslmode=require; \
-                 or check the user, and the server's pg_hba.conf",
+                "no line of the server's pg_hba.conf lets this host, user and database in without TLS: give a TLS connector (a \
+                 feature such as tls-rustls-ring makes one) and set sslmode=require, or let an administrator add a line",
+            ),
+            "28000" if text.contains("pg_hba.conf") => (
+                SessionRefused,
+                "let an administrator add a line for this host, user and database to the server's pg_hba.conf",
+            ),
+            "28000" if text.contains("valid client certificate") => {
+                (SessionRefused, "the server demands a client certificate: name one with sslcert and sslkey")
+            }
+            "28000" if text.contains("certificate authentication failed") => (
+                SessionRefused,
+                "the name (CN) in the client certificate must be the user, or be mapped to it in the server's pg_ident.conf",
             ),
             "28000" => (SessionRefused, "check the user, and the server's pg_hba.conf"),
             "3D000" => (SessionRefused, "create the database, or name another one"),
@@ -339,8 +479,8 @@ pub(crate) fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
     // remains is about what it was told to do: passwords, TLS, channel binding.
     let io = io_errors(error).next();
     // After a handshake that seemed to be well: the server does not like the client's certificate.
-    if io.is_some_and(|io| io.kind() == io::ErrorKind::InvalidData && io.to_string().contains("alert")) {
-        return (SessionRefused, TLS);
+    if let Some(alert) = io.filter(|io| is_alert(io)) {
+        return (SessionRefused, alert_advice(&alert.to_string().to_lowercase()).unwrap_or(TLS));
     }
     // It was ended by this process; nothing is wrong with the server.
     if Ended::find(error) == Some(Ended::Killed) {
@@ -356,6 +496,11 @@ pub(crate) fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
         ),
         Some(_) => (SessionUnavailable, UNREACHABLE),
         None if error.is_closed() => (SessionUnavailable, "the server closed the connection; see its log"),
+        None if chain(error).contains("channel binding") => (
+            SessionRefused,
+            "channel_binding=require needs TLS, a password that the server asks for by scram-sha-256, and a server's certificate that is \
+             signed with RSA or ECDSA; see to that, or leave it out",
+        ),
         None => (SessionRefused, "check password, sslmode and channel_binding"),
     }
 }

@@ -10,7 +10,7 @@ pub(crate) const CATALOG: &str = concat!(
     "DO $check$\nDECLARE granted record; problem text := (SELECT found.text FROM (\n",
     include_str!("catalog_check.sql"),
     ") AS found);\nBEGIN\n    IF problem IS NOT NULL THEN RAISE EXCEPTION '%', problem USING ERRCODE = 'ZDS01'; END IF;\n    \
-     -- Version 2 had no resignations, version 3 no successes and no function. Whoever has the locks has these, and not whoever\n    \
+     -- Version 2 had no resignations, version 3 no successes and no function, version 5 no semaphores and no policy. Whoever has the locks has these, and not whoever\n    \
      -- brings them up to date, whom others need not trust; whoever may use the locks may use these.\n    \
      FOR granted IN\n        \
      SELECT known.version AS version, quote_ident(pg_get_userbyid(class.relowner)) AS whom\n        \
@@ -23,6 +23,12 @@ pub(crate) const CATALOG: &str = concat!(
      IF granted.version < 4 THEN\n            \
      EXECUTE format('ALTER TABLE %I.success OWNER TO %s', 'dsync', granted.whom);\n            \
      EXECUTE format('ALTER FUNCTION %I.fence(text) OWNER TO %s', 'dsync', granted.whom);\n        \
+     END IF;\n        \
+     IF granted.version < 6 THEN\n            \
+     EXECUTE format('ALTER TABLE %I.semaphore OWNER TO %s', 'dsync', granted.whom);\n            \
+     EXECUTE format('ALTER VIEW %I.semaphores OWNER TO %s', 'dsync', granted.whom);\n        \
+     EXECUTE format('ALTER TABLE %I.policy OWNER TO %s', 'dsync', granted.whom);\n            \
+     EXECUTE format('ALTER TABLE %I.takeover OWNER TO %s', 'dsync', granted.whom);\n        \
      END IF;\n    \
      END LOOP;\n    \
      FOR granted IN\n        \
@@ -42,9 +48,21 @@ pub(crate) const CATALOG: &str = concat!(
      END IF;\n        \
      IF granted.version < 4 AND granted.what = 'UPDATE' THEN\n            \
      EXECUTE format('GRANT EXECUTE ON FUNCTION %I.fence(text) TO %s', 'dsync', granted.whom);\n        \
+     END IF;\n        \
+     IF granted.version < 6 AND granted.takes_locks THEN\n            \
+     EXECUTE format('GRANT %s ON %I.semaphore TO %s', granted.what, 'dsync', granted.whom);\n            \
+     EXECUTE format('GRANT SELECT ON %I.semaphores TO %s', 'dsync', granted.whom);\n        \
+     END IF;\n        \
+     IF granted.version < 6 AND granted.takes_locks AND granted.what <> 'DELETE' THEN\n            \
+     EXECUTE format('GRANT %s ON %I.policy, %I.takeover TO %s', granted.what, 'dsync', 'dsync', granted.whom);\n        \
      END IF;\n    \
      END LOOP;\n    \
-     INSERT INTO dsync.version (version) VALUES (5)\n    \
+     -- The first run of the server that is recorded is no takeover: processes of an older version wait for none.\n    \
+     INSERT INTO dsync.takeover (id, base, server, over)\n    \
+     SELECT gen_random_uuid(), base.oid, pg_postmaster_start_time(), true FROM pg_database AS base\n    \
+     WHERE base.datname = current_database() AND NOT EXISTS (SELECT FROM dsync.version AS known WHERE known.version >= 6)\n    \
+     ON CONFLICT (sole) DO NOTHING;\n    \
+     INSERT INTO dsync.version (version) VALUES (6)\n    \
      ON CONFLICT (sole) DO UPDATE SET version = excluded.version WHERE version.version < excluded.version;\n\
      END $check$;\n\nRESET search_path;\n"
 );
@@ -56,13 +74,13 @@ pub(crate) const CATALOG_CHECK: &str = concat!(
     "WITH found AS MATERIALIZED (",
     include_str!("catalog_check.sql"),
     ") SELECT (SELECT text FROM found), (SELECT about_trust FROM found), \
-        (SELECT count(*) = 8 AND bool_and(CASE class.relname \
+        (SELECT count(*) = 12 AND bool_and(CASE class.relname \
                 WHEN 'era' THEN class.relnatts = 4 \
                 WHEN 'lock' THEN EXISTS (SELECT FROM pg_attribute WHERE attrelid = class.oid AND attname = 'readers') \
                 ELSE true END) \
          FROM pg_class AS class JOIN pg_namespace AS schema ON schema.oid = class.relnamespace \
          WHERE schema.nspname = 'dsync' \
-         AND class.relname IN ('version', 'token', 'era', 'lock', 'resignation', 'success', 'locks', 'waiters')) \
+         AND class.relname IN ('version', 'token', 'era', 'lock', 'resignation', 'success', 'semaphore', 'policy', 'takeover', 'locks', 'waiters', 'semaphores')) \
         AND (EXISTS (SELECT FROM pg_proc AS proc JOIN pg_namespace AS schema ON schema.oid = proc.pronamespace \
                      WHERE schema.nspname = 'dsync' AND proc.proname = 'fence') \
              OR NOT EXISTS (SELECT FROM pg_language WHERE lanname = 'plpgsql'))"
@@ -74,9 +92,9 @@ pub(crate) const CATALOG_CHECK: &str = concat!(
 /// every server.
 pub(crate) const CATALOG_IS_OWN: &str = "WITH object AS MATERIALIZED ( \
          SELECT class.*, schema.nspowner FROM pg_namespace AS schema LEFT JOIN pg_class AS class \
-         ON class.relnamespace = schema.oid AND class.relname IN ('version', 'token', 'era', 'lock', 'resignation', 'success', 'locks', 'waiters') \
+         ON class.relnamespace = schema.oid AND class.relname IN ('version', 'token', 'era', 'lock', 'resignation', 'success', 'semaphore', 'policy', 'takeover', 'locks', 'waiters', 'semaphores') \
          WHERE schema.nspname = 'dsync') \
-     SELECT count(*) > 0, count(*) = 8 AND bool_and( \
+     SELECT count(*) > 0, count(*) = 12 AND bool_and( \
          pg_get_userbyid(nspowner) = current_user AND pg_get_userbyid(relowner) = current_user \
          AND CASE relname WHEN 'version' THEN relkind = 'r' AND relpersistence = 'p' AND relnatts = 2 \
                           WHEN 'token' THEN relkind = 'S' AND relpersistence = 'p' \
@@ -84,6 +102,9 @@ pub(crate) const CATALOG_IS_OWN: &str = "WITH object AS MATERIALIZED ( \
                           WHEN 'lock' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 9 \
                           WHEN 'resignation' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 4 \
                           WHEN 'success' THEN relkind = 'r' AND relpersistence = 'p' AND relnatts = 3 \
+                          WHEN 'semaphore' THEN relkind = 'r' AND relpersistence = 'p' AND relnatts = 6 \
+                          WHEN 'policy' THEN relkind = 'r' AND relpersistence = 'p' AND relnatts = 4 \
+                          WHEN 'takeover' THEN relkind = 'r' AND relpersistence = 'u' AND relnatts = 8 \
                           ELSE relkind = 'v' END \
          AND NOT relhastriggers AND NOT relhassubclass AND NOT relrowsecurity AND relhasrules = (relkind = 'v')) \
      AND NOT EXISTS ( \
@@ -114,6 +135,12 @@ pub(crate) const CATALOG_STATE: &str = concat!(
      pg_catalog.has_table_privilege('dsync.era', 'SELECT') AND \
      pg_catalog.has_table_privilege('dsync.era', 'INSERT') AND \
      pg_catalog.has_table_privilege('dsync.era', 'UPDATE') AND \
+     pg_catalog.has_table_privilege('dsync.policy', 'SELECT') AND \
+     pg_catalog.has_table_privilege('dsync.policy', 'INSERT') AND \
+     pg_catalog.has_table_privilege('dsync.policy', 'UPDATE') AND \
+     pg_catalog.has_table_privilege('dsync.takeover', 'SELECT') AND \
+     pg_catalog.has_table_privilege('dsync.takeover', 'INSERT') AND \
+     pg_catalog.has_table_privilege('dsync.takeover', 'UPDATE') AND \
      pg_catalog.has_sequence_privilege('dsync.token', 'USAGE') AND \
      pg_catalog.has_sequence_privilege('dsync.token', 'UPDATE'), \
      ",
@@ -172,7 +199,9 @@ pub(crate) fn wait_for_tables(patience: Duration) -> String {
     format!("SET LOCAL lock_timeout = {}; ", patience.as_millis().max(1))
 }
 
-/// Forgets the rows of locks that nobody has held for a day, and resignations of that age, so that the table does not grow with every key ever used.
+/// Forgets the rows of locks that nobody has held for a day, resignations of that age, and semaphores whose permits nobody has held for a day, so
+/// that the tables do not grow with every key ever used. Of semaphores, those stay whose number of permits was changed: the others are what the
+/// next one says who comes.
 ///
 /// A row that is taken up again meanwhile has a new `since` when the deletion comes to it, and stays; one that a fenced
 /// transaction has is left for another day. A reader takes up a row without writing it: so who has which lock is looked at once more when the
@@ -191,7 +220,11 @@ pub(crate) const CATALOG_CLEANING: &str = "SET LOCAL lock_timeout = '100ms'; SET
              WHERE held.locktype = 'advisory' AND locked.rows > 0 OFFSET 0) AS now) \
      DELETE FROM dsync.lock AS gone USING old \
      WHERE gone.id = old.id AND gone.pair = old.pair AND NOT EXISTS (SELECT FROM held WHERE held.id = gone.id); \
-     DELETE FROM dsync.resignation WHERE asked < now() - interval '1 day'";
+     DELETE FROM dsync.resignation WHERE asked < now() - interval '1 day'; \
+     DELETE FROM dsync.semaphore AS gone \
+     WHERE gone.former IS NULL AND gone.since < now() - interval '1 day' AND NOT EXISTS ( \
+         SELECT FROM generate_series(1, gone.permits) AS permit \
+         JOIN dsync.lock AS lock ON lock.id = (gone.id | permit) AND NOT lock.pair)";
 
 /// Begins the making of the catalog. Of many processes that want to make it at once, one does: `CREATE … IF NOT EXISTS`
 /// alone does not stand that. The number is of no meaning: "dsync" in ASCII.

@@ -1,19 +1,20 @@
--- The catalog of locks, version 5: fencing tokens, who holds which lock, who is asked to resign, and when work
--- succeeded last.
+-- The catalog of locks, version 6: fencing tokens, who holds which lock, who is asked to resign, when work succeeded last, how
+-- many permits a semaphore has, and what a takeover of the server costs.
 --
 -- The library runs this itself where its role may create a schema. Where it may not, an administrator runs it, in the database
 -- of the locks, and then, for each role that uses locks:
 --
 --     GRANT USAGE ON SCHEMA dsync TO role;
 --     GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO role;
---     GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation, dsync.success TO role;
---     GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO role;
+--     GRANT SELECT, INSERT, UPDATE, DELETE ON dsync.lock, dsync.era, dsync.resignation, dsync.success, dsync.semaphore TO role;
+--     GRANT SELECT, INSERT, UPDATE ON dsync.policy, dsync.takeover TO role;
+--     GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters, dsync.semaphores TO role;
 --     GRANT EXECUTE ON FUNCTION dsync.fence(text) TO role;
 --
 -- A role that takes no locks, but does fenced writes, needs USAGE on the schema, and SELECT and UPDATE on dsync.lock. To call
 -- dsync.fence it also needs EXECUTE on that, which all roles have unless it was taken from PUBLIC. For Run::record it
 -- also needs SELECT, INSERT and UPDATE on dsync.success. One
--- that only looks, in psql say, needs USAGE on the schema, and SELECT on dsync.locks and dsync.waiters; to see where the
+-- that only looks, in psql say, needs USAGE on the schema, and SELECT on dsync.locks, dsync.waiters and dsync.semaphores; to see where the
 -- sessions of other roles come from it also has to be a member of pg_read_all_stats.
 --
 -- Running it again does no harm, and brings a catalog of an older version up to date. Run it in one transaction (psql
@@ -82,22 +83,60 @@ CREATE TABLE IF NOT EXISTS dsync.success (
     PRIMARY KEY (namespace, key)
 );
 
+-- How many permits each semaphore has. Logged: a crash must not undo a change. A permit is an advisory lock, and has a row in dsync.lock, with the
+-- id of its semaphore, whose last ten bits are 0, and in these the number of the permit, from 1 to 1023.
+CREATE TABLE IF NOT EXISTS dsync.semaphore (
+    id        int8        PRIMARY KEY,
+    namespace text        NOT NULL,
+    key       text        NOT NULL,
+    permits   int4        NOT NULL CHECK (permits BETWEEN 1 AND 1023),
+    former    int4,                     -- what it was before it was changed: processes that say so go on, by the new number
+    since     timestamptz NOT NULL      -- when it was agreed, or changed
+);
+
+-- After a takeover of the server nobody is granted a lock before all terms of before are over. One row, which all managers of the
+-- database have agreed on. Logged, so that a restart and a promotion keep it. A manager raises the values, and never lowers
+-- one; an operator does, by an UPDATE, when no manager wants more any longer.
+CREATE TABLE IF NOT EXISTS dsync.policy (
+    sole     bool PRIMARY KEY DEFAULT true CHECK (sole),
+    takeover text NOT NULL CHECK (takeover IN ('immediate', 'after promotion', 'after any restart')),
+    lease    int8 NOT NULL,              -- the longest that any manager has had, in milliseconds
+    quorum   bool NOT NULL DEFAULT false -- whether the standbys confirm heartbeats
+);
+
+-- The run of the server that was seen last, and whether all terms of before it are over. One row, which a crash or a promotion takes
+-- away since the table is unlogged.
+CREATE UNLOGGED TABLE IF NOT EXISTS dsync.takeover (
+    sole     bool PRIMARY KEY DEFAULT true CHECK (sole),
+    id       uuid        NOT NULL,       -- another one each time
+    base     oid         NOT NULL,       -- this database
+    server   timestamptz NOT NULL,       -- when the server was started
+    system   int8,                       -- its system identifier and its timeline; null where the role may not ask
+    timeline int8,
+    over     bool        NOT NULL,
+    seen     jsonb       NOT NULL DEFAULT '{}' -- by machine, when a process there first saw that it is not: milliseconds since the machine's start, and that start
+);
+-- End of the objects of the takeover.
+
 -- Who holds which lock now; of a shared one, each session that does. A row that was left behind by a term which is over is not shown; where
 -- something else holds the advisory lock, token, annotation and since are null, and the latter two where it is shared. The backend's start
--- tells a process id that is used again.
+-- tells a process id that is used again. Of a semaphore, each permit that is held, and which one.
 CREATE OR REPLACE VIEW dsync.locks AS
 SELECT lock.namespace, lock.key,
        CASE WHEN term.holds OR held.mode = 'ShareLock' AND lock.readers = lock.token THEN lock.token END AS token,
        CASE WHEN term.holds THEN lock.annotation END AS annotation,
        held.pid, activity.usename AS role, activity.client_addr, activity.application_name,
        CASE WHEN term.holds THEN lock.since END AS since,
-       lock.id, lock.pair, held.mode = 'ShareLock' AS shared
+       lock.id, lock.pair, held.mode = 'ShareLock' AS shared,
+       CASE WHEN semaphore.id IS NOT NULL THEN (lock.id & 1023)::int4 END AS permit
 FROM dsync.lock AS lock
 JOIN pg_locks AS held
   ON held.locktype = 'advisory' AND held.granted
  AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
  AND (held.classid::int8 << 32 | held.objid::int8) = lock.id AND (held.objsubid = 2) = lock.pair
 LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
+LEFT JOIN dsync.semaphore AS semaphore
+  ON semaphore.id = lock.id & ~1023::int8 AND NOT lock.pair AND semaphore.namespace = lock.namespace AND semaphore.key = lock.key
 CROSS JOIN LATERAL (
     SELECT held.mode <> 'ShareLock' AND held.pid = lock.pid AND lock.readers IS DISTINCT FROM lock.token
        AND coalesce(activity.backend_start <= lock.since, true) AS holds
@@ -120,7 +159,25 @@ LEFT JOIN pg_stat_activity AS activity ON activity.pid = waiter.pid
 WHERE waiter.locktype = 'advisory' AND NOT waiter.granted
   AND waiter.database = (SELECT oid FROM pg_database WHERE datname = current_database());
 
--- The fence of a term for transactions in any language: SELECT dsync.fence('…') with the text that Term::fence_text gives. It keeps a
+-- The semaphores, how many of their permits are held, and how many sessions wait for one. The first of these has the turnstile, which is an
+-- advisory lock, and looks for a permit; the others wait for the turnstile. Who holds which permit is in dsync.locks, who waits is not in
+-- dsync.waiters.
+CREATE OR REPLACE VIEW dsync.semaphores AS
+SELECT semaphore.namespace, semaphore.key, semaphore.permits, count(found.permit) AS held, count(*) FILTER (WHERE found.waits) AS waiting,
+       semaphore.former, semaphore.since, semaphore.id
+FROM dsync.semaphore AS semaphore
+LEFT JOIN (
+    SELECT place.id, place.permit, place.permit IS NULL AS waits
+    FROM pg_locks AS locks
+    CROSS JOIN LATERAL (SELECT locks.classid::int8 << 32 | locks.objid::int8 AS id) AS number
+    CROSS JOIN LATERAL (SELECT number.id & ~1023::int8 AS id, number.id & 1023 AS permit WHERE locks.granted
+                        UNION ALL SELECT number.id # 7238262541130953845, NULL) AS place
+    WHERE locks.locktype = 'advisory' AND locks.objsubid = 1 AND locks.mode = 'ExclusiveLock'
+      AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+) AS found ON found.id = semaphore.id
+GROUP BY semaphore.id;
+
+-- The fence of a term for transactions in any language: SELECT dsync.fence('...') with the text that Term::fence_text gives. It keeps a
 -- later term from beginning until the transaction ends. If one has begun, it raises an error of SQLSTATE ZDF01; for a text that is
 -- none of a term, one of 22023. Above READ COMMITTED, a transaction that sees a state from before the term, or from before a later
 -- one, gets 40001, which has it tried again; before the first term of its key there is no row to tell that by. It has the rights of its caller. As Term::fence, it bounds the pauses of the

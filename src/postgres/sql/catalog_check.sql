@@ -19,7 +19,11 @@ WITH RECURSIVE own (oid) AS (
     ('lock', 'r', 'u', '{"id int8","pair bool","namespace text","key text","token int8","annotation bytea","pid int4","since timestamptz","readers int8"}'),
     ('resignation', 'r', 'u', '{"id int8","pair bool","token int8","asked timestamptz"}'),
     ('success', 'r', 'p', '{"namespace text","key text","started timestamptz"}'),
+    ('semaphore', 'r', 'p', '{"id int8","namespace text","key text","permits int4","former int4","since timestamptz"}'),
+    ('policy', 'r', 'p', '{"sole bool","takeover text","lease int8","quorum bool"}'),
+    ('takeover', 'r', 'u', '{"sole bool","id uuid","base oid","server timestamptz","system int8","timeline int8","over bool","seen jsonb"}'),
     ('locks', 'v', 'p', NULL),
+    ('semaphores', 'v', 'p', NULL),
     ('waiters', 'v', 'p', NULL)
 ), object AS MATERIALIZED (
     SELECT class.*, expected.kind, expected.persistence, expected.columns, quote_ident('dsync') || '.' || quote_ident(expected.name) AS called

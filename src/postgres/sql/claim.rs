@@ -1,7 +1,8 @@
 //! The statements of a claim: they take a lock, with token and row, and give it back.
 
 use super::quiet::{FRONT, WITHOUT_TOKEN};
-use super::{Shape, era};
+use super::semaphore::{AGREE, find_permits, take_known_permit, take_permit};
+use super::{Shape, batch, era};
 
 /// The statements of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +39,12 @@ pub(crate) enum Verb {
     Unlock,
     /// As `Unlock`, but leaves lease and name for the next claim on the same key.
     UnlockOnly,
+    /// Agrees how many permits semaphores have, where nobody has before.
+    Agree,
+    /// Finds permits that are free: see [`find_permits`].
+    FindPermits,
+    /// Takes many locks and gives others back: see [`batch`].
+    Batch,
 }
 
 /// Where a session stands that queues for a lock.
@@ -69,7 +76,7 @@ impl Place {
     }
 
     /// One more column, where `granted` says that there is something to give back.
-    fn leave(self, shape: Shape, granted: &str) -> String {
+    pub(super) fn leave(self, shape: Shape, granted: &str) -> String {
         match self {
             Self::Front => {
                 let turnstile = shape.turnstile();
@@ -114,6 +121,14 @@ pub(crate) fn statement(verb: Verb, shape: Shape) -> String {
 /// As [`statement`], with one more column: what `told` makes of the text that says what came of a wait, which is empty if there is nothing to
 /// tell.
 pub(super) fn statement_with(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> String) -> String {
+    if shape.permit {
+        return match verb {
+            Verb::Agree => AGREE.to_owned(),
+            Verb::FindPermits => find_permits(),
+            Verb::Again => take_known_permit(),
+            verb => take_permit(verb, shape, told),
+        };
+    }
     if shape.catalog && matches!(verb, Verb::Again | Verb::QueueAgain(_)) {
         return if shape.shared { share_known(verb, shape, told) } else { take_known(verb, shape, told) };
     }
@@ -155,6 +170,9 @@ pub(super) fn statement_with(verb: Verb, shape: Shape, told: &dyn Fn(&str) -> St
         Verb::UnlockOnly => {
             return format!("SELECT {unlock}, pg_catalog.pg_advisory_unlock_all()");
         }
+        Verb::Agree => return AGREE.to_owned(),
+        Verb::FindPermits => return find_permits(),
+        Verb::Batch => return batch(shape.catalog),
     };
     if shape.catalog {
         take_unknown(&granted, settings, verb, shape, told)

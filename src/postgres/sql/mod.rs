@@ -5,39 +5,54 @@
 //! schema `dsync`: see [`schema`].
 
 mod advisory;
+mod batch;
 mod catalog;
+mod check;
 mod claim;
 mod fence;
 mod inspect;
+mod probe;
 pub(crate) mod quiet;
+mod quorum;
 mod resignation;
 pub(crate) mod schema;
+mod semaphore;
 mod session;
 mod success;
+mod takeover;
 
 pub(crate) use advisory::*;
+pub(crate) use batch::*;
 pub(crate) use catalog::*;
+pub(crate) use check::*;
 pub(crate) use claim::*;
 pub(crate) use fence::*;
 pub(crate) use inspect::*;
+pub(crate) use probe::*;
+pub(crate) use quorum::*;
 pub(crate) use resignation::*;
+pub(crate) use semaphore::*;
 pub(crate) use session::*;
 pub(crate) use success::*;
+pub(crate) use takeover::*;
 
 use std::time::Duration;
 
-use crate::key::AdvisoryKey;
+use crate::key::{AdvisoryKey, Mode};
 
 /// What a claim asks for.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
+    /// Of a semaphore, the one that the keys of its permits are made of.
     pub(crate) key: AdvisoryKey,
     /// How long the server is to keep the lock for a silent holder.
     pub(crate) lease: Duration,
     /// What the session is called while it serves the claim.
     pub(crate) application_name: String,
-    /// Others may share the lock.
-    pub(crate) shared: bool,
+    /// How the lock is to be had.
+    pub(crate) mode: Mode,
+    /// How many permits the semaphore is said to have.
+    pub(crate) permits: i32,
     /// What the catalog is told; `None` without a catalog.
     pub(crate) entry: Option<Entry>,
 }
@@ -53,7 +68,12 @@ pub(crate) struct Entry {
 impl Request {
     /// What the statements of the claim depend on.
     pub(crate) fn shape(&self) -> Shape {
-        Shape { pair: self.key.is_pair(), catalog: self.entry.is_some(), shared: self.shared }
+        Shape {
+            pair: self.key.is_pair(),
+            catalog: self.entry.is_some(),
+            shared: self.mode == Mode::Shared,
+            permit: self.mode == Mode::Permit,
+        }
     }
 }
 
@@ -66,12 +86,19 @@ pub(crate) struct Shape {
     pub(crate) catalog: bool,
     /// Others may share the lock.
     pub(crate) shared: bool,
+    /// It is a permit of a semaphore.
+    pub(crate) permit: bool,
 }
 
 impl Shape {
     /// A lock as any statement of an application's takes it.
     pub(crate) fn plain(pair: bool) -> Self {
-        Self { pair, catalog: false, shared: false }
+        Self { pair, catalog: false, shared: false, permit: false }
+    }
+
+    /// The same for statements that do not touch the catalog, and know the number of the permit.
+    pub(crate) fn bare(self) -> Self {
+        Self { catalog: false, permit: false, ..self }
     }
 
     /// The arguments of an advisory lock's functions for a key that is one number in SQL. With whatever search path.
@@ -121,8 +148,8 @@ impl Shape {
 
     /// What the prepared statements of this shape are called.
     pub(crate) fn name(self) -> String {
-        let Self { pair, catalog, shared } = self;
-        let parts = [(pair, "_pair"), (catalog, "_row"), (shared, "_shared")];
+        let Self { pair, catalog, shared, permit } = self;
+        let parts = [(pair, "_pair"), (catalog, "_row"), (shared, "_shared"), (permit, "_permit")];
         parts.iter().filter(|(is, _)| *is).map(|(_, name)| *name).collect()
     }
 
@@ -150,7 +177,11 @@ impl Shape {
 
     /// Whether nobody has the turnstile, who would have to be let go first.
     pub(crate) fn pass_turnstile(self) -> String {
-        let turnstile = self.turnstile();
+        Self::pass(&self.turnstile())
+    }
+
+    /// The same of a turnstile with these numbers.
+    fn pass(turnstile: &str) -> String {
         format!(
             "CASE WHEN pg_catalog.pg_try_advisory_lock_shared({turnstile}) \
              THEN pg_catalog.pg_advisory_unlock_shared({turnstile}) ELSE false END"
@@ -183,6 +214,12 @@ use era;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A database may have an encoding without the characters of others, and refuses a script that has one even in a comment.
+    #[test]
+    fn the_catalog_can_be_made_in_any_encoding() {
+        assert!(CATALOG.is_ascii());
+    }
 
     #[test]
     fn the_function_of_the_catalog_shares_the_fence_lock() {

@@ -18,8 +18,8 @@ use crate::pg::sql::{Entry, Shape, Verb, statement_with};
 pub(crate) enum Told {
     /// The slice is over.
     Over,
-    /// The lock is held, and so is the row, if there is a catalog: the token.
-    Granted { token: Option<i64> },
+    /// The lock is held, and so is the row, if there is a catalog: the token. Of a semaphore, which permit.
+    Granted { token: Option<i64>, permit: Option<u32> },
     /// The session has the turnstile.
     Front,
     /// There is no token, for a reason that the plain statement tells.
@@ -40,6 +40,7 @@ pub(crate) fn preparation(verb: Verb, shape: Shape, schema: &Schema) -> String {
     // The setting is called so wherever the catalog is.
     const SETTING: &str = "<answer>";
     let types = match (shape.catalog, verb) {
+        _ if shape.permit => "int8, text, text, text, text, bytea, int4, int4",
         (false, _) => "int8",
         (true, Verb::QueueAgain(_)) => "int8, text, text, bytea",
         (true, _) => "int8, text, text, text, text, bytea",
@@ -61,7 +62,9 @@ fn name(verb: Verb, shape: Shape) -> String {
 /// The message that runs a slice, for which there must have been a [`preparation`]. Its last row is the answer.
 ///
 /// Only the two errors that end a wait are caught. Whatever else fails is an error of the message.
-pub(crate) fn message(verb: Verb, shape: Shape, id: i64, entry: Option<&Entry>) -> String {
+///
+/// Of a semaphore, `looks` says how many permits it is said to have, and for how many milliseconds the session has looked for one.
+pub(crate) fn message(verb: Verb, shape: Shape, id: i64, entry: Option<&Entry>, looks: (i32, i32)) -> String {
     const NAMES: &str = "pg_catalog.current_setting('dsync.namespace'), pg_catalog.current_setting('dsync.key'), \
          pg_catalog.decode(pg_catalog.substr(nullif(pg_catalog.current_setting('dsync.annotation'), ''), 2), 'hex')";
     let mut settings = vec![("answer", String::new()), ("id", id.to_string())];
@@ -72,12 +75,19 @@ pub(crate) fn message(verb: Verb, shape: Shape, id: i64, entry: Option<&Entry>) 
         });
         settings.extend([("namespace", namespace.clone()), ("key", key.clone()), ("annotation", annotation)]);
     }
+    if shape.permit {
+        settings.extend([("permits", looks.0.to_string()), ("waited", looks.1.to_string())]);
+    }
     let settings: Vec<String> = settings
         .iter()
         .map(|(name, value)| format!("pg_catalog.set_config('dsync.{name}', {}, false)", literal(value)))
         .collect();
     let id = "pg_catalog.current_setting('dsync.id')::pg_catalog.int8";
     let parameters = match (shape.catalog, verb) {
+        _ if shape.permit => format!(
+            "{id}, '', '', {NAMES}, pg_catalog.current_setting('dsync.permits')::pg_catalog.int4, \
+             pg_catalog.current_setting('dsync.waited')::pg_catalog.int4"
+        ),
         (false, _) => id.to_owned(),
         (true, Verb::QueueAgain(_)) => format!("{id}, {NAMES}"),
         // Lease and name stand from the statement before.
@@ -101,9 +111,14 @@ pub(crate) fn told(answer: &str) -> Option<Told> {
     match answer {
         "" => Some(Told::Nothing),
         OVER => Some(Told::Over),
-        WITHOUT_TOKEN => Some(Told::Granted { token: None }),
+        WITHOUT_TOKEN => Some(Told::Granted { token: None, permit: None }),
         FRONT => Some(Told::Front),
-        token => token.parse().ok().map(|token| Told::Granted { token: Some(token) }),
+        granted => {
+            let (token, permit) =
+                granted.split_once('/').map_or((granted, None), |(token, permit)| (token, Some(permit)));
+            let permit = permit.map(str::parse).transpose().ok()?;
+            Some(Told::Granted { token: Some(token.parse().ok()?), permit })
+        }
     }
 }
 
@@ -114,7 +129,7 @@ pub(crate) fn is_unknown_here(code: &str) -> bool {
 }
 
 /// Text as SQL, whatever `standard_conforming_strings` is.
-fn literal(text: &str) -> String {
+pub(super) fn literal(text: &str) -> String {
     format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
 }
 
@@ -132,7 +147,7 @@ mod tests {
     /// The name of the schema is not a part of it.
     #[test]
     fn what_is_prepared_answers_by_the_same_setting_in_every_schema() {
-        let shape = Shape { pair: false, catalog: true, shared: true };
+        let shape = Shape { pair: false, catalog: true, shared: true, permit: false };
         for name in ["dsync", "locks"] {
             for verb in [Verb::QueueAgain(Place::Newcomer), Verb::Queue(Place::Front), Verb::Turnstile] {
                 let text = preparation(verb, shape, &Schema::new(name));
@@ -145,9 +160,9 @@ mod tests {
     #[test]
     fn the_block_is_the_same_for_all_keys() {
         let message = |id, key: &str| {
-            let shape = Shape { pair: false, catalog: true, shared: false };
+            let shape = Shape { pair: false, catalog: true, shared: false, permit: false };
             let entry = Entry { namespace: "dsync".to_owned(), key: key.to_owned(), annotation: None };
-            let text = message(Verb::QueueAgain(Place::Newcomer), shape, id, Some(&entry));
+            let text = message(Verb::QueueAgain(Place::Newcomer), shape, id, Some(&entry), (0, 0));
             text.split_once("DO ").unwrap().1.to_owned()
         };
         assert_eq!(message(1, "a"), message(2, "b"));
@@ -155,11 +170,12 @@ mod tests {
 
     #[test]
     fn only_a_token_or_its_word_is_a_grant() {
-        assert_eq!(told("17"), Some(Told::Granted { token: Some(17) }));
-        assert_eq!(told("granted"), Some(Told::Granted { token: None }));
+        assert_eq!(told("17"), Some(Told::Granted { token: Some(17), permit: None }));
+        assert_eq!(told("17/3"), Some(Told::Granted { token: Some(17), permit: Some(3) }));
+        assert_eq!(told("granted"), Some(Told::Granted { token: None, permit: None }));
         assert_eq!(told("over"), Some(Told::Over));
         assert_eq!(told("front"), Some(Told::Front));
         assert_eq!(told(""), Some(Told::Nothing));
-        assert_eq!(told("on"), None);
+        assert_eq!((told("on"), told("17/"), told("/3")), (None, None, None));
     }
 }

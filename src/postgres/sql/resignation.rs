@@ -15,6 +15,7 @@ pub(crate) const REQUEST_RESIGNATION: &str = "INSERT INTO dsync.resignation AS k
      LIMIT 1 \
      ON CONFLICT (id, pair) DO UPDATE SET token = excluded.token, asked = excluded.asked RETURNING true";
 
-/// Whether the holder of a term was asked to resign: `$1` key, `$2` whether it is a pair, `$3` token.
+/// Whether the holder of a term was asked to resign: `$1` key, `$2` whether it is a pair, `$3` token. On the primary only: see
+/// [`LAST_SUCCESS`](super::LAST_SUCCESS).
 pub(crate) const IS_ASKED_TO_RESIGN: &str = "SELECT EXISTS (SELECT FROM dsync.resignation AS known \
-     WHERE known.id = $1::int8 AND known.pair = $2::bool AND known.token = $3::int8)";
+     WHERE known.id = $1::int8 AND known.pair = $2::bool AND known.token = $3::int8 AND NOT pg_is_in_recovery())";

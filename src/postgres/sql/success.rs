@@ -32,9 +32,12 @@ pub(crate) fn record_success(pair: bool, commit: Commit) -> String {
     )
 }
 
-/// When work began that succeeded last, or null; and the time: `$1` namespace and `$2` name of the key.
+/// When work began that succeeded last, or null; and the time: `$1` namespace and `$2` name of the key. Gives no row on a standby, which may
+/// not know of a success yet. It is a logged table, so a load balancer would have it read there; it does not where it sees functions that
+/// are volatile, as both are:
+/// <https://www.pgpool.net/docs/latest/en/html/runtime-config-load-balancing.html>.
 pub(crate) const LAST_SUCCESS: &str = "SELECT (SELECT known.started FROM dsync.success AS known \
-     WHERE known.namespace = $1::text AND known.key = $2::text), pg_catalog.clock_timestamp()";
+     WHERE known.namespace = $1::text AND known.key = $2::text), pg_catalog.clock_timestamp() WHERE NOT pg_is_in_recovery()";
 
 /// Forgets a success: parameters as [`LAST_SUCCESS`]. Gives a row if there was one.
 pub(crate) const FORGET_SUCCESS: &str = "WITH durably AS MATERIALIZED ( \

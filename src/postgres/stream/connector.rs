@@ -119,12 +119,16 @@ impl Plan {
 
 /// The `SSLRequest` exchange: whether the server is ready for a TLS handshake.
 ///
-/// Reads one byte and no more: what came with it unencrypted must not be taken for a part of the encrypted stream.
+/// Reads one byte and no more: what came with it unencrypted must not be taken for a part of the encrypted stream. And nothing of an
+/// answer that is neither yes nor no: an error, which the driver reads and tells where TLS is not demanded.
 async fn ask_for_tls(socket: &mut Socket) -> io::Result<bool> {
     const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
     socket.write_all(&SSL_REQUEST).await?;
     socket.flush().await?;
-    Ok(socket.read_u8().await? == b'S')
+    match socket.peek_u8().await? {
+        b'S' | b'N' => Ok(socket.read_u8().await? == b'S'),
+        _ => Ok(false),
+    }
 }
 
 /// The loopback listener to which the driver is led for each session.

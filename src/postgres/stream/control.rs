@@ -216,7 +216,7 @@ impl StreamControl {
     }
 
     /// The address at the other end of a TCP connection.
-    pub(super) fn peer(&self) -> Option<SocketAddr> {
+    pub(crate) fn peer(&self) -> Option<SocketAddr> {
         self.socket().and_then(|socket| socket.peer())
     }
 

@@ -16,7 +16,7 @@ use r2d2_postgres::PostgresConnectionManager;
 
 use super::connector::{Connector, Decoy, HookError, Plan, Progress, Route, Step, key};
 use super::control::{Ended, SHORT_ANSWER, StreamControl};
-use super::password::Password;
+use super::password::{Password, Passwords};
 use super::resolve::resolve;
 use super::session_stream::Role;
 use super::tls::Tls;
@@ -31,6 +31,8 @@ pub(crate) struct Dialer {
     plan: Arc<Plan>,
     /// Gives the password of each session, in place of the configuration's.
     password: Option<Password>,
+    /// Give it where neither does.
+    passwords: Option<Arc<dyn Passwords>>,
 }
 
 /// Why a session that is open cannot be used.
@@ -56,12 +58,25 @@ impl Dialer {
             decoy: Decoy::default(),
             begin: parking_lot::Mutex::default(),
         };
-        Ok(Self { plan: Arc::new(plan), password: None })
+        Ok(Self { plan: Arc::new(plan), password: None, passwords: None })
     }
 
     /// Has the hook asked for the password of each session, if there is one.
     pub(crate) fn with_password(self, password: Option<Password>) -> Self {
         Self { password, ..self }
+    }
+
+    /// The names of the hosts.
+    pub(crate) fn host_names(&self) -> impl Iterator<Item = &str> {
+        self.plan.config.get_hosts().iter().filter_map(|host| match host {
+            Host::Tcp(name) => Some(name.as_str()),
+            Host::Unix(_) => None,
+        })
+    }
+
+    /// Has passwords looked up for each session, if neither the configuration nor a hook gives one.
+    pub(crate) fn with_passwords(self, passwords: Option<Arc<dyn Passwords>>) -> Self {
+        Self { passwords, ..self }
     }
 
     /// Opens a session at the first address that gives one which is `ready`, and not later than `deadline`.
@@ -186,6 +201,10 @@ impl Dialer {
         let time = until.saturating_duration_since(Instant::now());
         let mut config = self.single_host(index, decoy, time);
         if let Some(password) = password {
+            config.password(password);
+        } else if let (Some(passwords), None) = (&self.passwords, config.get_password())
+            && let Some(password) = passwords.password_for(&self.plan.routes[index])
+        {
             config.password(password);
         }
         let manager = PostgresConnectionManager::new(config, connector);

@@ -33,9 +33,10 @@ mod tls;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use connector::HookError;
+pub(crate) use connector::{HookError, Route};
 pub(crate) use control::{Ended, SHORT_ANSWER, StreamControl};
 pub(crate) use dialer::{DialError, Dialer, Local, NotReady, TimedOut};
-pub(crate) use password::{Password, PasswordError};
+pub(crate) use password::{Password, PasswordError, Passwords};
+pub(crate) use session_stream::is_alert;
 pub use socket::Socket;
 pub(crate) use tls::Tls;

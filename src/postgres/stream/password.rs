@@ -10,7 +10,13 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
+use super::connector::Route;
 use super::control::StreamControl;
+
+/// Knows the passwords for hosts, where neither the configuration nor a hook gives one: the user's password file.
+pub(crate) trait Passwords: fmt::Debug + Send + Sync {
+    fn password_for(&self, route: &Route) -> Option<Vec<u8>>;
+}
 
 /// How soon a kill is noticed while the hook is at work, which cannot be interrupted.
 const SLICE: Duration = Duration::from_millis(20);

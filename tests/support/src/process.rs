@@ -1,12 +1,17 @@
 //! What processes use, and signals to them. Figures come from `/proc`: elsewhere than on Linux they are `None`.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Command};
 use std::time::Duration;
 
 use rustix::process::Pid;
 
 use crate::error::{Error, Result};
+use crate::wait::wait_for;
+
+/// A signal takes effect in no time; a machine under load may need some.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The signals that the tests need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,11 +40,21 @@ impl Signal {
     }
 }
 
-/// Sends a signal to one process.
+/// Sends a signal to one process. One that is stopped stands still when this returns: on a busy machine its threads go on
+/// for some milliseconds after the signal was sent.
 ///
 /// # Errors
-/// When there's no such process, or it isn't ours to signal.
+/// When there's no such process, or it isn't ours to signal, or it goes on after a stop.
 pub fn signal(pid: i32, signal: Signal) -> Result<()> {
+    send(pid, signal)?;
+    match signal {
+        Signal::Stop => wait_for("a process to stand still", PATIENCE, || is_still(pid).then_some(())),
+        _ => Ok(()),
+    }
+}
+
+/// As [`signal`], without waiting for anything.
+pub(crate) fn send(pid: i32, signal: Signal) -> Result<()> {
     rustix::process::kill_process(valid(pid)?, signal.raw())
         .map_err(Error::because(format!("can't send {signal:?} to process {pid}")))
 }
@@ -162,10 +177,15 @@ pub fn is_alive(pid: i32) -> bool {
     !cfg!(target_os = "linux") && valid(pid).is_ok_and(|pid| rustix::process::test_kill_process(pid).is_ok())
 }
 
-/// Whether a process is stopped (SIGSTOP) or gone, so that it does nothing any more. Elsewhere than on Linux: assumed.
+/// Whether all threads of a process are stopped (SIGSTOP) or gone, so that it does nothing any more. Elsewhere than on Linux:
+/// assumed.
 pub(crate) fn is_still(pid: i32) -> bool {
-    Stat::read(pid)
-        .is_none_or(|stat| !matches!(stat.field(3), Some(state) if !matches!(state, "T" | "t" | "Z" | "X")))
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return true;
+    };
+    threads
+        .filter_map(|thread| Stat::in_folder(&thread.ok()?.path()))
+        .all(|stat| matches!(stat.field(3), Some("T" | "t" | "Z" | "X") | None))
 }
 
 /// The children of a process.
@@ -199,7 +219,11 @@ struct Stat(String);
 
 impl Stat {
     fn read(pid: i32) -> Option<Self> {
-        let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        Self::in_folder(Path::new(&format!("/proc/{pid}")))
+    }
+
+    fn in_folder(folder: &Path) -> Option<Self> {
+        let text = fs::read_to_string(folder.join("stat")).ok()?;
         Some(Self(text.rsplit_once(')')?.1.to_owned()))
     }
 

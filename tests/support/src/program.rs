@@ -27,6 +27,8 @@ pub(crate) struct Workshop {
     pub(crate) watcher: Watcher,
     pub(crate) folder: Folder,
     account: Account,
+    /// The network namespace that programs run in, if it is another one than ours.
+    netns: Option<String>,
 }
 
 impl Workshop {
@@ -38,7 +40,12 @@ impl Workshop {
             watcher.tell("nothing", &[])?;
             return Err(error);
         }
-        Ok(Self { watcher, folder, account })
+        Ok(Self { watcher, folder, account, netns: None })
+    }
+
+    /// As [`open`](Self::open), for programs that run in a network namespace.
+    pub(crate) fn inside(self, netns: Option<String>) -> Self {
+        Self { netns, ..self }
     }
 
     /// Starts a program whose output goes to the end of `log`, in a process group of its own.
@@ -95,7 +102,19 @@ impl Workshop {
 
     fn gated(&self, program: &Path, arguments: &[String], output: &File) -> Result<Command> {
         let again = || output.try_clone().map_err(Error::because("can't share a log file"));
-        let mut command = Command::new("/bin/sh");
+        let mut command = match &self.netns {
+            None => {
+                let mut command = Command::new("/bin/sh");
+                self.account.apply(&mut command);
+                command
+            }
+            // Each of these becomes the next one, so the process id is the program's.
+            Some(netns) => {
+                let mut command = self.account.inside(netns);
+                command.arg("/bin/sh");
+                command
+            }
+        };
         command
             .args(["-c", GATE, "gate"])
             .arg(program)
@@ -112,7 +131,6 @@ impl Workshop {
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("PG")) {
             command.env_remove(name);
         }
-        self.account.apply(&mut command);
         Ok(command)
     }
 }

@@ -1,7 +1,8 @@
 //! What can befall a server, and that it comes back.
 
+use std::net::TcpStream;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
 use support::{Replication, Server, Shutdown, process, wait_for};
@@ -55,6 +56,22 @@ fn a_frozen_server_answers_when_it_has_thawed() -> Outcome {
     drop(again);
     assert!(answers.recv_timeout(Duration::from_secs(5))?, "the connection has survived");
     asking.join().unwrap()?;
+    Ok(())
+}
+
+/// PostgreSQL turns a client away that it accepts while it stops, but hears it out before, and does not end for so long.
+#[test]
+fn a_stop_does_not_wait_long_for_clients_that_say_nothing() -> Outcome {
+    let server = Server::builder().start()?;
+    let frozen = server.freeze()?;
+    // In the server's queue of connections, which it goes through one by one.
+    let silent: Vec<TcpStream> =
+        (0..40).map(|_| TcpStream::connect(("127.0.0.1", server.port()))).collect::<Result<_, _>>()?;
+    frozen.thaw();
+    let begun = Instant::now();
+    server.stop(Shutdown::Fast)?;
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    drop(silent);
     Ok(())
 }
 

@@ -8,6 +8,9 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 #[test]
 fn sessions_are_kept_or_shared_as_the_mode_says() -> Outcome {
+    if support::skip_without(pgbouncer::available()) {
+        return Ok(());
+    }
     let database = Database::fresh()?;
     for mode in [PoolMode::Session, PoolMode::Transaction, PoolMode::Statement] {
         let bouncer = pgbouncer::start_with(Server::shared(), mode, &[("default_pool_size", "2")])?;
@@ -41,6 +44,9 @@ fn sessions_are_kept_or_shared_as_the_mode_says() -> Outcome {
 
 #[test]
 fn a_failed_start_shows_the_log() {
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
     let Err(error) = pgbouncer::start_with(Server::shared(), PoolMode::Session, &[("auth_type", "nonsense")])
     else {
         panic!("it started");

@@ -156,6 +156,9 @@ fn tls_server() -> Result<Server, Error> {
 
 #[test]
 fn its_certificate_stands_a_strict_check() -> Outcome {
+    if support::skip_without(support::tls::available()) {
+        return Ok(());
+    }
     let server = tls_server()?;
     stands(&server, &|host, certificate| {
         let mut roots = rustls::RootCertStore::empty();
@@ -183,6 +186,9 @@ fn its_certificate_stands_a_strict_check() -> Outcome {
 /// worth is tested above all the same.
 #[test]
 fn its_certificate_stands_a_strict_check_by_libpq() -> Outcome {
+    if support::skip_without(support::tls::available()) {
+        return Ok(());
+    }
     let server = tls_server()?;
     let psql = server.binaries().program("psql");
     let run = |host: &str, certificate: &Path, mode: &str| {

@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::*;
-use crate::pg::claim::machine::{Action as ClaimAction, End, Event as ClaimEvent, Notice};
+use crate::loss::LossReason;
+use crate::pg::claim::machine::{Action as ClaimAction, End, Event as ClaimEvent, Notice, Obstacle};
 use crate::pg::session::machine::{Action as SessionAction, Event as SessionEvent, Rhythm};
 
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -21,6 +22,8 @@ const HEARTBEAT_REFUSED: Event = Event::Session(SessionEvent::Lost(LossReason::S
 const CLOSED: Event = Event::Session(SessionEvent::Closed { gone: false });
 const GONE: Event = Event::Session(SessionEvent::Closed { gone: true });
 const BUSY: Event = of(0, ClaimEvent::Busy);
+const IN_GRACE: Event = of(0, ClaimEvent::Later { until: Duration::from_secs(3), obstacle: Obstacle::Grace });
+const GRACE_LOOKED: Event = of(0, ClaimEvent::TimePassed);
 const SLICE_OVER: Event = of(0, ClaimEvent::SliceOver);
 const REFUSED: Event = of(0, ClaimEvent::Refused { patient: false });
 const UNLOCKED: Event = of(0, ClaimEvent::Unlocked { held: true });
@@ -30,6 +33,7 @@ const SETTLED_UNCLEAR: Event = of(0, ClaimEvent::Settled { clear: false });
 const RELEASE: Event = of(0, ClaimEvent::Release);
 
 const TRY: Action = Action::Claim(0, ClaimAction::Try);
+const IN_GRACE_UNTIL_3: Action = Action::Claim(0, ClaimAction::Pause { until: Duration::from_secs(3) });
 const QUEUE: Action = Action::Claim(0, ClaimAction::Queue);
 const UNLOCK: Action = Action::Claim(0, ClaimAction::Unlock);
 const SETTLE: Action = Action::Claim(0, ClaimAction::Settle);
@@ -60,6 +64,7 @@ fn timing() -> Timing {
         heartbeat: HEARTBEAT,
         rhythm: Rhythm::of(s(16), Duration::ZERO),
         begins_fresh: false,
+        confirms: false,
     }
 }
 
@@ -84,7 +89,7 @@ fn lost(reason: LossReason) -> Option<Notice> {
 }
 
 fn dedicated() -> Lifecycle {
-    Lifecycle::dedicated(timing(), UNCERTAINTY_WINDOW, false, 1)
+    Lifecycle::dedicated(timing(), Claim::new(UNCERTAINTY_WINDOW, false), 1)
 }
 
 /// Gives the only claim's session an event; what is announced of the claim.
@@ -109,6 +114,7 @@ fn at(name: &str) -> Lifecycle {
         "open" => &[],
         "pause" => &[OPEN_FAILED],
         "try" => &[OPENED],
+        "in grace" => &[OPENED, IN_GRACE],
         "queue" => &[OPENED, BUSY],
         "watch" => &[OPENED, granted(0)],
         "unlock" => &[OPENED, granted(0), RELEASE],
@@ -158,7 +164,7 @@ fn a_lock_that_is_free_is_had_renewed_and_given_back() {
 #[test]
 fn a_shared_lock_is_given_back_when_no_lost_session_has_it_either() {
     for (shares, clear) in [(false, true), (true, true), (true, false)] {
-        let mut lifecycle = Lifecycle::dedicated(timing(), UNCERTAINTY_WINDOW, shares, 1);
+        let mut lifecycle = Lifecycle::dedicated(timing(), Claim::new(UNCERTAINTY_WINDOW, shares), 1);
         for event in [OPENED, granted(0), TERMINATED, Event::Session(session::Event::Closed { gone: false })]
         {
             tell(&mut lifecycle, event, s(0));
@@ -185,7 +191,7 @@ fn a_shared_lock_is_given_back_when_no_lost_session_has_it_either() {
 fn a_term_that_begins_fresh_has_its_first_heartbeat_before_it_where_the_wait_was_long() {
     let timing = Timing { begins_fresh: true, ..timing() };
     let after_a_wait_until = |now| {
-        let mut lifecycle = Lifecycle::dedicated(timing, UNCERTAINTY_WINDOW, false, 1);
+        let mut lifecycle = Lifecycle::dedicated(timing, Claim::new(UNCERTAINTY_WINDOW, false), 1);
         for event in [OPENED, BUSY] {
             lifecycle.handle(event, s(0));
         }
@@ -200,11 +206,42 @@ fn a_term_that_begins_fresh_has_its_first_heartbeat_before_it_where_the_wait_was
     assert_eq!(lifecycle.action(), watch(s(10)));
 }
 
+#[test]
+fn a_term_begins_and_goes_on_only_when_the_standbys_have_confirmed() {
+    let timing = Timing { confirms: true, ..timing() };
+    let confirm = |sent, by| Action::Session(SessionAction::Confirm { sent: s(sent), by });
+    let confirmed = |sent| Event::Session(SessionEvent::Confirmed { sent: s(sent) });
+    let unconfirmed = Event::Session(SessionEvent::Unconfirmed);
+    let mut lifecycle = Lifecycle::dedicated(timing, Claim::new(UNCERTAINTY_WINDOW, false), 1);
+    lifecycle.handle(OPENED, s(0));
+    assert_eq!(tell(&mut lifecycle, granted(0), s(0)), None);
+    assert_eq!(lifecycle.action(), confirm(0, Time::MAX));
+    // Who waits is told, and a heartbeat comes before the next attempt.
+    assert_eq!(tell(&mut lifecycle, unconfirmed, s(5)), Some(Notice::Failed));
+    assert_eq!(lifecycle.action(), renew(Time::MAX));
+    assert_eq!(tell(&mut lifecycle, renewed(5), s(5)), None);
+    assert_eq!(lifecycle.action(), confirm(5, Time::MAX));
+    // The term is counted from the heartbeat, and not from the confirmation.
+    assert_eq!(tell(&mut lifecycle, confirmed(5), s(7)), acquired(19));
+    tell(&mut lifecycle, TIME_PASSED, s(10));
+    assert_eq!(tell(&mut lifecycle, renewed(10), s(10)), None);
+    assert_eq!(lifecycle.action(), confirm(10, s(19)));
+    assert_eq!(tell(&mut lifecycle, unconfirmed, s(15)), None);
+    assert_eq!(tell(&mut lifecycle, renewed(15), s(15)), None);
+    let mut late = lifecycle.clone();
+    assert_eq!(tell(&mut lifecycle, confirmed(15), s(18)), Some(Notice::Renewed { until: s(29) }));
+    assert_eq!(tell(&mut late, confirmed(15), s(19)), Some(Notice::Lost(LossReason::NotConfirmed)));
+    // It was the server that did not answer.
+    tell(&mut lifecycle, TIME_PASSED, s(20));
+    assert_eq!(lifecycle.action(), renew(s(29)));
+    assert_eq!(tell(&mut lifecycle, renewed(20), s(29)), Some(Notice::Lost(LossReason::LeaseNotRenewed)));
+}
+
 /// When heartbeats are sent of a session that began `late` after its manager, each `delay` after it is due. All times are the
 /// manager's.
 fn heartbeats(late: Duration, delay: Duration) -> Vec<Time> {
     let timing = Timing { rhythm: Rhythm::of(HEARTBEAT, late), ..timing() };
-    let mut lifecycle = Lifecycle::dedicated(timing, UNCERTAINTY_WINDOW, false, 1);
+    let mut lifecycle = Lifecycle::dedicated(timing, Claim::new(UNCERTAINTY_WINDOW, false), 1);
     let mut now = delay;
     lifecycle.handle(OPENED, now);
     lifecycle.handle(of(0, ClaimEvent::Granted { sent: now }), now);
@@ -340,10 +377,11 @@ fn a_term_that_was_renewed_ends_by_its_new_time() {
 }
 
 /// All states, and events of every kind.
-const STATES: [&str; 13] = [
+const STATES: [&str; 14] = [
     "open",
     "pause",
     "try",
+    "in grace",
     "queue",
     "confirm",
     "watch",
@@ -381,10 +419,16 @@ fn each_event_that_fits_its_state_leads_on() {
         ("try", granted(0), 14, CONFIRM, None),
         ("try", BUSY, 0, QUEUE, Some(Notice::Busy)),
         ("try", REFUSED, 0, SETTLE, failed),
+        ("try", IN_GRACE, 0, IN_GRACE_UNTIL_3, Some(Notice::InGrace)),
         // A session from the pool may have died there: nothing to tell.
         ("try", CUT, 0, CLOSE, None),
         ("try", WANTED, 0, TRY, None),
         ("try", RELEASE, 0, finish(End::Released), None),
+        ("in grace", GRACE_LOOKED, 2, IN_GRACE_UNTIL_3, None),
+        ("in grace", GRACE_LOOKED, 3, TRY, None),
+        ("in grace", CUT, 1, CLOSE, failed),
+        ("in grace", WANTED, 1, IN_GRACE_UNTIL_3, None),
+        ("in grace", RELEASE, 1, finish(End::Released), None),
         ("queue", granted(0), 0, held, acquired(14)),
         ("queue", granted(0), 14, CONFIRM, None),
         ("queue", SLICE_OVER, 0, QUEUE, None),
@@ -457,6 +501,8 @@ fn each_event_that_fits_its_state_leads_on() {
         CUT,
         CLOSED,
         BUSY,
+        IN_GRACE,
+        GRACE_LOOKED,
         granted(0),
         SLICE_OVER,
         REFUSED,
@@ -527,6 +573,16 @@ fn what_was_lost_is_uncertain_until_the_server_has_let_go_or_for_the_lease() {
             }
         }
     }
+}
+
+/// Nothing was asked for on it.
+#[test]
+fn nothing_is_uncertain_of_a_session_that_is_lost_in_a_takeover_grace() {
+    let mut lifecycle = at("in grace");
+    for event in [CUT, RELEASE, CLOSED] {
+        lifecycle.handle(event, s(1));
+    }
+    assert_eq!(lifecycle.action(), finish(End::Released));
 }
 
 #[test]
@@ -634,7 +690,7 @@ fn a_refusal_where_the_lock_is_held_leaves_it_uncertain() {
 
 /// The pauses of a session whose attempts fail at once, from when the first failed.
 fn pauses(seed: u64, patient: bool, outage: Duration) -> Vec<(Time, Duration)> {
-    let mut lifecycle = Lifecycle::dedicated(timing(), UNCERTAINTY_WINDOW, false, seed);
+    let mut lifecycle = Lifecycle::dedicated(timing(), Claim::new(UNCERTAINTY_WINDOW, false), seed);
     let begun = s(100);
     let (mut now, mut pauses) = (begun, Vec::new());
     while now < begun + outage {

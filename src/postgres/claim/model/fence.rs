@@ -1,11 +1,13 @@
 //! Fenced transactions: what `Term::fence` asks, and what the server makes of it.
 
+use super::process::Connection;
 use super::*;
 
 /// A fenced transaction that the server has let begin, and that has not ended. It shares the fence lock.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct Transaction {
     process: usize,
+    pub(super) key: usize,
     pub(super) token: u8,
     /// The application was told that it may go on.
     pub(super) told: bool,
@@ -24,24 +26,35 @@ pub(super) enum Stage {
     Answered,
 }
 
+/// A fenced transaction as its application sees it: of which seat's term, with which token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Fencing {
+    pub(super) seat: usize,
+    pub(super) token: u8,
+    pub(super) stage: Stage,
+}
+
 impl Model {
-    pub(super) fn fence_steps(&self, world: &World, who: usize) -> Option<Step> {
+    pub(super) fn fence_steps(&self, world: &World, who: usize) -> Vec<Step> {
         let process = &world.processes[who];
-        match process.fencing {
-            None if world.fences_left > 0 && process.believes(world.now) => Some(Step::FenceLook(who)),
-            None => None,
-            Some((_, Stage::Looked)) => Some(Step::FenceAsk(who)),
-            Some((_, Stage::Accepted)) => Some(Step::FenceAnswer(who)),
-            Some((_, Stage::Answered)) => Some(Step::FenceEnd(who)),
+        match process.fencing.map(|fencing| fencing.stage) {
+            None if world.fences_left > 0 => {
+                let believing = process.seats().filter(|seat| process.believes(*seat, world.now));
+                believing.map(|seat| Step::FenceLook(who, seat)).collect()
+            }
+            None => Vec::new(),
+            Some(Stage::Looked) => vec![Step::FenceAsk(who)],
+            Some(Stage::Accepted) => vec![Step::FenceAnswer(who)],
+            Some(Stage::Answered) => vec![Step::FenceEnd(who)],
         }
     }
 
     /// It looks at its term once more, and tells the application.
     pub(super) fn fence_answer(&self, world: &mut World, who: usize) -> Checked {
         let process = &mut world.processes[who];
-        let Some((token, _)) = process.fencing else { return Ok(()) };
-        process.fencing = Some((token, Stage::Answered));
-        let is_held = process.believes(world.now) && process.term.is_some_and(|term| term.token == token);
+        let Some(Fencing { seat, token, .. }) = process.fencing else { return Ok(()) };
+        process.fencing = Some(Fencing { seat, token, stage: Stage::Answered });
+        let is_held = process.believes(seat, world.now) && process.token_of(seat) == Some(token);
         if !is_held && !self.has(Flaw::FenceLooksOnce) {
             return Ok(());
         }
@@ -49,7 +62,8 @@ impl Model {
         // has kept the later term from beginning, which is checked too.
         let is_excused =
             is_held && process.connection.as_ref().is_some_and(|connection| connection.terminated);
-        if world.server.begun > token && !is_excused {
+        let key = process.key_of(self, seat);
+        if world.server.rows[key].begun > token && !is_excused {
             return Err("a fenced transaction was let through after a later term had begun".to_owned());
         }
         for transaction in world.server.transactions.iter_mut().filter(|open| open.process == who) {
@@ -64,30 +78,31 @@ impl Model {
         world.server.transactions.retain(|transaction| transaction.process != who);
         self.grant(world);
     }
-}
-
-impl World {
-    pub(super) fn fence_look(&mut self, who: usize) {
-        let process = &mut self.processes[who];
-        process.fencing = process.term.map(|term| (term.token, Stage::Looked));
-        self.fences_left -= 1;
-    }
 
     /// The statement: the row decides.
-    pub(super) fn fence_ask(&mut self, who: usize) -> Checked {
-        let until = self.now + LEASE;
-        let process = &mut self.processes[who];
-        let Some((token, _)) = process.fencing else { return Ok(()) };
-        if self.server.row != token {
+    pub(super) fn fence_ask(&self, world: &mut World, who: usize) -> Checked {
+        let until = world.now + LEASE;
+        let process = &mut world.processes[who];
+        let Some(Fencing { seat, token, .. }) = process.fencing else { return Ok(()) };
+        let key = process.key_of(self, seat);
+        if world.server.rows[key].token != token {
             process.fencing = None;
             return Ok(());
         }
-        if self.server.begun > token {
+        if world.server.rows[key].begun > token {
             return Err("the server let a fenced transaction begin after a later term had begun".to_owned());
         }
-        process.fencing = Some((token, Stage::Accepted));
-        self.server.transactions.push(Transaction { process: who, token, told: false, until });
+        process.fencing = Some(Fencing { seat, token, stage: Stage::Accepted });
+        world.server.transactions.push(Transaction { process: who, key, token, told: false, until });
         Ok(())
+    }
+}
+
+impl World {
+    pub(super) fn fence_look(&mut self, who: usize, seat: usize) {
+        let process = &mut self.processes[who];
+        process.fencing = process.token_of(seat).map(|token| Fencing { seat, token, stage: Stage::Looked });
+        self.fences_left -= 1;
     }
 
     pub(super) fn newest_token(&mut self) -> u8 {
@@ -96,15 +111,17 @@ impl World {
 
     fn tokens_mut(&mut self) -> Vec<&mut u8> {
         let Self { server, processes, .. } = self;
-        let Server { sessions, row, row_before, begun, transactions, .. } = server;
-        let mut tokens = vec![row, row_before, begun];
+        let Server { sessions, rows, transactions, .. } = server;
+        let mut tokens = Vec::new();
+        tokens.extend(rows.iter_mut().flat_map(|row| [&mut row.token, &mut row.before, &mut row.begun]));
         tokens.extend(transactions.iter_mut().map(|transaction| &mut transaction.token));
-        tokens.extend(sessions.iter_mut().flat_map(|session| &mut session.unwritten));
+        tokens.extend(sessions.iter_mut().flat_map(|session| &mut session.unwritten).map(|(_, token)| token));
         for process in processes {
             tokens.push(&mut process.token);
             tokens.extend(process.term.as_mut().map(|term| &mut term.token));
-            tokens.extend(process.connection.as_mut().map(|connection| &mut connection.token));
-            tokens.extend(process.fencing.as_mut().map(|(token, _)| token));
+            tokens.extend(process.connection.iter_mut().flat_map(Connection::tokens_mut));
+            tokens.extend(process.fencing.as_mut().map(|fencing| &mut fencing.token));
+            tokens.extend(process.carrier.iter_mut().flat_map(|carrier| carrier.tokens_mut()));
         }
         tokens
     }

@@ -27,7 +27,8 @@ impl Model {
             }
             return Ok(());
         };
-        world.ends_as(who, end)?;
+        let (owner, stays) = (process.owner, process.stays);
+        world.ends_as(owner, stays, end)?;
         let process = &mut world.processes[who];
         process.given_up = true;
         process.term = None;
@@ -55,7 +56,7 @@ impl Model {
     pub(super) fn kill_for_caller(&self, world: &mut World, who: usize) {
         let process = &mut world.processes[who];
         process.is_to_be_killed = false;
-        let is_spared = process.believes(world.now) && !self.has(Flaw::TermKilled);
+        let is_spared = process.believes(0, world.now) && !self.has(Flaw::TermKilled);
         if process.in_flight == InFlight::Session && !is_spared {
             self.kill(world, who);
         }

@@ -1,12 +1,22 @@
-//! A process: its application, the engine of its claim, and who runs that.
+//! A process: its application, the engine of its claim, and who runs that. Of a process whose session carries several claims, what is not the
+//! session's is in its [`Carrier`].
 
+use std::ops::Range;
+
+use super::carrier::{Reply, Statement};
 use super::server::Session;
 use super::*;
 use crate::pg::claim::machine::End;
 
+const CLOSE: Action = Action::Session(session::Action::Close);
+
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub(super) struct Process {
     pub(super) claims_left: u8,
+    /// Which lock it wants.
+    pub(super) key: usize,
+    /// The claims, if its session carries several.
+    pub(super) carrier: Option<Box<Carrier>>,
     /// Of the sessions of this claim: the process, and the number of the claim.
     pub(super) owner: (usize, u8),
     /// The claim that goes on, if one does.
@@ -38,8 +48,14 @@ pub(super) struct Process {
     pub(super) in_flight: InFlight,
     /// The claim's, or the one in the pool.
     pub(super) connection: Option<Connection>,
-    /// The fenced transaction of the application, with its token.
-    pub(super) fencing: Option<(u8, fence::Stage)>,
+    /// Sessions that carried the claim before, and may have something of it.
+    pub(super) lost: Vec<u8>,
+    /// The fenced transaction of the application.
+    pub(super) fencing: Option<fence::Fencing>,
+    /// The takeover grace that its manager counts: its number, and since when.
+    pub(super) grace: Option<(u8, u8)>,
+    /// It reaches the primary of before only, which lives on beside a standby that was promoted.
+    pub(super) stays: bool,
 }
 
 /// A thread that runs the engine.
@@ -66,6 +82,20 @@ pub(super) enum Doing {
         by: u8,
     },
     Announcing(Notice),
+    /// It asks for something for many claims.
+    Carrying {
+        statement: Statement,
+        sent: u8,
+        by: u8,
+    },
+    /// It announces to many claims what the machines said. If it `follows`, it moves the end of all terms before; if that `is_over`,
+    /// somebody had seen it, and the session is lost afterwards.
+    Telling {
+        follows: bool,
+        is_over: bool,
+    },
+    /// It tells the machines what has come of what it asked for.
+    TakingIn,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
@@ -85,6 +115,8 @@ pub(super) struct Connection {
     /// On its way back, with the token of a grant.
     pub(super) answer: Option<Event>,
     pub(super) token: u8,
+    /// The answer to what was asked for many claims.
+    pub(super) reply: Option<Reply>,
     /// Why the server closed it, if it did.
     pub(super) word: Option<LossReason>,
     /// Nothing comes through any more, either way.
@@ -93,6 +125,8 @@ pub(super) struct Connection {
     pub(super) killed: bool,
     /// The server ended the session before its lease was over, so that the holder cannot know before it is told.
     pub(super) terminated: bool,
+    /// The server was taken over, which nobody has told its holder, or not yet.
+    pub(super) orphaned: bool,
 }
 
 /// What a session can be asked for.
@@ -101,8 +135,23 @@ pub(super) enum Request {
     Try,
     Queue,
     Renew,
+    Confirm,
     Unlock,
     Settle,
+    Carrier(Statement),
+}
+
+impl Connection {
+    /// Nothing comes through any more.
+    pub(super) fn cut(&mut self) {
+        let Self { request, answer, reply, word, cut, .. } = self;
+        (*request, *answer, *reply, *word, *cut) = (None, None, None, None, true);
+    }
+
+    pub(super) fn tokens_mut(&mut self) -> Vec<&mut u8> {
+        let replied = self.reply.iter_mut().flat_map(Reply::tokens_mut);
+        replied.chain([&mut self.token]).collect()
+    }
 }
 
 impl Request {
@@ -113,6 +162,7 @@ impl Request {
             Action::Claim(_, claim::Action::Unlock) => Some(Self::Unlock),
             Action::Claim(_, claim::Action::Settle) => Some(Self::Settle),
             Action::Session(session::Action::Renew { .. }) => Some(Self::Renew),
+            Action::Session(session::Action::Confirm { .. }) => Some(Self::Confirm),
             _ => None,
         }
     }
@@ -121,6 +171,11 @@ impl Request {
 impl Process {
     pub(super) fn new(claims: u8) -> Self {
         Self { claims_left: claims, ..Self::default() }
+    }
+
+    /// One whose session carries several claims.
+    pub(super) fn carrying(claims: [u8; SEATS]) -> Self {
+        Self { carrier: Some(Box::new(Carrier::new(claims))), ..Self::default() }
     }
 
     pub(super) fn is_frozen(&self, worker: Worker) -> bool {
@@ -146,7 +201,7 @@ impl Process {
         }
     }
 
-    fn rest(&mut self) {
+    pub(super) fn rest(&mut self) {
         self.doing = Doing::Nothing;
         self.holder = None;
     }
@@ -196,9 +251,70 @@ impl Process {
         }
     }
 
+    /// The numbers of its claims.
+    pub(super) fn seats(&self) -> Range<usize> {
+        0..if self.carrier.is_some() { SEATS } else { 1 }
+    }
+
+    /// Which lock a claim wants.
+    pub(super) fn key_of(&self, model: &Model, seat: usize) -> usize {
+        if self.carrier.is_some() { model.keys[seat] } else { self.key }
+    }
+
+    /// The token of the term by what was announced.
+    pub(super) fn token_of(&self, seat: usize) -> Option<u8> {
+        match &self.carrier {
+            Some(carrier) => carrier.claim(seat).and_then(|claim| claim.term),
+            None => self.term.map(|term| term.token),
+        }
+    }
+
     /// Whether the application is right to think that it has the lock.
-    pub(super) fn believes(&self, now: u8) -> bool {
-        self.released.is_none() && self.term.is_some_and(|term| now < term.until)
+    pub(super) fn believes(&self, seat: usize, now: u8) -> bool {
+        match &self.carrier {
+            Some(carrier) => carrier.believes(seat, now),
+            None => self.released.is_none() && self.term.is_some_and(|term| now < term.until),
+        }
+    }
+
+    /// How many terms have been announced, and not their ends.
+    pub(super) fn terms(&self) -> usize {
+        self.carrier.as_ref().map_or(usize::from(self.term.is_some()), |carrier| carrier.terms())
+    }
+
+    /// Whether a statement for several claims begins.
+    pub(super) fn carries_two(&self) -> bool {
+        self.carrier.as_ref().is_some_and(|carrier| carrier.carries_two(&self.doing))
+    }
+
+    /// Whether a statement for several claims is to be put right.
+    pub(super) fn puts_right(&self) -> bool {
+        matches!(self.doing, Doing::Carrying { statement: Statement::PutRight(_), .. })
+    }
+
+    /// Whether two claims are about to hear of their losses.
+    pub(super) fn loses_two(&self) -> bool {
+        self.carrier.as_ref().is_some_and(|carrier| carrier.loses_two())
+    }
+
+    /// Whether the time of a term is over.
+    pub(super) fn may_see_end(&self, now: u8) -> bool {
+        let of_carrier = self.carrier.as_ref().is_some_and(|carrier| carrier.may_see_end(now));
+        of_carrier || self.term.is_some_and(|term| now >= term.until)
+    }
+
+    pub(super) fn see_end(&mut self) {
+        self.term = None;
+        self.carrier.iter_mut().for_each(|carrier| carrier.see_end());
+    }
+
+    /// What is next for the session, and for the claim if there is but one.
+    fn action(&self) -> Option<Action> {
+        let lifecycle = self.lifecycle.as_ref()?;
+        match self.carrier {
+            Some(_) => Some(Action::Session(lifecycle.session_action())),
+            None => Some(lifecycle.action()),
+        }
     }
 
     /// Why the connection is over, as far as is to be seen from here.
@@ -208,9 +324,16 @@ impl Process {
         connection.word.filter(|_| !connection.killed).or(is_closed.then_some(LossReason::ConnectionClosed))
     }
 
+    /// A claim of its carrier goes on by itself.
+    pub(super) fn moved(&self, owner: (usize, u8), key: usize, lifecycle: Lifecycle, lost: Vec<u8>) -> Self {
+        let Self { grace, stays, .. } = *self;
+        Self { owner, key, lifecycle: Some(lifecycle), lost, grace, stays, ..Self::default() }
+    }
+
     /// The next one of the same application.
     pub(super) fn next(&self) -> Self {
-        Self { claims_left: self.claims_left, fencing: self.fencing, ..Self::default() }
+        let Self { claims_left, key, fencing, grace, stays, .. } = *self;
+        Self { claims_left, key, fencing, grace, stays, ..Self::default() }
     }
 }
 
@@ -219,11 +342,16 @@ impl Model {
     pub(super) fn begin(&self, world: &mut World, who: usize, worker: Worker) -> Checked {
         let now = world.now;
         let process = &mut world.processes[who];
-        let Some(action) = process.lifecycle.as_ref().map(Lifecycle::action) else { return Ok(()) };
+        let Some(action) = process.action() else { return Ok(()) };
+        if let Some(carrier) = process.carrier.as_ref().filter(|_| action == CLOSE) {
+            carrier.check_told()?;
+        }
         let released = process.released.unwrap_or(now);
         let by = match action {
             Action::Claim(_, claim::Action::Finish(end)) => return self.finish(world, who, end),
-            Action::Session(session::Action::Renew { by }) => ticks(by).min(now + SHORTLY),
+            Action::Session(session::Action::Renew { by } | session::Action::Confirm { by, .. }) => {
+                ticks(by).min(now + SHORTLY)
+            }
             Action::Claim(_, claim::Action::Queue) => now + SHORTLY + 2 * SLICE,
             Action::Claim(_, claim::Action::Unlock | claim::Action::Settle) => released + SHORTLY,
             _ => now + SHORTLY,
@@ -281,7 +409,14 @@ impl Model {
                 if connection.killed {
                     events.extend(process.lost().map(lost));
                 }
-                events.extend((world.now >= by).then_some(lost(LossReason::HeartbeatTimedOut)));
+                let confirms = matches!(action, Action::Session(session::Action::Confirm { .. }));
+                let is_called = process.carrier.as_ref().is_some_and(|carrier| carrier.is_called());
+                if world.now >= by || confirms && (process.is_interrupted() || is_called) {
+                    events.push(match confirms {
+                        true => Event::Session(session::Event::Unconfirmed),
+                        false => lost(LossReason::HeartbeatTimedOut),
+                    });
+                }
                 // An interrupted slice does not begin.
                 let unsent = process.is_interrupted() && connection.request == Some(Request::Queue);
                 if unsent && action == Action::Claim(CLAIM, claim::Action::Queue) {
@@ -297,10 +432,27 @@ impl Model {
         let now = tick(world.now);
         let process = &mut world.processes[who];
         let was_opening = process.is_performing(Action::Session(session::Action::Open));
+        let is_leaving = matches!(process.doing, Doing::Carrying { statement: Statement::Settle, .. });
+        let mut late = None;
         if let Some(connection) = &mut process.connection {
             connection.request = None;
             connection.answer = None;
+            late = connection.reply.take();
             process.token = connection.token;
+        }
+        if is_leaving {
+            world.end_carrier(self, who);
+            return Ok(());
+        }
+        if let Some(carrier) = &mut process.carrier {
+            carrier.give_up_run(self, late);
+            match (event, &process.connection) {
+                (Event::Session(session::Event::Opened), _) => carrier.opened(),
+                (Event::Session(session::Event::Closed { gone: false }), Some(connection)) => {
+                    carrier.note_lost(connection.session);
+                }
+                _ => {}
+            }
         }
         match &mut event {
             Event::Session(session::Event::OpenFailed { .. }) => process.in_flight = InFlight::Nothing,
@@ -328,6 +480,9 @@ impl Model {
     /// A worker tells the machines; what these say must be in order.
     pub(super) fn tell(&self, world: &mut World, who: usize, event: Event) -> Checked {
         let process = &mut world.processes[who];
+        if process.carrier.is_some() {
+            return self.tell_carrier(world, who, event);
+        }
         let Some(lifecycle) = &mut process.lifecycle else { return Err("an event after the end".to_owned()) };
         let notices = lifecycle.handle(event, tick(world.now));
         let mut notice = match notices[..] {
@@ -345,7 +500,7 @@ impl Model {
             }
             Some(Notice::Renewed { .. }) => process.in_term,
             Some(Notice::Lost(_)) => std::mem::replace(&mut process.in_term, false),
-            Some(Notice::Busy | Notice::Failed) | None => true,
+            Some(Notice::Busy | Notice::InGrace | Notice::Failed) | None => true,
         };
         if !in_order {
             return Err(format!("{notice:?} out of order"));
@@ -353,7 +508,7 @@ impl Model {
         let unheard = match notice {
             Some(Notice::Lost(_)) => self.has(Flaw::LossKeptQuiet),
             // No promise hangs on these.
-            Some(Notice::Busy | Notice::Failed) => true,
+            Some(Notice::Busy | Notice::InGrace | Notice::Failed) => true,
             _ => false,
         };
         match notice.take_if(|_| !unheard) {
@@ -371,7 +526,7 @@ impl Model {
     pub(super) fn announce(&self, world: &mut World, who: usize) -> Checked {
         let now = world.now;
         let process = &mut world.processes[who];
-        let Doing::Announcing(notice) = process.doing else { return Ok(()) };
+        let Doing::Announcing(notice) = process.doing else { return self.announce_carrier(world, who) };
         let lost = Event::Session(session::Event::Lost(LossReason::LeaseNotRenewed));
         let is_over = process.released.is_some() && !self.has(Flaw::EndNotFinal);
         match notice {
@@ -387,10 +542,11 @@ impl Model {
             }
             Notice::Acquired { until } => {
                 let term = Term { until: ticks(until), token: process.token };
+                let key = process.key;
                 if process.term.replace(term).is_some() {
                     return Err("a term began in another".to_owned());
                 }
-                world.server.begun = world.server.begun.max(term.token);
+                self.begin_with(world, key, term.token)?;
             }
             Notice::Renewed { until } => match &mut process.term {
                 Some(term) if now < term.until => term.until = ticks(until),
@@ -400,9 +556,20 @@ impl Model {
                 }
             },
             Notice::Lost(_) => process.term = None,
-            Notice::Busy | Notice::Failed => {}
+            Notice::Busy | Notice::InGrace | Notice::Failed => {}
         }
         world.processes[who].rest();
+        Ok(())
+    }
+
+    /// An application is told of a term, with this token.
+    pub(super) fn begin_with(&self, world: &mut World, key: usize, token: u8) -> Checked {
+        let counts = world.fences_left > 0;
+        let begun = &mut world.server.rows[key].begun;
+        if counts && token <= *begun {
+            return Err("a term began with no higher token than one before".to_owned());
+        }
+        *begun = token.max(*begun);
         Ok(())
     }
 
@@ -414,12 +581,12 @@ impl Model {
         let known = process.connection.as_ref().filter(|connection| !connection.killed);
         let pooled = known.and_then(|connection| world.server.session(connection.session));
         if let Some(session) = pooled
-            && (session.held || session.leased || world.server.waits(session.id))
+            && (session.holds() || session.leased || world.server.waits(session.id))
         {
             return Err("a session went back to the pool with the lock or the lease".to_owned());
         }
         if !process.given_up {
-            world.ends_as(who, end)?;
+            world.ends_as(process.owner, process.stays, end)?;
         }
         let mut next = process.next();
         // What does not serve another claim is of no interest any more.
@@ -434,10 +601,15 @@ impl Model {
 
 impl World {
     /// What the application is told of the end must be true.
-    pub(super) fn ends_as(&self, who: usize, end: End) -> Checked {
-        let owner = self.processes[who].owner;
-        let mut owned = self.server.sessions.iter().filter(|session| session.owner == owner);
-        if end == End::Released && owned.any(|session| session.held || self.server.waits(session.id)) {
+    pub(super) fn ends_as(&self, owner: (usize, u8), stays: bool, end: End) -> Checked {
+        // What a primary of before has is of no meaning on the new one.
+        let is_own = |session: &&Session| session.owner.0 == owner.0 && session.before == stays;
+        let mut own = self.server.sessions.iter().filter(is_own);
+        let has_something = |session: &Session| {
+            let waits = session.owner == owner && self.server.waits(session.id);
+            session.held.contains(&Some(owner.1)) || waits
+        };
+        if end == End::Released && own.any(has_something) {
             return Err("released, while the server holds something for the claim".to_owned());
         }
         Ok(())
@@ -457,12 +629,12 @@ impl World {
         let taken =
             |id| self.server.session(id).is_some() || known.iter().any(|connection| connection.session == id);
         let id = (0..).find(|id| !taken(*id)).unwrap_or_default();
-        let session = Session { id, owner, ..Session::default() };
+        let session = Session { id, owner, before: self.processes[who].stays, ..Session::default() };
         self.server.sessions.push(session);
         self.processes[who].connection = Some(Connection { session: id, ..Connection::default() });
     }
 
-    fn disconnect(&mut self, model: &Model, who: usize) {
+    pub(super) fn disconnect(&mut self, model: &Model, who: usize) {
         if let Some(connection) = self.processes[who].connection.take()
             && !connection.cut
             && self.server.session(connection.session).is_some_and(|session| !session.ending)
@@ -473,8 +645,7 @@ impl World {
 
     pub(super) fn cut(&mut self, who: usize) {
         if let Some(connection) = &mut self.processes[who].connection {
-            *connection =
-                Connection { cut: true, request: None, answer: None, word: None, ..connection.clone() };
+            connection.cut();
         }
     }
 

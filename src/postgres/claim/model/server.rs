@@ -1,5 +1,6 @@
-//! The server: its sessions, the queue for the lock, the row of the newest term, and the fenced transactions.
+//! The server: its sessions, the queues for the locks, the rows of the newest terms, and the fenced transactions.
 
+use super::carrier::{Deed, Done, Reply, Statement};
 use super::process::{Connection, Request};
 use super::*;
 
@@ -7,81 +8,127 @@ use super::*;
 pub(super) struct Server {
     pub(super) sessions: Vec<Session>,
     pub(super) queue: Vec<Waiter>,
-    /// The token in the row.
-    pub(super) row: u8,
+    /// Of each key.
+    pub(super) rows: [Row; KEYS],
+    pub(super) transactions: Vec<fence::Transaction>,
+    pub(super) past: takeover::Past,
+}
+
+/// The row of the newest term of a key.
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
+pub(super) struct Row {
+    pub(super) token: u8,
     /// What it was before it was written last.
-    pub(super) row_before: u8,
+    pub(super) before: u8,
     /// The token of the newest term that an application was told of.
     pub(super) begun: u8,
-    pub(super) transactions: Vec<fence::Transaction>,
 }
 
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub(super) struct Session {
     pub(super) id: u8,
-    /// The claim that uses it: the process that opened it, and the number of the claim.
+    /// The claim that uses it: the process that opened it, and the number of the claim, or [`CARRIER`](super::carrier::CARRIER).
     pub(super) owner: (usize, u8),
-    pub(super) held: bool,
+    /// For which claim of the process it holds the lock of each key.
+    pub(super) held: [Option<u8>; KEYS],
     pub(super) leased: bool,
     /// The server has said that it ends the session, and has not let go of the lock yet.
     pub(super) ending: bool,
     /// When its last statement ended.
     pub(super) idle_since: u8,
-    /// A token that is not in the row yet, as [`Flaw::RowWrittenLater`] has it.
-    pub(super) unwritten: Option<u8>,
+    /// A token that is not in the row yet, as [`Flaw::RowWrittenLater`] has it, and of which key.
+    pub(super) unwritten: Option<(usize, u8)>,
+    /// It is on the primary of before, which lives on beside the promoted standby.
+    pub(super) before: bool,
+    /// It was confirmed once, as [`Flaw::ConfirmationReused`] has it.
+    pub(super) reuses: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct Waiter {
     pub(super) id: u8,
+    pub(super) key: usize,
     sent: u8,
     until: u8,
     /// It has the lock, and waits for fenced transactions.
     at_gate: bool,
 }
 
+impl Waiter {
+    /// When it asked.
+    pub(super) fn sent(&self) -> u8 {
+        self.sent
+    }
+}
+
 impl Model {
     /// Executes the request that has arrived.
-    pub(super) fn process(&self, world: &mut World, who: usize) {
-        let Doing::Performing { sent, .. } = world.processes[who].doing else { return };
-        let Some(connection) = &mut world.processes[who].connection else { return };
-        let Some(request) = connection.request.take() else { return };
-        let (id, now) = (connection.session, world.now);
+    pub(super) fn process(&self, world: &mut World, who: usize) -> Checked {
+        let (now, key) = (world.now, world.processes[who].key);
+        let (action, sent) = match world.processes[who].doing {
+            Doing::Performing { action, sent, .. } => (Some(action), sent),
+            Doing::Carrying { sent, .. } => (None, sent),
+            _ => return Ok(()),
+        };
+        let Some(connection) = &mut world.processes[who].connection else { return Ok(()) };
+        let Some(request) = connection.request.take() else { return Ok(()) };
+        let id = connection.session;
+        if let Request::Carrier(statement) = request {
+            return self.carry(world, who, id, statement);
+        }
+        let may_ask = request != Request::Try || self.looks_at_past(world, who, key);
         let server = &mut world.server;
-        let is_free = server.queue.is_empty()
-            && server.sessions.iter().all(|session| !session.held || session.id == id);
         let owner = server.session(id).map(|session| session.owner);
-        let clear = !server.sessions.iter().any(|session| session.id != id && Some(session.owner) == owner);
-        let gate_is_free = self.gate_is_free(server);
-        let Some(session) = server.session_mut(id) else { return };
-        let is_free = is_free || session.held;
+        let lost = &world.processes[who].lost;
+        let is_clear = |session: &Session| {
+            session.id == id || Some(session.owner) != owner && !lost.contains(&session.id)
+        };
+        let clear = server.sessions.iter().all(is_clear);
+        let (is_free, gate_is_free) = (server.is_free(id, key), self.gate_is_free(server, key));
+        let Some(session) = server.session_mut(id) else { return Ok(()) };
+        let claim = Some(session.owner.1);
+        let is_free = is_free || session.held[key].is_some();
         let answer = match request {
+            Request::Try if !may_ask => {
+                Event::Claim(CLAIM, claim::Event::Later { until: tick(now + 1), obstacle: Obstacle::Grace })
+            }
             Request::Try => {
                 session.leased = true;
-                session.held = is_free;
+                session.held[key] = claim.filter(|_| is_free);
                 if is_free && gate_is_free {
-                    return self.begin_term(world, id, sent);
+                    self.begin_term(world, id, key, sent);
+                    return Ok(());
                 }
                 Event::Claim(CLAIM, claim::Event::Busy)
             }
             Request::Queue => {
-                session.held = is_free;
+                session.held[key] = claim.filter(|_| is_free);
                 if is_free && gate_is_free {
-                    return self.begin_term(world, id, sent);
+                    self.begin_term(world, id, key, sent);
+                    return Ok(());
                 }
-                server.queue.push(Waiter { id, sent, until: now + SLICE, at_gate: is_free });
-                return;
+                server.queue.push(Waiter { id, key, sent, until: now + SLICE, at_gate: is_free });
+                return Ok(());
             }
             Request::Renew => {
-                if let Some(token) = session.unwritten.take() {
-                    server.write(token);
+                if let Some((key, token)) = session.unwritten.take() {
+                    server.rows[key].write(token);
                 }
                 Event::Session(session::Event::Renewed { sent: tick(sent) })
+            }
+            Request::Confirm => {
+                let Some(Action::Session(session::Action::Confirm { sent, .. })) = action else {
+                    return Ok(());
+                };
+                match self.confirmation(server, id, sent) {
+                    Some(confirmed) => confirmed,
+                    None => return Ok(()),
+                }
             }
             Request::Unlock | Request::Settle => {
                 session.leased = false;
                 session.unwritten = None;
-                let held = std::mem::take(&mut session.held);
+                let held = std::mem::take(&mut session.held) != Session::default().held;
                 Event::Claim(
                     CLAIM,
                     if request == Request::Unlock {
@@ -91,50 +138,140 @@ impl Model {
                     },
                 )
             }
+            Request::Carrier(_) => return Ok(()),
         };
         world.end_statement(id, answer);
         self.grant(world);
+        Ok(())
+    }
+
+    /// Executes a statement for many claims.
+    fn carry(&self, world: &mut World, who: usize, id: u8, statement: Statement) -> Checked {
+        let mut done = [None; SEATS];
+        if world.processes[who].carrier.as_ref().is_some_and(|carrier| carrier.is_refused(statement)) {
+            world.refuse_carrier(id, statement);
+            return Ok(());
+        }
+        let Some(session) = world.server.session_mut(id) else { return Ok(()) };
+        match statement {
+            Statement::Lease(leased) => session.leased = leased,
+            Statement::Settle => {
+                if session.holds() {
+                    return Err("a session goes back to the pool with a lock".to_owned());
+                }
+                session.leased = false;
+            }
+            Statement::Carry(deeds) | Statement::PutRight(deeds) => {
+                let takes = matches!(statement, Statement::Carry(_));
+                for (number, deed) in deeds.into_iter().enumerate() {
+                    done[number] = match deed {
+                        Some(Deed::Take { key, claim }) if takes => {
+                            Some(self.carry_one(world, who, id, key, claim)?)
+                        }
+                        Some(Deed::Take { key, .. } | Deed::Give { key }) => {
+                            let session = world.server.session_mut(id);
+                            let held = session.and_then(|session| session.held[key].take()).is_some();
+                            Some(Done::Given { held })
+                        }
+                        None => None,
+                    };
+                }
+            }
+        }
+        world.end_carrying(id, Reply::Done(done));
+        self.grant(world);
+        Ok(())
+    }
+
+    /// Tries a lock for one of many claims.
+    fn carry_one(
+        &self,
+        world: &mut World,
+        who: usize,
+        id: u8,
+        key: usize,
+        claim: u8,
+    ) -> Result<Done, String> {
+        if !self.looks_at_past(world, who, key) {
+            return Ok(Done::InGrace);
+        }
+        let server = &mut world.server;
+        let (is_free, gate_is_free) = (server.is_free(id, key), self.gate_is_free(server, key));
+        let Some(session) = server.session_mut(id) else { return Ok(Done::Busy) };
+        if session.held[key].is_some() {
+            return Err("a session was asked twice for one lock".to_owned());
+        }
+        if !session.leased {
+            return Err("a lock was asked for before the lease was on".to_owned());
+        }
+        if !is_free || !gate_is_free {
+            session.held[key] = Some(claim).filter(|_| is_free && self.has(Flaw::BusyKept));
+            return Ok(Done::Busy);
+        }
+        Ok(Done::Taken { token: self.take_lock(world, id, key, claim) })
     }
 
     /// The statement of a session that has the lock writes the row, and is answered.
-    fn begin_term(&self, world: &mut World, id: u8, sent: u8) {
-        let token = if self.fences > 0 { world.newest_token() + 1 } else { 0 };
-        if let Some(session) = world.server.session_mut(id) {
-            session.held = true;
-            if self.has(Flaw::RowWrittenLater) {
-                session.unwritten = Some(token);
-            }
-        }
-        if !self.has(Flaw::RowWrittenLater) {
-            world.server.write(token);
-        }
+    fn begin_term(&self, world: &mut World, id: u8, key: usize, sent: u8) {
+        let claim = world.server.session(id).map_or(0, |session| session.owner.1);
+        let token = self.take_lock(world, id, key, claim);
         if let Some(connection) = world.connection_mut(id) {
             connection.token = token;
         }
         world.end_statement(id, Event::Claim(CLAIM, claim::Event::Granted { sent: tick(sent) }));
     }
 
-    fn gate_is_free(&self, server: &Server) -> bool {
-        server.transactions.is_empty() || self.has(Flaw::GateIgnored)
-    }
-
-    /// Gives the lock to the first in the queue, if it is free, and lets through who has waited for fenced transactions.
-    pub(super) fn grant(&self, world: &mut World) {
-        let now = world.now;
-        let server = &mut world.server;
-        let gate_is_free = self.gate_is_free(server);
-        if server.sessions.iter().all(|session| !session.held)
-            && let Some(first) = server.queue.first_mut()
-        {
-            let id = first.id;
-            (first.at_gate, first.until) = (true, now + SLICE);
-            if let Some(session) = server.session_mut(id) {
-                session.held = true;
+    /// The session has the lock, and the row is written; gives the token.
+    fn take_lock(&self, world: &mut World, id: u8, key: usize, claim: u8) -> u8 {
+        let token = if self.fences > 0 { world.newest_token() + 1 } else { 0 };
+        if let Some(session) = world.server.session_mut(id) {
+            session.held[key] = Some(claim);
+            if self.has(Flaw::RowWrittenLater) {
+                session.unwritten = Some((key, token));
+            }
+            let (holder, before, now) = (session.owner.0, session.before, world.now);
+            if !before {
+                world.server.past.begin_term(holder, key, now);
             }
         }
-        if gate_is_free && let Some(position) = server.queue.iter().position(|waiter| waiter.at_gate) {
+        if !self.has(Flaw::RowWrittenLater) {
+            world.server.rows[key].write(token);
+        }
+        token
+    }
+
+    fn gate_is_free(&self, server: &Server, key: usize) -> bool {
+        server.transactions.iter().all(|transaction| transaction.key != key) || self.has(Flaw::GateIgnored)
+    }
+
+    /// Gives each lock to the first in its queue, if it is free, and lets through who has waited for fenced transactions.
+    pub(super) fn grant(&self, world: &mut World) {
+        for key in 0..KEYS {
+            self.grant_one(world, key);
+        }
+    }
+
+    fn grant_one(&self, world: &mut World, key: usize) {
+        let now = world.now;
+        let server = &mut world.server;
+        let gate_is_free = self.gate_is_free(server, key);
+        for before in [false, true] {
+            let is_next = |waiter: &Waiter| waiter.key == key && server.is_before(waiter.id) == before;
+            let first = server.queue.iter().position(is_next);
+            let holds = |session: &Session| session.held[key].is_some() && session.before == before;
+            let is_held = server.sessions.iter().any(holds);
+            if let Some(waiter) = first.filter(|_| !is_held).map(|first| &mut server.queue[first]) {
+                let id = waiter.id;
+                (waiter.at_gate, waiter.until) = (true, now + SLICE);
+                if let Some(session) = server.session_mut(id) {
+                    session.held[key] = Some(session.owner.1);
+                }
+            }
+        }
+        let passes = |waiter: &Waiter| waiter.key == key && waiter.at_gate;
+        if gate_is_free && let Some(position) = server.queue.iter().position(passes) {
             let Waiter { id, sent, .. } = server.queue.remove(position);
-            self.begin_term(world, id, sent);
+            self.begin_term(world, id, key, sent);
         }
     }
 }
@@ -172,12 +309,33 @@ impl World {
         if let Some(connection) = &mut self.processes[who].connection {
             // A heartbeat that is refused says nothing of the lock, so the engine takes the session for lost.
             let refused = match connection.request.take() {
-                Some(Request::Renew) => Event::Session(session::Event::Lost(LossReason::ServerError)),
+                Some(Request::Renew | Request::Confirm) => {
+                    Event::Session(session::Event::Lost(LossReason::ServerError))
+                }
+                Some(Request::Carrier(statement)) => {
+                    let id = connection.session;
+                    return self.refuse_carrier(id, statement);
+                }
                 _ => Event::Claim(CLAIM, claim::Event::Refused { patient: false }),
             };
             let id = connection.session;
             self.end_statement(id, refused);
         }
+    }
+
+    /// A statement for many claims fails. What it took before, the session keeps; a row that was written is taken back.
+    fn refuse_carrier(&mut self, id: u8, statement: Statement) {
+        if let Statement::Carry(deeds) = statement {
+            for deed in deeds.into_iter().flatten() {
+                if let Deed::Take { key, claim } = deed
+                    && self.server.is_free(id, key)
+                    && let Some(session) = self.server.session_mut(id)
+                {
+                    session.held[key] = Some(claim);
+                }
+            }
+        }
+        self.end_carrying(id, Reply::Refused);
     }
 
     /// A cancel request ends a wait, wherever it is in it.
@@ -191,9 +349,11 @@ impl World {
 
     /// The row that was written is taken back with the statement, the lock is not.
     pub(super) fn slice_ends_in_grant(&mut self, who: usize) {
+        let key = self.processes[who].key;
         if let Some(connection) = &mut self.processes[who].connection {
-            if self.server.row == connection.token {
-                self.server.row = self.server.row_before;
+            let row = &mut self.server.rows[key];
+            if row.token == connection.token {
+                row.token = row.before;
             }
             connection.answer = Some(Event::Claim(CLAIM, claim::Event::SliceOver));
         }
@@ -241,12 +401,23 @@ impl World {
     }
 
     fn end_statement(&mut self, id: u8, answer: Event) {
+        self.idle(id);
+        if let Some(connection) = self.connection_mut(id) {
+            connection.answer = Some(answer);
+        }
+    }
+
+    fn end_carrying(&mut self, id: u8, reply: Reply) {
+        self.idle(id);
+        if let Some(connection) = self.connection_mut(id) {
+            connection.reply = Some(reply);
+        }
+    }
+
+    fn idle(&mut self, id: u8) {
         let now = self.now;
         if let Some(session) = self.server.session_mut(id) {
             session.idle_since = now;
-        }
-        if let Some(connection) = self.connection_mut(id) {
-            connection.answer = Some(answer);
         }
     }
 
@@ -284,7 +455,31 @@ impl Server {
         self.queue.iter().any(|waiter| waiter.id == id)
     }
 
+    pub(super) fn waits_for(&self, id: u8, key: usize) -> bool {
+        self.queue.iter().any(|waiter| waiter.id == id && waiter.key == key)
+    }
+
+    /// Whether a session may have the lock, or has it.
+    fn is_free(&self, id: u8, key: usize) -> bool {
+        let before = self.is_before(id);
+        let mut waiters = self.queue.iter().filter(|waiter| waiter.key == key);
+        waiters.all(|waiter| self.is_before(waiter.id) != before)
+            && self
+                .sessions
+                .iter()
+                .all(|session| session.held[key].is_none() || session.id == id || session.before != before)
+    }
+}
+
+impl Session {
+    /// Whether it holds any lock.
+    pub(super) fn holds(&self) -> bool {
+        self.held.iter().any(Option::is_some)
+    }
+}
+
+impl Row {
     fn write(&mut self, token: u8) {
-        self.row_before = std::mem::replace(&mut self.row, token);
+        self.before = std::mem::replace(&mut self.token, token);
     }
 }

@@ -15,7 +15,7 @@ pub(super) enum Step {
     /// The release has taken its time: first its session is killed, then it ends.
     GiveUp(usize),
     /// A fenced transaction.
-    FenceLook(usize),
+    FenceLook(usize, usize),
     FenceAsk(usize),
     FenceAnswer(usize),
     FenceEnd(usize),
@@ -29,6 +29,18 @@ pub(super) enum Step {
     Look(usize, Event),
     MakeLeave(usize),
     Kill(usize),
+    /// The claims of a carrier, by their numbers: one comes, is to be released, is heard, and goes on elsewhere.
+    Admit(usize, usize),
+    ReleaseOne(usize, usize),
+    HearOne(usize, usize),
+    Move(usize, usize),
+    /// The engine of a carrier: it asks for what claims want, hears the answer, and takes in one part of that; it takes the lease off, and
+    /// leaves its session.
+    Work(usize, Worker),
+    Reply(usize),
+    TakeIn(usize, usize),
+    Rest(usize),
+    Leave(usize),
     /// The server.
     Process(usize),
     /// The release's cancel request arrives.
@@ -51,22 +63,38 @@ pub(super) enum Fault {
     NetworkCut,
     ConnectionRefused,
     StatementRefused,
+    /// A statement for several claims, since the server refuses what this one asks for.
+    OneRefused(usize),
     /// The slice ends in the moment of the grant: the session holds the lock, and is told that it does not.
     SliceEndsInGrant,
     /// By an operator.
     WaitCancelled,
+    /// The server was restarted, or another one took its place: of the whole server, whichever process it is counted for. `clean` if the
+    /// tables that are unlogged are there still; `told` if the processes are told that their sessions are over; `in_turn` if the holder's is
+    /// over before the others'.
+    TakenOver {
+        clean: bool,
+        told: bool,
+        in_turn: bool,
+    },
+    /// A standby was promoted, and the primary of before lives on. The process reaches that one only, all others the new one only.
+    Promoted,
 }
 
 impl Step {
     /// The only process that is concerned, if there is one.
     pub(super) fn process(self) -> Option<usize> {
         match self {
-            Self::Tick | Self::ExitOfFormer | Self::GiveUp(_) => None,
+            Self::Tick
+            | Self::ExitOfFormer
+            | Self::GiveUp(_)
+            | Self::Move(..)
+            | Self::Fault(Fault::TakenOver { .. } | Fault::Promoted, _) => None,
             Self::Claim(who)
             | Self::Release(who)
             | Self::SeeEndOfTerm(who)
             | Self::CancelContext(who)
-            | Self::FenceLook(who)
+            | Self::FenceLook(who, _)
             | Self::FenceAsk(who)
             | Self::FenceAnswer(who)
             | Self::FenceEnd(who)
@@ -78,6 +106,14 @@ impl Step {
             | Self::Look(who, _)
             | Self::MakeLeave(who)
             | Self::Kill(who)
+            | Self::Admit(who, _)
+            | Self::ReleaseOne(who, _)
+            | Self::HearOne(who, _)
+            | Self::Work(who, _)
+            | Self::Reply(who)
+            | Self::TakeIn(who, _)
+            | Self::Rest(who)
+            | Self::Leave(who)
             | Self::Process(who)
             | Self::Cancel(who)
             | Self::Exit(who)

@@ -2,6 +2,7 @@
 
 use super::Server;
 use crate::error::Result;
+use crate::netns::{Inside, Netns};
 
 /// Describes a server before it's started. The defaults are for tests: fast, open to everybody on this machine, and
 /// not safe against a crash of the machine.
@@ -11,6 +12,7 @@ pub struct Builder {
     pub(super) settings: Vec<(String, String)>,
     pub(super) hba: Vec<String>,
     pub(super) listen: Vec<String>,
+    pub(super) inside: Option<Inside>,
     pub(super) max_connections: u32,
     pub(super) tls: bool,
     pub(super) password: bool,
@@ -23,6 +25,7 @@ impl Default for Builder {
             settings: Vec::new(),
             hba: Vec::new(),
             listen: Vec::new(),
+            inside: None,
             max_connections: 100,
             tls: false,
             password: false,
@@ -62,6 +65,17 @@ impl Builder {
     /// Adds addresses to listen on. They must exist on this machine. Defaults to 127.0.0.1 only.
     pub fn listen<A: AsRef<str>>(mut self, addresses: impl IntoIterator<Item = A>) -> Self {
         self.listen.extend(addresses.into_iter().map(|address| address.as_ref().to_owned()));
+        self
+    }
+
+    /// Runs the server in a network namespace, where it listens on 127.0.0.1 and at the namespace's end of the cable. From outside it is
+    /// reached by the cable, and by its Unix socket, which no cut is in the way of. Its standbys are outside, and follow by the cable.
+    ///
+    /// Drop the server before the namespace.
+    pub fn inside(mut self, netns: &Netns) -> Self {
+        let inside = netns.inside();
+        self.listen.push(inside.address.clone());
+        self.inside = Some(inside);
         self
     }
 

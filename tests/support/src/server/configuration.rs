@@ -6,7 +6,7 @@ use std::io::Write as _;
 
 use super::Server;
 use crate::error::{Error, Result};
-use crate::tls::Certificates;
+use crate::tls::{Certificate, Subject};
 
 /// For all servers. Everything is in the file and nothing on the command line, which `ALTER SYSTEM` couldn't override.
 const COMMON: &str = "
@@ -15,6 +15,9 @@ lc_messages = 'C'
 shared_buffers = '32MB'
 # Standbys start from a copy and then ask for what came after it.
 wal_keep_size = '64MB'
+# A server that stops waits this long for a client that was accepted meanwhile and says nothing, a frozen one for
+# example. The default of 60 s is as long as the patience for a stop.
+authentication_timeout = '10s'
 jit = off
 ";
 
@@ -31,12 +34,29 @@ impl Server {
         if self.plan.tls {
             let mut names = vec!["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()];
             names.extend(self.plan.listen.iter().cloned());
-            let certificates = Certificates::make(names)?;
-            self.workshop.folder.write("authority.pem", &certificates.authority, 0o644)?;
-            self.workshop.folder.write("server.pem", &certificates.server, 0o644)?;
-            self.workshop.folder.write("server.key", &certificates.key, 0o600)?;
+            let hosts: Vec<&str> = names.iter().map(String::as_str).collect();
+            // Two certificates rather than a single self-signed one: some TLS libraries refuse an authority's
+            // certificate as a server's.
+            let authority = Certificate::self_signed(&Subject {
+                name: "dsync test authority",
+                is_authority: true,
+                ..Subject::default()
+            })?;
+            let server = authority.sign(&Subject {
+                name: "dsync test server",
+                hosts: &hosts,
+                ..Subject::default()
+            })?;
+            self.workshop.folder.write("authority.pem", authority.pem(), 0o644)?;
+            self.write_certificate(&server)?;
         }
         self.append("postgresql.conf", &self.parameters())
+    }
+
+    pub(super) fn write_certificate(&self, certificate: &Certificate) -> Result<()> {
+        self.workshop.folder.write("server.pem", certificate.pem(), 0o644)?;
+        self.workshop.folder.write("server.key", &certificate.key(), 0o600)?;
+        Ok(())
     }
 
     /// Adds lines to a file in the data folder, which keeps its owner.
@@ -91,6 +111,7 @@ impl Server {
         lines.push(format!("host replication all samehost {method}"));
         if !self.plan.listen.is_empty() {
             lines.push(format!("host all all samenet {method}"));
+            lines.push(format!("host replication all samenet {method}"));
         }
         lines.join("\n") + "\n"
     }

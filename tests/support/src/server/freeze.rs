@@ -2,12 +2,8 @@
 
 use super::{Server, locked};
 use crate::error::Result;
-use crate::process::{self, Signal};
+use crate::process::{self, PATIENCE, Signal};
 use crate::wait::wait_for;
-use std::time::Duration;
-
-/// A signal takes effect in no time; a machine under load may need some.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Keeps a server frozen; see [`Server::freeze`]. Dropping it thaws the server.
 #[derive(Debug)]
@@ -60,11 +56,10 @@ impl Server {
     pub(super) fn still_processes(&self) -> Result<Vec<i32>> {
         let postmaster = self.running_postmaster()?;
         self.signal_postmaster(Signal::Stop)?;
-        wait_for("the postmaster to stand still", PATIENCE, || process::is_still(postmaster).then_some(()))?;
         let children = process::children(postmaster);
         for &child in &children {
             // Some end at this very moment.
-            let _ = process::signal(child, Signal::Stop);
+            let _ = process::send(child, Signal::Stop);
         }
         wait_for("the backends to stand still", PATIENCE, || {
             children.iter().all(|&child| process::is_still(child)).then_some(())

@@ -71,7 +71,8 @@ impl Server {
     /// A server with a folder and a port, and no data yet.
     pub(super) fn prepare(binaries: Binaries, plan: Builder, password: Option<String>) -> Result<Self> {
         let account = Account::choose()?;
-        let workshop = Workshop::open("dsync-pg-", account)?;
+        let netns = plan.inside.as_ref().map(|inside| inside.name.clone());
+        let workshop = Workshop::open("dsync-pg-", account)?.inside(netns);
         workshop.folder.subfolder("s", 0o755)?;
         Ok(Self {
             binaries,
@@ -128,6 +129,8 @@ impl Server {
             .map_err(Error::because(
                 "processes of the killed server still run: thaw them, or use `kill_hard`",
             ))?;
+        // Their ids will be others'.
+        locked(&self.orphans).clear();
         let started = Instant::now();
         loop {
             match self.launch() {

@@ -88,10 +88,11 @@ impl Server {
         Database::create(self, format!("test_{number}"))
     }
 
-    /// The address of the database `postgres` over TCP, with the password if there is one.
+    /// The address of the database `postgres` over TCP, with the password if there is one. Of a server in a network namespace: by the cable.
     #[must_use]
     pub fn url(&self) -> String {
-        self.url_of("postgres", "127.0.0.1", self.port)
+        let host = self.plan.inside.as_ref().map_or("127.0.0.1", |inside| &inside.address);
+        self.url_of("postgres", host, self.port)
     }
 
     /// Like [`url`](Self::url) for another way to reach this server: a proxy, or an address from

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::Server;
 use super::configuration::quoted;
 use crate::error::Result;
+use crate::tls::Certificate;
 use crate::wait::wait_for;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -26,6 +27,15 @@ impl Server {
     /// When the server doesn't answer or doesn't know the setting.
     pub fn reset(&self, name: &str) -> Result<()> {
         self.execute(&format!("ALTER SYSTEM RESET {}", identifier(name)))?;
+        self.reload()
+    }
+
+    /// Shows another certificate to whoever connects from now on: with [`Builder::tls`](super::Builder::tls) only.
+    ///
+    /// # Errors
+    /// When the server doesn't answer.
+    pub fn present(&self, certificate: &Certificate) -> Result<()> {
+        self.write_certificate(certificate)?;
         self.reload()
     }
 

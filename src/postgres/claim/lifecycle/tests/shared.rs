@@ -56,6 +56,24 @@ fn a_lock_that_is_taken_beside_another_renews_the_lease_of_both() {
     assert_eq!(lifecycle.handle(renewed(8), s(9)), both);
 }
 
+/// The first was let back at once, the second waits for the end of the takeover grace.
+#[test]
+fn of_a_heartbeat_and_the_end_of_a_pause_the_earlier_comes_first() {
+    let in_grace = |until| of(1, ClaimEvent::Later { until: s(until), obstacle: Obstacle::Grace });
+    let pause = |until| Action::Claim(1, ClaimAction::Pause { until: s(until) });
+    let mut lifecycle = two(&[(0, OPENED), (0, granted_to(0, 0))]);
+    assert_eq!(lifecycle.handle(in_grace(3), s(1)), [(1, Notice::InGrace)]);
+    assert_eq!(lifecycle.action(), pause(3));
+    lifecycle.handle(of(1, ClaimEvent::TimePassed), s(3));
+    assert_eq!(lifecycle.action(), Action::Claim(1, ClaimAction::Try));
+    lifecycle.handle(in_grace(6), s(3));
+    assert_eq!(lifecycle.action(), watch(s(5)));
+    lifecycle.handle(TIME_PASSED, s(5));
+    assert_eq!(lifecycle.action(), renew(s(14)));
+    lifecycle.handle(renewed(5), s(5));
+    assert_eq!(lifecycle.action(), pause(6));
+}
+
 #[test]
 fn an_answer_that_was_asked_for_before_the_last_heartbeat_does_not_shorten_the_lease() {
     let mut lifecycle = two(&[(0, OPENED), (0, granted_to(0, 0)), (0, of(1, ClaimEvent::Busy))]);
@@ -221,4 +239,106 @@ fn nothing_is_uncertain_of_a_claim_that_left_nothing_on_the_session_when_that_en
     lifecycle.handle(CUT, s(3));
     lifecycle.handle(CLOSED, s(3));
     assert_eq!(wants(&lifecycle)[1], ClaimAction::Finish(End::Released));
+}
+
+/// A session that carries claims, which come, go on elsewhere and end, whatever happens: what is counted of them is true, and whoever holds is told
+/// of each loss.
+#[test]
+fn a_carrier_counts_its_claims_and_tells_each_of_its_loss_whatever_happens() {
+    const CLAIMS: usize = 4;
+    for (seed, confirms) in (0..60).flat_map(|seed| [(seed, false), (seed, true)]) {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let timing = Timing { confirms, ..timing() };
+        let new = |rng: &mut fastrand::Rng| Claim::new(UNCERTAINTY_WINDOW, rng.bool());
+        let mut lifecycle = Lifecycle::carrier(timing, seed);
+        let mut now = Duration::ZERO;
+        for number in 0..CLAIMS {
+            lifecycle.admit(number, new(&mut rng), now);
+        }
+        // Whether the application has been told that it holds.
+        let mut told = [false; CLAIMS];
+        for _ in 0..2_000 {
+            now += Duration::from_millis(rng.u64(..1_500));
+            let number = rng.usize(..CLAIMS);
+            let of = |event| Event::Claim(number, event);
+            let of_session = |event| Event::Session(event);
+            let lost = of_session(SessionEvent::Lost(LossReason::ConnectionClosed));
+            let event = if rng.bool() {
+                match lifecycle.session_action() {
+                    SessionAction::Open if rng.bool() => OPENED,
+                    SessionAction::Open => OPEN_FAILED,
+                    SessionAction::Pause { .. } => TIME_PASSED,
+                    SessionAction::Serve if rng.u8(..20) == 0 => lost,
+                    SessionAction::Serve => continue,
+                    SessionAction::Watch { .. } if rng.u8(..20) == 0 => lost,
+                    SessionAction::Watch { .. } => TIME_PASSED,
+                    SessionAction::Renew { .. } if rng.u8(..10) == 0 => lost,
+                    SessionAction::Renew { .. } => of_session(SessionEvent::Renewed { sent: now }),
+                    SessionAction::Confirm { .. } if rng.u8(..10) == 0 => lost,
+                    SessionAction::Confirm { .. } if rng.bool() => of_session(SessionEvent::Unconfirmed),
+                    SessionAction::Confirm { sent, .. } => of_session(SessionEvent::Confirmed { sent }),
+                    SessionAction::Close => of_session(SessionEvent::Closed { gone: rng.bool() }),
+                }
+            } else {
+                match lifecycle.claim_action(number) {
+                    _ if rng.u8(..12) == 0 => of(ClaimEvent::Release),
+                    ClaimAction::Wait => continue,
+                    ClaimAction::Try if rng.u8(..3) > 0 => of(ClaimEvent::Granted { sent: now }),
+                    ClaimAction::Try => {
+                        let all = [Obstacle::Grace, Obstacle::Taken, Obstacle::Refused];
+                        let obstacle = all[rng.usize(..all.len())];
+                        of(ClaimEvent::Later { until: now + s(1), obstacle })
+                    }
+                    ClaimAction::Pause { .. } if rng.bool() => {
+                        assert_eq!(lifecycle.dismiss(number, now), []);
+                        lifecycle.admit(number, new(&mut rng), now);
+                        continue;
+                    }
+                    ClaimAction::Pause { .. } => of(ClaimEvent::TimePassed),
+                    ClaimAction::Unlock => of(ClaimEvent::Unlocked { held: true }),
+                    ClaimAction::Settle => of(ClaimEvent::Settled { clear: rng.bool() }),
+                    ClaimAction::Finish(_) => {
+                        lifecycle.admit(number, new(&mut rng), now);
+                        continue;
+                    }
+                    ClaimAction::Queue => panic!("a carrier queues for nobody"),
+                }
+            };
+            if event == of(ClaimEvent::Release) {
+                told[number] = false;
+            }
+            for (number, notice) in lifecycle.handle(event, now) {
+                match notice {
+                    Notice::Acquired { until } => {
+                        assert!(until > now && !told[number]);
+                        told[number] = true;
+                    }
+                    Notice::Lost(_) => assert!(std::mem::take(&mut told[number]), "lost what it had"),
+                    Notice::Renewed { .. } => panic!("not one by one"),
+                    Notice::Busy | Notice::InGrace | Notice::Failed => assert!(!told[number]),
+                }
+            }
+            let holding = lifecycle.claims.iter().filter(|claim| claim.holds()).count();
+            let using = lifecycle.claims.iter().filter(|claim| claim.uses_session()).count();
+            assert_eq!((lifecycle.holding, lifecycle.using), (holding, using));
+            // Whoever believes that it holds does so for as long as the lease lasts.
+            assert!(!told.contains(&true) || lifecycle.leased_until().is_some(), "{lifecycle:?}");
+            for (number, claim) in lifecycle.claims.iter().enumerate() {
+                assert!(!claim.is_confirming() || lifecycle.confirming.contains(&number));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_claim_that_comes_while_the_session_is_being_closed_waits_for_the_next_session() {
+    let mut lifecycle = both_hold();
+    lifecycle.handle(CUT, s(2));
+    lifecycle.admit(2, Claim::new(UNCERTAINTY_WINDOW, false), s(2));
+    assert_eq!(lifecycle.action(), CLOSE);
+    assert_eq!(lifecycle.handle(GONE, s(3)), []);
+    assert_eq!(lifecycle.action(), OPEN);
+    lifecycle.handle(OPENED, s(3));
+    assert_eq!(lifecycle.claim_action(2), ClaimAction::Try);
+    assert_eq!(lifecycle.uncertain_until(2), Time::ZERO, "the lost session had nothing for it");
 }

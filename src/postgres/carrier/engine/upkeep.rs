@@ -1,0 +1,134 @@
+//! What the session of a carrier needs to live: heartbeats, their confirmation, the lease, and its end.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::Engine;
+use crate::loss::LossReason;
+use crate::pg::claim::lifecycle::Event;
+use crate::pg::confirm::{Outcome, Wait};
+use crate::pg::session::machine::{self as session, Time};
+use crate::pg::session::wire::Failure;
+
+impl Engine {
+    /// Does what the session has to do: a heartbeat, a confirmation, the closing.
+    pub(crate) fn serve(&mut self, action: session::Action) {
+        let event = match action {
+            session::Action::Renew { by } => self.renew(by),
+            session::Action::Confirm { sent, by } => self.confirm(sent, by),
+            session::Action::Close => self.close(),
+            _ => return,
+        };
+        self.take_in(event);
+    }
+
+    fn renew(&mut self, by: Time) -> Event {
+        let (sent, by) = (self.now(), self.answer_by().min(self.at(by)));
+        self.asked_at = Instant::now();
+        match self.session().map(|session| session.heartbeat(by)) {
+            Some(Ok(())) => {
+                let round_trip = self.now() - sent;
+                // One for all, so one of them tells of it.
+                if let Some(seated) = self.seats.iter().flatten().next() {
+                    let claim = seated.seat.claim();
+                    claim.note_heartbeat(round_trip);
+                    if claim.is_observed() {
+                        self.news.claims.push(Arc::clone(claim));
+                    }
+                }
+                Event::Session(session::Event::Renewed { sent })
+            }
+            // Nothing is known of a session that does not say whether it holds its locks.
+            Some(Err(Failure::Refused(_))) => Event::Session(session::Event::Lost(LossReason::ServerError)),
+            Some(Err(failure)) => self.lost(failure),
+            None => Event::Session(session::Event::Lost(LossReason::SupervisorFailed)),
+        }
+    }
+
+    fn confirm(&mut self, sent: Time, by: Time) -> Event {
+        let (since, until) = (self.moment(sent), self.soon().min(self.at(by)));
+        self.asked_at = Instant::now();
+        let pool = Arc::clone(&self.pool);
+        let roll = Arc::clone(&self.roll);
+        let wait = Wait { until, leaves: || roll.is_called(), patience: self.plan.heartbeat_timeout };
+        self.announce_unconfirmed(true);
+        match self.session().map(|session| pool.confirm(session, since, &wait)) {
+            Some(Ok(Outcome::Confirmed)) => {
+                self.announce_unconfirmed(false);
+                (self.problem, self.logged) = (None, None);
+                Event::Session(session::Event::Confirmed { sent })
+            }
+            Some(Ok(Outcome::Missing(refusal))) => {
+                self.note(refusal.into_error());
+                Event::Session(session::Event::Unconfirmed)
+            }
+            Some(Ok(Outcome::Left)) => Event::Session(session::Event::Unconfirmed),
+            Some(Err(Failure::Refused(_))) => Event::Session(session::Event::Lost(LossReason::ServerError)),
+            Some(Err(failure)) => self.lost(failure),
+            None => Event::Session(session::Event::Lost(LossReason::SupervisorFailed)),
+        }
+    }
+
+    fn announce_unconfirmed(&self, unconfirmed: bool) {
+        for seated in self.seats.iter().flatten() {
+            seated.seat.claim().announce_unconfirmed(unconfirmed);
+        }
+    }
+
+    fn close(&mut self) -> Event {
+        /// The server is seldom busy with that for longer, and the next attempt would only wait for the same.
+        const AT_MOST: Duration = Duration::from_secs(1);
+        let by = Instant::now() + AT_MOST;
+        let announced = std::mem::take(&mut self.end_announced);
+        let gone = announced && self.session().is_some_and(|session| session.wait_gone(by));
+        if let Some(mut slot) = self.slot.take() {
+            if let Some(session) = slot.session()
+                && !gone
+            {
+                let pid = session.backend_pid();
+                for seated in self.seats.iter().flatten() {
+                    seated.seat.claim().note_lost_backend(pid);
+                }
+            }
+            slot.taint();
+            drop(slot);
+            self.news.of_sessions |= self.pool.is_observed();
+        }
+        Event::Session(session::Event::Closed { gone })
+    }
+
+    /// Takes the lease off a session on which nothing is held and for which nobody has had a question for some time: no heartbeat
+    /// keeps it.
+    pub(crate) fn rest(&mut self) {
+        if !self.has_lease
+            || self.lifecycle.holding() > 0
+            || self.asked_at.elapsed() < self.plan.heartbeat / 2
+        {
+            return;
+        }
+        let (by, slice) = (self.soon(), self.pool.plan().slice);
+        if let Some(outcome) = self.session().map(|session| session.set_lease(None, slice, by)) {
+            self.has_lease = false;
+            if let Err(failure) = outcome {
+                let lost = self.lost(failure);
+                self.take_in(lost);
+            }
+        }
+    }
+
+    /// Gives the session back, on which nothing is held, or closes it if the manager `has_stopped`.
+    pub(crate) fn leave(mut self, has_stopped: bool) {
+        let (by, slice) = (self.soon(), self.pool.plan().slice);
+        if let Some(mut slot) = self.slot.take() {
+            if has_stopped {
+                slot.close(by);
+            } else if let Some(session) = slot.session()
+                && session.set_lease(None, slice, by).and_then(|()| session.settle(&[], by)).is_err()
+            {
+                slot.taint();
+            }
+            drop(slot);
+            self.pool.tell_of_sessions();
+        }
+    }
+}

@@ -1,0 +1,662 @@
+//! What applications do to a shared session that no other test does: code of theirs that fails or takes its time, and many threads that want
+//! the same few locks in every way at once.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::SeqCst};
+
+use dsync::{CatalogMode, Context, ErrorKind, LockOptions, Quorum};
+use support::process::{Signal, signal};
+use support::{Database, Replication, Server};
+
+use super::*;
+use crate::common::{Bomb, Process, becomes, begin, eventually, kind, library_threads, process, role};
+
+#[test]
+fn a_logger_that_panics_costs_the_claims_of_that_moment_and_no_later_one() {
+    Process::start(&mut process("edges::panicking", "panic")).succeeds();
+}
+
+#[test]
+fn panicking() {
+    if role().as_deref() != Some("panic") {
+        return;
+    }
+    let bomb = Bomb::set();
+    let database = Database::fresh().unwrap();
+    let operator = &mut database.client().unwrap();
+    let manager = sharing(&database.url(), 1);
+    for by_itself in [true, false].into_iter().cycle().take(10) {
+        let other = lock(&manager, "other");
+        other.lock(&soon()).unwrap();
+        let lost = other.lost();
+        bomb.arm(true);
+        // On this thread if it waits without a limit and nobody else is at work; on the carrier's if it can be cancelled.
+        let context = if by_itself { Context::background() } else { soon().with_cancel().0 };
+        let outcome = catch_unwind(AssertUnwindSafe(|| lock(&manager, "x").acquire(context)));
+        println!("{:?}", outcome.map(|outcome| outcome.map(drop)));
+        common::hear(&lost);
+        let _ = other.release();
+        bomb.arm(false);
+        lock(&manager, "x").acquire(soon()).unwrap().release().unwrap();
+    }
+    becomes("the locks", &0, || held(operator).0);
+    manager.stop().unwrap();
+}
+
+#[test]
+fn a_call_ends_with_its_context_while_the_valuer_takes_its_time() {
+    let database = Database::fresh().unwrap();
+    let manager = sharing(&database.url(), 1);
+    let (hold, held_up) = crossbeam_channel::bounded::<()>(0);
+    let valuer = move || {
+        let _ = held_up.recv();
+        b"slow".to_vec()
+    };
+    let slow = manager.lock_with("slow", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
+    let times_out = begin({
+        let slow = Arc::clone(&slow);
+        move || slow.lock(&Context::timeout(Duration::from_millis(300)))
+    });
+    assert_eq!(kind(times_out.get_within(Duration::from_secs(10))), ErrorKind::TimedOut);
+    let (context, cancel) = soon().with_cancel();
+    let cancelled = begin({
+        let slow = Arc::clone(&slow);
+        move || slow.lock(&context)
+    });
+    thread::sleep(Duration::from_millis(50));
+    cancel.cancel();
+    assert_eq!(kind(cancelled.get_within(Duration::from_secs(10))), ErrorKind::Cancelled);
+    drop(hold);
+    slow.lock(&soon()).unwrap();
+}
+
+#[test]
+fn a_session_is_back_in_the_pool_without_lease_name_and_lock() {
+    let lease = Duration::from_secs(2);
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let manager = started(config(&server.url(), 1).lease(lease));
+    lock(&manager, "x").lock(&soon()).unwrap();
+    lock(&manager, "x").release().unwrap();
+    eventually("the session's return", || sessions(&manager) == 0);
+    becomes("the locks", &0, || advisory_locks(operator));
+    let named = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE '%many locks%'";
+    assert_eq!(number(operator, named), 0);
+    let idle = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dsync' AND state = 'idle'";
+    let before = number(operator, idle);
+    thread::sleep(lease + Duration::from_secs(1));
+    assert_eq!(number(operator, idle), before, "the server ends none");
+}
+
+/// Without faults nothing is lost, whoever wants what.
+struct Referee {
+    writers: AtomicI64,
+    readers: AtomicI64,
+}
+
+fn random_use(
+    managers: &[PostgresManager],
+    keys: &[String],
+    referees: &HashMap<String, Referee>,
+    end: Instant,
+    counts: &[AtomicU64; 8],
+) {
+    let bounded = || Context::timeout(Duration::from_millis(fastrand::u64(0..2_000)));
+    while Instant::now() < end {
+        let manager = &managers[fastrand::usize(..managers.len())];
+        let key = &keys[fastrand::usize(..keys.len())];
+        let referee = &referees[key];
+        let hold = || thread::sleep(Duration::from_micros(fastrand::u64(0..3_000)));
+        let writes = || {
+            assert_eq!(referee.writers.fetch_add(1, SeqCst), 0, "two writers of {key}");
+            assert_eq!(referee.readers.load(SeqCst), 0, "a reader beside a writer of {key}");
+            hold();
+            referee.writers.fetch_sub(1, SeqCst);
+        };
+        match fastrand::u8(0..8) {
+            0 => {
+                if let Ok(guard) = lock(manager, key).acquire(bounded()) {
+                    writes();
+                    assert!(guard.is_held(), "{key}: {:?}", guard.loss());
+                    guard.release().unwrap();
+                    counts[0].fetch_add(1, SeqCst);
+                }
+            }
+            1 => {
+                if let Some(guard) = lock(manager, key).try_acquire().unwrap() {
+                    writes();
+                    assert!(guard.is_held(), "{key}: {:?}", guard.loss());
+                    guard.release().unwrap();
+                    counts[1].fetch_add(1, SeqCst);
+                }
+            }
+            2 => {
+                let lock = manager.shared_lock(key.as_str()).unwrap();
+                if let Ok(guard) = lock.acquire(bounded()) {
+                    referee.readers.fetch_add(1, SeqCst);
+                    assert_eq!(referee.writers.load(SeqCst), 0, "a writer beside a reader of {key}");
+                    hold();
+                    referee.readers.fetch_sub(1, SeqCst);
+                    assert!(guard.is_held(), "{key}: {:?}", guard.loss());
+                    guard.release().unwrap();
+                    counts[2].fetch_add(1, SeqCst);
+                }
+            }
+            3 => {
+                let (context, cancel) = bounded().with_cancel();
+                thread::scope(|scope| {
+                    scope.spawn(move || {
+                        thread::sleep(Duration::from_micros(fastrand::u64(0..20_000)));
+                        cancel.cancel();
+                    });
+                    if let Ok(guard) = lock(manager, key).acquire(context) {
+                        writes();
+                        assert!(guard.is_held(), "{key}: {:?}", guard.loss());
+                        guard.release().unwrap();
+                        counts[3].fetch_add(1, SeqCst);
+                    }
+                });
+            }
+            4 => {
+                // Many threads share the claim, so what it holds is everybody's.
+                let lock = lock(manager, &format!("claim {key}"));
+                let _ = lock.lock(&bounded());
+                let _ = lock.try_lock(&bounded());
+                lock.release().unwrap();
+                counts[4].fetch_add(1, SeqCst);
+            }
+            5 => {
+                let both = manager.multi_lock([key.as_str(), &keys[fastrand::usize(..keys.len())]]);
+                let Ok(both) = both else { continue };
+                if let Ok(guard) = both.acquire(bounded()) {
+                    writes();
+                    assert!(guard.is_held());
+                    guard.release().unwrap();
+                    counts[5].fetch_add(1, SeqCst);
+                }
+            }
+            6 => {
+                if let Ok(guard) = lock(manager, key).acquire(bounded()) {
+                    writes();
+                    drop(guard);
+                    counts[6].fetch_add(1, SeqCst);
+                }
+            }
+            _ => {
+                let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+                runtime.block_on(async {
+                    if let Ok(guard) = lock(manager, key).acquire(bounded()) {
+                        writes();
+                        assert!(guard.is_held(), "{key}: {:?}", guard.loss());
+                        guard.release().unwrap();
+                        counts[7].fetch_add(1, SeqCst);
+                    }
+                });
+            }
+        }
+    }
+}
+
+fn storm(catalog: CatalogMode, time: Duration) {
+    const THREADS: usize = 16;
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let url = server.url();
+    let managers = [
+        started(config(&url, 1).catalog(catalog).lease(LONG)),
+        started(config(&url, 3).catalog(catalog).lease(LONG)),
+        started(Config::from_url(&url).unwrap().catalog(catalog).lease(LONG).max_sessions(20)),
+    ];
+    let keys: Vec<_> = (0..6).map(|number| format!("k{number}")).collect();
+    let referee = || Referee { writers: AtomicI64::new(0), readers: AtomicI64::new(0) };
+    let referees = keys.iter().map(|key| (key.clone(), referee())).collect();
+    let counts: [AtomicU64; 8] = Default::default();
+    let end = Instant::now() + time;
+    thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| random_use(&managers, &keys, &referees, end, &counts));
+        }
+    });
+    println!("{catalog:?}: {counts:?}");
+    for manager in &managers {
+        becomes("claims", &0, || manager.snapshot().claims.len());
+        becomes("sessions", &0, || sessions(manager));
+    }
+    becomes("the locks", &0, || advisory_locks(operator));
+    managers.iter().for_each(|manager| manager.stop().unwrap());
+    assert!(counts.iter().all(|count| count.load(SeqCst) > 0));
+}
+
+fn storm_time() -> Duration {
+    Duration::from_secs(std::env::var("STORM_SECONDS").map_or(5, |text| text.parse().unwrap()))
+}
+
+#[test]
+fn whatever_is_wanted_at_once_without_faults_nothing_is_lost_nor_left_behind() {
+    storm(CatalogMode::None, storm_time());
+    storm(CatalogMode::Automatic, storm_time());
+}
+
+#[test]
+fn locks_of_a_quorum_are_had_however_many_threads_want_them() {
+    many_threads_want_locks_of_a_quorum(false);
+}
+
+#[test]
+fn a_standby_that_is_late_costs_no_lock_however_many_threads_want_some() {
+    many_threads_want_locks_of_a_quorum(true);
+}
+
+fn many_threads_want_locks_of_a_quorum(standby_is_late: bool) {
+    let primary = Server::start().unwrap();
+    let _standby = primary.standby(Replication::Synchronous).unwrap();
+    let lease = Duration::from_secs(6);
+    let manager = started(config(&primary.url(), 1).lease(lease).quorum(Quorum::NamedStandbys));
+    let kept = lock(&manager, "kept");
+    kept.lock(&soon()).unwrap();
+    let lost = kept.lost();
+    let had = AtomicU64::new(0);
+    let over = AtomicBool::new(false);
+    let end = Instant::now() + 2 * lease;
+    let sender =
+        primary.client().unwrap().query_one("SELECT pid FROM pg_stat_replication", &[]).unwrap().get(0);
+    thread::scope(|scope| {
+        let users: Vec<_> = (0..16)
+            .map(|thread| {
+                let (manager, had) = (&manager, &had);
+                scope.spawn(move || {
+                    let lock = lock(manager, &format!("of {thread}"));
+                    while Instant::now() < end {
+                        lock.acquire(soon()).unwrap().release().unwrap();
+                        had.fetch_add(1, SeqCst);
+                    }
+                })
+            })
+            .collect();
+        scope.spawn(|| {
+            while standby_is_late && !over.load(SeqCst) {
+                signal(sender, Signal::Stop).unwrap();
+                thread::sleep(Duration::from_millis(20));
+                signal(sender, Signal::Continue).unwrap();
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        users.into_iter().for_each(|user| user.join().unwrap());
+        over.store(true, SeqCst);
+    });
+    println!("{} terms", had.load(SeqCst));
+    assert!(common::is_open(&lost), "{:?}", kept.last_loss());
+}
+
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[test]
+fn managers_that_were_stopped_or_dropped_leave_no_thread_descriptor_or_lock() {
+    Process::start(&mut process("edges::leaving_nothing", "leave")).succeeds();
+}
+
+#[test]
+fn leaving_nothing() {
+    if role().as_deref() != Some("leave") {
+        return;
+    }
+    let server = Server::builder().max_connections(50).start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let other = started(config(&server.url(), 1));
+    let theirs: Vec<_> = (0..20).map(|number| lock(&other, &format!("taken {number}"))).collect();
+    lock_all(&theirs);
+    let theirs_are = library_threads();
+    let mut before = 0;
+    for round in 0..40 {
+        let manager = started(config(&server.url(), 5));
+        let mine = locks(&manager, 50);
+        lock_all(&mine);
+        let waits: Vec<_> = (0..20)
+            .map(|number| common::wait_in_thread(&lock(&manager, &format!("taken {number}"))))
+            .collect();
+        let guard = lock(&manager, "guarded").acquire(LONG).unwrap();
+        if round % 2 == 0 {
+            eventually("the waits", || {
+                in_state(&manager, ClaimState::Queueing) + in_state(&manager, ClaimState::TakingTurns) == 20
+            });
+        }
+        if round % 4 < 2 {
+            thread::scope(|scope| {
+                for _ in 0..3 {
+                    scope.spawn(|| manager.stop());
+                }
+            });
+            assert_eq!(manager.stop().map_err(|error| error.kind()), Ok(()));
+        }
+        drop(manager);
+        for wait in waits {
+            assert_eq!(kind(wait.get()), ErrorKind::SyncManagerStopped);
+        }
+        assert!(mine.iter().all(|lock| !is_held(lock)) && !guard.is_held());
+        drop((mine, guard));
+        becomes("the locks", &(20 + 1), || held_of_all(operator));
+        if round == 3 {
+            becomes("threads", &theirs_are, library_threads);
+            before = descriptors();
+        }
+    }
+    becomes("threads", &theirs_are, library_threads);
+    becomes("descriptors", &true, || descriptors() <= before + 2);
+    other.stop().unwrap();
+    becomes("threads", &0, || library_threads().len());
+    becomes("the locks", &0, || advisory_locks(operator));
+}
+
+/// Advisory locks; the witness of a session counts once.
+fn held_of_all(operator: &mut Client) -> i64 {
+    number(operator, "SELECT count(DISTINCT (classid, objid)) FROM pg_locks WHERE locktype = 'advisory'")
+}
+
+#[test]
+fn sessions_that_end_and_statements_that_are_cancelled_all_the_time_leave_nothing_and_hang_nobody() {
+    for catalog in [CatalogMode::None, CatalogMode::Automatic] {
+        let server = Server::start().unwrap();
+        let url = server.url();
+        let of = |others| config(&url, others).catalog(catalog).lease(Duration::from_secs(4));
+        let managers = [started(of(1)), started(of(4)), started(of(1).shared_sessions(2).max_sessions(4))];
+        let over = AtomicBool::new(false);
+        let end = Instant::now() + storm_time();
+        let calls = AtomicU64::new(0);
+        thread::scope(|scope| {
+            let users: Vec<_> = (0..16)
+                .map(|_| {
+                    scope.spawn(|| {
+                        while Instant::now() < end {
+                            use_in_trouble(&managers, &calls)
+                        }
+                    })
+                })
+                .collect();
+            scope.spawn(|| {
+                let mut client = server.client().unwrap();
+                while !over.load(SeqCst) {
+                    let what = ["pg_terminate_backend", "pg_cancel_backend", "pg_cancel_backend"][fastrand::usize(..3)];
+                    let query = format!(
+                        "SELECT {what}(pid) FROM pg_stat_activity WHERE application_name LIKE 'dsync%' AND pid <> pg_backend_pid() \
+                         ORDER BY random() LIMIT 1"
+                    );
+                    let _ = client.execute(&query, &[]);
+                    thread::sleep(Duration::from_millis(fastrand::u64(1..150)));
+                    if fastrand::u8(0..40) == 0 {
+                        let frozen = server.freeze().unwrap();
+                        thread::sleep(Duration::from_millis(fastrand::u64(1..5_000)));
+                        drop(frozen);
+                    }
+                }
+            });
+            users.into_iter().for_each(|user| user.join().unwrap());
+            over.store(true, SeqCst);
+        });
+        println!("{catalog:?}: {} calls", calls.load(SeqCst));
+        for manager in &managers {
+            becomes("claims", &Vec::new(), || {
+                manager.snapshot().claims.into_iter().map(|claim| format!("{claim:?}")).collect()
+            });
+            becomes("sessions", &0, || sessions(manager));
+        }
+        // Everything works as ever.
+        for manager in &managers {
+            for number in 0..6 {
+                lock(manager, &format!("k{number}")).acquire(soon()).unwrap().release().unwrap();
+            }
+        }
+        managers.iter().for_each(|manager| manager.stop().unwrap());
+        let operator = &mut server.client().unwrap();
+        becomes("the locks", &0, || advisory_locks(operator));
+    }
+}
+
+fn use_in_trouble(managers: &[PostgresManager], calls: &AtomicU64) {
+    let patience = Duration::from_millis(fastrand::u64(0..1_000));
+    let context = match fastrand::bool() {
+        true => Context::timeout(patience),
+        false => {
+            let (context, cancel) = Context::background().with_cancel();
+            thread::spawn(move || {
+                thread::sleep(patience);
+                cancel.cancel();
+            });
+            context
+        }
+    };
+    let manager = &managers[fastrand::usize(..managers.len())];
+    let key = format!("k{}", fastrand::u8(0..6));
+    let begun = Instant::now();
+    let hold = || thread::sleep(Duration::from_micros(fastrand::u64(0..5_000)));
+    let what = fastrand::u8(0..5);
+    match what {
+        0 => {
+            if let Ok(guard) = lock(manager, &key).acquire(context) {
+                hold();
+                let _ = guard.release();
+            }
+        }
+        1 => {
+            if let Ok(Some(guard)) = lock(manager, &key).try_acquire() {
+                hold();
+                drop(guard);
+            }
+        }
+        2 => {
+            if let Ok(guard) = manager.shared_lock(key.as_str()).unwrap().acquire(context) {
+                hold();
+                let _ = guard.release();
+            }
+        }
+        3 => {
+            let lock = lock(manager, &format!("claim {key}"));
+            let _ = lock.lock(&context);
+            let _ = lock.try_lock(&context);
+            hold();
+            let _ = lock.release();
+        }
+        _ => {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            runtime.block_on(async {
+                let lock = lock(manager, &format!("claim {key}"));
+                let _ = lock.lock(&context);
+                let _ = lock.release();
+            });
+        }
+    }
+    let took = begun.elapsed();
+    // A release takes 10 s at the most, and an attempt the time to connect.
+    assert!(took < Duration::from_secs(40), "{what} took {took:?}");
+    calls.fetch_add(1, SeqCst);
+}
+
+/// The URL of the same database with a round trip of 10 ms.
+pub(crate) fn by_a_slow_way(url: &str) -> String {
+    let host = url.rsplit_once('/').unwrap().0.rsplit_once('@').unwrap().1.to_owned();
+    let port = slow_way(host.clone(), Duration::from_millis(5));
+    url.replace(&host, &format!("127.0.0.1:{port}"))
+}
+
+/// For so long, all of them stay as they are.
+pub(crate) fn none_is_lost(locks: &[Arc<dyn Lock>], lost: &[Lost], time: Duration) {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        if let Some(number) = lost.iter().position(|lost| !common::is_open(lost)) {
+            panic!("{number} was lost: {:?}", locks[number].last_loss());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A way to the server on which each message takes its time.
+fn slow_way(to: String, delay: Duration) -> u16 {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    fn pass(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
+        let mut bytes = [0; 1 << 16];
+        while let Ok(count @ 1..) = from.read(&mut bytes) {
+            thread::sleep(delay);
+            if to.write_all(&bytes[..count]).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(std::net::Shutdown::Both);
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for client in listener.incoming().map_while(Result::ok) {
+            let server = TcpStream::connect(&to).unwrap();
+            server.set_nodelay(true).unwrap();
+            client.set_nodelay(true).unwrap();
+            let (client2, server2) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            thread::spawn(move || pass(client, server, delay));
+            thread::spawn(move || pass(server2, client2, delay));
+        }
+    });
+    port
+}
+
+#[test]
+fn many_keys_that_the_database_cannot_write_cost_no_lock_on_a_slow_way() {
+    const BAD: usize = 200;
+    let server = Server::start().unwrap();
+    server
+        .client()
+        .unwrap()
+        .batch_execute("CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'")
+        .unwrap();
+    let url = server.url();
+    let url = by_a_slow_way(&format!("{}/latin", url.rsplit_once('/').unwrap().0));
+    let manager = started(config(&url, 1).lease(Duration::from_secs(4)));
+    let locks = locks(&manager, 10);
+    lock_all(&locks);
+    let lost = lost_channels(&locks);
+    let (context, cancel) = soon().with_cancel();
+    let bad: Vec<_> = (0..BAD)
+        .map(|number| {
+            let (lock, context) = (lock(&manager, &format!("鍵 {number}")), context.clone());
+            begin(move || lock.lock(&context))
+        })
+        .collect();
+    none_is_lost(&locks, &lost, Duration::from_secs(5));
+    let begun = Instant::now();
+    lock(&manager, "another").acquire(LONG).unwrap().release().unwrap();
+    println!("another lock beside {BAD} bad ones after {:?}", begun.elapsed());
+    cancel.cancel();
+    bad.into_iter().for_each(|outcome| assert!(outcome.get().is_err()));
+    assert!(locks.iter().all(is_held));
+}
+
+#[test]
+fn behind_a_pooler_that_keeps_sessions_locks_are_shared_and_behind_another_one_none_is_had() {
+    use support::pgbouncer::{self, PoolMode};
+    if support::skip_without(pgbouncer::available()) {
+        return;
+    }
+    let server = Server::start().unwrap();
+    let bouncer = pgbouncer::start(&server, PoolMode::Session).unwrap();
+    let manager = started(config(&bouncer.url("postgres"), 1).catalog(CatalogMode::None));
+    let locks = locks(&manager, 50);
+    lock_all(&locks);
+    locks.iter().for_each(|lock| lock.release().unwrap());
+    manager.stop().unwrap();
+    becomes("the locks", &0, || advisory_locks(&mut server.client().unwrap()));
+    let bouncer = pgbouncer::start(&server, PoolMode::Transaction).unwrap();
+    let manager = PostgresManager::new(config(&bouncer.url("postgres"), 1)).unwrap();
+    assert_eq!(kind(manager.start()), ErrorKind::FailedInitialization);
+}
+
+#[test]
+fn a_claim_that_waits_for_a_connection_ends_at_once_whichever_thread_ends_it() {
+    let host = common::SilentHost::new();
+    let url = format!("postgres://postgres@127.0.0.1:{}/postgres", host.port());
+    let settings =
+        config(&url, 1).connect_timeout(Duration::from_secs(30)).release_timeout(Duration::from_secs(5));
+    let manager = Arc::new(PostgresManager::new(settings).unwrap());
+    let starts = begin({
+        let manager = Arc::clone(&manager);
+        move || manager.start()
+    });
+    for is_async in [false, true] {
+        let lock = loop {
+            let lock = lock(&manager, "x");
+            match lock.lock(&Context::timeout(Duration::from_millis(200))) {
+                Err(error) if error.kind() == ErrorKind::TimedOut => break lock,
+                outcome => println!("{outcome:?}"),
+            }
+            thread::sleep(Duration::from_millis(10));
+        };
+        let begun = Instant::now();
+        let outcome = match is_async {
+            true => tokio::runtime::Builder::new_current_thread()
+                .build()
+                .unwrap()
+                .block_on(async { lock.release() }),
+            false => lock.release(),
+        };
+        println!("async {is_async}: {outcome:?} after {:?}", begun.elapsed());
+        outcome.unwrap();
+        within(begun, Duration::from_secs(4));
+    }
+    manager.stop().unwrap();
+    let _ = starts.get();
+}
+
+#[test]
+fn threads_that_ask_all_the_time_for_what_is_taken_keep_no_heartbeat_away() {
+    let database = Database::fresh().unwrap();
+    let theirs = started(Config::from_url(&database.url()).unwrap().lease(LONG));
+    let taken: Vec<_> = (0..16).map(|number| lock(&theirs, &format!("taken {number}"))).collect();
+    lock_all(&taken);
+    let manager =
+        started(config(&database.url(), 1).catalog(CatalogMode::None).lease(Duration::from_secs(2)));
+    let kept = lock(&manager, "kept");
+    kept.lock(&soon()).unwrap();
+    let lost = kept.lost();
+    let end = Instant::now() + Duration::from_secs(10);
+    let asked = AtomicU64::new(0);
+    thread::scope(|scope| {
+        for theirs in &taken {
+            let (manager, asked) = (&manager, &asked);
+            scope.spawn(move || {
+                while Instant::now() < end {
+                    assert!(lock(manager, theirs.key()).try_acquire().unwrap().is_none());
+                    asked.fetch_add(1, SeqCst);
+                }
+            });
+        }
+    });
+    println!("{} attempts", asked.load(SeqCst));
+    assert!(common::is_open(&lost), "{:?}", kept.last_loss());
+}
+
+#[test]
+fn a_server_that_refuses_rows_costs_no_lock_that_is_held_and_takes_those_back_that_are_released() {
+    const COUNT: usize = 100;
+    let server = Server::start().unwrap();
+    let operator = &mut server.client().unwrap();
+    let manager = started(config(&server.url(), 1).lease(Duration::from_secs(4)));
+    let held = locks(&manager, COUNT);
+    lock_all(&held);
+    let lost = lost_channels(&held);
+    operator
+        .batch_execute(
+            "ALTER TABLE dsync.lock ADD CONSTRAINT refused CHECK (key NOT LIKE 'wanted%') NOT VALID",
+        )
+        .unwrap();
+    let wanted: Vec<_> = (0..COUNT).map(|number| lock(&manager, &format!("wanted {number}"))).collect();
+    let waits: Vec<_> = wanted.iter().map(common::wait_in_thread).collect();
+    held[..COUNT / 2].iter().for_each(|lock| lock.release().unwrap());
+    // Longer than a lease.
+    thread::sleep(Duration::from_secs(5));
+    assert!(lost[COUNT / 2..].iter().all(common::is_open), "{:?}", held[COUNT - 1].last_loss());
+    becomes("the locks", &(COUNT as i64 / 2 + 1), || held_of_all(operator));
+    operator.batch_execute("ALTER TABLE dsync.lock DROP CONSTRAINT refused").unwrap();
+    waits.into_iter().for_each(|wait| wait.get().unwrap());
+    assert!(lost[COUNT / 2..].iter().all(common::is_open));
+}
