@@ -1,0 +1,93 @@
+//! The exit codes, which scripts rely on.
+
+use std::io::{self, Write as _};
+
+use crate::text::harmless;
+
+/// There is nothing to do it to: nobody has the lock. Or the answer to a question was no.
+pub(crate) const NOTHING: u8 = 1;
+/// Another has the lock, or the time to wait is over (`EX_TEMPFAIL` of `sysexits.h`). `--conflict-exit-code` sets another.
+pub(crate) const CONFLICT: u8 = 75;
+/// The output cannot be written (`EX_IOERR`).
+pub(crate) const OUTPUT: u8 = 74;
+/// The lock was lost while the command ran.
+pub(crate) const LOST: u8 = 79;
+/// The server cannot be reached, or refuses the session (`EX_UNAVAILABLE`).
+pub(crate) const UNAVAILABLE: u8 = 69;
+/// The command line or a setting is wrong (`EX_USAGE`).
+pub(crate) const USAGE: u8 = 64;
+
+/// Tells the user something on standard error, which may be closed: nobody is left to tell of that.
+pub(crate) fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "pgdsync: {}", harmless(text));
+}
+
+/// Tells what is wrong with the command line, in several lines.
+pub(crate) fn refused(error: &clap::Error) -> Failure {
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text).trim_end();
+    // Behind -- comes the command, where there is one.
+    let is_misleading = |line: &&str| text.contains("<CMD>") && line.starts_with("  tip: to pass '-");
+    let mut lines: Vec<String> = text.lines().filter(|line| !is_misleading(line)).map(harmless).collect();
+    // Of empty ones, one is enough.
+    lines.dedup();
+    let _ = writeln!(io::stderr(), "pgdsync: {}", lines.join("\n"));
+    Failure::new(USAGE, "")
+}
+
+/// What the program says on standard error before it ends, and the code that it ends with. Without a message it says nothing.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) code: u8,
+    pub(crate) message: String,
+}
+
+impl Failure {
+    pub(crate) fn new(code: u8, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
+/// A text of the library's, where it names what only a program that uses the library has at hand, in our words.
+pub(crate) fn in_our_words(text: &str) -> String {
+    const WORDS: [(&str, &str); 7] = [
+        (
+            "dsync::CATALOG_SQL (for another schema than dsync: dsync::catalog_sql)",
+            "the SQL that `pgdsync catalog --grant ROLE` prints",
+        ),
+        ("set the catalog to", "set DSYNC_CATALOG to"),
+        ("change it for all with set_permits()", "change it for all with `pgdsync permits KEY N`"),
+        ("(Config::takeover)", "(DSYNC_TAKEOVER)"),
+        ("set Config::quorum or DSYNC_QUORUM", "give --quorum, or set DSYNC_QUORUM=named-standbys"),
+        ("give a TLS connector that is set up so with Config::tls, or unset it", "unset it"),
+        (
+            "this build of the library has no TLS; switch on one of the features tls-rustls-ring, tls-rustls-aws-lc-rs and \
+             tls-native-tls of the package dsync-postgres, or give a TLS connector with Config::tls or Config::tls_with",
+            "this pgdsync was built without TLS; build it with its feature tls",
+        ),
+    ];
+    WORDS.iter().fold(text.to_owned(), |text, (theirs, ours)| text.replace(theirs, ours))
+}
+
+impl From<dsync::Error> for Failure {
+    fn from(error: dsync::Error) -> Self {
+        use dsync::ErrorKind as Kind;
+        let code = match error.kind() {
+            Kind::InvalidKey | Kind::InvalidConfig | Kind::WouldDeadlock => USAGE,
+            Kind::LockUnavailable | Kind::TimedOut | Kind::Cancelled => CONFLICT,
+            Kind::Lost | Kind::UnlockFailed => LOST,
+            _ => UNAVAILABLE,
+        };
+        Self::new(code, in_our_words(&format!("{error:#}")))
+    }
+}
+
+impl From<io::Error> for Failure {
+    /// That standard output is closed is no failure: whoever reads it, such as `head`, has had enough.
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Self::new(0, ""),
+            _ => Self::new(OUTPUT, format!("standard output cannot be written: {error}")),
+        }
+    }
+}

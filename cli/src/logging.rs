@@ -1,0 +1,23 @@
+//! What the library logs, on standard error.
+
+use std::io::Write as _;
+
+use crate::text::harmless;
+
+/// The library's warnings. What we tell ourselves is not told twice.
+pub(crate) const WARNINGS: &str =
+    "warn,dsync::pg::registry=error,dsync::pg::inspect=error,dsync::pg::pool=error";
+/// What a command under a lock may be told beside: what is wrong with the environment. `flock` is silent, too.
+pub(crate) const SETTINGS: &str = "off,dsync::pg::config=warn";
+/// All that happens to a lock. Of a leader the user is told as it is, and not in the words for closures.
+pub(crate) const EVENTS: &str = "info,dsync::leader=off";
+
+/// Begins to log what `RUST_LOG` asks for, or else the usual.
+pub(crate) fn start(usual: &str) {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(usual))
+        .format(|line, record| {
+            let level = record.level().as_str().to_lowercase();
+            writeln!(line, "pgdsync: {level}: {}", harmless(&record.args().to_string()))
+        })
+        .init();
+}

@@ -1,0 +1,163 @@
+//! The command's process group.
+
+use std::fs;
+
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
+
+/// A process group, which may have ended, and whose number may be another one's since.
+#[derive(Debug)]
+pub(super) struct Group {
+    id: Pid,
+    /// When its leader was started, as the system counts it; `None` where `/proc` does not tell.
+    begun: Option<u64>,
+}
+
+impl Group {
+    /// The group of this leader, which runs.
+    pub(super) fn of(leader: Pid) -> Self {
+        Self { id: leader, begun: stat(leader.as_raw_nonzero().get()).map(|stat| stat.begun) }
+    }
+
+    /// The one that another process knows.
+    pub(super) fn known(id: i32, begun: Option<u64>) -> Option<Self> {
+        Some(Self { id: Pid::from_raw(id)?, begun })
+    }
+
+    pub(super) fn begun(&self) -> Option<u64> {
+        self.begun
+    }
+
+    pub(super) fn id(&self) -> Pid {
+        self.id
+    }
+
+    /// Sends a signal to all of it. One that is gone, or that is not ours to signal, gets none.
+    pub(super) fn signal(&self, signal: Signal) {
+        if !self.is_another() {
+            let _ = kill_process_group(self.id, signal);
+        }
+    }
+
+    /// Tells it to end. One that stands still cannot heed that.
+    pub(super) fn tell_to_end(&self, signal: Signal) {
+        self.signal(signal);
+        self.signal(Signal::CONT);
+    }
+
+    /// True if none of its processes runs. Those that have ended, and that nobody has waited for, do not count: in a container there may
+    /// be nobody who would.
+    pub(super) fn is_gone(&self) -> bool {
+        match test_kill_process_group(self.id) {
+            Err(Errno::SRCH) => true,
+            // Of another user.
+            Err(_) => self.is_another(),
+            Ok(()) => self.is_another() || self.all_have_ended(),
+        }
+    }
+
+    /// The system gives a number anew only when no process and no group has it. So a leader that was started at another time leads
+    /// another group.
+    fn is_another(&self) -> bool {
+        let now = stat(self.id.as_raw_nonzero().get()).map(|stat| stat.begun);
+        self.begun.zip(now).is_some_and(|(then, now)| then != now)
+    }
+
+    /// True if `/proc` shows members, and all of them have ended.
+    fn all_have_ended(&self) -> bool {
+        let Ok(processes) = fs::read_dir("/proc") else { return false };
+        let numbers = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let mut members =
+            numbers.filter_map(stat).filter(|stat| stat.group == self.id.as_raw_nonzero().get()).peekable();
+        members.peek().is_some() && members.all(|stat| stat.has_ended)
+    }
+}
+
+/// True unless the system tells that this process stands still or is gone, or that another process group has its terminal.
+pub(super) fn is_in_the_foreground(process: i32) -> bool {
+    match stat(process) {
+        // Without a terminal of its session's it may have one all the same, that of a container say.
+        Some(stat) => !stat.stands_still && (stat.has_terminal == stat.group || stat.has_terminal < 0),
+        None => cfg!(not(target_os = "linux")),
+    }
+}
+
+/// What `/proc` says of a process.
+struct Stat {
+    has_ended: bool,
+    stands_still: bool,
+    group: i32,
+    /// The group that has the terminal of its session.
+    has_terminal: i32,
+    begun: u64,
+}
+
+/// <https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html>
+fn stat(process: i32) -> Option<Stat> {
+    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The name may have spaces and brackets in it.
+    let mut fields = text.get(text.rfind(')')? + 1..)?.split_ascii_whitespace();
+    let state = fields.next()?;
+    let (has_ended, stands_still) = (matches!(state, "Z" | "X" | "x"), matches!(state, "T" | "t"));
+    let group = fields.nth(1)?.parse().ok()?;
+    let has_terminal = fields.nth(2)?.parse().ok()?;
+    let begun = fields.nth(13)?.parse().ok()?;
+    Some(Stat { has_ended, stands_still, group, has_terminal, begun })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::CommandExt as _;
+    use std::process::Command;
+
+    #[test]
+    fn a_group_is_gone_when_all_of_it_have_ended_waited_for_or_not() {
+        let mut child = Command::new("sleep").arg("100").process_group(0).spawn().unwrap();
+        let group = Group::of(Pid::from_child(&child));
+        assert!(!group.is_gone());
+        group.signal(Signal::KILL);
+        if cfg!(target_os = "linux") {
+            // Nobody has waited for it.
+            while !group.is_gone() {
+                std::thread::yield_now();
+            }
+        }
+        child.wait().unwrap();
+        assert!(group.is_gone());
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_process_that_stands_still_or_is_gone_has_no_terminal() {
+        // In a session of its own, so that this test's terminal is of no influence.
+        let mut child = Command::new("setsid").args(["sleep", "100"]).spawn().unwrap();
+        let process = Pid::from_child(&child);
+        let number = process.as_raw_nonzero().get();
+        let becomes = |wanted| {
+            let is_so = || (is_in_the_foreground(number) == wanted).then_some(());
+            support::wait_for("the process", std::time::Duration::from_secs(60), is_so).unwrap();
+        };
+        becomes(true);
+        rustix::process::kill_process(process, Signal::STOP).unwrap();
+        becomes(false);
+        rustix::process::kill_process(process, Signal::CONT).unwrap();
+        becomes(true);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!is_in_the_foreground(number));
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_number_that_another_has_now_is_no_group_of_ours() {
+        let mut child = Command::new("sleep").arg("100").process_group(0).spawn().unwrap();
+        let mut group = Group::of(Pid::from_child(&child));
+        group.begun = group.begun.map(|begun| begun - 1);
+        assert!(group.is_gone());
+        group.signal(Signal::KILL);
+        assert_eq!(child.try_wait().unwrap(), None);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}

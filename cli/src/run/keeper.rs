@@ -1,0 +1,553 @@
+//! The process that has the lock, in a session of its own, so that what ends the front's does not end it.
+
+use std::convert::Infallible;
+use std::error::Error as _;
+use std::io::{self, IsTerminal as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use clap::Parser as _;
+use dsync::crossbeam_channel::{Receiver, Sender, after, bounded, never, select, unbounded};
+use dsync::observer::TermLost;
+use dsync::{
+    ClaimState, Context, Error, ErrorKind, Lock, LockGuard, LockOptions, LossReason, MultiGuard, Observer,
+    Once, Period, PostgresManager, Term,
+};
+use rustix::process::{Signal, getppid, setsid};
+
+use super::group::{self, Group};
+use super::options::{RunArguments, Watch};
+use super::wire::{Frames, Moment, ToFront, ToKeeper};
+use crate::args::{Arguments, Connection, Verb};
+use crate::exit::{CONFLICT, Failure, LOST, UNAVAILABLE, USAGE, say};
+use crate::key::Written;
+use crate::progress::Progress;
+use crate::{connect, logging, look};
+
+/// What comes of a run, beside a failure: the exit code, if it is not the command's own; and what to tell the user.
+pub(crate) type Done = Result<(Option<u8>, String), Failure>;
+
+/// The body of this process. Its exit code matters to nobody.
+pub(super) fn keep() -> ExitCode {
+    let _ = setsid();
+    #[cfg(target_os = "linux")]
+    let _ = rustix::thread::set_name(c"pgdsync");
+    let Ok(stream) = io::stdin().as_fd().try_clone_to_owned().map(UnixStream::from) else {
+        return ExitCode::FAILURE;
+    };
+    let mut frames = Frames::default();
+    let Some(ToKeeper::Begin(mut arguments)) = frames.wait(&stream).as_deref().and_then(ToKeeper::parse)
+    else {
+        return ExitCode::FAILURE;
+    };
+    // The front has the command itself.
+    arguments.extend(["--".to_owned(), "command".to_owned()]);
+    let (code, message) = match keep_for(&stream, frames, arguments) {
+        Ok(done) => done,
+        Err(Failure { code, message }) => (Some(code), message),
+    };
+    let _ = ToFront::Done { code, message }.send(&stream);
+    ExitCode::SUCCESS
+}
+
+fn keep_for(stream: &UnixStream, frames: Frames, arguments: Vec<String>) -> Done {
+    let arguments =
+        Arguments::try_parse_from(arguments).map_err(|error| Failure::new(USAGE, error.to_string()))?;
+    let stream = Arc::new(stream.try_clone().map_err(cannot_begin)?);
+    match &arguments.verb {
+        Verb::Run(run) => {
+            let keeper = Keeper::connect(stream, frames, &arguments.connection, &run.watch, run.keys.len())?;
+            keeper.run(run)
+        }
+        Verb::Lead(lead) => {
+            let keeper = Keeper::connect(stream, frames, &arguments.connection, &lead.watch, 1)?;
+            crate::lead::lead(&Arc::new(keeper), lead)
+        }
+        _ => Err(Failure::new(USAGE, "this verb has no command")),
+    }
+}
+
+/// What the keeper knows, for all terms.
+pub(crate) struct Keeper {
+    stream: Arc<UnixStream>,
+    /// What the front says.
+    told: Receiver<ToKeeper>,
+    /// Disconnects when the front is gone, or wants no further term.
+    front: Receiver<Infallible>,
+    losses: Receiver<LossReason>,
+    /// Ends with the front.
+    context: Context,
+    pub(crate) manager: Arc<PostgresManager>,
+    /// Until when all locks are held at least.
+    deadline: Arc<Mutex<Option<Moment>>>,
+    kill_after: Duration,
+    stop_signal: Signal,
+    options: LockOptions,
+    pub(crate) is_verbose: bool,
+    /// The front, and what the sessions are called in front of the key: by its name, since that is whom an operator would end.
+    front_process: i32,
+    name: String,
+}
+
+/// How the command's time under the lock ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Attended {
+    /// The command has succeeded, and the lock was not lost meanwhile.
+    pub(crate) succeeded: bool,
+    pub(crate) lost: bool,
+}
+
+impl Keeper {
+    fn connect(
+        stream: Arc<UnixStream>,
+        mut frames: Frames,
+        connection: &Connection,
+        watch: &Watch,
+        keys: usize,
+    ) -> Result<Self, Failure> {
+        logging::start(if watch.verbose { logging::EVENTS } else { logging::SETTINGS });
+        let front_process = getppid().map_or(0, |front| front.as_raw_nonzero().get());
+        let name = connect::name_of(front_process.unsigned_abs());
+        // A second one for the record of `once`, and for the leaders' questions.
+        let sessions = u32::try_from(keys).unwrap_or(u32::MAX).saturating_add(2);
+        let (tell_loss, losses) = bounded(keys);
+        let config = connect::config_as(&name, connection)?.max_sessions(sessions);
+        let config = watch.apply(config).observer(Losses(tell_loss));
+        let manager = PostgresManager::connect(config).map_err(|error| {
+            let failure = Failure::from(error);
+            let advice = if watch.fits() { String::new() } else { format!("{}; ", watch.advice()) };
+            Failure { message: format!("{advice}{}", failure.message), ..failure }
+        })?;
+        let manager = Arc::new(manager);
+        let (context, canceller) = Context::background().with_cancel();
+        let (tell, told) = unbounded();
+        let (alive, front) = bounded::<Infallible>(0);
+        let reads = Arc::clone(&stream);
+        spawn("front", move || {
+            let _alive = alive;
+            while let Some(frame) = frames.wait(&reads) {
+                if ToKeeper::parse(&frame).is_some_and(|message| tell.send(message).is_err()) {
+                    return;
+                }
+            }
+            canceller.cancel();
+        })?;
+        let deadline = Arc::default();
+        let mut options = LockOptions::new();
+        if let Some(text) = watch.annotation.clone() {
+            options = options.valuer(Arc::new(move || text.clone().into_bytes()));
+        }
+        let keeper = Self {
+            stream,
+            told,
+            front,
+            losses,
+            context,
+            manager,
+            deadline,
+            kill_after: watch.kill_after,
+            stop_signal: watch.stop_signal,
+            options,
+            is_verbose: watch.verbose,
+            front_process,
+            name,
+        };
+        keeper.report_deadlines(watch.lease())?;
+        Ok(keeper)
+    }
+
+    /// Tells the front of each new deadline, from now on.
+    fn report_deadlines(&self, lease: Duration) -> Result<(), Failure> {
+        let (manager, stream) = (Arc::downgrade(&self.manager), Arc::clone(&self.stream));
+        let deadline = Arc::clone(&self.deadline);
+        spawn("deadlines", move || {
+            let longest = lease / 30;
+            while let Some(manager) = manager.upgrade() {
+                let now = until(&manager);
+                drop(manager);
+                let mut pause = longest;
+                if let Some(now) = now {
+                    let mut deadline = deadline.lock().unwrap_or_else(PoisonError::into_inner);
+                    // Two looks at one deadline differ a little.
+                    if deadline.is_none_or(|before| now > before.after(Duration::from_millis(10))) {
+                        *deadline = Some(now);
+                        let _ = ToFront::Deadline(now).send(&stream);
+                    }
+                    // The closer the end, the sooner a renewal is told of.
+                    pause = (now.left() / 4).clamp(Duration::from_millis(10), longest);
+                }
+                thread::sleep(pause);
+            }
+        })
+    }
+
+    /// `run`.
+    fn run(&self, arguments: &RunArguments) -> Done {
+        match arguments.every {
+            Some(period) => self.run_every(arguments, period),
+            None => self.run_now(arguments),
+        }
+    }
+
+    fn run_now(&self, arguments: &RunArguments) -> Done {
+        let (keys, wait) =
+            (&arguments.keys, if arguments.nonblock { Some(Duration::ZERO) } else { arguments.wait });
+        let held = if let [key] = keys.as_slice() {
+            let options = self.options.clone();
+            let options = match arguments.permits {
+                Some(permits) => options.permits(permits),
+                None if arguments.shared => options.shared(),
+                None => options,
+            };
+            let lock = self.manager.lock_with(key.key.clone(), options)?;
+            self.acquire(keys, wait, || lock.try_acquire(), |context| lock.acquire(context))?.map(Held::One)
+        } else {
+            // The set takes these handles, and with them their options.
+            let handles: Result<Vec<Arc<dyn Lock>>, Error> = keys
+                .iter()
+                .map(|key| self.manager.lock_with(key.key.clone(), self.options.clone()))
+                .collect();
+            let _handles = handles?;
+            let set = self.manager.multi_lock(keys.iter().map(|key| key.key.clone()))?;
+            self.acquire(keys, wait, || set.try_acquire(), |context| set.acquire(context))?.map(Held::Several)
+        };
+        let Some(held) = held else { return Ok(self.conflict(keys, arguments.permits)) };
+        let terms = held.terms(keys);
+        let attended = self.attend(&terms, held.lost(), &never());
+        match held.release() {
+            Ok(()) if attended.lost => Ok((Some(LOST), String::new())),
+            Ok(()) => Ok((None, String::new())),
+            Err(error) if attended.lost || error.kind() == ErrorKind::Lost => {
+                let message = if attended.lost { String::new() } else { Failure::from(error).message };
+                Ok((Some(LOST), message))
+            }
+            Err(error) => {
+                let text = Failure::from(error).message;
+                Ok((
+                    None,
+                    format!(
+                        "the command ran under the lock to its end, but its release is not confirmed: {text}"
+                    ),
+                ))
+            }
+        }
+    }
+
+    /// The lock, or the set; `None` where another one has it until the time is over.
+    ///
+    /// A first try tells at once whether the server can be reached: to wait would go on trying for ever.
+    fn acquire<G>(
+        &self,
+        keys: &[Written],
+        wait: Option<Duration>,
+        try_once: impl FnOnce() -> Result<Option<G>, Error>,
+        acquire: impl FnOnce(&Context) -> Result<G, Error>,
+    ) -> Result<Option<G>, Failure> {
+        let context = wait.map_or_else(|| self.context.clone(), |wait| self.context.with_timeout(wait));
+        if let Some(held) = try_once().map_err(failure)? {
+            return Ok(Some(held));
+        }
+        if wait == Some(Duration::ZERO) {
+            return Ok(None);
+        }
+        let _progress = self.progress(keys);
+        match acquire(&context) {
+            Ok(held) => Ok(Some(held)),
+            Err(error) if error.kind() == ErrorKind::TimedOut && trouble(&error).is_none() => Ok(None),
+            Err(error) => Err(failure(error)),
+        }
+    }
+
+    /// Shows on the terminal who has these locks, until the value is dropped. Not where the front has been put into the background.
+    fn progress(&self, keys: &[Written]) -> Option<Progress> {
+        let keys = keys.iter().map(|key| key.key.clone()).collect();
+        let front = self.front_process;
+        Progress::start(&self.manager, keys, &self.name, move || group::is_in_the_foreground(front))
+    }
+
+    /// The exit code where a lock is not to be had, and why. That another has it, `flock` would be silent about.
+    fn conflict(&self, keys: &[Written], permits: Option<u32>) -> (Option<u8>, String) {
+        let grace = self.manager.inspect(keys[0].key.clone()).ok().and_then(|view| view.grace_left);
+        let text = grace.map(look::grace_text).unwrap_or_else(|| {
+            self.aside(|| match (keys, permits) {
+                ([key], None) => format!("another has {}", key.text),
+                ([key], Some(permits)) => format!("others have the {permits} permits of {}", key.text),
+                _ => format!("another has one of {}", names(keys)),
+            })
+        });
+        (Some(CONFLICT), text)
+    }
+
+    fn run_every(&self, arguments: &RunArguments, period: Duration) -> Done {
+        enum Ended {
+            Unsuccessful(Attended),
+            Failed(Error),
+        }
+        impl From<Error> for Ended {
+            fn from(error: Error) -> Self {
+                Self::Failed(error)
+            }
+        }
+        let keys = &arguments.keys[..1];
+        let lock = self.lock(&keys[0])?;
+        // As for a run that waits: a server that is out of reach is told at once.
+        lock.last_success()?;
+        let wait = if arguments.nonblock { Some(Duration::ZERO) } else { arguments.wait };
+        let context = wait.map_or_else(|| self.context.clone(), |wait| self.context.with_timeout(wait));
+        let progress = if wait == Some(Duration::ZERO) { None } else { self.progress(keys) };
+        let outcome = lock.once(Period::every(period), &context, move |run| {
+            drop(progress);
+            let terms = [(keys[0].text.as_str(), run.term().clone())];
+            let attended = self.attend(&terms, run.lost(), &never());
+            if attended.succeeded { Ok(()) } else { Err(Ended::Unsuccessful(attended)) }
+        });
+        match outcome {
+            Ok(Once::Ran(())) => Ok((None, String::new())),
+            Ok(Once::NotDue { due_in, .. }) => {
+                let due_in = Duration::from_secs(due_in.as_secs());
+                let text =
+                    || format!("it has been done; due again in {}", humantime::format_duration(due_in));
+                Ok((Some(arguments.done_exit_code), self.aside(text)))
+            }
+            Ok(Once::Busy) => Ok(self.conflict(keys, None)),
+            Err(Ended::Unsuccessful(attended)) => Ok((attended.lost.then_some(LOST), String::new())),
+            Err(Ended::Failed(error)) => Err(failure(error)),
+        }
+    }
+
+    /// A lock that one has alone.
+    pub(crate) fn lock(&self, key: &Written) -> Result<Arc<dyn Lock>, Failure> {
+        Ok(self.manager.lock_with(key.key.clone(), self.options.clone())?)
+    }
+
+    /// Waits until the front is gone, or wants no further term.
+    pub(crate) fn wait_for_front(&self) {
+        let _ = self.front.recv();
+    }
+
+    pub(crate) fn say(&self, text: &str) {
+        let _ = ToFront::Say(text.to_owned()).send(&self.stream);
+    }
+
+    /// What `flock` would be silent about: scripts ask for it, people want to know.
+    fn aside(&self, text: impl FnOnce() -> String) -> String {
+        if self.is_verbose || io::stderr().is_terminal() { text() } else { String::new() }
+    }
+
+    /// Lets the front run the command under these terms, and returns when its group is gone. Ends the group when the lock is lost, or must be
+    /// given back, or the front is gone.
+    pub(crate) fn attend(
+        &self,
+        terms: &[(&str, Term)],
+        lost: &Receiver<Infallible>,
+        stopping: &Receiver<Infallible>,
+    ) -> Attended {
+        let deadline = until(&self.manager).unwrap_or_else(Moment::now);
+        *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
+        if self.is_verbose {
+            let held: Vec<_> = (terms.iter())
+                .map(|(key, term)| {
+                    let permit =
+                        term.permit().map(|permit| format!("permit {permit} of ")).unwrap_or_default();
+                    let token = term.token().map(|token| format!(" with token {token}")).unwrap_or_default();
+                    format!("{permit}{key}{token}")
+                })
+                .collect();
+            self.say(&format!("holds {}", held.join(", ")));
+        }
+        // Of an earlier term.
+        self.losses.try_iter().for_each(drop);
+        let mut job = Watched { group: None, is_told: false, kill_at: None };
+        let start = ToFront::Start { deadline, variables: variables(terms) };
+        let mut front_is_gone = start.send(&self.stream).is_err();
+        let mut attended = Attended { succeeded: false, lost: false };
+        let mut has_ended = false;
+        // Each of these is heard once.
+        let (mut told, mut lost, mut stopping) = (self.told.clone(), lost.clone(), stopping.clone());
+        loop {
+            if (front_is_gone || has_ended) && job.is_gone() {
+                return Attended { succeeded: attended.succeeded && !attended.lost, ..attended };
+            }
+            job.kill_if_due();
+            let looks_again = match job.kill_at {
+                _ if front_is_gone || has_ended => after(LOOKS_EVERY),
+                Some(at) => after(at.left() + Duration::from_millis(1)),
+                None => never(),
+            };
+            let mut is_stopping = false;
+            select! {
+                recv(told) -> message => match message {
+                    Ok(ToKeeper::Started { leader, begun }) => {
+                        job.group = Group::known(leader, begun);
+                        // It may have been lost before.
+                        if std::mem::take(&mut job.is_told) {
+                            job.tell_to_end(self.stop_signal);
+                        }
+                    }
+                    Ok(ToKeeper::Ended { succeeded }) => (attended.succeeded, has_ended) = (succeeded, true),
+                    Ok(ToKeeper::Begin(_)) => {}
+                    Err(_) => {
+                        told = never();
+                        front_is_gone = true;
+                        if !has_ended && !job.is_gone() {
+                            say("pgdsync itself was killed; its command is being ended before the lock goes back");
+                            job.end(self.stop_signal, Moment::now().after(self.kill_after));
+                        }
+                    }
+                },
+                recv(lost) -> _ => lost = never(),
+                recv(stopping) -> _ => (is_stopping, stopping) = (true, never()),
+                recv(looks_again) -> _ => {}
+            }
+            // After a freeze of this process the channels may be late.
+            if !attended.lost && terms.iter().any(|(_, term)| !term.is_held()) {
+                attended.lost = true;
+                let end = self.deadline.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or(deadline);
+                job.end(self.stop_signal, end.min(Moment::now()).after(self.kill_after));
+                let _ = ToFront::Lost(self.loss()).send(&self.stream);
+            } else if is_stopping && !has_ended {
+                job.end(self.stop_signal, Moment::now().after(self.kill_after));
+                self.say("asked to give the lock back; the command is being ended");
+            }
+        }
+    }
+
+    /// Why a lock was lost, which is told a moment after the loss itself.
+    fn loss(&self) -> String {
+        let loss = self.losses.recv_timeout(Duration::from_millis(200));
+        loss.map_or_else(|_| "its term is over".to_owned(), |reason| reason.to_string())
+    }
+}
+
+/// Passes on why a term was lost.
+struct Losses(Sender<LossReason>);
+
+impl Observer for Losses {
+    fn lost(&self, event: &TermLost<'_>) {
+        // Full: nobody asks.
+        let _ = self.0.try_send(event.reason);
+    }
+}
+
+/// How often to look whether a group is gone.
+const LOOKS_EVERY: Duration = Duration::from_millis(20);
+
+/// The command's group, as the keeper knows it.
+struct Watched {
+    group: Option<Group>,
+    /// It was told to end, or will be when it is known.
+    is_told: bool,
+    kill_at: Option<Moment>,
+}
+
+impl Watched {
+    /// Tells it to end, unless it was told before; by force at `kill_at`.
+    fn end(&mut self, signal: Signal, kill_at: Moment) {
+        self.kill_at = Some(self.kill_at.map_or(kill_at, |earlier| earlier.min(kill_at)));
+        self.tell_to_end(signal);
+    }
+
+    fn tell_to_end(&mut self, signal: Signal) {
+        if let Some(group) = self.group.as_ref().filter(|_| !self.is_told) {
+            group.tell_to_end(signal);
+        }
+        self.is_told = true;
+    }
+
+    fn kill_if_due(&mut self) {
+        if let Some(group) =
+            self.group.as_ref().filter(|_| self.kill_at.is_some_and(|at| at.left().is_zero()))
+        {
+            group.signal(Signal::KILL);
+            self.kill_at = Some(Moment::now().after(LOOKS_EVERY));
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        self.group.as_ref().is_none_or(Group::is_gone)
+    }
+}
+
+/// What is held for `run`.
+enum Held {
+    One(LockGuard),
+    Several(MultiGuard),
+}
+
+impl Held {
+    /// The terms of these keys, in their order.
+    fn terms<'k>(&self, keys: &'k [Written]) -> Vec<(&'k str, Term)> {
+        let term = |key: &Written| match self {
+            Self::One(guard) => Some(guard.term().clone()),
+            Self::Several(guard) => guard.term(key.key.clone()).cloned(),
+        };
+        keys.iter().filter_map(|key| Some((key.text.as_str(), term(key)?))).collect()
+    }
+
+    fn lost(&self) -> &Receiver<Infallible> {
+        match self {
+            Self::One(guard) => guard.lost().channel(),
+            Self::Several(guard) => guard.lost().channel(),
+        }
+    }
+
+    fn release(self) -> Result<(), Error> {
+        match self {
+            Self::One(guard) => guard.release(),
+            Self::Several(guard) => guard.release(),
+        }
+    }
+}
+
+/// Until when all that is held is held at least. The clock is read first, so that it errs to the early side.
+fn until(manager: &PostgresManager) -> Option<Moment> {
+    let now = Moment::now();
+    let held = manager.snapshot().claims.into_iter().filter(|claim| claim.state == ClaimState::Held);
+    held.filter_map(|claim| claim.time_left).min().map(|left| now.after(left))
+}
+
+/// What the command is told of its locks; of the first without a number.
+fn variables(terms: &[(&str, Term)]) -> Vec<(String, String)> {
+    let mut variables = Vec::new();
+    for (index, (key, term)) in terms.iter().enumerate() {
+        let number = if index == 0 { String::new() } else { format!("_{}", index + 1) };
+        variables.push((format!("PGDSYNC_KEY{number}"), (*key).to_owned()));
+        variables.extend(term.token().map(|token| (format!("PGDSYNC_TOKEN{number}"), token.to_string())));
+        variables.extend(term.fence_text().map(|text| (format!("PGDSYNC_FENCE{number}"), text)));
+        variables.extend(term.permit().map(|permit| (format!("PGDSYNC_PERMIT{number}"), permit.to_string())));
+    }
+    variables
+}
+
+/// What was in the way at the server, if that is why the time went by.
+fn trouble(error: &Error) -> Option<&Error> {
+    let causes = std::iter::successors(error.source(), |&cause| cause.source());
+    let causes = causes.filter_map(|cause| cause.downcast_ref::<Error>());
+    let is_trouble = |cause: &&Error| {
+        use ErrorKind as Kind;
+        matches!(cause.kind(), Kind::SessionUnavailable | Kind::SessionRefused | Kind::PoolExhausted)
+    };
+    causes.filter(is_trouble).last()
+}
+
+/// A failure to get the lock. A wait that went by since the server could not be reached is not another's lock.
+fn failure(error: Error) -> Failure {
+    let trouble = trouble(&error).cloned();
+    Failure::from(trouble.unwrap_or(error))
+}
+
+fn names(keys: &[Written]) -> String {
+    keys.iter().map(|key| key.text.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), Failure> {
+    thread::Builder::new().name(name.to_owned()).spawn(body).map(drop).map_err(cannot_begin)
+}
+
+fn cannot_begin(error: io::Error) -> Failure {
+    Failure::new(UNAVAILABLE, format!("the process that watches the lock cannot begin: {error}"))
+}

@@ -1,0 +1,50 @@
+//! The terminal, which one process group has at a time: the front's, or the command's.
+
+use std::fs::{File, OpenOptions};
+
+use nix::unistd::getpgrp;
+use rustix::process::Pid;
+use rustix::termios::{tcgetpgrp, tcsetpgrp};
+
+use super::group::Group;
+
+/// The terminal of this session, if it has one.
+///
+/// The command gets it when it asks for it: the system stops a process that reads the terminal without having it. A command that never does so,
+/// in a pipe with a pager say, takes it from nobody.
+pub(super) struct Terminal {
+    file: Option<File>,
+    /// `None` where the group is one of outside of the container, which has no number here.
+    own: Option<Pid>,
+    is_given: bool,
+}
+
+impl Terminal {
+    pub(super) fn open() -> Self {
+        let file = OpenOptions::new().read(true).write(true).open("/dev/tty").ok();
+        Self { file, own: Pid::from_raw(getpgrp().as_raw()), is_given: false }
+    }
+
+    /// True if this process's own group has it.
+    fn is_ours(&self) -> bool {
+        self.own.is_some() && self.file.as_ref().and_then(|file| tcgetpgrp(file).ok()) == self.own
+    }
+
+    /// Gives it to the command if it is ours; `true` if the command has it.
+    pub(super) fn give(&mut self, group: &Group) -> bool {
+        if let Some(file) = self.file.as_ref().filter(|_| self.is_ours()) {
+            self.is_given = tcsetpgrp(file, group.id()).is_ok();
+        }
+        self.is_given
+    }
+
+    /// Takes it back if the command has it.
+    pub(super) fn take_back(&mut self) -> bool {
+        let was_given = std::mem::take(&mut self.is_given);
+        if let Some((file, own)) = self.file.as_ref().zip(self.own).filter(|_| was_given) {
+            // SIGTTOU is blocked, so this does not stop us.
+            let _ = tcsetpgrp(file, own);
+        }
+        was_given
+    }
+}

@@ -1,0 +1,268 @@
+//! The command is gone before another has the lock, wherever the lease decides, and soon where the server does.
+
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use support::process::{Signal, is_alive, signal};
+use support::{Server, wait_for};
+
+use crate::common::{
+    KILL_AFTER, LEASE, Line, PATIENCE, Process, SHORT, becomes, new_file, pgdsync, sessions,
+};
+
+/// Ignores TERM, and so does its child.
+pub(crate) const STUBBORN: &str = "trap '' TERM; sleep 1000 & echo command $$ $!; sleep 1000";
+
+/// Looks which of these processes run, at the moment in which it begins itself.
+const LOOKS: &str = "for process in $1 $2; do \
+    case $(cut -d ' ' -f 3 /proc/$process/stat 2> /dev/null) in ''|Z|X) ;; *) alive=\"$alive $process\" ;; esac; done; echo begun beside: $alive";
+
+/// How much later than its time a process may end, and be seen to have ended, on a busy machine.
+const LATE: Duration = Duration::from_millis(1500);
+
+/// The backend of the session that has the lock.
+pub(crate) fn holder_of(server: &Server, key: &str) -> i32 {
+    let query = "SELECT pid FROM dsync.locks WHERE key = $1";
+    server.client().unwrap().query_one(query, &[&key]).unwrap().get(0)
+}
+
+/// A process that stands still until this is dropped.
+struct Stopped(i32);
+
+impl Stopped {
+    fn stop(process: i32) -> Self {
+        signal(process, Signal::Stop).unwrap();
+        Self(process)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = signal(self.0, Signal::Continue);
+    }
+}
+
+/// One process whose command runs, and one that waits for the lock.
+pub(crate) struct Scene {
+    pub(crate) holder: Process,
+    competitor: Process,
+    dead: JoinHandle<Instant>,
+}
+
+impl Scene {
+    pub(crate) fn set(server: &Server, holder: &mut std::process::Command) -> Self {
+        let job = ["k", "--", "sh", "-c", STUBBORN];
+        let holder = Process::start(holder.arg("run").args(SHORT).args(job));
+        let (_, line) = holder.says("command");
+        let words: Vec<_> = line.split(' ').collect();
+        let processes: Vec<i32> = words[1..].iter().map(|word| word.parse().unwrap()).collect();
+        assert!(processes.len() == 2 && processes.iter().all(|&process| is_alive(process)));
+        let job = ["k", "--", "sh", "-c", LOOKS, "sh", words[1], words[2]];
+        let competitor = Process::start(pgdsync(&server.url()).arg("run").args(SHORT).args(job));
+        becomes("the waiters", &1, || sessions(server, false));
+        let dead = thread::spawn(move || {
+            let are_gone = || (!processes.iter().any(|&process| is_alive(process))).then(Instant::now);
+            wait_for("the end of the command and its child", PATIENCE, are_gone).unwrap()
+        });
+        Self { holder, competitor, dead }
+    }
+
+    /// When the command and its child were seen to be dead, when the competitor's command began, and which of the two it saw.
+    fn watch(self) -> (Process, Instant, Instant, String) {
+        let dead = self.dead.join().unwrap();
+        let (begun, seen): Line = self.competitor.says("begun beside:");
+        (self.holder, dead, begun, seen["begun beside:".len()..].trim().to_owned())
+    }
+
+    /// The command must be dead before the competitor's begins.
+    pub(crate) fn dies_before_another_begins(self, what: &str) -> Process {
+        let (holder, dead, begun, seen) = self.watch();
+        assert_eq!(seen, "", "{what}: alive while another had the lock");
+        println!(
+            "{what}: dead {} ms before another had the lock",
+            begun.saturating_duration_since(dead).as_millis()
+        );
+        holder
+    }
+
+    /// The lock is free at once, and the command has its time to end.
+    fn dies_in_time(self, what: &str, since: Instant) -> Process {
+        let (holder, dead, begun, seen) = self.watch();
+        // Otherwise the scene does not show what may happen.
+        assert_ne!(seen, "", "{what}");
+        println!("{what}: another had the lock after {:.1?}, dead after {:.1?}", begun - since, dead - since);
+        assert!(dead - since <= KILL_AFTER + LATE, "{:?}", dead - since);
+        assert!(dead - since >= KILL_AFTER, "it had no time to end: {:?}", dead - since);
+        holder
+    }
+}
+
+#[test]
+fn a_frozen_server() {
+    let server = Server::start().unwrap();
+    let scene = Scene::set(&server, &mut pgdsync(&server.url()));
+    let frozen = server.freeze().unwrap();
+    // A server that stands still gives the lock to nobody: it goes on when the lease is over.
+    thread::sleep(LEASE);
+    frozen.thaw();
+    let mut holder = scene.dies_before_another_begins("a frozen server");
+    holder.says("the lock was lost");
+    assert_eq!(holder.ends().code(), Some(79));
+}
+
+#[test]
+fn a_frozen_keeper() {
+    let server = Server::start().unwrap();
+    let scene = Scene::set(&server, &mut pgdsync(&server.url()));
+    let keeper = scene.holder.keeper();
+    let (stopped, since) = (Stopped::stop(keeper), Instant::now());
+    let (mut holder, dead, _, seen) = scene.watch();
+    println!("a frozen keeper: dead after {:.1?}", dead - since);
+    assert_eq!(seen, "");
+    // The front ends the keeper when the command is dead, which frees the lock. Without that the server would have given it away a lease
+    // after the last heartbeat, of which there are five in a lease.
+    assert!(dead - since < LEASE - LEASE / 5, "{:?}", dead - since);
+    holder.says("the process that watches the lock does not answer");
+    assert_eq!(holder.ends().code(), Some(79));
+    becomes("the keeper's life", &false, || is_alive(keeper));
+    drop(stopped);
+}
+
+#[test]
+fn a_frozen_front_beside_a_frozen_server() {
+    let server = Server::start().unwrap();
+    let scene = Scene::set(&server, &mut pgdsync(&server.url()));
+    scene.holder.signal(Signal::Stop);
+    let frozen = server.freeze().unwrap();
+    thread::sleep(LEASE);
+    frozen.thaw();
+    let mut holder = scene.dies_before_another_begins("a frozen front beside a frozen server");
+    holder.signal(Signal::Continue);
+    assert_eq!(holder.ends().code(), Some(79));
+}
+
+/// The lock is held as long as the keeper has it.
+#[test]
+fn a_frozen_front_alone_changes_nothing() {
+    let server = Server::start().unwrap();
+    let scene = Scene::set(&server, &mut pgdsync(&server.url()));
+    scene.holder.signal(Signal::Stop);
+    let before = holder_of(&server, "k");
+    thread::sleep(LEASE + Duration::from_secs(1));
+    assert_eq!((holder_of(&server, "k"), sessions(&server, false)), (before, 1));
+    scene.holder.signal(Signal::Continue);
+    scene.holder.signal(Signal::Terminate);
+    let mut holder = scene.dies_before_another_begins("a front that was frozen");
+    assert_eq!(holder.ends().code(), Some(128 + 9));
+}
+
+/// Both stand still for longer than the lease, as on a machine that is suspended: nothing can be done meanwhile.
+#[test]
+fn both_frozen_for_longer_than_the_lease_end_the_command_when_they_go_on() {
+    let server = Server::start().unwrap();
+    let scene = Scene::set(&server, &mut pgdsync(&server.url()));
+    let keeper = scene.holder.keeper();
+    let both = [Stopped::stop(scene.holder.id()), Stopped::stop(keeper)];
+    scene.competitor.says("begun");
+    let thawed = Instant::now();
+    drop(both);
+    let dead = scene.dead.join().unwrap();
+    println!("both frozen: dead {:.1?} after they went on", dead - thawed);
+    // There is no time left for it to end by itself.
+    assert!(dead - thawed < LATE, "{:?}", dead - thawed);
+    let mut holder = scene.holder;
+    assert_eq!(holder.ends().code(), Some(79));
+}
+
+#[test]
+fn a_session_that_an_operator_ends() {
+    let server = Server::start().unwrap();
+    let scene = Scene::set(&server, &mut pgdsync(&server.url()));
+    let since = Instant::now();
+    server.terminate(holder_of(&server, "k")).unwrap();
+    let mut holder = scene.dies_in_time("a session that an operator ends", since);
+    holder.says("the lock was lost: the session was terminated");
+    assert_eq!(holder.ends().code(), Some(79));
+}
+
+#[test]
+fn a_front_that_is_killed() {
+    let server = Server::start().unwrap();
+    let scene = Scene::set(&server, &mut pgdsync(&server.url()));
+    scene.holder.signal(Signal::Kill);
+    let holder = scene.dies_before_another_begins("a front that is killed");
+    holder.says("pgdsync itself was killed");
+    assert_eq!(holder.rest(), Vec::<String>::new());
+}
+
+#[test]
+fn a_keeper_that_is_killed() {
+    let server = Server::start().unwrap();
+    let scene = Scene::set(&server, &mut pgdsync(&server.url()));
+    let since = Instant::now();
+    signal(scene.holder.keeper(), Signal::Kill).unwrap();
+    let mut holder = scene.dies_in_time("a keeper that is killed", since);
+    holder.says("the process that watches the lock has ended");
+    assert_eq!(holder.ends().code(), Some(79));
+}
+
+/// Whatever moment of the beginning it is, no command runs that nobody would end.
+#[test]
+fn a_process_that_is_killed_at_any_moment_leaves_no_command_behind() {
+    const ROUNDS: u64 = 24;
+    let server = Server::start().unwrap();
+    let (url, file) = (server.url(), new_file("processes"));
+    let script = format!("echo $$ >> {}; exec sleep 1000", file.display());
+    let begun = || std::fs::read_to_string(&file).unwrap_or_default();
+    // As long as the beginning takes.
+    let since = Instant::now();
+    let first = Process::start(pgdsync(&url).args(["run", "k", "--", "sh", "-c", &script]));
+    wait_for("the command", PATIENCE, || (!begun().is_empty()).then_some(())).unwrap();
+    let length = since.elapsed();
+    drop(first);
+    let mut count = 0;
+    for round in 0..ROUNDS {
+        let command = ["run", "--kill-after=0", "k", "--", "sh", "-c", &script];
+        let mut process = Process::start(pgdsync(&url).args(command));
+        let keeper = if round % 2 == 0 { process.id() } else { process.keeper() };
+        thread::sleep(length.mul_f64((round / 2) as f64 * 2.0 / ROUNDS as f64));
+        let _ = signal(keeper, Signal::Kill);
+        if round % 2 == 1 {
+            assert!(matches!(process.ends().code(), Some(69 | 79)));
+        }
+        // Where the keeper is killed the lock is free before the command is dead; the front has ended it when it ends.
+        assert_eq!(crate::common::run(&url, ["run", "k", "--", "true"]).status.code(), Some(0));
+        let alive = begun().lines().filter(|line| is_alive(line.parse().unwrap())).count();
+        assert_eq!(alive, 0, "round {round}: {}", begun());
+        count = begun().lines().count();
+    }
+    println!("killed {ROUNDS} times within {length:.1?}: {} commands had begun", count - 1);
+}
+
+/// It hears of the beginning of a term and of its end at once.
+#[test]
+fn a_front_that_was_frozen_begins_nothing_under_a_lock_that_is_lost() {
+    let server = Server::start().unwrap();
+    let (url, file) = (server.url(), new_file("begun"));
+    let mut holder =
+        Process::start(pgdsync(&url).args(["run", "k", "--", "sh", "-c", "echo had; exec sleep 1000"]));
+    holder.says("had");
+    let mut waiter = Process::start(pgdsync(&url).args(["run", "k", "--", "touch"]).arg(&file));
+    becomes("the waiters", &1, || sessions(&server, false));
+    let before = holder_of(&server, "k");
+    waiter.signal(Signal::Stop);
+    holder.signal(Signal::Terminate);
+    holder.ends();
+    let query = "SELECT pid FROM dsync.locks WHERE key = 'k'";
+    let of_the_waiter =
+        || server.client().unwrap().query_opt(query, &[]).unwrap().map(|row| row.get::<_, i32>(0));
+    let session =
+        wait_for("the next holder", PATIENCE, || of_the_waiter().filter(|pid| *pid != before)).unwrap();
+    server.terminate(session).unwrap();
+    becomes("the locks", &None, of_the_waiter);
+    // What the keeper has said of it is in a socket of the front's, where nobody can look.
+    thread::sleep(Duration::from_millis(500));
+    waiter.signal(Signal::Continue);
+    assert_eq!(waiter.ends().code(), Some(79));
+    assert!(!file.exists());
+}

@@ -1,0 +1,101 @@
+//! Signals to the front go to the command.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use support::Server;
+use support::process::{Signal, signal};
+
+use crate::common::{Process, becomes, clean, new_file, pgdsync, run, sessions};
+
+#[test]
+fn they_are_passed_on_and_the_command_may_end_in_peace() {
+    let database = Server::shared().database().unwrap();
+    let url = database.url();
+    for (which, name) in [(Signal::Terminate, "TERM"), (Signal::Interrupt, "INT"), (Signal::Hangup, "HUP")] {
+        let script =
+            format!("trap 'echo {name} came; exit 7' {name}; echo had; while :; do sleep 0.05; done");
+        let mut holder = Process::start(pgdsync(&url).args(["run", "k", "--", "sh", "-c", &script]));
+        holder.says("had");
+        holder.signal(which);
+        holder.says(&format!("{name} came"));
+        assert_eq!(holder.ends().code(), Some(7));
+        assert_eq!(run(&url, ["run", "-n", "k", "--", "true"]).status.code(), Some(0));
+    }
+}
+
+#[test]
+fn a_command_that_ignores_them_is_killed_after_its_time() {
+    let database = Server::shared().database().unwrap();
+    let script = "trap '' TERM; echo had; sleep 1000 & sleep 1000";
+    let command = ["run", "--kill-after", "0.7", "k", "--", "sh", "-c", script];
+    let mut holder = Process::start(pgdsync(&database.url()).args(command));
+    holder.says("had");
+    let sent = Instant::now();
+    holder.signal(Signal::Terminate);
+    assert_eq!(holder.ends().code(), Some(128 + 9));
+    assert!(sent.elapsed() > Duration::from_millis(700), "{:?}", sent.elapsed());
+}
+
+/// An init system signals all processes of a service at once.
+#[test]
+fn the_keeper_is_not_ended_by_what_is_meant_for_all() {
+    let database = Server::shared().database().unwrap();
+    let url = database.url();
+    let script = "trap 'exit 7' TERM; echo had; while :; do sleep 0.05; done";
+    let mut holder = Process::start(pgdsync(&url).args(["run", "k", "--", "sh", "-c", script]));
+    holder.says("had");
+    let keeper = holder.keeper();
+    for which in [Signal::Terminate, Signal::Interrupt, Signal::Hangup, Signal::Quit] {
+        signal(keeper, which).unwrap();
+    }
+    assert_eq!(run(&url, ["run", "-w", "1", "k", "--", "true"]).status.code(), Some(75));
+    holder.signal(Signal::Terminate);
+    assert_eq!(holder.ends().code(), Some(7));
+}
+
+/// As `nohup` and a shell's background jobs have it.
+#[test]
+fn a_signal_that_is_ignored_stays_so() {
+    let database = Server::shared().database().unwrap();
+    let script = r#"trap '' HUP; exec "$0" run k -- sh -c 'echo had; while [ ! -e "$0" ]; do sleep 0.05; done; exit 3' "$1""#;
+    let file = new_file("go-on");
+    let program = env!("CARGO_BIN_EXE_pgdsync");
+    let mut command = clean(Command::new("sh"), &database.url());
+    let mut holder = Process::start(command.args(["-c", script, program]).arg(&file));
+    holder.says("had");
+    holder.signal(Signal::Hangup);
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(holder.ends().code(), Some(3));
+}
+
+/// The system keeps signals from the first process of a container that it does not ask for. Linux, as root.
+#[test]
+fn the_first_process_of_a_container_heeds_them_too() {
+    let contained = || {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--mount-proc", "--kill-child"]);
+        command
+    };
+    if !contained().arg("true").status().is_ok_and(|status| status.success()) {
+        support::skip("unshare(1) makes no namespace of processes here; run as root, with util-linux");
+        return;
+    }
+    let server = Server::start().unwrap();
+    let url = server.url();
+    let start = |script: &str| {
+        let mut command = clean(contained(), &url);
+        command.arg(env!("CARGO_BIN_EXE_pgdsync")).args(["run", "k", "--", "sh", "-c", script]);
+        Process::start(&mut command)
+    };
+    let first_of = |process: &Process| support::process::children(process.id())[0];
+    // The orphan it leaves is waited for, and its end makes room for the next.
+    let mut holder = start("trap 'exit 7' TERM; (sleep 0.2 &); echo had; while :; do sleep 0.05; done");
+    holder.says("had");
+    let mut waiter = start("echo ran");
+    becomes("the waiters", &1, || sessions(&server, false));
+    signal(first_of(&waiter), Signal::Terminate).unwrap();
+    assert_eq!(waiter.ends().code(), Some(128 + 15));
+    signal(first_of(&holder), Signal::Terminate).unwrap();
+    assert_eq!(holder.ends().code(), Some(7));
+}
