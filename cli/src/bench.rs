@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use dsync::crossbeam_channel::{Sender, unbounded};
 use dsync::observer::{Heartbeat, Observer};
-use dsync::{CatalogMode, Lock, PostgresManager};
+use dsync::{CatalogMode, Config, Lock, PostgresManager, Quorum, TakeoverPolicy};
 use serde_json::json;
 
 use crate::args::{Arguments, Output};
@@ -39,8 +39,11 @@ impl Bench {
     pub(crate) fn run(&self, arguments: &Arguments) -> Result<u8, Failure> {
         let key = format!("bench/{}", connect::own_name());
         let (beats, times) = unbounded();
-        let config =
-            || connect::config(&arguments.connection).map(|config| config.catalog(CatalogMode::None));
+        // Whatever the settings say that needs a catalog.
+        let without_catalog = |config: Config| {
+            config.catalog(CatalogMode::None).takeover(TakeoverPolicy::Immediate).quorum(Quorum::Server)
+        };
+        let config = || connect::config(&arguments.connection).map(without_catalog);
         let plain = PostgresManager::connect(
             config()?.heartbeat(Duration::from_millis(10)).observer(Beats(Mutex::new(beats))),
         )?;

@@ -158,5 +158,9 @@ fn the_bench_is_a_small_table() {
         assert!(0.0 < median && median <= p99 && p99 < 30.0, "{row}");
         assert!(row["rounds"] == 20 || row["rounds"] == 2, "{row}");
     }
+    // A setting that needs a catalog is for the row that has one.
+    let mut bench = pgdsync(&["bench", "--rounds=20"]);
+    let strict = run(bench.env("DATABASE_URL", &url).env("DSYNC_TAKEOVER", "after-any-restart")).well();
+    assert!(strict.contains("with a token"), "{strict}");
     assert_eq!(at(&url, &["list"]).well(), "no lock is held or waited for\n");
 }
