@@ -1,4 +1,5 @@
-//! Has the standbys confirm that they still follow the server: one claim asks on its session, for all claims of the manager that wait.
+//! What must be confirmed before a lock or a heartbeat counts: that the standbys still follow the server, and that the server was not stopping
+//! when it granted the lock. One claim asks, for all claims of the manager that wait.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -97,7 +98,7 @@ impl<F> Wait<F> {
 /// What came of it.
 pub(crate) enum Outcome {
     Confirmed,
-    /// The standbys have not confirmed yet, for this reason.
+    /// It is not confirmed yet, for this reason.
     Missing(Refusal),
     /// The claim does not want to wait for it any longer.
     Left,
@@ -105,13 +106,81 @@ pub(crate) enum Outcome {
 
 /// Waits until the standbys have confirmed what was sent at `sent` on this session, for as long as `wait` says. The server must answer
 /// each statement within its patience.
-///
-/// It waits with short pauses, and not on a condition variable: a process may be forked meanwhile.
 pub(crate) fn confirm(
     session: &mut Session,
     confirmations: &Mutex<Confirmations>,
     sent: Moment,
     wait: &Wait<impl Fn() -> bool>,
+) -> Result<Outcome, Failure> {
+    once_for_all(session, confirmations, sent, wait, |session, run| ask(session, confirmations, run, wait))
+}
+
+/// Sees that the server had not begun to stop when it granted what this session holds, by a session that is opened now;
+/// `open` gives none if the server had as many as it may have.
+///
+/// A server that stops ends its sessions one after the other, and may grant the lock of one that it has ended to another, which it ends next.
+/// Before it ends the first it refuses new ones: <https://www.postgresql.org/docs/current/server-shutdown.html>. The session must answer
+/// once more after that, since the new one may be on a server that has stopped and started meanwhile.
+pub(crate) fn see_open(
+    session: &mut Session,
+    openings: &Mutex<Confirmations>,
+    wait: &Wait<impl Fn() -> bool>,
+    open: impl Fn(Instant) -> Result<Option<Session>, Refusal>,
+) -> Result<Outcome, Failure> {
+    const SHORTEST: Duration = Duration::from_millis(10);
+    const LONGEST: Duration = Duration::from_millis(100);
+    once_for_all(session, openings, Moment::now(), wait, |session, run| {
+        let mut asking = Asking::new(openings, run);
+        let mut pause = SHORTEST;
+        loop {
+            let began = Moment::now();
+            let refusal = match open(wait.answer_by()) {
+                Ok(Some(mut other)) => (!other.is_beside(session, wait.answer_by())?).then(elsewhere),
+                // It says so only while it does not stop.
+                Ok(None) => session.heartbeat(wait.answer_by()).map(|()| None)?,
+                Err(refusal) => Some(refusal),
+            };
+            let Some(refusal) = refusal else {
+                asking.began = Some(began);
+                return Ok(Outcome::Confirmed);
+            };
+            openings.lock().heard_of(run, refusal.to_string(), Moment::now());
+            if (wait.leaves)() {
+                return Ok(Outcome::Left);
+            }
+            if Instant::now() >= wait.until {
+                return Ok(Outcome::Missing(refusal));
+            }
+            listen(session, wait)?;
+            thread::sleep(pause);
+            pause = (2 * pause).min(LONGEST);
+        }
+    })
+}
+
+fn elsewhere() -> Refusal {
+    let message = "a session that was opened to see that the server does not stop is on another server; have each host lead to one server, or \
+                   choose another takeover policy";
+    Refusal::new(ErrorKind::SessionUnavailable, message.to_owned())
+}
+
+/// Hears what the server has said meanwhile, since nobody else looks at the session.
+fn listen(session: &mut Session, wait: &Wait<impl Fn() -> bool>) -> Result<(), Failure> {
+    if session.is_over() || session.socket().is_some_and(|socket| socket.has_news()) {
+        session.listen(wait.answer_by())?;
+    }
+    Ok(())
+}
+
+/// Waits until another session has confirmed what came before `since`, or has this one `ask`.
+///
+/// It waits with short pauses, and not on a condition variable: a process may be forked meanwhile.
+fn once_for_all(
+    session: &mut Session,
+    confirmations: &Mutex<Confirmations>,
+    since: Moment,
+    wait: &Wait<impl Fn() -> bool>,
+    ask: impl FnOnce(&mut Session, &str) -> Result<Outcome, Failure>,
 ) -> Result<Outcome, Failure> {
     const SHORTEST: Duration = Duration::from_micros(100);
     const LONGEST: Duration = Duration::from_millis(5);
@@ -120,24 +189,41 @@ pub(crate) fn confirm(
     };
     let mut pause = SHORTEST;
     loop {
-        let part = confirmations.lock().part(&run, sent, Moment::now());
+        let part = confirmations.lock().part(&run, since, Moment::now());
         match part {
             Part::Given => return Ok(Outcome::Confirmed),
-            Part::Ask => return ask(session, confirmations, &run, wait),
+            Part::Ask => return ask(session, &run),
             Part::Wait => {}
         }
         if (wait.leaves)() {
             return Ok(Outcome::Left);
         }
         if Instant::now() >= wait.until {
-            return Ok(missing(&confirmations.lock().obstacle(&run)));
+            return Ok(missing(confirmations.lock().obstacle(&run)));
         }
-        // Nobody else looks at the session meanwhile.
-        if session.is_over() || session.socket().is_some_and(|socket| socket.has_news()) {
-            session.listen(wait.answer_by())?;
-        }
+        listen(session, wait)?;
         thread::sleep(pause);
         pause = (2 * pause).min(LONGEST);
+    }
+}
+
+/// However asking ends, the next one may ask.
+struct Asking<'a> {
+    confirmations: &'a Mutex<Confirmations>,
+    run: &'a str,
+    /// When it began, if it is confirmed.
+    began: Option<Moment>,
+}
+
+impl<'a> Asking<'a> {
+    fn new(confirmations: &'a Mutex<Confirmations>, run: &'a str) -> Self {
+        Self { confirmations, run, began: None }
+    }
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        self.confirmations.lock().end(self.run, self.began);
     }
 }
 
@@ -148,16 +234,9 @@ fn ask(
     run: &str,
     wait: &Wait<impl Fn() -> bool>,
 ) -> Result<Outcome, Failure> {
-    /// However this ends, the next one may ask.
-    struct Asking<'a>(&'a Mutex<Confirmations>, &'a str, Option<Moment>);
-    impl Drop for Asking<'_> {
-        fn drop(&mut self) {
-            self.0.lock().end(self.1, self.2);
-        }
-    }
     const SHORTEST: Duration = Duration::from_micros(200);
     const LONGEST: Duration = Duration::from_millis(20);
-    let mut asking = Asking(confirmations, run, None);
+    let mut asking = Asking::new(confirmations, run);
     let began = Moment::now();
     let place = wait
         .until_not_cancelled(|by| session.last_row(sql::WRITE_RECORD, by))?
@@ -177,9 +256,13 @@ fn ask(
             Err(unnamed) => Some(says_not_who(setting, unnamed)),
         };
         let Some(problem) = problem else {
-            asking.2 = Some(began);
+            asking.began = Some(began);
             return Ok(Outcome::Confirmed);
         };
+        let problem = format!(
+            "the standbys have not confirmed a heartbeat: {problem}; see pg_stat_replication, and start each standby that \
+             synchronous_standby_names names, or take it out there if it cannot be promoted"
+        );
         confirmations.lock().heard_of(run, problem.clone(), Moment::now());
         if (wait.leaves)() {
             return Ok(Outcome::Left);
@@ -187,17 +270,13 @@ fn ask(
         thread::sleep(pause);
         pause = (2 * pause).min(LONGEST);
         if Instant::now() >= wait.until {
-            return Ok(missing(&problem));
+            return Ok(missing(problem));
         }
     }
 }
 
-fn missing(obstacle: &str) -> Outcome {
-    let message = format!(
-        "the standbys have not confirmed a heartbeat: {obstacle}; see pg_stat_replication, and start each standby that \
-         synchronous_standby_names names, or take it out there if it cannot be promoted"
-    );
-    Outcome::Missing(Refusal::new(ErrorKind::SessionUnavailable, message))
+fn missing(obstacle: String) -> Outcome {
+    Outcome::Missing(Refusal::new(ErrorKind::SessionUnavailable, obstacle))
 }
 
 fn is_cancelled(error: &postgres::Error) -> bool {

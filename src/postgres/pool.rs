@@ -25,15 +25,15 @@ use crate::observer::Sessions;
 use crate::pg::catalog;
 use crate::pg::catalog::takeover::{self, Past};
 use crate::pg::config::{CatalogMode, Config};
-use crate::pg::confirm::{self, Wait};
+use crate::pg::confirm::{self, Outcome, Wait};
 use crate::pg::quorum::{Confirmations, Quorum};
-use crate::pg::session::machine::Rhythm;
+use crate::pg::session::machine::{Confirms, Rhythm};
 use crate::pg::session::open::{Session, SessionPlan};
 use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::Failure;
 use crate::pg::sql::Probe;
 use crate::pg::stream::{Dialer, Socket, StreamControl};
-use crate::pg::takeover::{Agreed, GraceLeft, GraceStep, Graces};
+use crate::pg::takeover::{Agreed, GraceLeft, GraceStep, Graces, TakeoverPolicy};
 use crate::pg::watchdog::Watchdog;
 use crate::process::{PerProcess, nonce};
 use crate::telling::Observing;
@@ -62,6 +62,8 @@ pub(crate) struct Pool {
     graces: Mutex<Graces>,
     /// What the standbys have confirmed. Taken with no other mutex.
     confirmations: Mutex<Confirmations>,
+    /// On which servers sessions were opened to see that they do not stop. Taken with no other mutex.
+    openings: Mutex<Confirmations>,
     /// Whether the catalog has been seen to be there, with settings in it that all managers have agreed on, this one among them.
     catalog_ready: AtomicBool,
     /// Whether it has been seen to be there.
@@ -281,6 +283,7 @@ impl Pool {
             },
             graces: Mutex::default(),
             confirmations: Mutex::default(),
+            openings: Mutex::default(),
             catalog_ready: AtomicBool::new(false),
             catalog_seen: AtomicBool::new(false),
             probed: AtomicBool::new(false),
@@ -437,7 +440,7 @@ impl Pool {
         }
         let mut session = self.connect(slot, control)?;
         let by = Instant::now() + self.connect_timeout;
-        if self.confirms() {
+        if self.own.quorum {
             confirm::may_confirm(&mut session, by)
                 .map_err(|refusal| self.during("looked at the standbys", refusal))?;
         }
@@ -610,19 +613,49 @@ impl Pool {
         Ok((!left.is_zero()).then_some((left, is_counted)))
     }
 
-    /// Whether the standbys are to confirm heartbeats.
-    pub(crate) fn confirms(&self) -> bool {
-        self.own.quorum
+    /// What is to be confirmed before it counts.
+    pub(crate) fn confirms(&self) -> Confirms {
+        match self.own {
+            Agreed { quorum: true, .. } => Confirms::All,
+            Agreed { policy: TakeoverPolicy::AfterAnyRestart, .. } => Confirms::Grants,
+            _ => Confirms::Nothing,
+        }
     }
 
-    /// Waits until the standbys have confirmed what was sent at `sent` on this session: see [`confirm::confirm`].
+    /// Waits until what was sent at `sent` on this session is confirmed, by which it may have been `granted` a lock: that the server was not
+    /// stopping then, and that the standbys followed it. See [`confirm`].
     pub(crate) fn confirm(
         &self,
         session: &mut Session,
         sent: Moment,
+        granted: bool,
         wait: &Wait<impl Fn() -> bool>,
-    ) -> std::result::Result<confirm::Outcome, Failure> {
-        confirm::confirm(session, &self.confirmations, sent, wait)
+    ) -> std::result::Result<Outcome, Failure> {
+        if granted && self.own.policy == TakeoverPolicy::AfterAnyRestart {
+            let outcome = confirm::see_open(session, &self.openings, wait, |by| self.open_beside(by))?;
+            if !matches!(outcome, Outcome::Confirmed) {
+                return Ok(outcome);
+            }
+        }
+        if self.own.quorum {
+            return confirm::confirm(session, &self.confirmations, sent, wait);
+        }
+        Ok(Outcome::Confirmed)
+    }
+
+    /// Opens one more session, beside those of the pool; none if the server has as many as it may have.
+    fn open_beside(&self, by: Instant) -> std::result::Result<Option<Session>, Refusal> {
+        let by = by.min(Instant::now() + self.connect_timeout);
+        match Session::open(&self.plan, StreamControl::new(), by) {
+            Ok(session) => {
+                // Without the watchdog's thread each call has a timer of its own.
+                let _ = session.watch_by(&self.watchdog);
+                Ok(Some(session))
+            }
+            // Of several hosts another one may have said so.
+            Err(refusal) if refusal.says_full() && self.plan.dialer.has_one_host() => Ok(None),
+            Err(refusal) => Err(self.during("saw that the server does not stop", refusal)),
+        }
     }
 
     /// What all its sessions have in common.

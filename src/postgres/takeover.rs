@@ -27,8 +27,10 @@ pub enum TakeoverPolicy {
     /// After a clean restart as well. There a manager whose term was the last one of a key is granted that lock as soon as the longest lease
     /// has passed since the beginning of that term: mostly at once.
     ///
-    /// It counts from the restart on. A server that is shut down ends its sessions one after the other; so in its last moment it may grant
-    /// the lock of a session that it has ended to another one, which it ends next.
+    /// Each grant costs a session that is opened and closed: a server that is shut down ends its sessions one after the other, and may grant the
+    /// lock of one that it has ended to another, which it ends next; but it opens none any more. So a claim has its lock when a session was
+    /// opened after the grant, or refused only because there are too many. Many that are granted locks at once share one. Through a pooler, which
+    /// hands out sessions that it has, this shows nothing.
     AfterAnyRestart,
 }
 

@@ -16,7 +16,7 @@ use crate::pg::confirm::{Outcome, Wait};
 use crate::pg::pool::PooledSlot;
 use crate::pg::session::control::SessionControl;
 use crate::pg::session::locks::Answer;
-use crate::pg::session::machine::{self as session, Time, Timing};
+use crate::pg::session::machine::{self as session, Confirms, Time, Timing};
 use crate::pg::session::open::Session;
 use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::Failure;
@@ -178,7 +178,9 @@ impl Engine {
         let event = match action {
             Action::Session(session::Action::Open) => self.open_session(),
             Action::Session(session::Action::Renew { by }) => self.renew(by),
-            Action::Session(session::Action::Confirm { sent, by }) => self.confirm(sent, by),
+            Action::Session(session::Action::Confirm { sent, by, granted }) => {
+                self.confirm(sent, by, granted)
+            }
             Action::Session(session::Action::Close) => self.close_session(),
             Action::Claim(_, claim::Action::Try) => self.try_lock(),
             Action::Claim(_, claim::Action::Queue) => self.queue(),
@@ -309,13 +311,13 @@ impl Engine {
         }
     }
 
-    /// Waits until the standbys have confirmed what was sent at `sent`; for a heartbeat's timeout, and then sends a heartbeat first.
-    fn confirm(&mut self, sent: Time, by: Time) -> Event {
+    /// Waits until what was sent at `sent` is confirmed; for a heartbeat's timeout, and then sends a heartbeat first.
+    fn confirm(&mut self, sent: Time, by: Time, granted: bool) -> Event {
         let (since, until) = (self.moment(sent), self.spec.soon().min(self.at(by)));
         let (pool, claim) = (Arc::clone(&self.spec.pool), Arc::clone(&self.claim));
         let wait = Wait { until, leaves: || claim.is_ending(), patience: self.spec.plan.heartbeat_timeout };
-        claim.announce_unconfirmed(true);
-        match self.on_session(|session, _, _| pool.confirm(session, since, &wait)) {
+        claim.announce_unconfirmed(pool.confirms() == Confirms::All);
+        match self.on_session(|session, _, _| pool.confirm(session, since, granted, &wait)) {
             Ok(Outcome::Confirmed) => {
                 claim.announce_unconfirmed(false);
                 (self.problem, self.logged) = (None, None);

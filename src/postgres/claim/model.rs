@@ -37,7 +37,7 @@ use std::time::Duration;
 use crate::loss::LossReason;
 use crate::pg::claim::lifecycle::{Action, Event, Lifecycle};
 use crate::pg::claim::machine::{self as claim, Machine as Claim, Notice, Obstacle};
-use crate::pg::session::machine::{self as session, Rhythm, Time, Timing};
+use crate::pg::session::machine::{self as session, Confirms, Rhythm, Time, Timing};
 
 use carrier::Carrier;
 use process::{Doing, Process, Worker};
@@ -192,7 +192,7 @@ impl Model {
             // Each tick is one of its times.
             rhythm: Rhythm::of(tick(1), Duration::ZERO),
             begins_fresh: false,
-            confirms: false,
+            confirms: Confirms::Nothing,
         };
         Self {
             timing,

@@ -23,8 +23,8 @@ pub(crate) type Time = Duration;
 ///              Leased ⇄ Renewing ─── lost, or the lease not renewed in time
 /// ```
 ///
-/// Where the standbys are to [confirm](Timing::confirms), it is `Confirming` before it is `Leased`: after a lock was taken, and after
-/// each heartbeat. From there it goes back to `Renewing` if they have not, and is lost as there.
+/// Where more is needed than the server's answer [to count](Confirms), it is `Confirming` before it is `Leased`: after a lock was taken, and
+/// perhaps after each heartbeat. From there it goes back to `Renewing` if that was not to be had, and is lost as there.
 ///
 /// A claim uses the session while it is `Open`, `Leased`, `Renewing` or `Confirming`: see [`claim::machine`](super::super::claim::machine).
 /// The lease is the session's, so it is renewed once for all the locks that are held by it.
@@ -42,8 +42,10 @@ pub(crate) struct Machine {
     /// The session refused a claim something, and is to be closed when that claim has left it; `patient` as in
     /// [`Event::OpenFailed`].
     retiring: Option<Retirement>,
-    /// The standbys have been asked to confirm since they did the last time, and have not.
+    /// A confirmation was asked for since there was one the last time, and was not to be had.
     unconfirmed: bool,
+    /// A lock was taken since then.
+    granted: bool,
     /// Seeds the jitter of the back-off.
     seed: u64,
 }
@@ -61,8 +63,17 @@ pub(crate) struct Timing {
     /// No term begins whose first heartbeat is due already, after a long wait: a heartbeat comes first. For an application
     /// that is warned of one that is overdue.
     pub(crate) begins_fresh: bool,
-    /// A lock that was taken, and a heartbeat, count only when the standbys have confirmed that they still followed the server then.
-    pub(crate) confirms: bool,
+    pub(crate) confirms: Confirms,
+}
+
+/// What counts only when it was confirmed: that the standbys still followed the server then, or that it had not begun to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Confirms {
+    Nothing,
+    /// A lock that was taken.
+    Grants,
+    /// A heartbeat, too.
+    All,
 }
 
 /// The times at which heartbeats are sent: at `offset`, and from then on once each `period`.
@@ -112,7 +123,7 @@ enum State {
     /// It holds a lock, and a heartbeat is due. Without a time the lock was granted so long ago that its term would be over:
     /// a heartbeat must show that it is held still.
     Renewing { renewed: Option<Time> },
-    /// What was sent at `sent` shows that it holds a lock, and the standbys are to confirm that they still followed the server then. As
+    /// What was sent at `sent` shows that it holds a lock, and is to be confirmed. As
     /// for `Renewing`, no term has begun if `renewed` is no time.
     Confirming { renewed: Option<Time>, sent: Time },
     /// The connection is of no use any more and must be closed.
@@ -144,8 +155,9 @@ pub(crate) enum Action {
     Watch { until: Time },
     /// Prove that the session is alive and holds its locks, by then at the latest: `Renewed`, `Lost`.
     Renew { by: Time },
-    /// See that the standbys still followed the server at `sent`, by then at the latest: `Confirmed`, `Unconfirmed`, `Lost`.
-    Confirm { sent: Time, by: Time },
+    /// Have confirmed what was sent at `sent`, by then at the latest; it is, or comes after, what has `granted` a lock, or only a heartbeat:
+    /// `Confirmed`, `Unconfirmed`, `Lost`.
+    Confirm { sent: Time, by: Time, granted: bool },
     /// Close the session without ceremony; if the server has said that it ends it, see whether it has: `Closed`.
     Close,
 }
@@ -169,9 +181,9 @@ pub(crate) enum Event {
     LastLockLeft,
     /// The heartbeat sent at `sent` was answered.
     Renewed { sent: Time },
-    /// The standbys followed the server at `sent`, or later.
+    /// What was sent at `sent` was confirmed.
     Confirmed { sent: Time },
-    /// They have not confirmed it yet.
+    /// It was not yet.
     Unconfirmed,
     /// The connection is over.
     Lost(LossReason),
@@ -192,7 +204,7 @@ pub(crate) enum Notice {
     Unavailable,
     /// What is held by it is held until then at least.
     LeasedUntil(Time),
-    /// A lock that was taken, or a heartbeat, is not confirmed by the standbys yet.
+    /// A lock that was taken, or a heartbeat, is not confirmed yet.
     Unconfirmed,
     /// It is over, and everything that was held by it is lost.
     Lost(LossReason),
@@ -212,6 +224,7 @@ impl Machine {
             has_served: false,
             retiring: None,
             unconfirmed: false,
+            granted: false,
             seed,
         }
     }
@@ -227,7 +240,8 @@ impl Machine {
             // There is no term to lose yet, so the answer has the heartbeat's whole time, whenever the sending is.
             State::Renewing { renewed: None } => Action::Renew { by: Time::MAX },
             State::Confirming { renewed, sent } => {
-                Action::Confirm { sent, by: renewed.map_or(Time::MAX, |renewed| self.term_end(renewed)) }
+                let by = renewed.map_or(Time::MAX, |renewed| self.term_end(renewed));
+                Action::Confirm { sent, by, granted: self.granted }
             }
             State::Closing { .. } => Action::Close,
         }
@@ -240,7 +254,7 @@ impl Machine {
         match (self.state, event) {
             (State::Opening, Event::Opened) => {
                 self.has_served = false;
-                (self.retiring, self.unconfirmed) = (None, false);
+                (self.retiring, self.unconfirmed, self.granted) = (None, false, false);
                 self.state = State::Open;
                 Some(Notice::Ready)
             }
@@ -268,20 +282,22 @@ impl Machine {
                 State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
                 Event::LastLockLeft,
             ) => {
-                self.unconfirmed = false;
+                (self.unconfirmed, self.granted) = (false, false);
                 self.go_to(State::Open)
             }
 
             (State::Leased { renewed }, Event::TimePassed) if now >= self.heartbeat_after(renewed) => {
                 self.go_to(State::Renewing { renewed: Some(renewed) })
             }
-            (State::Renewing { renewed }, Event::Renewed { sent }) if self.timing.confirms => {
+            (State::Renewing { renewed }, Event::Renewed { sent })
+                if self.timing.confirms == Confirms::All || self.granted =>
+            {
                 self.go_to(State::Confirming { renewed, sent })
             }
             (State::Renewing { .. }, Event::Renewed { sent }) => self.renewed(sent, now),
             (State::Confirming { renewed, .. }, Event::Confirmed { sent }) => {
                 // Each standby was promoted later, if it was. So a term that is counted from then is over before its takeover grace is.
-                self.unconfirmed = false;
+                (self.unconfirmed, self.granted) = (false, false);
                 self.lease_from(sent, renewed.is_none(), now)
             }
             // Whoever had to wait for so long asks anew, which also keeps the session from standing idle.
@@ -376,7 +392,12 @@ impl Machine {
     /// Why the time of a term was not prolonged.
     pub(crate) fn why_over(&self) -> LossReason {
         let is_confirming = matches!(self.state, State::Confirming { .. });
-        if is_confirming || self.unconfirmed { LossReason::NotConfirmed } else { LossReason::LeaseNotRenewed }
+        let by_standbys = self.timing.confirms == Confirms::All;
+        if by_standbys && (is_confirming || self.unconfirmed) {
+            LossReason::NotConfirmed
+        } else {
+            LossReason::LeaseNotRenewed
+        }
     }
 
     /// When a heartbeat is due after one that was sent at `renewed`.
@@ -406,7 +427,8 @@ impl Machine {
             | State::Confirming { renewed: Some(renewed), .. } => Some(renewed),
             _ => None,
         };
-        if self.timing.confirms {
+        if self.timing.confirms != Confirms::Nothing {
+            self.granted = true;
             return self.go_to(State::Confirming { renewed: before, sent });
         }
         let is_first = self.state == State::Open;

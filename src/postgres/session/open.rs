@@ -306,6 +306,13 @@ impl Session {
         self.explain(refusal, by)
     }
 
+    /// Whether `other`, which answers once more, is on the same run of the same server.
+    pub(crate) fn is_beside(&mut self, other: &mut Self, by: Instant) -> Result<bool, Failure> {
+        other.heartbeat(by)?;
+        let started = |session: &mut Self| session.identity(by).map(|identity| identity.started);
+        Ok(started(self).is_some_and(|mine| Some(mine) == started(other)))
+    }
+
     fn identity(&mut self, by: Instant) -> Option<Identity> {
         let row = match self.simple_query(sql::IDENTITY, by) {
             Ok(row) => row,

@@ -66,6 +66,11 @@ impl Dialer {
         Self { password, ..self }
     }
 
+    /// Whether there is one host to connect to.
+    pub(crate) fn has_one_host(&self) -> bool {
+        self.plan.config.get_hosts().len() == 1
+    }
+
     /// The names of the hosts.
     pub(crate) fn host_names(&self) -> impl Iterator<Item = &str> {
         self.plan.config.get_hosts().iter().filter_map(|host| match host {

@@ -7,7 +7,7 @@ use super::Engine;
 use crate::loss::LossReason;
 use crate::pg::claim::lifecycle::Event;
 use crate::pg::confirm::{Outcome, Wait};
-use crate::pg::session::machine::{self as session, Time};
+use crate::pg::session::machine::{self as session, Confirms, Time};
 use crate::pg::session::wire::Failure;
 
 impl Engine {
@@ -15,7 +15,7 @@ impl Engine {
     pub(crate) fn serve(&mut self, action: session::Action) {
         let event = match action {
             session::Action::Renew { by } => self.renew(by),
-            session::Action::Confirm { sent, by } => self.confirm(sent, by),
+            session::Action::Confirm { sent, by, granted } => self.confirm(sent, by, granted),
             session::Action::Close => self.close(),
             _ => return,
         };
@@ -45,14 +45,14 @@ impl Engine {
         }
     }
 
-    fn confirm(&mut self, sent: Time, by: Time) -> Event {
+    fn confirm(&mut self, sent: Time, by: Time, granted: bool) -> Event {
         let (since, until) = (self.moment(sent), self.soon().min(self.at(by)));
         self.asked_at = Instant::now();
         let pool = Arc::clone(&self.pool);
         let roll = Arc::clone(&self.roll);
         let wait = Wait { until, leaves: || roll.is_called(), patience: self.plan.heartbeat_timeout };
-        self.announce_unconfirmed(true);
-        match self.session().map(|session| pool.confirm(session, since, &wait)) {
+        self.announce_unconfirmed(pool.confirms() == Confirms::All);
+        match self.session().map(|session| pool.confirm(session, since, granted, &wait)) {
             Some(Ok(Outcome::Confirmed)) => {
                 self.announce_unconfirmed(false);
                 (self.problem, self.logged) = (None, None);

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::*;
 use crate::loss::LossReason;
 use crate::pg::claim::machine::{Action as ClaimAction, End, Event as ClaimEvent, Notice, Obstacle};
-use crate::pg::session::machine::{Action as SessionAction, Event as SessionEvent, Rhythm};
+use crate::pg::session::machine::{Action as SessionAction, Confirms, Event as SessionEvent, Rhythm};
 
 const HEARTBEAT: Duration = Duration::from_secs(5);
 const UNCERTAINTY_WINDOW: Duration = Duration::from_secs(15);
@@ -64,7 +64,7 @@ fn timing() -> Timing {
         heartbeat: HEARTBEAT,
         rhythm: Rhythm::of(s(16), Duration::ZERO),
         begins_fresh: false,
-        confirms: false,
+        confirms: Confirms::Nothing,
     }
 }
 
@@ -208,24 +208,24 @@ fn a_term_that_begins_fresh_has_its_first_heartbeat_before_it_where_the_wait_was
 
 #[test]
 fn a_term_begins_and_goes_on_only_when_the_standbys_have_confirmed() {
-    let timing = Timing { confirms: true, ..timing() };
-    let confirm = |sent, by| Action::Session(SessionAction::Confirm { sent: s(sent), by });
+    let timing = Timing { confirms: Confirms::All, ..timing() };
+    let confirm = |sent, by, granted| Action::Session(SessionAction::Confirm { sent: s(sent), by, granted });
     let confirmed = |sent| Event::Session(SessionEvent::Confirmed { sent: s(sent) });
     let unconfirmed = Event::Session(SessionEvent::Unconfirmed);
     let mut lifecycle = Lifecycle::dedicated(timing, Claim::new(UNCERTAINTY_WINDOW, false), 1);
     lifecycle.handle(OPENED, s(0));
     assert_eq!(tell(&mut lifecycle, granted(0), s(0)), None);
-    assert_eq!(lifecycle.action(), confirm(0, Time::MAX));
+    assert_eq!(lifecycle.action(), confirm(0, Time::MAX, true));
     // Who waits is told, and a heartbeat comes before the next attempt.
     assert_eq!(tell(&mut lifecycle, unconfirmed, s(5)), Some(Notice::Failed));
     assert_eq!(lifecycle.action(), renew(Time::MAX));
     assert_eq!(tell(&mut lifecycle, renewed(5), s(5)), None);
-    assert_eq!(lifecycle.action(), confirm(5, Time::MAX));
+    assert_eq!(lifecycle.action(), confirm(5, Time::MAX, true));
     // The term is counted from the heartbeat, and not from the confirmation.
     assert_eq!(tell(&mut lifecycle, confirmed(5), s(7)), acquired(19));
     tell(&mut lifecycle, TIME_PASSED, s(10));
     assert_eq!(tell(&mut lifecycle, renewed(10), s(10)), None);
-    assert_eq!(lifecycle.action(), confirm(10, s(19)));
+    assert_eq!(lifecycle.action(), confirm(10, s(19), false));
     assert_eq!(tell(&mut lifecycle, unconfirmed, s(15)), None);
     assert_eq!(tell(&mut lifecycle, renewed(15), s(15)), None);
     let mut late = lifecycle.clone();
@@ -235,6 +235,27 @@ fn a_term_begins_and_goes_on_only_when_the_standbys_have_confirmed() {
     tell(&mut lifecycle, TIME_PASSED, s(20));
     assert_eq!(lifecycle.action(), renew(s(29)));
     assert_eq!(tell(&mut lifecycle, renewed(20), s(29)), Some(Notice::Lost(LossReason::LeaseNotRenewed)));
+}
+
+#[test]
+fn where_grants_are_confirmed_a_term_begins_then_and_goes_on_by_heartbeats_alone() {
+    let timing = Timing { confirms: Confirms::Grants, ..timing() };
+    let confirm =
+        |sent| Action::Session(SessionAction::Confirm { sent: s(sent), by: Time::MAX, granted: true });
+    let unconfirmed = Event::Session(SessionEvent::Unconfirmed);
+    let mut lifecycle = Lifecycle::dedicated(timing, Claim::new(UNCERTAINTY_WINDOW, false), 1);
+    lifecycle.handle(OPENED, s(0));
+    assert_eq!(tell(&mut lifecycle, granted(0), s(0)), None);
+    assert_eq!(lifecycle.action(), confirm(0));
+    // A heartbeat that is answered says nothing of how the lock was granted.
+    assert_eq!(tell(&mut lifecycle, unconfirmed, s(5)), Some(Notice::Failed));
+    assert_eq!(tell(&mut lifecycle, renewed(5), s(5)), None);
+    assert_eq!(lifecycle.action(), confirm(5));
+    let confirmed = Event::Session(SessionEvent::Confirmed { sent: s(5) });
+    assert_eq!(tell(&mut lifecycle, confirmed, s(6)), acquired(19));
+    tell(&mut lifecycle, TIME_PASSED, s(10));
+    assert_eq!(tell(&mut lifecycle, renewed(10), s(10)), Some(Notice::Renewed { until: s(24) }));
+    assert_eq!(lifecycle.action(), watch(s(15)));
 }
 
 /// When heartbeats are sent of a session that began `late` after its manager, each `delay` after it is due. All times are the

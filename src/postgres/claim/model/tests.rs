@@ -186,7 +186,7 @@ fn a_holder_of_the_last_moment_that_is_let_back_at_once_is_found() {
 /// A standby is promoted while the primary lives on, and confirms heartbeats until then.
 fn split() -> Model {
     let sound = Model::new();
-    let timing = Timing { confirms: true, ..sound.timing };
+    let timing = Timing { confirms: Confirms::All, ..sound.timing };
     Model { timing, only_splits: true, horizon: LEASE + 2, ..sound }
 }
 
@@ -206,7 +206,7 @@ fn there_are_never_two_holders_though_a_standby_is_promoted_in_a_larger_world() 
 
 #[test]
 fn heartbeats_that_an_old_primary_answers_by_itself_are_found() {
-    let timing = Timing { confirms: false, ..split().timing };
+    let timing = Timing { confirms: Confirms::Nothing, ..split().timing };
     assert!(broken(Model { timing, ..split() }).contains("both believe to hold the lock"));
     assert!(broken(split().with(Flaw::ConfirmationReused)).contains("both believe to hold the lock"));
     assert!(broken(split().with(Flaw::GraceTooShort)).contains("both believe to hold the lock"));

@@ -246,7 +246,9 @@ fn nothing_is_uncertain_of_a_claim_that_left_nothing_on_the_session_when_that_en
 #[test]
 fn a_carrier_counts_its_claims_and_tells_each_of_its_loss_whatever_happens() {
     const CLAIMS: usize = 4;
-    for (seed, confirms) in (0..60).flat_map(|seed| [(seed, false), (seed, true)]) {
+    for (seed, confirms) in (0..60).flat_map(|seed| {
+        [Confirms::Nothing, Confirms::Grants, Confirms::All].map(|confirms| (seed, confirms))
+    }) {
         let mut rng = fastrand::Rng::with_seed(seed);
         let timing = Timing { confirms, ..timing() };
         let new = |rng: &mut fastrand::Rng| Claim::new(UNCERTAINTY_WINDOW, rng.bool());
