@@ -150,7 +150,8 @@ impl<'a> Task<'a> {
                 .try_for_each(|major| on_version(*major, &Cargo::default(), &["test", "--workspace"])),
             Self::Ci => {
                 // By this variable a test knows that it must not skip itself.
-                let cargo = Cargo::default().env("CI", "true");
+                // Nothing is compiled a second time.
+                let cargo = Cargo::default().env("CI", "true").env("CARGO_INCREMENTAL", "0");
                 lint(&cargo)?;
                 gates::packages(&cargo)?;
                 test(&cargo)?;
