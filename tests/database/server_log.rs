@@ -227,22 +227,32 @@ fn a_wait_for_a_fenced_transaction_leaves_no_line() {
 
 #[test]
 fn the_release_of_a_claim_that_waits_leaves_no_line() {
+    /// A cancel request that is not heeded for so long is sent again, and may hit what comes after the wait.
+    const IN_TIME: Duration = Duration::from_millis(50);
     let server = Server::start().unwrap();
     in_both_modes(|mode| {
         let mut scene = Scene::set(&server);
         let manager = started(scene.config().catalog(mode).wait_slice(LONG_SLICE));
         let _holder = scene.hold(7);
-        for _ in 0..5 {
+        let (mut in_time, mut rounds) = (0, 0);
+        while in_time < 5 {
+            rounds += 1;
+            assert!(rounds < 50, "a release takes longer than {IN_TIME:?} nearly always");
+            scene.before = server.log().len();
             let (x, waiting) = waits_in(&manager, 7.into());
             scene.becomes_queue(1);
             let begun = Instant::now();
             x.release().unwrap();
-            println!("released within {:?}", begun.elapsed());
+            let took = begun.elapsed();
+            println!("released within {took:?}");
             assert_eq!(kind(waiting.get()), ErrorKind::Released);
             scene.becomes_queue(0);
+            if took < IN_TIME {
+                in_time += 1;
+                scene.log_is_quiet();
+            }
         }
         assert_eq!(scene.held(), 1, "the one of the holder by hand");
-        scene.log_is_quiet();
     });
 }
 

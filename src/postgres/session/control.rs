@@ -106,8 +106,10 @@ impl SessionControl {
     /// Ends this wait for the lock, and no later one. Blocks until `by` at the latest; if the wait is not over then, it can be
     /// ended by a kill only. Gives `false` in that case.
     pub(crate) fn cancel_slice(&self, number: u64, by: Instant) -> bool {
-        /// A request that finds the session idle has no effect, and the slice may not have reached the server yet.
-        const AGAIN_AFTER: Duration = Duration::from_millis(20);
+        /// A request that finds the session idle has no effect, and the slice may not have reached the server yet. One that is sent again
+        /// may hit what ends the slice, which the server logs: so a busy server is given more and more time.
+        const AGAIN_AFTER: Duration = Duration::from_millis(50);
+        let mut again_after = AGAIN_AFTER;
         let mut state = self.state.lock();
         match state.slice {
             // A request that was sent before may have had no effect.
@@ -128,7 +130,8 @@ impl SessionControl {
                 log::debug!("could not cancel a wait, so its session will be closed: {}", chain(&error));
                 return true;
             }
-            self.changed.wait_for(&mut state, AGAIN_AFTER);
+            self.changed.wait_for(&mut state, again_after);
+            again_after *= 2;
             if state.slices != number || !matches!(state.slice, Slice::Cancelled { .. }) {
                 return true;
             }
