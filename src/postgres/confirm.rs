@@ -115,32 +115,40 @@ pub(crate) fn confirm(
     once_for_all(session, confirmations, sent, wait, |session, run| ask(session, confirmations, run, wait))
 }
 
-/// Sees that the server had not begun to stop when it granted what this session holds, by a session that is opened now;
-/// `open` gives none if the server had as many as it may have.
+/// Sees that the server had not begun to stop when it granted what this session holds: by a newcomer at the same address, which it would
+/// refuse then.
 ///
 /// A server that stops ends its sessions one after the other, and may grant the lock of one that it has ended to another, which it ends next.
 /// Before it ends the first it refuses new ones: <https://www.postgresql.org/docs/current/server-shutdown.html>. The session must answer
-/// once more after that, since the new one may be on a server that has stopped and started meanwhile.
+/// once more after that, since the newcomer may have met a server that has stopped and started meanwhile.
 pub(crate) fn see_open(
     session: &mut Session,
     openings: &Mutex<Confirmations>,
     wait: &Wait<impl Fn() -> bool>,
-    open: impl Fn(Instant) -> Result<Option<Session>, Refusal>,
 ) -> Result<Outcome, Failure> {
-    const SHORTEST: Duration = Duration::from_millis(10);
-    const LONGEST: Duration = Duration::from_millis(100);
+    const TICK: Duration = Duration::from_millis(5);
+    /// A server that refuses newcomers is asked again for so long before the claim is told why it waits.
+    const PATIENCE: Duration = Duration::from_millis(250);
     once_for_all(session, openings, Moment::now(), wait, |session, run| {
         let mut asking = Asking::new(openings, run);
-        let mut pause = SHORTEST;
+        let until = wait.until.min(Instant::now() + PATIENCE);
         loop {
             let began = Moment::now();
-            let refusal = match open(wait.answer_by()) {
-                Ok(Some(mut other)) => (!other.is_beside(session, wait.answer_by())?).then(elsewhere),
-                // It says so only while it does not stop.
-                Ok(None) => session.heartbeat(wait.answer_by()).map(|()| None)?,
-                Err(refusal) => Some(refusal),
-            };
-            let Some(refusal) = refusal else {
+            let knock = session.knock(wait.answer_by());
+            let outcome = knock.map_err(Refusal::from_dial).and_then(|knock| {
+                loop {
+                    match knock.wait(TICK) {
+                        Some(Err(_)) if Instant::now() >= wait.until => return Err(silent()),
+                        Some(outcome) => return outcome.map_err(Refusal::from_dial),
+                        None if (wait.leaves)() || Instant::now() >= wait.until || has_news(session) => {
+                            return Err(silent());
+                        }
+                        None => openings.lock().heard_of(run, silent().to_string(), Moment::now()),
+                    }
+                }
+            });
+            let Err(refusal) = outcome else {
+                session.heartbeat(wait.answer_by())?;
                 asking.began = Some(began);
                 return Ok(Outcome::Confirmed);
             };
@@ -148,25 +156,27 @@ pub(crate) fn see_open(
             if (wait.leaves)() {
                 return Ok(Outcome::Left);
             }
-            if Instant::now() >= wait.until {
+            if Instant::now() >= until {
                 return Ok(Outcome::Missing(refusal));
             }
             listen(session, wait)?;
-            thread::sleep(pause);
-            pause = (2 * pause).min(LONGEST);
+            thread::sleep(TICK * 10);
         }
     })
 }
 
-fn elsewhere() -> Refusal {
-    let message = "a session that was opened to see that the server does not stop is on another server; have each host lead to one server, or \
-                   choose another takeover policy";
+fn silent() -> Refusal {
+    let message = "the server has granted the lock, and does not answer newcomers, by which it would show that it is not stopping";
     Refusal::new(ErrorKind::SessionUnavailable, message.to_owned())
+}
+
+fn has_news(session: &Session) -> bool {
+    session.is_over() || session.socket().is_some_and(|socket| socket.has_news())
 }
 
 /// Hears what the server has said meanwhile, since nobody else looks at the session.
 fn listen(session: &mut Session, wait: &Wait<impl Fn() -> bool>) -> Result<(), Failure> {
-    if session.is_over() || session.socket().is_some_and(|socket| socket.has_news()) {
+    if has_news(session) {
         session.listen(wait.answer_by())?;
     }
     Ok(())

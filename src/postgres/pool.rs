@@ -632,7 +632,7 @@ impl Pool {
         wait: &Wait<impl Fn() -> bool>,
     ) -> std::result::Result<Outcome, Failure> {
         if granted && self.own.policy == TakeoverPolicy::AfterAnyRestart {
-            let outcome = confirm::see_open(session, &self.openings, wait, |by| self.open_beside(by))?;
+            let outcome = confirm::see_open(session, &self.openings, wait)?;
             if !matches!(outcome, Outcome::Confirmed) {
                 return Ok(outcome);
             }
@@ -641,21 +641,6 @@ impl Pool {
             return confirm::confirm(session, &self.confirmations, sent, wait);
         }
         Ok(Outcome::Confirmed)
-    }
-
-    /// Opens one more session, beside those of the pool; none if the server has as many as it may have.
-    fn open_beside(&self, by: Instant) -> std::result::Result<Option<Session>, Refusal> {
-        let by = by.min(Instant::now() + self.connect_timeout);
-        match Session::open(&self.plan, StreamControl::new(), by) {
-            Ok(session) => {
-                // Without the watchdog's thread each call has a timer of its own.
-                let _ = session.watch_by(&self.watchdog);
-                Ok(Some(session))
-            }
-            // Of several hosts another one may have said so.
-            Err(refusal) if refusal.says_full() && self.plan.dialer.has_one_host() => Ok(None),
-            Err(refusal) => Err(self.during("saw that the server does not stop", refusal)),
-        }
     }
 
     /// What all its sessions have in common.

@@ -27,10 +27,10 @@ pub enum TakeoverPolicy {
     /// After a clean restart as well. There a manager whose term was the last one of a key is granted that lock as soon as the longest lease
     /// has passed since the beginning of that term: mostly at once.
     ///
-    /// Each grant costs a session that is opened and closed: a server that is shut down ends its sessions one after the other, and may grant the
-    /// lock of one that it has ended to another, which it ends next; but it opens none any more. So a claim has its lock when a session was
-    /// opened after the grant, or refused only because there are too many. Many that are granted locks at once share one. Through a pooler, which
-    /// hands out sessions that it has, this shows nothing.
+    /// Each grant costs a connection: a server that is shut down ends its sessions one after the other, and may grant the lock of one that it has
+    /// ended to another, which it ends next; but it refuses newcomers by then. So a claim has its lock when a newcomer at the same
+    /// address was asked for a password after the grant, or let in, or refused for another reason. Locks that are granted at once share that.
+    /// Through a pooler, which answers by itself, it shows nothing.
     AfterAnyRestart,
 }
 

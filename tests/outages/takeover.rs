@@ -11,6 +11,7 @@ use dsync::{
 };
 use parking_lot::Mutex;
 use support::netns::Direction;
+use support::pgbouncer::{self, PoolMode};
 use support::process::{self as system, Signal};
 use support::{Replication, Server, Shutdown};
 
@@ -443,6 +444,47 @@ fn a_lock_that_the_server_grants_in_its_last_moment_is_nobody_s(shared_sessions:
     guard.release().unwrap();
     eventually("the other lock", || is_held(&other));
     other.release().unwrap();
+}
+
+/// A smart shutdown takes no new sessions, and waits for those that there are.
+#[test]
+fn a_lock_that_cannot_be_confirmed_costs_none_that_is_held_on_its_session() {
+    let server = Server::start().unwrap();
+    let manager = started(settings("it", &server.url(), TakeoverPolicy::AfterAnyRestart).shared_sessions(1));
+    let (held, wanted) = (lock(&manager, "k0"), lock(&manager, "k1"));
+    held.lock(&soon()).unwrap();
+    let lost = held.lost();
+    system::signal(server.postmaster_pid().unwrap(), Signal::Terminate).unwrap();
+    eventually("no new sessions", || server.client().is_err());
+    let failure = wanted.lock(&Context::timeout(LEASE)).unwrap_err();
+    assert!(failure.to_string().contains("shutting down"), "{failure}");
+    let begun = Instant::now();
+    wanted.release().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert!(!lost.wait_timeout(LEASE), "{:?}", held.last_loss());
+    manager.stop().unwrap();
+}
+
+/// A role that has as many sessions as it may have, or a pooler that gives it one, is no server that stops.
+#[test]
+fn a_lock_is_confirmed_where_there_may_be_no_other_session() {
+    let server = Server::start().unwrap();
+    let policy = TakeoverPolicy::AfterAnyRestart;
+    drop(started(settings("first", &server.url(), policy)));
+    let operator = &mut server.client().unwrap();
+    operator.batch_execute("CREATE ROLE single LOGIN CONNECTION LIMIT 1; GRANT postgres TO single").unwrap();
+    let mut urls = vec![
+        format!("postgres://single@127.0.0.1:{},127.0.0.1:1/postgres", server.port()),
+        format!("hostaddr=127.0.0.1 port={} user=single dbname=postgres", server.port()),
+    ];
+    let pooler = (!support::skip_without(pgbouncer::available()))
+        .then(|| pgbouncer::start_with(&server, PoolMode::Session, &[("default_pool_size", "1")]).unwrap());
+    urls.extend(pooler.as_ref().map(|pooler| pooler.url("postgres")));
+    for url in urls {
+        let manager = started(Config::from_url(&url).unwrap().lease(LEASE).takeover(policy).max_sessions(1));
+        lock(&manager, "k0").acquire(PATIENCE).unwrap().release().unwrap();
+        manager.stop().unwrap();
+    }
 }
 
 /// Whoever had one of the other permits a moment ago, or shared the lock too, is not let back before those that are cut off have lost theirs.

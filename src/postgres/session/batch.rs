@@ -96,11 +96,12 @@ impl Session {
             let busy = |place: &usize| orders[*place].deed().is_none() && done[*place] == Done::Busy;
             late = (0..orders.len()).filter(busy).collect();
         }
-        let mut pauses = [0, 1, 2, 4, 8, 16].into_iter().map(Duration::from_millis);
-        while !late.is_empty()
-            && let Some(pause) = pauses.next()
-        {
+        // Others' statements wait for this.
+        const LATE_FOR: Duration = Duration::from_millis(20);
+        let (begun, mut pause) = (Instant::now(), Duration::from_micros(500));
+        while !late.is_empty() && begun.elapsed() < LATE_FOR && Instant::now() + LATE_FOR < by {
             thread::sleep(pause);
+            pause *= 2;
             let again: Vec<_> = late.iter().map(|place| orders[*place]).collect();
             let now = self.carry_once(&again, by)?;
             for (place, now) in late.iter().zip(now.done) {

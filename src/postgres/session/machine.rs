@@ -292,6 +292,9 @@ impl Machine {
             (State::Renewing { renewed }, Event::Renewed { sent })
                 if self.timing.confirms == Confirms::All || self.granted =>
             {
+                // What was confirmed before goes on by heartbeats alone, unless these are to be confirmed, too.
+                let by_itself = self.timing.confirms == Confirms::Grants;
+                let renewed = if by_itself { renewed.map(|_| sent) } else { renewed };
                 self.go_to(State::Confirming { renewed, sent })
             }
             (State::Renewing { .. }, Event::Renewed { sent }) => self.renewed(sent, now),

@@ -17,7 +17,7 @@ use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::{Failure, GOODBYE, Wire};
 use crate::pg::sql::schema::Schema;
 use crate::pg::sql::{self, Probe};
-use crate::pg::stream::{Dialer, NotReady, Socket, StreamControl};
+use crate::pg::stream::{DialError, Dialer, Knock, NotReady, Socket, StreamControl};
 use crate::pg::watchdog::Watchdog;
 use crate::process::nonce;
 
@@ -306,11 +306,9 @@ impl Session {
         self.explain(refusal, by)
     }
 
-    /// Whether `other`, which answers once more, is on the same run of the same server.
-    pub(crate) fn is_beside(&mut self, other: &mut Self, by: Instant) -> Result<bool, Failure> {
-        other.heartbeat(by)?;
-        let started = |session: &mut Self| session.identity(by).map(|identity| identity.started);
-        Ok(started(self).is_some_and(|mine| Some(mine) == started(other)))
+    /// Sees whether its server takes new sessions.
+    pub(crate) fn knock(&self, by: Instant) -> Result<Knock, DialError> {
+        self.dialer.knock(self.stream(), by)
     }
 
     fn identity(&mut self, by: Instant) -> Option<Identity> {

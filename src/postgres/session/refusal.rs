@@ -64,12 +64,8 @@ impl Refusal {
 
     /// Whether waiting may help, without anyone changing a setting.
     pub(crate) fn is_curable(&self) -> bool {
-        self.kind == ErrorKind::SessionUnavailable || self.says_full()
-    }
-
-    /// Whether the server has as many sessions as it may have.
-    pub(crate) fn says_full(&self) -> bool {
-        self.kind == ErrorKind::PoolExhausted && self.cause.is_some()
+        self.kind == ErrorKind::SessionUnavailable
+            || self.kind == ErrorKind::PoolExhausted && self.cause.is_some()
     }
 
     /// Whether all slots are taken.

@@ -7,7 +7,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize};
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -110,6 +110,8 @@ struct Shared {
     socket: Mutex<Option<Socket>>,
     /// What a kill ends as well.
     companion: Mutex<Option<StreamControl>>,
+    /// By which of the dialer's routes it was opened.
+    route: AtomicUsize,
 }
 
 const LIVE: u8 = 0;
@@ -138,6 +140,7 @@ impl StreamControl {
                 waker: AtomicWaker::new(),
                 socket: Mutex::new(None),
                 companion: Mutex::new(None),
+                route: AtomicUsize::new(0),
             }),
         }
     }
@@ -213,6 +216,15 @@ impl StreamControl {
     /// The socket of the session, while there is one.
     pub(crate) fn socket(&self) -> Option<Socket> {
         self.shared.socket.lock().clone()
+    }
+
+    /// By which of the dialer's routes it was opened last.
+    pub(super) fn route(&self) -> usize {
+        self.shared.route.load(SeqCst)
+    }
+
+    pub(super) fn set_route(&self, route: usize) {
+        self.shared.route.store(route, SeqCst);
     }
 
     /// The address at the other end of a TCP connection.

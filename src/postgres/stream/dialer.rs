@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use postgres::config::{Host, LoadBalanceHosts, SslMode, SslNegotiation};
+use postgres::error::SqlState;
 use postgres::{CancelToken, Client, Config};
 use r2d2::ManageConnection;
 use r2d2_postgres::PostgresConnectionManager;
@@ -64,11 +65,6 @@ impl Dialer {
     /// Has the hook asked for the password of each session, if there is one.
     pub(crate) fn with_password(self, password: Option<Password>) -> Self {
         Self { password, ..self }
-    }
-
-    /// Whether there is one host to connect to.
-    pub(crate) fn has_one_host(&self) -> bool {
-        self.plan.config.get_hosts().len() == 1
     }
 
     /// The names of the hosts.
@@ -197,6 +193,7 @@ impl Dialer {
         until: Instant,
         progress: &mut Option<Arc<Progress>>,
     ) -> Result<Client, BoxedError> {
+        control.set_route(index);
         let password = self.password.as_ref().map(|hook| hook.ask(control, until)).transpose()?;
         let decoy = self.plan.decoy.address().map_err(|error| Local::Loopback(error.into()))?;
         let turn = self.plan.decoy.reserve().map_err(Local::Descriptors)?;
@@ -207,7 +204,9 @@ impl Dialer {
         let mut config = self.single_host(index, decoy, time);
         if let Some(password) = password {
             config.password(password);
-        } else if let (Some(passwords), None) = (&self.passwords, config.get_password())
+        } else if let Some(password) = self.plan.config.get_password() {
+            config.password(password);
+        } else if let Some(passwords) = &self.passwords
             && let Some(password) = passwords.password_for(&self.plan.routes[index])
         {
             config.password(password);
@@ -230,7 +229,7 @@ impl Dialer {
         }
     }
 
-    /// The user's configuration with the host `index` alone, at the `decoy`, and our hook switched on.
+    /// The user's configuration with the host `index` alone, at the `decoy`, without a password, and our hook switched on.
     fn single_host(&self, index: usize, decoy: SocketAddr, connect_timeout: Duration) -> Config {
         let from = &self.plan.config;
         let mut to = Config::new();
@@ -246,9 +245,6 @@ impl Dialer {
         if let Some(user) = from.get_user() {
             to.user(user);
         }
-        if let Some(password) = from.get_password() {
-            to.password(password);
-        }
         if let Some(dbname) = from.get_dbname() {
             to.dbname(dbname);
         }
@@ -259,6 +255,45 @@ impl Dialer {
             to.application_name(application_name);
         }
         to
+    }
+
+    /// Sees, on a thread of its own, whether the server of the session with this control takes new sessions: whether it has asked a newcomer for
+    /// a password, has let one in, or has refused it for another reason than that it stops. No password is given.
+    ///
+    /// # Errors
+    /// When no thread could be started, or no socket opened.
+    pub(crate) fn knock(&self, session: &StreamControl, deadline: Instant) -> Result<Knock, DialError> {
+        let (index, address) = (session.route(), session.peer());
+        let Some(route) = self.plan.routes.get(index) else {
+            return Err(DialError::one(KNOCK, DRIVER_PANICKED));
+        };
+        let at = route.at(address);
+        let decoy = self.plan.decoy.address();
+        let decoy = decoy.map_err(|error| DialError::one(KNOCK, Local::Loopback(error.into())))?;
+        let turn =
+            self.plan.decoy.reserve().map_err(|error| DialError::one(KNOCK, Local::Descriptors(error)))?;
+        let control = StreamControl::new();
+        control.set_deadline(Some(deadline));
+        let connector =
+            Connector::new(Arc::clone(&self.plan), address, control.clone(), Role::Session, deadline, turn);
+        let progress = connector.progress();
+        let config = self.single_host(index, decoy, deadline.saturating_duration_since(Instant::now()));
+        let (done, outcome) = mpsc::sync_channel(1);
+        thread::Builder::new()
+            .name("dsync-knock".into())
+            .spawn(move || {
+                let manager = PostgresConnectionManager::new(config, connector);
+                let opened = catch_unwind(AssertUnwindSafe(|| manager.connect().map(drop)));
+                let outcome = match opened {
+                    Ok(Err(error)) if !is_answer(&error, &progress) => Err(DialError::one(&at, own(error))),
+                    Ok(_) => Ok(()),
+                    Err(_) => Err(DialError::one(&at, DRIVER_PANICKED)),
+                };
+                // Nobody listens any more if it is not wanted.
+                let _ = done.send(outcome);
+            })
+            .map_err(|error| DialError::one(KNOCK, error))?;
+        Ok(Knock { control, outcome })
     }
 
     /// Cancels the statement that the session with this control and token is running; done when the server has sent the
@@ -306,6 +341,46 @@ impl Dialer {
         }
     }
 }
+
+const KNOCK: &str = "a look at whether the server stops";
+
+/// A [knock](Dialer::knock) that is under way. It is given up when this is dropped.
+pub(crate) struct Knock {
+    control: StreamControl,
+    outcome: mpsc::Receiver<Result<(), DialError>>,
+}
+
+impl Knock {
+    /// What came of it, if that is known within this time.
+    pub(crate) fn wait(&self, time: Duration) -> Option<Result<(), DialError>> {
+        match self.outcome.recv_timeout(time) {
+            Ok(outcome) => Some(outcome),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => Some(Err(DialError::one(KNOCK, DRIVER_PANICKED))),
+        }
+    }
+}
+
+impl Drop for Knock {
+    fn drop(&mut self) {
+        self.control.kill();
+    }
+}
+
+/// Whether the server has shown that it does not stop: it says no more than that to a newcomer while it does.
+fn is_answer(error: &postgres::Error, progress: &Progress) -> bool {
+    match error.as_db_error() {
+        Some(refused) => *refused.code() != SqlState::CANNOT_CONNECT_NOW,
+        // What the driver says by itself when it is asked for a password, and not of the connection.
+        None => {
+            progress.step() == Step::LogIn
+                && error.source().is_some_and(|source| source.to_string() == NO_PASSWORD)
+        }
+    }
+}
+
+/// What the driver says then.
+const NO_PASSWORD: &str = "password missing";
 
 /// The hosts of a configuration, paired with their addresses and ports by the driver's rules.
 fn routes(config: &Config) -> Result<Vec<Route>, String> {
