@@ -28,7 +28,8 @@ impl Resign {
         if manager.request_resignation(self.key.clone())? {
             out::print([
                 format!("asked whoever has {name} to resign"),
-                "a leader does so in a moment; others, such as `pgdsync run`, do not listen".to_owned(),
+                "a leader hears of it with its next heartbeat; others, such as `pgdsync run`, do not listen"
+                    .to_owned(),
             ])?;
             return Ok(0);
         }
