@@ -487,6 +487,16 @@ fn a_lock_is_confirmed_where_there_may_be_no_other_session() {
     }
 }
 
+/// The question for a password is answer enough, and is not answered.
+#[test]
+fn a_lock_is_confirmed_where_a_password_is_asked_for() {
+    let server = Server::builder().password_auth().start().unwrap();
+    let config = Config::from_url(&server.url()).unwrap().lease(LEASE);
+    let manager = started(config.takeover(TakeoverPolicy::AfterAnyRestart));
+    lock(&manager, "k0").acquire(PATIENCE).unwrap().release().unwrap();
+    assert!(!server.log().contains("password authentication failed"), "{}", server.log());
+}
+
 /// Whoever had one of the other permits a moment ago, or shared the lock too, is not let back before those that are cut off have lost theirs.
 #[test]
 fn nobody_is_granted_a_permit_or_has_readers_for_company_as_a_writer_before_the_end_of_the_grace() {
