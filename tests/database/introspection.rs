@@ -311,12 +311,16 @@ fn what_is_told_agrees_with_the_server_s_own_list_of_locks() {
         thread::sleep(Duration::from_millis(30));
         support::process::signal(child.id(), Signal::Stop).unwrap();
         // What the load had sent may still be on its way. A look counts if nothing has moved before it was over.
-        let (mut server, mut told) = (Picture::default(), Told::default());
+        let (mut server, mut told, frozen) = (Picture::default(), Told::default(), Instant::now());
         eventually("the server to settle", || {
             let before = Picture::take(&mut client);
             told = Told::ask(&manager, &mut client);
             server = Picture::take(&mut client);
-            server.still && before == server
+            let is_still = server.busy.is_empty() && before == server;
+            if !is_still && frozen.elapsed() > PATIENCE / 2 {
+                println!("same: {}, busy: {:?}", before == server, server.busy);
+            }
+            is_still
         });
         let Picture { locks, waiters, .. } = server;
         let holders = |views: &[LockView]| -> Sessions {
@@ -380,8 +384,8 @@ struct Picture {
     locks: Sessions,
     waiters: Sessions,
     rows: Vec<(String, i64)>,
-    /// No session is at work, but for those that wait in vain.
-    still: bool,
+    /// The sessions that are at work, but for those that wait in vain, or for the rest of what a frozen client was sending.
+    busy: Vec<String>,
 }
 
 impl Picture {
@@ -395,8 +399,10 @@ impl Picture {
              ORDER BY key, waitstart, pid",
             number = number_of("'key ' || n")
         );
-        let busy = "SELECT count(*) FROM pg_stat_activity AS session
+        let busy = "SELECT format('%s %s %s: %s', application_name, wait_event_type, wait_event, query)
+                    FROM pg_stat_activity AS session
                     WHERE datname = current_database() AND state = 'active' AND pid <> pg_backend_pid()
+                    AND backend_type = 'client backend' AND wait_event IS DISTINCT FROM 'ClientRead'
                     AND NOT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND pg_locks.pid = session.pid)";
         let mut picture = Self::default();
         for row in client.query(&locks, &[]).unwrap() {
@@ -405,7 +411,7 @@ impl Picture {
         }
         let rows = client.query("SELECT key, token FROM dsync.lock ORDER BY key", &[]).unwrap();
         picture.rows = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-        picture.still = client.query_one(busy, &[]).unwrap().get::<_, i64>(0) == 0;
+        picture.busy = client.query(busy, &[]).unwrap().iter().map(|row| row.get(0)).collect();
         picture
     }
 }

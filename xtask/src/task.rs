@@ -192,33 +192,21 @@ fn lint(cargo: &Cargo) -> Result<(), String> {
     cargo.run(&["doc", "--workspace", "--all-features", "--no-deps"])
 }
 
-/// What needs one version of the database and what needs another one go side by side, since the one compiles while the other one waits.
 fn ci() -> Result<(), String> {
     // By this variable a test knows that it must not skip itself. Nothing is compiled a second time.
     let cargo = Cargo::default().env("CI", "true").env("CARGO_INCREMENTAL", "0");
     lint(&cargo)?;
     gates::packages(&cargo)?;
-    waiting(&cargo).run(&ALL_TESTS)?;
-    thread::scope(|scope| {
-        let on_versions = scope.spawn(|| {
-            let ends = [MAJORS[0], MAJORS[MAJORS.len() - 1]];
-            ends.into_iter().try_for_each(|major| on_version(major, &cargo, &ON_EACH_VERSION))
-        });
-        let of_tls = tests_of_tls(&cargo).and_then(|()| {
-            TLS.iter().try_for_each(|features| on_version(DIRECT_TLS, &cargo, &tls(features, "tls::direct")))
-        });
-        of_tls.and(on_versions.join().unwrap_or_else(|_| Err("a thread has panicked".to_owned())))
-    })
+    test(&cargo)?;
+    let ends = [MAJORS[0], MAJORS[MAJORS.len() - 1]];
+    ends.into_iter().try_for_each(|major| on_version(major, &cargo, &ON_EACH_VERSION))?;
+    TLS.iter().try_for_each(|features| on_version(DIRECT_TLS, &cargo, &tls(features, "tls::direct")))
 }
 
 /// All of them, and those of TLS with each feature.
 fn test(cargo: &Cargo) -> Result<(), String> {
     // With all features, of which for TLS the system's own is used then.
     waiting(cargo).run(&ALL_TESTS)?;
-    tests_of_tls(cargo)
-}
-
-fn tests_of_tls(cargo: &Cargo) -> Result<(), String> {
     TLS.iter().try_for_each(|features| cargo.run(&tls(features, "tls::")))
 }
 
