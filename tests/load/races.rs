@@ -38,6 +38,36 @@ fn pause(duration: Duration) {
     }
 }
 
+/// What came first in a round: what the test does to the lock, or what befalls it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum First {
+    Ours,
+    Theirs,
+}
+
+/// The pause before what the test does. How long what befalls the lock takes is the machine's affair, so the pause gets longer where the
+/// test was first, and shorter where it was not: either comes first in about half of the rounds.
+struct Aim {
+    most: Duration,
+}
+
+impl Aim {
+    fn microseconds(most: u64) -> Self {
+        Self { most: Duration::from_micros(most) }
+    }
+
+    fn pause(&self, dice: &mut Dice) -> Duration {
+        dice.microseconds(u64::try_from(self.most.as_micros()).unwrap().max(1))
+    }
+
+    fn learn(&mut self, first: First) {
+        match first {
+            First::Ours => self.most = self.most * 9 / 8,
+            First::Theirs => self.most = self.most * 8 / 9,
+        }
+    }
+}
+
 /// One lock, and an operator who looks at it.
 struct Bench {
     number: i64,
@@ -96,24 +126,28 @@ impl Bench {
     }
 }
 
+/// How often each came first, and how the call that raced ended.
 type Outcomes = BTreeMap<String, usize>;
 
 fn outcome<T>(result: Result<T, Error>) -> String {
     result.map_or_else(|error| format!("{:?}", error.kind()), |_| "Ok".to_owned())
 }
 
-/// Plays a thousand rounds, in several threads.
-fn play(what: &str, rounds: fn(&mut Bench, usize, &mut Outcomes)) {
+/// Plays a thousand rounds, in several threads. `aim` is for the first of them.
+fn play(what: &str, aim: u64, round: fn(&mut Bench, usize, Duration) -> (First, String)) {
     let server = Server::builder().max_connections(100).start().unwrap();
     let database = server.database().unwrap();
     let workers: Vec<_> = (0..WORKERS)
         .map(|worker| {
             let mut bench = Bench::new(&database, worker);
             begin(move || {
-                let mut outcomes = Outcomes::new();
-                for round in 0..ROUNDS.div_ceil(WORKERS) {
-                    rounds(&mut bench, round, &mut outcomes);
-                    bench.all_is_well(round);
+                let (mut aim, mut outcomes) = (Aim::microseconds(aim), Outcomes::new());
+                for number in 0..ROUNDS.div_ceil(WORKERS) {
+                    let pause = aim.pause(&mut bench.dice);
+                    let (first, outcome) = round(&mut bench, number, pause);
+                    aim.learn(first);
+                    *outcomes.entry(format!("{first:?} first, {outcome}")).or_default() += 1;
+                    bench.all_is_well(number);
                 }
                 (outcomes, bench.longest)
             })
@@ -129,20 +163,25 @@ fn play(what: &str, rounds: fn(&mut Bench, usize, &mut Outcomes)) {
         }
     }
     println!("{what}: {all:?}; the next had the lock within {longest:.1?}");
-    assert!(all.len() > 1, "{what}: one of the two always won, so that there was no race");
+    for first in [First::Ours, First::Theirs] {
+        let begins = format!("{first:?}");
+        let won: usize =
+            all.iter().filter(|(outcome, _)| outcome.starts_with(&begins)).map(|(_, count)| count).sum();
+        assert!(won >= ROUNDS / 10, "{what}: {won} rounds with {first:?} first are no race");
+    }
 }
 
 #[test]
 fn a_release_races_with_a_loss() {
-    play("release and loss", |bench, round, outcomes| {
+    // The loss takes longer than the kill, so it begins earlier on average.
+    play("release and loss", 1_500, |bench, round, before_release| {
         bench.lock.lock(&soon()).unwrap();
         let lost = bench.lock.lost();
         let backend = bench.backends(true)[0];
         let mut killer = Client::connect(&bench.url, NoTls).unwrap();
         let statement = killer.prepare("SELECT pg_terminate_backend($1)").unwrap();
         let barrier = Arc::new(Barrier::new(2));
-        // The loss takes longer, so it begins earlier on average.
-        let (before_kill, before_release) = (bench.dice.microseconds(400), bench.dice.microseconds(1500));
+        let before_kill = bench.dice.microseconds(400);
         let there = Arc::clone(&barrier);
         let killing = begin(move || {
             there.wait();
@@ -151,39 +190,37 @@ fn a_release_races_with_a_loss() {
         });
         barrier.wait();
         pause(before_release);
-        let came_first = if is_open(&lost) { "release first" } else { "loss first" };
+        let first = if is_open(&lost) { First::Ours } else { First::Theirs };
         let released = bench.lock.release();
         assert!(!is_open(&lost), "round {round}");
         if let Err(error) = &released {
             assert_eq!(error.kind(), ErrorKind::UnlockFailed, "round {round}: {error}");
         }
-        *outcomes.entry(format!("{came_first}, {}", outcome(released))).or_default() += 1;
         killing.get();
+        (first, outcome(released))
     });
 }
 
 /// The session of a claim that was lost has been replaced by one that asks, or waits, or has the lock again.
 #[test]
 fn a_release_races_with_the_lock_coming_back() {
-    play("release and return", |bench, round, outcomes| {
+    play("release and return", 12_000, |bench, round, before_release| {
         bench.lock.lock(&soon()).unwrap();
         let lost = bench.lock.lost();
         let backend = bench.backends(true)[0];
         bench.operator.query_one("SELECT pg_terminate_backend($1)", &[&backend]).unwrap();
         common::hear(&lost);
-        pause(bench.dice.microseconds(12_000));
-        let came_first = if bench.lock.term().is_some() { "return first" } else { "release first" };
+        pause(before_release);
+        let first = if bench.lock.term().is_none() { First::Ours } else { First::Theirs };
         let released = bench.lock.release();
-        if let Err(error) = &released {
-            panic!("round {round}: {error}");
-        }
-        *outcomes.entry(came_first.to_owned()).or_default() += 1;
+        assert!(released.is_ok(), "round {round}: {released:?}");
+        (first, outcome(released))
     });
 }
 
 #[test]
 fn the_end_of_a_wait_races_with_the_grant() {
-    play("release and grant", |bench, round, outcomes| {
+    play("release and grant", 800, |bench, round, before_end| {
         let mut holder = Client::connect(&bench.url, NoTls).unwrap();
         holder.execute("SELECT pg_advisory_lock($1)", &[&bench.number]).unwrap();
         let unlock = holder.prepare("SELECT pg_advisory_unlock($1)").unwrap();
@@ -199,7 +236,7 @@ fn the_end_of_a_wait_races_with_the_grant() {
             );
         bench.becomes_count(false, 1);
         let barrier = Arc::new(Barrier::new(2));
-        let (before_unlock, before_end) = (bench.dice.microseconds(800), bench.dice.microseconds(800));
+        let before_unlock = bench.dice.microseconds(800);
         let number = bench.number;
         let there = Arc::clone(&barrier);
         let unlocking = begin(move || {
@@ -220,10 +257,9 @@ fn the_end_of_a_wait_races_with_the_grant() {
             assert!(is_open(guard.lost()), "round {round}");
             assert_eq!(bench.backends(true).len(), 1, "round {round}: held by the server's word");
         }
-        *outcomes
-            .entry(format!("{}: {}", if scoped { "guard" } else { "claim" }, outcome(ended.map(drop))))
-            .or_default() += 1;
         unlocking.get();
+        let first = if ended.is_err() { First::Ours } else { First::Theirs };
+        (first, format!("{}: {}", if scoped { "guard" } else { "claim" }, outcome(ended)))
     });
 }
 
