@@ -37,8 +37,19 @@ const TORTURE_MINUTES: u64 = 10;
 const MAJORS: [u32; 5] = [14, 15, 16, 17, 18];
 
 /// What depends on the version most: the catalog and its upgrades, the system's views, the statements of each kind of lock.
-const ON_EACH_VERSION: [&str; 8] =
-    ["test", "--test", "database", "--", "catalog::", "introspection::", "shared_locks::", "semaphores::"];
+/// With the features of all tests, so that nothing is compiled anew.
+const ON_EACH_VERSION: [&str; 10] = [
+    "test",
+    "--workspace",
+    "--all-features",
+    "--test",
+    "database",
+    "--",
+    "catalog::",
+    "introspection::",
+    "shared_locks::",
+    "semaphores::",
+];
 
 /// What the README's command runs, and what needs a feature.
 pub(crate) const ALL_TESTS: [&str; 3] = ["test", "--workspace", "--all-features"];
@@ -193,8 +204,10 @@ fn lint(cargo: &Cargo) -> Result<(), String> {
 }
 
 fn ci() -> Result<(), String> {
-    // By this variable a test knows that it must not skip itself. Nothing is compiled a second time.
-    let cargo = Cargo::default().env("CI", "true").env("CARGO_INCREMENTAL", "0");
+    // By the first a test knows that it must not skip itself. Nothing is compiled a second time, and a panic says without the others where
+    // it was.
+    let cargo =
+        Cargo::default().env("CI", "true").env("CARGO_INCREMENTAL", "0").env("CARGO_PROFILE_DEV_DEBUG", "0");
     lint(&cargo)?;
     gates::packages(&cargo)?;
     test(&cargo)?;
