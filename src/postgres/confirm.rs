@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::clock::Moment;
 use crate::error::ErrorKind;
 use crate::loss::LossReason;
+use crate::pg::knocks::{Knocks, Look};
 use crate::pg::quorum::{Confirmations, Follower, Part, Unnamed, named_standbys, obstacle};
 use crate::pg::session::open::Session;
 use crate::pg::session::refusal::Refusal;
@@ -71,6 +72,8 @@ pub(crate) struct Wait<F> {
     pub(crate) until: Instant,
     /// Not any longer when it says so.
     pub(crate) leaves: F,
+    /// It may say so all the time, since others use the session. What is about to come is waited for, then.
+    pub(crate) is_called_often: bool,
     /// How long the server may take to answer. A statement that has begun before `until` is given that, since a session is of no use any
     /// more whose answer is not waited for.
     pub(crate) patience: Duration,
@@ -104,105 +107,25 @@ pub(crate) enum Outcome {
     Left,
 }
 
-/// Waits until the standbys have confirmed what was sent at `sent` on this session, for as long as `wait` says. The server must answer
-/// each statement within its patience.
+/// Waits until the standbys have confirmed what was sent at `sent` on this session, for as long as `wait` says; one session asks for all. The
+/// server must answer each statement within its patience.
+///
+/// It waits with short pauses, for the reason of [`see_open`].
 pub(crate) fn confirm(
     session: &mut Session,
     confirmations: &Mutex<Confirmations>,
     sent: Moment,
     wait: &Wait<impl Fn() -> bool>,
 ) -> Result<Outcome, Failure> {
-    once_for_all(session, confirmations, sent, wait, |session, run| ask(session, confirmations, run, wait))
-}
-
-/// Sees that the server had not begun to stop when it granted what this session holds: by a newcomer at the same address, which it would
-/// refuse then.
-///
-/// A server that stops ends its sessions one after the other, and may grant the lock of one that it has ended to another, which it ends next.
-/// Before it ends the first it refuses new ones: <https://www.postgresql.org/docs/current/server-shutdown.html>. The session must answer
-/// once more after that, since the newcomer may have met a server that has stopped and started meanwhile.
-pub(crate) fn see_open(
-    session: &mut Session,
-    openings: &Mutex<Confirmations>,
-    wait: &Wait<impl Fn() -> bool>,
-) -> Result<Outcome, Failure> {
-    const TICK: Duration = Duration::from_millis(5);
-    /// A server that refuses newcomers is asked again for so long before the claim is told why it waits.
-    const PATIENCE: Duration = Duration::from_millis(250);
-    once_for_all(session, openings, Moment::now(), wait, |session, run| {
-        let mut asking = Asking::new(openings, run);
-        let until = wait.until.min(Instant::now() + PATIENCE);
-        loop {
-            let began = Moment::now();
-            let knock = session.knock(wait.answer_by());
-            let outcome = knock.map_err(Refusal::from_dial).and_then(|knock| {
-                loop {
-                    match knock.wait(TICK) {
-                        Some(Err(_)) if Instant::now() >= wait.until => return Err(silent()),
-                        Some(outcome) => return outcome.map_err(Refusal::from_dial),
-                        None if (wait.leaves)() || Instant::now() >= wait.until || has_news(session) => {
-                            return Err(silent());
-                        }
-                        None => openings.lock().heard_of(run, silent().to_string(), Moment::now()),
-                    }
-                }
-            });
-            let Err(refusal) = outcome else {
-                session.heartbeat(wait.answer_by())?;
-                asking.began = Some(began);
-                return Ok(Outcome::Confirmed);
-            };
-            openings.lock().heard_of(run, refusal.to_string(), Moment::now());
-            if (wait.leaves)() {
-                return Ok(Outcome::Left);
-            }
-            if Instant::now() >= until {
-                return Ok(Outcome::Missing(refusal));
-            }
-            listen(session, wait)?;
-            thread::sleep(TICK * 10);
-        }
-    })
-}
-
-fn silent() -> Refusal {
-    let message = "the server has granted the lock, and does not answer newcomers, by which it would show that it is not stopping";
-    Refusal::new(ErrorKind::SessionUnavailable, message.to_owned())
-}
-
-fn has_news(session: &Session) -> bool {
-    session.is_over() || session.socket().is_some_and(|socket| socket.has_news())
-}
-
-/// Hears what the server has said meanwhile, since nobody else looks at the session.
-fn listen(session: &mut Session, wait: &Wait<impl Fn() -> bool>) -> Result<(), Failure> {
-    if has_news(session) {
-        session.listen(wait.answer_by())?;
-    }
-    Ok(())
-}
-
-/// Waits until another session has confirmed what came before `since`, or has this one `ask`.
-///
-/// It waits with short pauses, and not on a condition variable: a process may be forked meanwhile.
-fn once_for_all(
-    session: &mut Session,
-    confirmations: &Mutex<Confirmations>,
-    since: Moment,
-    wait: &Wait<impl Fn() -> bool>,
-    ask: impl FnOnce(&mut Session, &str) -> Result<Outcome, Failure>,
-) -> Result<Outcome, Failure> {
     const SHORTEST: Duration = Duration::from_micros(100);
     const LONGEST: Duration = Duration::from_millis(5);
-    let Some(run) = session.server_run().map(str::to_owned) else {
-        return Err(Failure::Lost { reason: LossReason::ServerError, cause: None });
-    };
+    let run = run_of(session)?;
     let mut pause = SHORTEST;
     loop {
-        let part = confirmations.lock().part(&run, since, Moment::now());
+        let part = confirmations.lock().part(&run, sent, Moment::now());
         match part {
             Part::Given => return Ok(Outcome::Confirmed),
-            Part::Ask => return ask(session, &run),
+            Part::Ask => return ask(session, confirmations, &run, wait),
             Part::Wait => {}
         }
         if (wait.leaves)() {
@@ -215,6 +138,83 @@ fn once_for_all(
         thread::sleep(pause);
         pause = (2 * pause).min(LONGEST);
     }
+}
+
+/// Sees that the server had not begun to stop when it granted what this session holds, the last of it before `granted`: by a newcomer at the
+/// same address, which it would refuse then.
+///
+/// A server that stops ends its sessions one after the other, and may grant the lock of one that it has ended to another, which it ends next.
+/// Before it ends the first it refuses new ones: <https://www.postgresql.org/docs/current/server-shutdown.html>. The session must answer
+/// once more after that, since the newcomer may have met a server that has stopped and started meanwhile.
+///
+/// A newcomer takes as long as the server takes to let one in, `connect_timeout` at the most. It goes on when the claim has left, for the next look.
+///
+/// It waits with short pauses, and not on a condition variable: a process may be forked meanwhile.
+pub(crate) fn see_open(
+    session: &mut Session,
+    knocks: &Mutex<Knocks>,
+    granted: Instant,
+    connect_timeout: Duration,
+    wait: &Wait<impl Fn() -> bool>,
+) -> Result<Outcome, Failure> {
+    const SHORTEST: Duration = Duration::from_micros(100);
+    const LONGEST: Duration = Duration::from_millis(5);
+    /// A claim is told so soon that it waits, when a newcomer was refused.
+    const PATIENCE: Duration = Duration::from_millis(250);
+    let run = run_of(session)?;
+    let soon = wait.until.min(Instant::now() + PATIENCE);
+    let mut pause = SHORTEST;
+    loop {
+        let look = knocks.lock().look(&run, granted, Instant::now());
+        let stays = match look {
+            Look::Open => {
+                session.heartbeat(wait.answer_by())?;
+                return Ok(Outcome::Confirmed);
+            }
+            Look::Knock => {
+                let began = Instant::now();
+                let outcome = session.knock(began + connect_timeout);
+                knocks.lock().set_out(&run, began, outcome);
+                false
+            }
+            Look::Wait { answered_within } => wait.is_called_often && !answered_within.is_zero(),
+        };
+        if (wait.leaves)() && !stays {
+            return Ok(Outcome::Left);
+        }
+        let now = Instant::now();
+        if now >= soon
+            && let Some(said) = knocks.lock().said(&run)
+        {
+            return Ok(missing(said));
+        }
+        if now >= wait.until {
+            return Ok(missing(SILENT.to_owned()));
+        }
+        listen(session, wait)?;
+        thread::sleep(pause);
+        pause = (2 * pause).min(LONGEST);
+    }
+}
+
+const SILENT: &str = "the server has granted the lock, and does not answer newcomers, by which it would show that it is not stopping";
+
+/// Which run of the server this is.
+fn run_of(session: &Session) -> Result<String, Failure> {
+    let run = session.server_run().map(str::to_owned);
+    run.ok_or(Failure::Lost { reason: LossReason::ServerError, cause: None })
+}
+
+fn has_news(session: &Session) -> bool {
+    session.is_over() || session.socket().is_some_and(|socket| socket.has_news())
+}
+
+/// Hears what the server has said meanwhile, since nobody else looks at the session.
+fn listen(session: &mut Session, wait: &Wait<impl Fn() -> bool>) -> Result<(), Failure> {
+    if has_news(session) {
+        session.listen(wait.answer_by())?;
+    }
+    Ok(())
 }
 
 /// However asking ends, the next one may ask.

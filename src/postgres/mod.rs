@@ -9,6 +9,7 @@ mod config;
 mod confirm;
 mod handle;
 mod inspect;
+mod knocks;
 mod manager;
 mod pool;
 mod quorum;

@@ -26,6 +26,7 @@ use crate::pg::catalog;
 use crate::pg::catalog::takeover::{self, Past};
 use crate::pg::config::{CatalogMode, Config};
 use crate::pg::confirm::{self, Outcome, Wait};
+use crate::pg::knocks::Knocks;
 use crate::pg::quorum::{Confirmations, Quorum};
 use crate::pg::session::machine::{Confirms, Rhythm};
 use crate::pg::session::open::{Session, SessionPlan};
@@ -62,8 +63,8 @@ pub(crate) struct Pool {
     graces: Mutex<Graces>,
     /// What the standbys have confirmed. Taken with no other mutex.
     confirmations: Mutex<Confirmations>,
-    /// On which servers sessions were opened to see that they do not stop. Taken with no other mutex.
-    openings: Mutex<Confirmations>,
+    /// The newcomers that see whether a server stops. Taken with no other mutex.
+    knocks: Mutex<Knocks>,
     /// Whether the catalog has been seen to be there, with settings in it that all managers have agreed on, this one among them.
     catalog_ready: AtomicBool,
     /// Whether it has been seen to be there.
@@ -283,7 +284,7 @@ impl Pool {
             },
             graces: Mutex::default(),
             confirmations: Mutex::default(),
-            openings: Mutex::default(),
+            knocks: Mutex::default(),
             catalog_ready: AtomicBool::new(false),
             catalog_seen: AtomicBool::new(false),
             probed: AtomicBool::new(false),
@@ -334,6 +335,7 @@ impl Pool {
 
     /// Closes the sessions that nobody uses. Several threads may do it at once, each a part of them.
     pub(crate) fn close_idle(&self, by: Instant) {
+        self.knocks.lock().clear();
         // A slot without a session does not go back, so there are fewer each time.
         while let Some(mut slot) = self.slots.try_get() {
             slot.close(by);
@@ -622,17 +624,19 @@ impl Pool {
         }
     }
 
-    /// Waits until what was sent at `sent` on this session is confirmed, by which it may have been `granted` a lock: that the server was not
-    /// stopping then, and that the standbys followed it. See [`confirm`].
+    /// Waits until what was sent at `sent` on this session is confirmed: that the standbys followed the server, and that it was not stopping when
+    /// it granted a lock, the last one before `granted`. See [`confirm`].
     pub(crate) fn confirm(
         &self,
         session: &mut Session,
         sent: Moment,
-        granted: bool,
+        granted: Option<Instant>,
         wait: &Wait<impl Fn() -> bool>,
     ) -> std::result::Result<Outcome, Failure> {
-        if granted && self.own.policy == TakeoverPolicy::AfterAnyRestart {
-            let outcome = confirm::see_open(session, &self.openings, wait)?;
+        if let Some(granted) = granted
+            && self.own.policy == TakeoverPolicy::AfterAnyRestart
+        {
+            let outcome = confirm::see_open(session, &self.knocks, granted, self.connect_timeout, wait)?;
             if !matches!(outcome, Outcome::Confirmed) {
                 return Ok(outcome);
             }

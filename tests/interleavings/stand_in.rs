@@ -113,6 +113,14 @@ pub(crate) mod stream {
 }
 
 pub(crate) mod session {
+    pub(crate) mod machine {
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Confirms {
+            Nothing,
+            All,
+        }
+    }
+
     pub(crate) mod control {
         use std::time::Instant;
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use dsync::crossbeam_channel::{RecvTimeoutError, bounded};
 use dsync::{
     ClaimState, Config, Context, ErrorKind, Lock, PostgresManager, SyncManager as _, TakeoverPolicy,
 };
@@ -23,6 +24,7 @@ use crate::cutoff::proxy::Proxy;
 use crate::cutoff::{Micros, Party, config, granted, holds, key, length, micros, ms, now, queues};
 
 in_both_modes! {
+    a_lock_is_confirmed_however_slow_newcomers_are_and_whoever_else_calls
     a_lock_that_the_server_grants_in_its_last_moment_is_nobody_s
     by_default_a_crash_costs_a_lease_and_a_clean_restart_nothing
     only_the_last_holder_is_let_back_at_once
@@ -431,7 +433,7 @@ fn a_lock_that_the_server_grants_in_its_last_moment_is_nobody_s(shared_sessions:
     // Nor is one that was free.
     let soon = Context::timeout(Duration::from_millis(300));
     assert_eq!(kind(other.lock(&soon)), ErrorKind::TimedOut);
-    assert!(!is_held(&wanted) && !is_held(&other) && held.is_held());
+    assert!(!waiting.is_ready() && !is_held(&other) && held.is_held());
     system::signal(postmaster, Signal::Interrupt).unwrap();
     system::signal(postmaster, Signal::Continue).unwrap();
     server.stop(Shutdown::Fast).unwrap();
@@ -461,7 +463,12 @@ fn a_lock_that_cannot_be_confirmed_costs_none_that_is_held_on_its_session() {
     let begun = Instant::now();
     wanted.release().unwrap();
     assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    // Newcomers come less and less often, and none for a lock that nobody wants any more.
+    let refused = || server.log().matches("the database system is shutting down").count();
+    let newcomers = refused();
+    assert!(newcomers < 40, "{newcomers} in {LEASE:?}");
     assert!(!lost.wait_timeout(LEASE), "{:?}", held.last_loss());
+    assert!(refused() <= newcomers + 1, "{} after {newcomers}", refused());
     manager.stop().unwrap();
 }
 
@@ -481,10 +488,43 @@ fn a_lock_is_confirmed_where_there_may_be_no_other_session() {
         .then(|| pgbouncer::start_with(&server, PoolMode::Session, &[("default_pool_size", "1")]).unwrap());
     urls.extend(pooler.as_ref().map(|pooler| pooler.url("postgres")));
     for url in urls {
+        // A newcomer that is let in asks nothing.
+        let url =
+            format!("{url}{}target_session_attrs=read-write", if url.contains("://") { "?" } else { " " });
         let manager = started(Config::from_url(&url).unwrap().lease(LEASE).takeover(policy).max_sessions(1));
         lock(&manager, "k0").acquire(PATIENCE).unwrap().release().unwrap();
         manager.stop().unwrap();
     }
+}
+
+/// A server that looks up names, or is far away, takes longer to answer a newcomer than a heartbeat may take; and on a shared session others call all
+/// the time.
+fn a_lock_is_confirmed_however_slow_newcomers_are_and_whoever_else_calls(shared_sessions: u32) {
+    const CALLERS: usize = 3;
+    let server = Server::builder().setting("pre_auth_delay", "1").start().unwrap();
+    let policy = TakeoverPolicy::AfterAnyRestart;
+    let [other, manager] = ["other", "it"].map(|name| {
+        let settings = settings(name, &server.url(), policy).lease(Duration::from_secs(2));
+        started(settings.shared_sessions(shared_sessions))
+    });
+    let taken: Vec<_> = (0..CALLERS).map(key).collect();
+    let held: Vec<_> = taken.iter().map(|key| lock(&other, key).acquire(PATIENCE).unwrap()).collect();
+    thread::scope(|scope| {
+        let (over, is_over) = bounded::<()>(0);
+        for key in &taken {
+            let (wanted, is_over) = (lock(&manager, key), is_over.clone());
+            scope.spawn(move || {
+                while is_over.recv_timeout(Duration::from_millis(1)) == Err(RecvTimeoutError::Timeout) {
+                    assert!(wanted.try_acquire().unwrap().is_none());
+                }
+            });
+        }
+        for number in 0..3 {
+            lock(&manager, &format!("free {number}")).acquire(PATIENCE).unwrap().release().unwrap();
+        }
+        drop(over);
+    });
+    drop(held);
 }
 
 /// The question for a password is answer enough, and is not answered.

@@ -65,6 +65,8 @@ pub(crate) struct Engine {
     has_lease: bool,
     /// When the session was last asked something.
     asked_at: Instant,
+    /// When it was last granted a lock.
+    granted_at: Instant,
     /// The server has said that it ends the session at hand.
     end_announced: bool,
     /// Why the last attempt to have a session failed, or the last heartbeat.
@@ -172,6 +174,7 @@ impl Engine {
             leased_until: None,
             has_lease: false,
             asked_at: Instant::now(),
+            granted_at: Instant::now(),
             end_announced: false,
             problem: None,
             logged: None,

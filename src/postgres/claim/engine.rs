@@ -315,11 +315,13 @@ impl Engine {
     fn confirm(&mut self, sent: Time, by: Time, granted: bool) -> Event {
         let (since, until) = (self.moment(sent), self.spec.soon().min(self.at(by)));
         let (pool, claim) = (Arc::clone(&self.spec.pool), Arc::clone(&self.claim));
-        let wait = Wait { until, leaves: || claim.is_ending(), patience: self.spec.plan.heartbeat_timeout };
-        claim.announce_unconfirmed(pool.confirms() == Confirms::All);
+        let patience = self.spec.plan.heartbeat_timeout;
+        let wait = Wait { until, leaves: || claim.is_ending(), is_called_often: false, patience };
+        let granted = granted.then_some(self.granted_at);
+        claim.announce_unconfirmed(pool.confirms());
         match self.on_session(|session, _, _| pool.confirm(session, since, granted, &wait)) {
             Ok(Outcome::Confirmed) => {
-                claim.announce_unconfirmed(false);
+                claim.announce_unconfirmed(Confirms::Nothing);
                 (self.problem, self.logged) = (None, None);
                 Event::Session(session::Event::Confirmed { sent })
             }

@@ -185,13 +185,15 @@ impl Lifecycle {
     }
 
     fn tell_claim(&mut self, number: usize, event: claim::Event, now: Time, notices: &mut Notices) {
-        let held = self.holding;
+        let (held, confirming) = (self.holding, self.confirming.len());
         let Some(effects) = self.change(number, |claim| claim.handle(event, now)) else {
             return misplaced(&"a claim that is not there", &event);
         };
         notices.extend(effects.notice.map(|notice| (number, notice)));
         if held > 0 && self.holding == 0 {
             self.tell_session(session::Event::LastLockLeft, now, notices);
+        } else if confirming > 0 && self.confirming.is_empty() {
+            self.tell_session(session::Event::NobodyWaits, now, notices);
         }
         if let Some(event) = effects.session {
             self.tell_session(event, now, notices);
@@ -213,8 +215,10 @@ impl Lifecycle {
         let is = (claim.holds(), claim.uses_session());
         self.holding = self.holding + usize::from(is.0) - usize::from(was.0);
         self.using = self.using + usize::from(is.1) - usize::from(was.1);
-        if claim.is_confirming() && !self.confirming.contains(&number) {
-            self.confirming.push(number);
+        match (claim.is_confirming(), self.confirming.iter().position(|confirming| *confirming == number)) {
+            (true, None) => self.confirming.push(number),
+            (false, Some(place)) => drop(self.confirming.swap_remove(place)),
+            _ => {}
         }
         Some(outcome)
     }

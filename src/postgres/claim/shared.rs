@@ -14,6 +14,7 @@ use crate::expiry::Expiry;
 use crate::key::Mode;
 use crate::loss::{Alive, Loss, LossReason, Lost, lost_already};
 use crate::pg::session::control::SessionControl;
+use crate::pg::session::machine::Confirms;
 use crate::pg::stream::StreamControl;
 use crate::snapshot::{ClaimSnapshot, ClaimState};
 use crate::sync::{AtomicBool, AtomicUsize, Mutex, MutexGuard, Ordering::SeqCst};
@@ -131,8 +132,8 @@ struct Status {
     uncertain_until: Option<Moment>,
     /// The backends of its lost sessions, whose loss the server may not have noticed yet, and when each was lost.
     lost_backends: Vec<(Moment, i32)>,
-    /// The server has answered what shows that the lock is held, and the standbys have not confirmed it.
-    unconfirmed: bool,
+    /// The server has answered what shows that the lock is held, and what must confirm it has not.
+    unconfirmed: Confirms,
     /// The session at hand was killed while there was no term, so none may begin on it.
     session_killed: bool,
     /// Disconnects at the next change; there while somebody waits for it.
@@ -227,7 +228,7 @@ impl Claim {
             last_loss: None,
             uncertain_until: None,
             lost_backends: Vec::new(),
-            unconfirmed: false,
+            unconfirmed: Confirms::Nothing,
             session_killed: false,
             changed: None,
         };
@@ -583,6 +584,9 @@ impl Claim {
             (Phase::InGrace { ends }, ..) => format!("; {}", in_grace(left_until(*ends))),
             (_, Some(problem), _) => format!("; {problem}"),
             (Phase::Ending { .. }, ..) => ", whose former claim is still being released".to_owned(),
+            (Phase::Acquiring, None, _) if status.unconfirmed != Confirms::Nothing => {
+                "; the server has granted it, and that is not confirmed yet".to_owned()
+            }
             (Phase::Acquiring, None, Some(loss)) => {
                 format!("; its session was lost ({}), and another one is being opened", loss.reason)
             }
@@ -832,7 +836,7 @@ impl Claim {
     }
 
     /// Whether the standbys have still to confirm what the server has answered.
-    pub(crate) fn announce_unconfirmed(&self, unconfirmed: bool) {
+    pub(crate) fn announce_unconfirmed(&self, unconfirmed: Confirms) {
         self.status.lock().unconfirmed = unconfirmed;
     }
 
@@ -954,7 +958,7 @@ impl Status {
 
     /// Why the time of the term was not prolonged.
     fn why_over(&self) -> LossReason {
-        if self.unconfirmed { LossReason::NotConfirmed } else { LossReason::LeaseNotRenewed }
+        if self.unconfirmed == Confirms::All { LossReason::NotConfirmed } else { LossReason::LeaseNotRenewed }
     }
 
     fn lose(&mut self, reason: LossReason, story: Option<&Story>) {

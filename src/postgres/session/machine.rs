@@ -179,6 +179,8 @@ pub(crate) enum Event {
     LockTaken { sent: Time },
     /// No claim holds a lock any more.
     LastLockLeft,
+    /// No claim waits any more for the confirmation of its lock.
+    NobodyWaits,
     /// The heartbeat sent at `sent` was answered.
     Renewed { sent: Time },
     /// What was sent at `sent` was confirmed.
@@ -284,6 +286,20 @@ impl Machine {
             ) => {
                 (self.unconfirmed, self.granted) = (false, false);
                 self.go_to(State::Open)
+            }
+
+            (State::Confirming { renewed: Some(renewed), .. }, Event::NobodyWaits)
+                if self.timing.confirms == Confirms::Grants =>
+            {
+                self.granted = false;
+                self.go_to(State::Leased { renewed })
+            }
+            (
+                State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
+                Event::NobodyWaits,
+            ) => {
+                self.granted = false;
+                None
             }
 
             (State::Leased { renewed }, Event::TimePassed) if now >= self.heartbeat_after(renewed) => {

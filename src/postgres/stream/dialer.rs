@@ -5,11 +5,11 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use postgres::config::{Host, LoadBalanceHosts, SslMode, SslNegotiation};
+use postgres::config::{Host, LoadBalanceHosts, SslMode, SslNegotiation, TargetSessionAttrs};
 use postgres::error::SqlState;
 use postgres::{CancelToken, Client, Config};
 use r2d2::ManageConnection;
@@ -277,7 +277,10 @@ impl Dialer {
         let connector =
             Connector::new(Arc::clone(&self.plan), address, control.clone(), Role::Session, deadline, turn);
         let progress = connector.progress();
-        let config = self.single_host(index, decoy, deadline.saturating_duration_since(Instant::now()));
+        let began = Instant::now();
+        let mut config = self.single_host(index, decoy, deadline.saturating_duration_since(began));
+        // One that is let in has its answer, and asks nothing: a pooler may have no session for that.
+        config.target_session_attrs(TargetSessionAttrs::Any);
         let (done, outcome) = mpsc::sync_channel(1);
         thread::Builder::new()
             .name("dsync-knock".into())
@@ -286,7 +289,7 @@ impl Dialer {
                 let opened = catch_unwind(AssertUnwindSafe(|| manager.connect().map(drop)));
                 let outcome = match opened {
                     Ok(Err(error)) if !is_answer(&error, &progress) => Err(DialError::one(&at, own(error))),
-                    Ok(_) => Ok(()),
+                    Ok(_) => Ok(began.elapsed()),
                     Err(_) => Err(DialError::one(&at, DRIVER_PANICKED)),
                 };
                 // Nobody listens any more if it is not wanted.
@@ -347,16 +350,16 @@ const KNOCK: &str = "a look at whether the server stops";
 /// A [knock](Dialer::knock) that is under way. It is given up when this is dropped.
 pub(crate) struct Knock {
     control: StreamControl,
-    outcome: mpsc::Receiver<Result<(), DialError>>,
+    outcome: mpsc::Receiver<Result<Duration, DialError>>,
 }
 
 impl Knock {
-    /// What came of it, if that is known within this time.
-    pub(crate) fn wait(&self, time: Duration) -> Option<Result<(), DialError>> {
-        match self.outcome.recv_timeout(time) {
+    /// What came of it, if that is known: how long the answer took.
+    pub(crate) fn outcome(&self) -> Option<Result<Duration, DialError>> {
+        match self.outcome.try_recv() {
             Ok(outcome) => Some(outcome),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => Some(Err(DialError::one(KNOCK, DRIVER_PANICKED))),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(Err(DialError::one(KNOCK, DRIVER_PANICKED))),
         }
     }
 }

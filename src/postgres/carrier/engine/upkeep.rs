@@ -50,11 +50,13 @@ impl Engine {
         self.asked_at = Instant::now();
         let pool = Arc::clone(&self.pool);
         let roll = Arc::clone(&self.roll);
-        let wait = Wait { until, leaves: || roll.is_called(), patience: self.plan.heartbeat_timeout };
-        self.announce_unconfirmed(pool.confirms() == Confirms::All);
+        let patience = self.plan.heartbeat_timeout;
+        let wait = Wait { until, leaves: || roll.is_called(), is_called_often: true, patience };
+        let granted = granted.then_some(self.granted_at);
+        self.announce_unconfirmed(pool.confirms());
         match self.session().map(|session| pool.confirm(session, since, granted, &wait)) {
             Some(Ok(Outcome::Confirmed)) => {
-                self.announce_unconfirmed(false);
+                self.announce_unconfirmed(Confirms::Nothing);
                 (self.problem, self.logged) = (None, None);
                 Event::Session(session::Event::Confirmed { sent })
             }
@@ -69,7 +71,7 @@ impl Engine {
         }
     }
 
-    fn announce_unconfirmed(&self, unconfirmed: bool) {
+    fn announce_unconfirmed(&self, unconfirmed: Confirms) {
         for seated in self.seats.iter().flatten() {
             seated.seat.claim().announce_unconfirmed(unconfirmed);
         }

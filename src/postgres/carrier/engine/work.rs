@@ -340,7 +340,8 @@ impl Engine {
         let seated = self.seats[number].as_mut()?;
         Some(match done {
             Done::Taken { token } => {
-                (seated.token, seated.granted_at) = (token, Instant::now());
+                self.granted_at = Instant::now();
+                (seated.token, seated.granted_at) = (token, self.granted_at);
                 seated.pause = Duration::ZERO;
                 seated.missed.clear();
                 seated.seat.use_annotation();
