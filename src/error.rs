@@ -64,7 +64,7 @@ pub enum ErrorKind {
     /// database, missing rights, a hot standby, a transaction pooler, a version that is too old. Trying again does not
     /// cure it; changing what the text names does.
     SessionRefused,
-    /// All sessions of the manager's pool are taken by other claims, or all connections that the server, the database or the
+    /// All sessions of the manager's pool are taken, or all connections that the server, the database or the
     /// role may have.
     PoolExhausted,
     /// The term is over, or a later one has begun.

@@ -391,7 +391,7 @@ impl Pool {
         Err(Refusal::new(
             ErrorKind::PoolExhausted,
             format!(
-                "all {} sessions are taken by other claims; raise max_sessions, or release locks that are not needed",
+                "all {} sessions of this manager are taken; raise max_sessions, or release locks that are not needed",
                 self.slots.max_size()
             ),
         ))

@@ -257,7 +257,7 @@ fn what_the_server_refuses_is_told_at_start_and_works_once_it_is_put_right() {
 
     let no_password = Arc::new(PostgresManager::new(config(&url("app", "postgres"))).unwrap());
     let error = start_refused(&no_password);
-    assert_tells(&error, ErrorKind::SessionRefused, &["password missing", "check password"]);
+    assert_tells(&error, ErrorKind::SessionRefused, &["password missing", "PGPASSWORD"]);
 }
 
 /// A manager that runs hears of the refusal with the next session that it wants, and the lock that it has stays.
@@ -301,7 +301,7 @@ fn a_pool_that_is_too_small_is_told_and_works_when_there_is_room() {
     let manager = started(config(&database.url()).max_sessions(1));
     let (first, second) = (lock(&manager, "first"), lock(&manager, "second"));
     first.try_lock(&soon()).unwrap();
-    let advice = "all 1 sessions are taken by other claims; raise max_sessions, or release locks";
+    let advice = "all 1 sessions of this manager are taken; raise max_sessions, or release locks";
     assert_tells(&try_lock_in_time(&second, &soon()), ErrorKind::PoolExhausted, &[advice]);
     assert_tells(&second.lock(&briefly()).unwrap_err(), ErrorKind::TimedOut, &[advice]);
     assert!(is_held(&first) && !is_held(&second));

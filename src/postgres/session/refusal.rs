@@ -10,7 +10,9 @@ use crate::check::CheckLine;
 use crate::error::{Error, ErrorKind, chain};
 use crate::loss::LossReason;
 use crate::pg::session::wire::Failure;
-use crate::pg::stream::{DialError, Ended, HookError, Local, PasswordError, Route, TimedOut, is_alert};
+use crate::pg::stream::{
+    DialError, Ended, HookError, Local, PasswordError, Route, TimedOut, is_alert, lacks_password,
+};
 
 /// Why there is no session: an error in the making, with the kind that decides how to go on.
 #[derive(Debug)]
@@ -500,6 +502,11 @@ pub(crate) fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
             SessionRefused,
             "channel_binding=require needs TLS, a password that the server asks for by scram-sha-256, and a server's certificate that is \
              signed with RSA or ECDSA; see to that, or leave it out",
+        ),
+        None if lacks_password(error) => (
+            SessionRefused,
+            "the server asks for a password: put one into the connection string, or have PGPASSWORD and the password file looked at, by \
+             Config::from_env",
         ),
         None => (SessionRefused, "check password, sslmode and channel_binding"),
     }

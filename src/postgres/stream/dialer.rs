@@ -375,15 +375,15 @@ fn is_answer(error: &postgres::Error, progress: &Progress) -> bool {
     match error.as_db_error() {
         Some(refused) => *refused.code() != SqlState::CANNOT_CONNECT_NOW,
         // What the driver says by itself when it is asked for a password, and not of the connection.
-        None => {
-            progress.step() == Step::LogIn
-                && error.source().is_some_and(|source| source.to_string() == NO_PASSWORD)
-        }
+        None => progress.step() == Step::LogIn && lacks_password(error),
     }
 }
 
-/// What the driver says then.
-const NO_PASSWORD: &str = "password missing";
+/// Whether the server has asked for a password, and there was none to give.
+pub(crate) fn lacks_password(error: &postgres::Error) -> bool {
+    // The driver's words, of which it has no type.
+    error.source().is_some_and(|source| source.to_string() == "password missing")
+}
 
 /// The hosts of a configuration, paired with their addresses and ports by the driver's rules.
 fn routes(config: &Config) -> Result<Vec<Route>, String> {

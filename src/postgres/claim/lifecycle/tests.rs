@@ -258,6 +258,21 @@ fn where_grants_are_confirmed_a_term_begins_then_and_goes_on_by_heartbeats_alone
     assert_eq!(lifecycle.action(), watch(s(15)));
 }
 
+#[test]
+fn where_grants_are_confirmed_nothing_is_asked_for_a_claim_that_does_not_wait_any_more() {
+    let timing = Timing { confirms: Confirms::Grants, ..timing() };
+    let mut lifecycle = Lifecycle::shared(timing, UNCERTAINTY_WINDOW, 1, 2);
+    lifecycle.handle(OPENED, s(0));
+    lifecycle.handle(of(0, ClaimEvent::Granted { sent: s(0) }), s(0));
+    lifecycle.handle(Event::Session(SessionEvent::Confirmed { sent: s(0) }), s(1));
+    lifecycle.handle(of(1, ClaimEvent::Granted { sent: s(2) }), s(2));
+    let confirm = SessionAction::Confirm { sent: s(2), by: s(14), granted: true };
+    assert_eq!(lifecycle.session_action(), confirm);
+    lifecycle.handle(of(1, ClaimEvent::Release), s(3));
+    lifecycle.handle(of(1, ClaimEvent::Unlocked { held: true }), s(3));
+    assert_eq!(lifecycle.session_action(), SessionAction::Watch { until: s(5) });
+}
+
 /// When heartbeats are sent of a session that began `late` after its manager, each `delay` after it is due. All times are the
 /// manager's.
 fn heartbeats(late: Duration, delay: Duration) -> Vec<Time> {

@@ -21,6 +21,9 @@ fn main() -> Result<(), Error> {
         println!("address {}", netns.host_address());
     }
     println!("ready");
+    if mode.is_empty() {
+        eprintln!("Ctrl-D or Ctrl-C stops the server and removes it.");
+    }
     // The end of the input is all that matters, and an error is an end too.
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
     if mode == "exit" {
