@@ -1,5 +1,6 @@
 //! When a stop is over, so are the sessions, which its threads have closed, and not whoever is the last to know the pool.
 
+use std::collections::HashSet;
 use std::fs;
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,7 +18,9 @@ fn connections(server: &Server) -> usize {
     let port = format!(":{:04X}", server.port());
     let table = fs::read_to_string("/proc/net/tcp").expect("this system tells of its connections");
     let columns = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    columns.filter(|columns| columns[2].ends_with(&port) && columns[3] == "01").count()
+    let open = columns.filter(|columns| columns[2].ends_with(&port) && columns[3] == "01");
+    // The system tells of one twice if others come and go meanwhile.
+    open.map(|columns| columns[1].to_owned()).collect::<HashSet<_>>().len()
 }
 
 fn hold(manager: &PostgresManager) -> Vec<Arc<dyn Lock>> {
@@ -33,11 +36,11 @@ fn sessions_are_closed_when_the_stop_is_over() {
     for round in 0..6 {
         let manager = started(config.clone());
         let locks = hold(&manager);
-        assert_eq!(connections(&server), LOCKS);
+        becomes("the connections", &LOCKS, || connections(&server));
         // Half of them are held still, or all, or none.
         let released = LOCKS / 2 * (round % 3);
         locks[..released].iter().for_each(|lock| lock.release().unwrap());
-        assert_eq!(connections(&server), LOCKS);
+        becomes("the connections", &LOCKS, || connections(&server));
         let begun = Instant::now();
         manager.stop().unwrap();
         assert_eq!(connections(&server), 0, "round {round}");
