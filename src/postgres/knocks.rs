@@ -12,7 +12,7 @@ pub(crate) enum Look {
     Open,
     /// Send a newcomer.
     Knock,
-    /// Wait for the next look; one that comes after the grant is to be answered within this time, as far as is known.
+    /// Wait for the next look; one that came after the grant is to be answered within this time, as far as is known and no call waits for too long.
     Wait { answered_within: Duration },
 }
 
@@ -41,6 +41,8 @@ impl Knocks {
     pub(crate) fn look(&mut self, run: &str, granted: Instant, now: Instant) -> Look {
         /// So long nobody else sends one.
         const SETS_OUT_WITHIN: Duration = Duration::from_millis(50);
+        /// Releases on the same session wait as long.
+        const MOST: Duration = Duration::from_millis(50);
         let door = self.of(run, now);
         door.hear(now);
         if door.open.is_some_and(|began| began >= granted) {
@@ -48,7 +50,7 @@ impl Knocks {
         }
         match &door.under_way {
             Some((began, _)) if *began >= granted => {
-                Look::Wait { answered_within: (2 * door.took).saturating_sub(now - *began) }
+                Look::Wait { answered_within: (2 * door.took).min(MOST).saturating_sub(now - *began) }
             }
             None if now >= door.next => {
                 door.next = now + SETS_OUT_WITHIN;

@@ -330,9 +330,24 @@ impl Engine {
                 Event::Session(session::Event::Unconfirmed)
             }
             // The release is what is next.
-            Ok(Outcome::Left) => Event::Session(session::Event::Unconfirmed),
-            Err(Event::Claim(..)) => Event::Session(session::Event::Lost(LossReason::ServerError)),
-            Err(lost) => lost,
+            Ok(Outcome::Left) => {
+                self.forget_grant();
+                Event::Session(session::Event::Unconfirmed)
+            }
+            Err(event) => {
+                self.forget_grant();
+                match event {
+                    Event::Claim(..) => Event::Session(session::Event::Lost(LossReason::ServerError)),
+                    lost => lost,
+                }
+            }
+        }
+    }
+
+    /// What was granted and not confirmed is of no use any more. A heartbeat that the standbys have not confirmed is why a term ends.
+    fn forget_grant(&self) {
+        if self.spec.pool.confirms() == Confirms::Grants {
+            self.claim.announce_unconfirmed(Confirms::Nothing);
         }
     }
 

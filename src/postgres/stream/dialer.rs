@@ -282,6 +282,7 @@ impl Dialer {
         // One that is let in has its answer, and asks nothing: a pooler may have no session for that.
         config.target_session_attrs(TargetSessionAttrs::Any);
         let (done, outcome) = mpsc::sync_channel(1);
+        let ended = control.clone();
         thread::Builder::new()
             .name("dsync-knock".into())
             .spawn(move || {
@@ -292,6 +293,8 @@ impl Dialer {
                     Ok(_) => Ok(began.elapsed()),
                     Err(_) => Err(DialError::one(&at, DRIVER_PANICKED)),
                 };
+                // It is looked at later, or never, and the server is not to wait for the password until then.
+                ended.kill();
                 // Nobody listens any more if it is not wanted.
                 let _ = done.send(outcome);
             })

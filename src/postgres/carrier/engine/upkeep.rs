@@ -53,7 +53,10 @@ impl Engine {
         let patience = self.plan.heartbeat_timeout;
         let wait = Wait { until, leaves: || roll.is_called(), is_called_often: true, patience };
         let granted = granted.then_some(self.granted_at);
-        self.announce_unconfirmed(pool.confirms());
+        // Of grants, most of the claims wait for none.
+        if pool.confirms() == Confirms::All {
+            self.announce_unconfirmed(Confirms::All);
+        }
         match self.session().map(|session| pool.confirm(session, since, granted, &wait)) {
             Some(Ok(Outcome::Confirmed)) => {
                 self.announce_unconfirmed(Confirms::Nothing);
