@@ -332,9 +332,7 @@ impl Watch {
         let shared = &self.control.shared;
         // The waker before the flags: what is set after they were read finds the waker.
         shared.waker.register(cx.waker());
-        if let Some(ended) = self.control.ended() {
-            return Err(ended.into_io());
-        }
+        self.live()?;
         let (deadline, setup) = self.limits();
         if deadline.min(setup) == NEVER {
             return Ok(());
@@ -349,6 +347,11 @@ impl Watch {
             return Err(Ended::ConnectTimedOut.into_io());
         }
         Ok(())
+    }
+
+    /// Fails if the stream has been ended.
+    pub(super) fn live(&self) -> io::Result<()> {
+        self.control.ended().map_or(Ok(()), |ended| Err(ended.into_io()))
     }
 
     /// Sees to it that the task is polled again when its time is up. Ready (with the error) if it is up by now.

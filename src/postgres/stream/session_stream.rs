@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 use postgres::tls::{ChannelBinding, TlsStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::control::Watch;
+use super::control::{Ended, Watch};
 use super::socket::Socket;
 use super::tls::BoxedStream;
 
@@ -128,7 +128,8 @@ impl SessionStream {
         self.watch.check(cx)?;
         match poll(self.transport.pin(), cx) {
             Poll::Pending => self.watch.wait(cx).map(Err),
-            ready => ready,
+            // A kill shuts the socket down: what the transport then says of a lost connection is not the reason.
+            Poll::Ready(outcome) => Poll::Ready(self.watch.live().and(outcome)),
         }
     }
 
@@ -153,7 +154,8 @@ impl SessionStream {
         let mut buf = ReadBuf::new(&mut space);
         let outcome = ready!(self.watched(cx, |stream, cx| stream.poll_read(cx, &mut buf)));
         let failed = self.failed.take().unwrap_or_else(|| BrokenPipe.into());
-        Poll::Ready(Err(outcome.err().filter(is_alert).unwrap_or(failed)))
+        let is_reason = |error: &io::Error| is_alert(error) || Ended::find(error).is_some();
+        Poll::Ready(Err(outcome.err().filter(is_reason).unwrap_or(failed)))
     }
 
     fn is_tls(&self) -> bool {
@@ -223,7 +225,7 @@ mod tests {
     use std::task::Waker;
     use std::time::{Duration, Instant};
 
-    use super::super::control::{Ended, StreamControl};
+    use super::super::control::StreamControl;
     use super::*;
 
     /// A server that sends its pieces one a read, and never takes a byte.
@@ -374,6 +376,58 @@ mod tests {
         assert!(matches!(stream.as_mut().poll_flush(&mut cx), Poll::Ready(Err(_))));
         assert!(matches!(stream.as_mut().poll_shutdown(&mut cx), Poll::Ready(Err(_))));
         assert!(control.is_dead());
+    }
+
+    /// A transport whose socket a kill shuts down while it is polled: it has no bytes to read any more, and takes none.
+    struct KilledMeanwhile(StreamControl);
+
+    impl AsyncRead for KilledMeanwhile {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            self.0.kill();
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for KilledMeanwhile {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+            self.0.kill();
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            self.0.kill();
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            self.0.kill();
+            Poll::Ready(Err(io::ErrorKind::NotConnected.into()))
+        }
+    }
+
+    impl TlsStream for KilledMeanwhile {
+        fn channel_binding(&self) -> ChannelBinding {
+            ChannelBinding::none()
+        }
+    }
+
+    #[test]
+    fn a_kill_in_the_midst_of_a_poll_is_told_as_one() {
+        type Do = fn(Pin<&mut SessionStream>, &mut Context<'_>) -> Poll<io::Result<()>>;
+        let polls: [(&str, Do); 4] = [
+            ("read", |stream, cx| stream.poll_read(cx, &mut ReadBuf::new(&mut [0; 8]))),
+            ("write", |stream, cx| stream.poll_write(cx, b"x").map_ok(drop)),
+            ("flush", AsyncWrite::poll_flush),
+            ("shutdown", AsyncWrite::poll_shutdown),
+        ];
+        for (name, poll) in polls {
+            let control = StreamControl::new();
+            control.establish();
+            let transport = Transport::Tls(Box::new(KilledMeanwhile(control.clone())));
+            let watch = Watch::new(control, Instant::now());
+            let mut stream = SessionStream::new(watch, transport, Role::Session);
+            let outcome = poll(Pin::new(&mut stream), &mut Context::from_waker(Waker::noop()));
+            let Poll::Ready(Err(error)) = outcome else { panic!("{name}: {outcome:?}") };
+            assert_eq!(Ended::find(&error), Some(Ended::Killed), "{name}: {error}");
+        }
     }
 
     #[test]
