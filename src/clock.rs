@@ -27,6 +27,11 @@ impl Moment {
         self.0.saturating_duration_since(earlier.0)
     }
 
+    /// How long after `earlier` it was; `None` if it was before.
+    pub(crate) fn since(self, earlier: Self) -> Option<Duration> {
+        self.0.checked_duration_since(earlier.0)
+    }
+
     pub(crate) fn elapsed(self) -> Duration {
         Self::now().saturating_duration_since(self)
     }

@@ -68,12 +68,12 @@ fn says_not_who(setting: &str, unnamed: Unnamed) -> String {
 
 /// For how long to wait.
 pub(crate) struct Wait<F> {
+    /// Since when. What is in the way is told after the patience, and a refusal sooner.
+    pub(crate) since: Instant,
     /// At the latest until then.
-    pub(crate) until: Instant,
+    pub(crate) by: Instant,
     /// Not any longer when it says so.
     pub(crate) leaves: F,
-    /// It may say so all the time, since others use the session. What is about to come is waited for, then.
-    pub(crate) is_called_often: bool,
     /// How long the server may take to answer. A statement that has begun before `until` is given that, since a session is of no use any
     /// more whose answer is not waited for.
     pub(crate) patience: Duration,
@@ -91,30 +91,62 @@ impl<F> Wait<F> {
     ) -> Result<T, Failure> {
         loop {
             match run(self.answer_by()) {
-                Err(Failure::Refused(error)) if is_cancelled(&error) && Instant::now() < self.until => {}
+                Err(Failure::Refused(error)) if is_cancelled(&error) && Instant::now() < self.by => {}
                 outcome => return outcome,
             }
         }
     }
 }
 
+/// What is to be confirmed: when the first of the heartbeats was sent that wait for that, and when the first of the locks was granted.
+pub(crate) struct Wanted {
+    pub(crate) sent: Option<Moment>,
+    pub(crate) granted: Option<Moment>,
+}
+
+impl Wanted {
+    /// The first of those that came after `followed`.
+    fn after(&self, followed: Option<Moment>) -> Option<Moment> {
+        [self.sent, self.granted].into_iter().flatten().filter(|at| followed.is_none_or(|it| it < *at)).min()
+    }
+}
+
+/// By what it is confirmed.
+pub(crate) struct Witnesses<'a> {
+    /// The standbys, if they are asked.
+    pub(crate) standbys: Option<&'a Mutex<Confirmations>>,
+    /// Newcomers, if they are sent for what was granted.
+    pub(crate) newcomers: Option<&'a Mutex<Knocks>>,
+    pub(crate) connect_timeout: Duration,
+}
+
 /// What came of it.
 pub(crate) enum Outcome {
-    Confirmed,
-    /// It is not confirmed yet, for this reason.
+    /// The standbys followed the server then, and it was not stopping then; now, if that is not asked for. One of the two that are wanted came
+    /// before.
+    Confirmed { followed: Option<Moment>, open: Option<Moment> },
+    /// Neither is confirmed yet, for this reason.
     Missing(Refusal),
-    /// The claim does not want to wait for it any longer.
+    /// The claim does not want to wait for it any longer, or the time is up.
     Left,
 }
 
-/// Waits until the standbys have confirmed what was sent at `sent` on this session, for as long as `wait` says; one session asks for all. The
-/// server must answer each statement within its patience.
+/// Waits until one of the two that are wanted is confirmed, for as long as `wait` says; one session asks for all. The server must answer each
+/// statement within its patience.
 ///
-/// It waits with short pauses, for the reason of [`see_open`].
+/// That a server is not stopping is seen by a newcomer at the same address, which it would refuse then. A server that stops ends its sessions one
+/// after the other, and may grant the lock of one that it has ended to another, which it ends next.
+/// Before it ends the first it refuses new ones: <https://www.postgresql.org/docs/current/server-shutdown.html>. The session must answer
+/// once more after that, since the newcomer may have met a server that has stopped and started meanwhile.
+///
+/// A newcomer takes as long as the server takes to let one in, `connect_timeout` at the most. It goes on when the claim has left, for the next look;
+/// and so does the record that the standbys are to have.
+///
+/// It waits with short pauses, and not on a condition variable: a process may be forked meanwhile.
 pub(crate) fn confirm(
     session: &mut Session,
-    confirmations: &Mutex<Confirmations>,
-    sent: Moment,
+    witnesses: &Witnesses<'_>,
+    wanted: &Wanted,
     wait: &Wait<impl Fn() -> bool>,
 ) -> Result<Outcome, Failure> {
     const SHORTEST: Duration = Duration::from_micros(100);
@@ -122,17 +154,21 @@ pub(crate) fn confirm(
     let run = run_of(session)?;
     let mut pause = SHORTEST;
     loop {
-        let part = confirmations.lock().part(&run, sent, Moment::now());
-        match part {
-            Part::Given => return Ok(Outcome::Confirmed),
-            Part::Ask => return ask(session, confirmations, &run, wait),
-            Part::Wait => {}
+        let followed = witnesses.followed(session, &run, wanted, wait)?;
+        let open = witnesses.open(session, &run, wanted.granted);
+        let is_confirmed = |at: Option<Moment>, by: Option<Moment>| at.is_some() && by >= at;
+        let is_granted = is_confirmed(wanted.granted, followed.min(open));
+        if is_granted && witnesses.newcomers.is_some() {
+            session.heartbeat(wait.answer_by())?;
         }
-        if (wait.leaves)() {
+        if is_granted || is_confirmed(wanted.sent, followed) {
+            return Ok(Outcome::Confirmed { followed, open });
+        }
+        if let Some(obstacle) = witnesses.obstacle(&run, wanted.after(followed).is_some(), wait) {
+            return Ok(Outcome::Missing(Refusal::new(ErrorKind::SessionUnavailable, obstacle)));
+        }
+        if (wait.leaves)() || Instant::now() >= wait.by {
             return Ok(Outcome::Left);
-        }
-        if Instant::now() >= wait.until {
-            return Ok(missing(confirmations.lock().obstacle(&run)));
         }
         listen(session, wait)?;
         thread::sleep(pause);
@@ -140,62 +176,61 @@ pub(crate) fn confirm(
     }
 }
 
-/// Sees that the server had not begun to stop when it granted what this session holds, the last of it before `granted`: by a newcomer at the
-/// same address, which it would refuse then.
-///
-/// A server that stops ends its sessions one after the other, and may grant the lock of one that it has ended to another, which it ends next.
-/// Before it ends the first it refuses new ones: <https://www.postgresql.org/docs/current/server-shutdown.html>. The session must answer
-/// once more after that, since the newcomer may have met a server that has stopped and started meanwhile.
-///
-/// A newcomer takes as long as the server takes to let one in, `connect_timeout` at the most. It goes on when the claim has left, for the next look.
-///
-/// It waits with short pauses, and not on a condition variable: a process may be forked meanwhile.
-pub(crate) fn see_open(
-    session: &mut Session,
-    knocks: &Mutex<Knocks>,
-    granted: Instant,
-    connect_timeout: Duration,
-    wait: &Wait<impl Fn() -> bool>,
-) -> Result<Outcome, Failure> {
-    const SHORTEST: Duration = Duration::from_micros(100);
-    const LONGEST: Duration = Duration::from_millis(5);
-    /// A claim is told so soon that it waits, when a newcomer was refused.
-    const PATIENCE: Duration = Duration::from_millis(250);
-    let run = run_of(session)?;
-    let soon = wait.until.min(Instant::now() + PATIENCE);
-    let mut pause = SHORTEST;
-    loop {
-        let look = knocks.lock().look(&run, granted, Instant::now());
-        let stays = match look {
-            Look::Open => {
-                session.heartbeat(wait.answer_by())?;
-                return Ok(Outcome::Confirmed);
-            }
+impl Witnesses<'_> {
+    /// Asks the standbys, for whoever waits. When they are known to have followed the server the last time.
+    fn followed(
+        &self,
+        session: &mut Session,
+        run: &str,
+        wanted: &Wanted,
+        wait: &Wait<impl Fn() -> bool>,
+    ) -> Result<Option<Moment>, Failure> {
+        let Some(confirmations) = self.standbys else { return Ok(Some(Moment::now())) };
+        let given = || confirmations.lock().given(run);
+        if let Some(first) = wanted.after(given()) {
+            ask(session, confirmations, run, first, wait)?;
+        }
+        Ok(given())
+    }
+
+    /// Sends a newcomer if need be, for whoever waits. When the server is known to have taken one the last time.
+    fn open(&self, session: &Session, run: &str, granted: Option<Moment>) -> Option<Moment> {
+        let (Some(knocks), Some(granted)) = (self.newcomers, granted) else { return Some(Moment::now()) };
+        let look = knocks.lock().look(run, granted, Instant::now());
+        match look {
+            Look::Open(began) => Some(began),
             Look::Knock => {
-                let began = Instant::now();
-                let outcome = session.knock(began + connect_timeout);
-                knocks.lock().set_out(&run, began, outcome);
-                false
+                let began = Moment::now();
+                let outcome = session.knock(Instant::now() + self.connect_timeout);
+                knocks.lock().set_out(run, began, outcome);
+                None
             }
-            Look::Wait { answered_within } => wait.is_called_often && !answered_within.is_zero(),
-        };
-        if (wait.leaves)() && !stays {
-            return Ok(Outcome::Left);
+            Look::Wait => None,
         }
-        let now = Instant::now();
-        if now >= soon
-            && let Some(said) = knocks.lock().said(&run)
-        {
-            return Ok(missing(said));
+    }
+
+    /// What is in the way of the standbys, or else of newcomers, if it is time to tell.
+    fn obstacle(&self, run: &str, lacks_standbys: bool, wait: &Wait<impl Fn() -> bool>) -> Option<String> {
+        /// One that was refused may have come in the midst of a crash.
+        const WORTH_TELLING: Duration = Duration::from_millis(250);
+        let waited = wait.since.elapsed();
+        let is_silent = waited >= wait.patience;
+        match (self.standbys, self.newcomers) {
+            (Some(confirmations), _) if lacks_standbys => {
+                let obstacle = is_silent.then(|| confirmations.lock().obstacle(run))?;
+                Some(obstacle.unwrap_or_else(|| NOT_ASKED.to_owned()))
+            }
+            (_, Some(knocks)) if is_silent || waited >= WORTH_TELLING => {
+                let said = knocks.lock().said(run, Instant::now());
+                said.or_else(|| is_silent.then(|| SILENT.to_owned()))
+            }
+            _ => None,
         }
-        if now >= wait.until {
-            return Ok(missing(SILENT.to_owned()));
-        }
-        listen(session, wait)?;
-        thread::sleep(pause);
-        pause = (2 * pause).min(LONGEST);
     }
 }
+
+const NOT_ASKED: &str =
+    "the standbys have not confirmed a heartbeat: the session that asks them has no answer";
 
 const SILENT: &str = "the server has granted the lock, and does not answer newcomers, by which it would show that it is not stopping";
 
@@ -221,72 +256,57 @@ fn listen(session: &mut Session, wait: &Wait<impl Fn() -> bool>) -> Result<(), F
 struct Asking<'a> {
     confirmations: &'a Mutex<Confirmations>,
     run: &'a str,
-    /// When it began, if it is confirmed.
-    began: Option<Moment>,
-}
-
-impl<'a> Asking<'a> {
-    fn new(confirmations: &'a Mutex<Confirmations>, run: &'a str) -> Self {
-        Self { confirmations, run, began: None }
-    }
 }
 
 impl Drop for Asking<'_> {
     fn drop(&mut self) {
-        self.confirmations.lock().end(self.run, self.began);
+        self.confirmations.lock().end(self.run);
     }
 }
 
-/// Asks the standbys, for whoever waits.
+/// Asks the standbys for a confirmation that begins after `since`; one step of that, if no other session is at it.
 fn ask(
     session: &mut Session,
     confirmations: &Mutex<Confirmations>,
     run: &str,
+    since: Moment,
     wait: &Wait<impl Fn() -> bool>,
-) -> Result<Outcome, Failure> {
-    const SHORTEST: Duration = Duration::from_micros(200);
-    const LONGEST: Duration = Duration::from_millis(20);
-    let mut asking = Asking::new(confirmations, run);
-    let began = Moment::now();
-    let place = wait
-        .until_not_cancelled(|by| session.last_row(sql::WRITE_RECORD, by))?
-        .and_then(|row| row.try_get(0).ok().flatten().map(str::to_owned));
-    let Some(place) = place else {
-        return Err(Failure::Lost { reason: LossReason::ServerError, cause: None });
+) -> Result<(), Failure> {
+    let part = confirmations.lock().part(run, since, Moment::now());
+    if matches!(part, Part::Given(_) | Part::Wait) {
+        return Ok(());
+    }
+    let _asking = Asking { confirmations, run };
+    let place = match part {
+        Part::Look { place } => place,
+        _ => {
+            let began = Moment::now();
+            let place = wait
+                .until_not_cancelled(|by| session.last_row(sql::WRITE_RECORD, by))?
+                .and_then(|row| row.try_get(0).ok().flatten().map(str::to_owned));
+            let Some(place) = place else {
+                return Err(Failure::Lost { reason: LossReason::ServerError, cause: None });
+            };
+            confirmations.lock().written(run, began, place.clone());
+            place
+        }
     };
-    let look = sql::look_at_standbys(&place);
-    let mut pause = SHORTEST;
-    loop {
-        // A look of its own, after the record: what the server says in one message it has read before.
-        let row = wait.until_not_cancelled(|by| session.simple_query(&look, by))?;
-        let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
-        let setting = column(0).unwrap_or_default();
-        let problem = match named_standbys(setting) {
-            Ok(names) => obstacle(&names, &followers(column(1).unwrap_or_default())),
-            Err(unnamed) => Some(says_not_who(setting, unnamed)),
-        };
-        let Some(problem) = problem else {
-            asking.began = Some(began);
-            return Ok(Outcome::Confirmed);
-        };
-        let problem = format!(
+    // A look of its own, after the record: what the server says in one message it has read before.
+    let row = wait.until_not_cancelled(|by| session.simple_query(&sql::look_at_standbys(&place), by))?;
+    let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
+    let setting = column(0).unwrap_or_default();
+    let problem = match named_standbys(setting) {
+        Ok(names) => obstacle(&names, &followers(column(1).unwrap_or_default())),
+        Err(unnamed) => Some(says_not_who(setting, unnamed)),
+    };
+    let obstacle = problem.map(|problem| {
+        format!(
             "the standbys have not confirmed a heartbeat: {problem}; see pg_stat_replication, and start each standby that \
              synchronous_standby_names names, or take it out there if it cannot be promoted"
-        );
-        confirmations.lock().heard_of(run, problem.clone(), Moment::now());
-        if (wait.leaves)() {
-            return Ok(Outcome::Left);
-        }
-        thread::sleep(pause);
-        pause = (2 * pause).min(LONGEST);
-        if Instant::now() >= wait.until {
-            return Ok(missing(problem));
-        }
-    }
-}
-
-fn missing(obstacle: String) -> Outcome {
-    Outcome::Missing(Refusal::new(ErrorKind::SessionUnavailable, obstacle))
+        )
+    });
+    confirmations.lock().seen(run, &place, obstacle, Moment::now());
+    Ok(())
 }
 
 fn is_cancelled(error: &postgres::Error) -> bool {

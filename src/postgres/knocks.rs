@@ -1,19 +1,31 @@
-//! Newcomers that come to see whether a server stops: one at a time on each run of a server, for all claims of the manager that wait.
+//! Newcomers that come to see whether a server stops: one on each run of a server for all claims of the manager that wait, and another where that
+//! one has no answer for long.
 
 use std::time::{Duration, Instant};
 
+use crate::clock::Moment;
 use crate::pg::session::refusal::Refusal;
 use crate::pg::stream::{DialError, Knock};
+
+/// Each newcomer that is refused writes a line into the server's log, so they come less and less often, as sessions do that cannot be opened.
+const SHORTEST: Duration = Duration::from_millis(50);
+const LONGEST: Duration = Duration::from_secs(2);
+
+/// So long nobody else sends a newcomer.
+const SETS_OUT_WITHIN: Duration = Duration::from_millis(50);
+
+/// A newcomer that has no answer by then may have been lost on its way, and another one follows; after that one, in twice the time.
+const ANSWERED_WITHIN: Duration = Duration::from_millis(500);
 
 /// What a claim is to do whose grant is to be confirmed.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Look {
-    /// The server did not stop when the lock was granted, if it is still the same.
-    Open,
+    /// The server did not stop then, if it is still the same.
+    Open(Moment),
     /// Send a newcomer.
     Knock,
-    /// Wait for the next look; one that came after the grant is to be answered within this time, as far as is known and no call waits for too long.
-    Wait { answered_within: Duration },
+    /// Wait for the next look.
+    Wait,
 }
 
 /// The newcomers of a manager.
@@ -24,12 +36,10 @@ pub(crate) struct Knocks(Vec<Door>);
 struct Door {
     run: String,
     /// When the newcomer set out that did so last, of those that were answered.
-    open: Option<Instant>,
-    /// How long that one's answer took.
-    took: Duration,
-    under_way: Option<(Instant, Knock)>,
-    /// When newcomers began to be refused; `None` if the last one was not.
-    shut_since: Option<Instant>,
+    open: Option<Moment>,
+    under_way: Vec<(Moment, Knock)>,
+    /// When newcomers began to be refused, and when the last one was; `None` if the last one was not.
+    shut: Option<(Instant, Instant)>,
     /// Why the last one was refused.
     said: String,
     /// When the next one may come.
@@ -38,42 +48,39 @@ struct Door {
 
 impl Knocks {
     /// For what was granted at `granted`, on this run of a server.
-    pub(crate) fn look(&mut self, run: &str, granted: Instant, now: Instant) -> Look {
-        /// So long nobody else sends one.
-        const SETS_OUT_WITHIN: Duration = Duration::from_millis(50);
-        /// Releases on the same session wait as long.
-        const MOST: Duration = Duration::from_millis(50);
+    pub(crate) fn look(&mut self, run: &str, granted: Moment, now: Instant) -> Look {
+        /// So many at once.
+        const MOST: usize = 4;
         let door = self.of(run, now);
         door.hear(now);
-        if door.open.is_some_and(|began| began >= granted) {
-            return Look::Open;
-        }
-        match &door.under_way {
-            Some((began, _)) if *began >= granted => {
-                Look::Wait { answered_within: (2 * door.took).min(MOST).saturating_sub(now - *began) }
-            }
-            None if now >= door.next => {
+        match door.open {
+            Some(began) if began >= granted => Look::Open(began),
+            // One that set out before the grant is let go on, since those that are granted locks all the time would have each replaced by another.
+            _ if door.under_way.len() < MOST && now >= door.next => {
                 door.next = now + SETS_OUT_WITHIN;
                 Look::Knock
             }
-            _ => Look::Wait { answered_within: Duration::ZERO },
+            _ => Look::Wait,
         }
     }
 
     /// The newcomer has set out at `began`, or could not.
-    pub(crate) fn set_out(&mut self, run: &str, began: Instant, outcome: Result<Knock, DialError>) {
+    pub(crate) fn set_out(&mut self, run: &str, began: Moment, outcome: Result<Knock, DialError>) {
         let now = Instant::now();
         let door = self.of(run, now);
         match outcome {
-            Ok(knock) => door.under_way = Some((began, knock)),
+            Ok(knock) => {
+                door.next = now + ANSWERED_WITHIN * (1 << door.under_way.len());
+                door.under_way.push((began, knock));
+            }
             Err(error) => door.refused(error, now),
         }
     }
 
     /// Why the last newcomer was refused, if it was.
-    pub(crate) fn said(&mut self, run: &str) -> Option<String> {
-        let door = self.of(run, Instant::now());
-        door.shut_since.map(|_| door.said.clone())
+    pub(crate) fn said(&mut self, run: &str, now: Instant) -> Option<String> {
+        let door = self.of(run, now);
+        door.shut.map(|_| door.said.clone())
     }
 
     /// Nobody waits any more.
@@ -91,9 +98,8 @@ impl Knocks {
             self.0.push(Door {
                 run: run.to_owned(),
                 open: None,
-                took: Duration::ZERO,
-                under_way: None,
-                shut_since: None,
+                under_way: Vec::new(),
+                shut: None,
                 said: String::new(),
                 next: now,
             });
@@ -104,26 +110,28 @@ impl Knocks {
 }
 
 impl Door {
-    /// Takes in what came of the newcomer that is under way.
+    /// Takes in what came of the newcomers that are under way.
     fn hear(&mut self, now: Instant) {
-        let Some((began, knock)) = &self.under_way else { return };
-        let Some(outcome) = knock.outcome() else { return };
-        let began = *began;
-        self.under_way = None;
-        match outcome {
-            Ok(took) => {
-                (self.open, self.took) = (Some(began), took);
-                (self.shut_since, self.next) = (None, now);
+        // Nobody has looked for some time: what was said then may not be so any more.
+        if self.shut.is_some_and(|(_, last)| now - last > 2 * LONGEST) {
+            self.shut = None;
+        }
+        for (began, knock) in std::mem::take(&mut self.under_way) {
+            match knock.outcome() {
+                None => self.under_way.push((began, knock)),
+                Some(Ok(())) => {
+                    (self.open, self.shut, self.next) = (self.open.max(Some(began)), None, now);
+                    // Those that set out before have nothing more to tell.
+                    self.under_way.clear();
+                }
+                Some(Err(error)) => self.refused(error, now),
             }
-            Err(error) => self.refused(error, now),
         }
     }
 
-    /// Each newcomer that is refused writes a line into the server's log, so they come less and less often, as sessions do that cannot be opened.
     fn refused(&mut self, error: DialError, now: Instant) {
-        const SHORTEST: Duration = Duration::from_millis(50);
-        const LONGEST: Duration = Duration::from_secs(2);
-        let since = *self.shut_since.get_or_insert(now);
+        let since = self.shut.map_or(now, |(since, _)| since);
+        self.shut = Some((since, now));
         self.next = now + ((now - since) / 8).clamp(SHORTEST, LONGEST);
         self.said = Refusal::from_dial(error).to_string();
     }

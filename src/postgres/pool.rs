@@ -25,7 +25,7 @@ use crate::observer::Sessions;
 use crate::pg::catalog;
 use crate::pg::catalog::takeover::{self, Past};
 use crate::pg::config::{CatalogMode, Config};
-use crate::pg::confirm::{self, Outcome, Wait};
+use crate::pg::confirm::{self, Outcome, Wait, Wanted, Witnesses};
 use crate::pg::knocks::Knocks;
 use crate::pg::quorum::{Confirmations, Quorum};
 use crate::pg::session::machine::{Confirms, Rhythm};
@@ -624,27 +624,20 @@ impl Pool {
         }
     }
 
-    /// Waits until what was sent at `sent` on this session is confirmed: that the standbys followed the server, and that it was not stopping when
-    /// it granted a lock, the last one before `granted`. See [`confirm`].
+    /// Waits until what is wanted is confirmed. See [`confirm`].
     pub(crate) fn confirm(
         &self,
         session: &mut Session,
-        sent: Moment,
-        granted: Option<Instant>,
+        wanted: &Wanted,
         wait: &Wait<impl Fn() -> bool>,
     ) -> std::result::Result<Outcome, Failure> {
-        if let Some(granted) = granted
-            && self.own.policy == TakeoverPolicy::AfterAnyRestart
-        {
-            let outcome = confirm::see_open(session, &self.knocks, granted, self.connect_timeout, wait)?;
-            if !matches!(outcome, Outcome::Confirmed) {
-                return Ok(outcome);
-            }
-        }
-        if self.own.quorum {
-            return confirm::confirm(session, &self.confirmations, sent, wait);
-        }
-        Ok(Outcome::Confirmed)
+        let is_strict = self.own.policy == TakeoverPolicy::AfterAnyRestart;
+        let witnesses = Witnesses {
+            standbys: self.own.quorum.then_some(&self.confirmations),
+            newcomers: is_strict.then_some(&self.knocks),
+            connect_timeout: self.connect_timeout,
+        };
+        confirm::confirm(session, &witnesses, wanted, wait)
     }
 
     /// What all its sessions have in common.

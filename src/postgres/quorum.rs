@@ -7,7 +7,8 @@
 //! lasts longer than a term that is counted from the sending.
 //!
 //! That does not depend on which heartbeat the record was written for. So claims of one manager whose heartbeats come together use
-//! one confirmation ([`Confirmations`]), which must have *begun* after the heartbeat of each was sent.
+//! one confirmation ([`Confirmations`]), which must have *begun* after the heartbeat of each was sent. Nor does it depend on who looks whether
+//! the standbys have the record: whoever is called away leaves it to the next.
 
 use std::time::Duration;
 
@@ -118,20 +119,33 @@ struct Confirmation {
     run: String,
     /// When the one began that began last, of those that were given.
     given: Option<Moment>,
-    /// When the session that asks for one was last heard of.
+    /// The record that the standbys are to have.
+    record: Option<Record>,
+    /// A session has a statement for it under way since then.
     asked: Option<Moment>,
-    /// What was in its way.
-    obstacle: String,
 }
 
-/// What a session is to do whose heartbeat is to be confirmed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
+struct Record {
+    /// Before it was written.
+    began: Moment,
+    place: String,
+    /// When to look again whether the standbys have it.
+    next: Moment,
+    /// Why they have not, by the last look.
+    obstacle: Option<String>,
+}
+
+/// What a session is to do that waits for a confirmation.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
-    /// Nothing: it is confirmed.
-    Given,
-    /// Ask the standbys.
-    Ask,
-    /// Wait for what another session asks for.
+    /// Nothing: it is given. It had begun then.
+    Given(Moment),
+    /// Write a record.
+    Write,
+    /// Look whether the standbys have the log up to this place.
+    Look { place: String },
+    /// Wait for what another session asks for, or for the time to look again.
     Wait,
 }
 
@@ -140,34 +154,62 @@ impl Confirmations {
     const PATIENCE: Duration = Duration::from_millis(200);
 
     /// What to do at `now` for something that was sent at `sent`, on this run of a server.
+    ///
+    /// A record that was written before is not replaced: those that send something all the time would have each replaced by another.
     pub(crate) fn part(&mut self, run: &str, sent: Moment, now: Moment) -> Part {
         let known = self.of(run);
-        if known.given.is_some_and(|began| began >= sent) {
-            return Part::Given;
+        if let Some(began) = known.given.filter(|began| *began >= sent) {
+            return Part::Given(began);
         }
         if known.asked.is_some_and(|at| now.saturating_duration_since(at) < Self::PATIENCE) {
             return Part::Wait;
         }
+        let part = match &known.record {
+            None => Part::Write,
+            Some(record) if now >= record.next => Part::Look { place: record.place.clone() },
+            Some(_) => return Part::Wait,
+        };
         known.asked = Some(now);
-        Part::Ask
+        part
     }
 
-    /// The session that asks has been answered by the server, and not yet by the standbys.
-    pub(crate) fn heard_of(&mut self, run: &str, obstacle: String, now: Moment) {
+    /// What was last given, for whatever was sent.
+    pub(crate) fn given(&mut self, run: &str) -> Option<Moment> {
+        self.of(run).given
+    }
+
+    /// The record was written, after `began`.
+    pub(crate) fn written(&mut self, run: &str, began: Moment, place: String) {
+        self.of(run).record = Some(Record { began, place, next: began, obstacle: None });
+    }
+
+    /// The standbys have the log up to `place`, or there is an obstacle.
+    pub(crate) fn seen(&mut self, run: &str, place: &str, obstacle: Option<String>, now: Moment) {
+        const SHORTEST: Duration = Duration::from_micros(200);
+        const LONGEST: Duration = Duration::from_millis(20);
         let known = self.of(run);
-        (known.asked, known.obstacle) = (Some(now), obstacle);
+        let Some(record) = known.record.as_mut().filter(|record| record.place == place) else { return };
+        match obstacle {
+            None => {
+                known.given = known.given.max(Some(record.began));
+                known.record = None;
+            }
+            Some(_) => {
+                let pause = (now.saturating_duration_since(record.began) / 2).clamp(SHORTEST, LONGEST);
+                record.next = now.checked_add(pause).unwrap_or(now);
+                record.obstacle = obstacle;
+            }
+        }
     }
 
-    /// The session that asks comes to an end; what it has sent at `began` and later is confirmed, if it is.
-    pub(crate) fn end(&mut self, run: &str, began: Option<Moment>) {
-        let known = self.of(run);
-        known.asked = None;
-        known.given = known.given.max(began);
+    /// The session that asked comes to an end.
+    pub(crate) fn end(&mut self, run: &str) {
+        self.of(run).asked = None;
     }
 
-    /// What was in the way of the confirmation that was asked for last.
-    pub(crate) fn obstacle(&mut self, run: &str) -> String {
-        self.of(run).obstacle.clone()
+    /// What is in the way of the record that the standbys are to have, if there is one, as far as is known.
+    pub(crate) fn obstacle(&mut self, run: &str) -> Option<String> {
+        self.of(run).record.as_ref().and_then(|record| record.obstacle.clone())
     }
 
     fn of(&mut self, run: &str) -> &mut Confirmation {
@@ -177,8 +219,7 @@ impl Confirmations {
             if self.0.len() == MOST {
                 self.0.remove(0);
             }
-            let (run, obstacle) = (run.to_owned(), String::new());
-            self.0.push(Confirmation { run, given: None, asked: None, obstacle });
+            self.0.push(Confirmation { run: run.to_owned(), given: None, record: None, asked: None });
             self.0.len() - 1
         });
         &mut self.0[index]
@@ -235,23 +276,40 @@ mod tests {
     fn a_confirmation_serves_what_was_sent_before_it_began_on_the_same_server() {
         let (mut known, begin) = (Confirmations::default(), Moment::now());
         let at = |millis| begin.checked_add(Duration::from_millis(millis)).unwrap();
-        assert_eq!(known.part("x", at(0), at(1)), Part::Ask);
+        let look = |place: &str| Part::Look { place: place.to_owned() };
+        let away = || Some("the standby is gone".to_owned());
+        assert_eq!(known.part("x", at(0), at(1)), Part::Write);
         // Another heartbeat comes meanwhile, and is none the wiser when the first is confirmed.
         assert_eq!(known.part("x", at(2), at(3)), Part::Wait);
-        assert_eq!(known.part("y", at(0), at(3)), Part::Ask, "another server's");
-        known.end("x", Some(at(1)));
-        assert_eq!(known.part("x", at(0), at(4)), Part::Given);
-        assert_eq!(known.part("x", at(1), at(4)), Part::Given);
-        assert_eq!(known.part("y", at(0), at(4)), Part::Wait);
-        assert_eq!(known.part("x", at(2), at(4)), Part::Ask);
+        assert_eq!(known.part("y", at(0), at(3)), Part::Write, "another server's");
+        known.written("x", at(1), "0/1".to_owned());
+        known.end("x");
+        // Whoever comes next looks, after a pause that grows.
+        assert_eq!(known.part("x", at(2), at(4)), look("0/1"));
+        known.seen("x", "0/1", away(), at(5));
+        known.end("x");
+        assert_eq!(known.part("x", at(2), at(6)), Part::Wait);
+        assert_eq!(known.part("x", at(2), at(7)), look("0/1"));
+        known.seen("x", "0/1", None, at(8));
+        known.end("x");
+        assert_eq!(known.part("x", at(0), at(8)), Part::Given(at(1)));
+        assert_eq!(known.part("x", at(1), at(8)), Part::Given(at(1)));
+        assert_eq!(known.part("y", at(0), at(8)), Part::Wait);
+        assert_eq!(known.part("x", at(2), at(8)), Part::Write);
         // It comes to nothing, and what was known stays known.
-        known.end("x", None);
-        assert_eq!(known.part("x", at(1), at(5)), Part::Given);
-        assert_eq!(known.part("x", at(2), at(5)), Part::Ask);
-        // One that is silent is not waited for; one that is heard of is.
-        known.heard_of("x", "the standby is gone".to_owned(), at(100));
-        assert_eq!(known.part("x", at(2), at(299)), Part::Wait);
-        assert_eq!(known.part("x", at(2), at(300)), Part::Ask);
-        assert_eq!(known.obstacle("x"), "the standby is gone");
+        known.end("x");
+        assert_eq!(known.part("x", at(1), at(9)), Part::Given(at(1)));
+        assert_eq!(known.part("x", at(2), at(9)), Part::Write);
+        // A session that is silent is not waited for.
+        assert_eq!(known.part("x", at(2), at(208)), Part::Wait);
+        assert_eq!(known.part("x", at(2), at(209)), Part::Write);
+        known.written("x", at(209), "0/2".to_owned());
+        known.end("x");
+        assert_eq!(known.part("x", at(2), at(210)), look("0/2"));
+        // What is seen of a record that is not the last one says nothing.
+        known.seen("x", "0/1", None, at(211));
+        known.seen("x", "0/2", away(), at(211));
+        assert_eq!(known.given("x"), Some(at(1)));
+        assert_eq!([known.obstacle("x"), known.obstacle("y")], [away(), None]);
     }
 }

@@ -5,6 +5,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use dsync::crossbeam_channel::{TryRecvError, bounded};
 use dsync::{Config, Context, ErrorKind, LossReason, PostgresManager, Quorum, SyncManager, Term, Verdict};
 use postgres::Client;
 use support::netns::{Direction, Netns};
@@ -14,6 +15,7 @@ use support::{Replication, Server};
 use crate::common::{
     PATIENCE, becomes, eventually, hear, in_both_modes, is_held, is_open, kind, lock, role, soon, started,
 };
+use crate::cutoff::proxy::Proxy;
 use crate::cutoff::witness::{Event, Role, Witness, testify};
 use crate::cutoff::{Party, config, granted, last_of, micros, ms, now};
 use crate::partition::namespace;
@@ -527,6 +529,47 @@ fn a_standby_that_goes_away_ends_the_term_in_time_and_the_lock_comes_back_with_i
     frozen.thaw();
     holder.locks[0].lock(&soon()).unwrap();
     becomes("what the holder holds", &LOCKS, || holder.held());
+}
+
+/// Calls on a shared session all the time put off neither the confirmation of a lock nor that of a heartbeat, however far away the standby is.
+#[test]
+fn standbys_that_are_far_away_confirm_beside_others_that_call_all_the_time() {
+    const CALLERS: usize = 3;
+    let primary = Server::start().unwrap();
+    let proxy = Proxy::to(primary.port());
+    let _standby = primary.standby_by_way_of("127.0.0.1", proxy.port(), Replication::Synchronous).unwrap();
+    let made = |name| started(settings(name, &primary, Quorum::NamedStandbys).shared_sessions(1));
+    let (other, manager) = (made("other"), made("holder"));
+    let taken: Vec<_> = (0..CALLERS).map(|number| format!("taken {number}")).collect();
+    let theirs: Vec<_> = taken.iter().map(|key| lock(&other, key).acquire(PATIENCE).unwrap()).collect();
+    proxy.slow_down(Duration::from_millis(20));
+    let held = lock(&manager, "held").acquire(PATIENCE).unwrap();
+    thread::scope(|scope| {
+        let (over, is_over) = bounded::<()>(0);
+        for key in &taken {
+            let (wanted, is_over) = (lock(&manager, key), is_over.clone());
+            scope.spawn(move || {
+                while is_over.try_recv() == Err(TryRecvError::Empty) {
+                    assert!(wanted.try_acquire().unwrap().is_none());
+                }
+            });
+        }
+        let begun = Instant::now();
+        for number in 0.. {
+            let begun_one = Instant::now();
+            lock(&manager, &format!("free {number}")).acquire(PATIENCE).unwrap().release().unwrap();
+            assert!(begun_one.elapsed() < LEASE, "{:?}", begun_one.elapsed());
+            // The held lock needs heartbeats.
+            if begun.elapsed() > 2 * LEASE {
+                println!("{number} locks in {:.1?}", begun.elapsed());
+                break;
+            }
+        }
+        drop(over);
+    });
+    assert!(held.is_held(), "{:?}", held.loss());
+    held.release().unwrap();
+    drop(theirs);
 }
 
 /// The numbers of transactions that the server has given out.

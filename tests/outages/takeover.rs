@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::crossbeam_channel::{RecvTimeoutError, bounded};
+use dsync::crossbeam_channel::{RecvTimeoutError, TryRecvError, bounded};
 use dsync::{
     ClaimState, Config, Context, ErrorKind, Lock, PostgresManager, SyncManager as _, TakeoverPolicy,
 };
@@ -26,6 +26,7 @@ use crate::cutoff::{Micros, Party, config, granted, holds, key, length, micros, 
 in_both_modes! {
     a_lock_is_confirmed_however_slow_newcomers_are_and_whoever_else_calls
     a_lock_that_the_server_grants_in_its_last_moment_is_nobody_s
+    a_newcomer_that_is_lost_on_its_way_is_followed_by_another
     by_default_a_crash_costs_a_lease_and_a_clean_restart_nothing
     only_the_last_holder_is_let_back_at_once
     what_waits_says_why_and_for_how_long
@@ -525,6 +526,62 @@ fn a_lock_is_confirmed_however_slow_newcomers_are_and_whoever_else_calls(shared_
         drop(over);
     });
     drop(held);
+}
+
+/// Those that are granted locks all the time on the same session do not put off the confirmation of another's, nor do they wait for ever; and a
+/// release waits for no newcomer.
+#[test]
+fn a_lock_is_confirmed_though_newcomers_are_slow_and_others_are_granted_locks_all_the_time() {
+    const CALLERS: usize = 4;
+    let server = Server::builder().setting("pre_auth_delay", "1").start().unwrap();
+    let settings = settings("it", &server.url(), TakeoverPolicy::AfterAnyRestart);
+    let manager = started(settings.lease(Duration::from_secs(2)).shared_sessions(1));
+    let held = lock(&manager, "held").acquire(PATIENCE).unwrap();
+    thread::scope(|scope| {
+        let (over, is_over) = bounded::<()>(0);
+        for caller in 0..CALLERS {
+            let (manager, is_over) = (&manager, is_over.clone());
+            scope.spawn(move || {
+                // One of them is granted a lock in each quarter of a newcomer's time.
+                let _ = is_over.recv_timeout(Duration::from_millis(250) * caller as u32);
+                for number in 0.. {
+                    if is_over.try_recv() == Err(TryRecvError::Disconnected) {
+                        return;
+                    }
+                    let wanted = lock(manager, &format!("{caller} {number}"));
+                    let Ok(guard) = wanted.acquire(Duration::from_secs(2)) else { continue };
+                    guard.release().unwrap();
+                }
+            });
+        }
+        for number in 0..3 {
+            let begun = Instant::now();
+            lock(&manager, &format!("free {number}")).acquire(PATIENCE).unwrap().release().unwrap();
+            println!("a lock that is free had after {:.1?}", begun.elapsed());
+            // A newcomer may be under way when it is granted, and the next one counts.
+            assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+        }
+        let begun = Instant::now();
+        held.release().unwrap();
+        assert!(begun.elapsed() < Duration::from_millis(500), "{:?}", begun.elapsed());
+        drop(over);
+    });
+}
+
+fn a_newcomer_that_is_lost_on_its_way_is_followed_by_another(shared_sessions: u32) {
+    let server = Server::start().unwrap();
+    let proxy = Proxy::to(server.port());
+    let url = server.url_at("127.0.0.1", proxy.port());
+    let policy = TakeoverPolicy::AfterAnyRestart;
+    let manager = started(settings("it", &url, policy).shared_sessions(shared_sessions));
+    let wanted = lock(&manager, "k0");
+    wanted.acquire(PATIENCE).unwrap().release().unwrap();
+    proxy.swallow_next();
+    let begun = Instant::now();
+    let guard = wanted.acquire(PATIENCE).unwrap();
+    let time = begun.elapsed();
+    assert!(proxy.has_swallowed() && time < Duration::from_secs(4), "{time:?}");
+    guard.release().unwrap();
 }
 
 /// The question for a password is answer enough, and is not answered.

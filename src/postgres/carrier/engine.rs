@@ -21,7 +21,7 @@ use crate::pg::claim::machine::{self as claim, End, Notice};
 use crate::pg::claim::shared::Claim;
 use crate::pg::config::LeasePlan;
 use crate::pg::pool::{Pool, PooledSlot};
-use crate::pg::session::machine::{self as session, Time, Timing};
+use crate::pg::session::machine::{self as session, Confirms, Time, Timing};
 use crate::pg::session::open::Session;
 use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::Failure;
@@ -65,8 +65,8 @@ pub(crate) struct Engine {
     has_lease: bool,
     /// When the session was last asked something.
     asked_at: Instant,
-    /// When it was last granted a lock.
-    granted_at: Instant,
+    /// When claims were last told why what they wait for is not confirmed.
+    told_at: Instant,
     /// The server has said that it ends the session at hand.
     end_announced: bool,
     /// Why the last attempt to have a session failed, or the last heartbeat.
@@ -174,7 +174,7 @@ impl Engine {
             leased_until: None,
             has_lease: false,
             asked_at: Instant::now(),
-            granted_at: Instant::now(),
+            told_at: Instant::now(),
             end_announced: false,
             problem: None,
             logged: None,
@@ -466,6 +466,7 @@ impl Engine {
         for seated in self.seats.iter_mut().flatten() {
             seated.lock = None;
             seated.missed.clear();
+            seated.seat.claim().announce_unconfirmed(Confirms::Nothing);
         }
         let reason = notices.iter().find_map(|(_, notice)| match notice {
             Notice::Lost(reason) => Some(reason),

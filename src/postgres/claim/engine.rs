@@ -12,7 +12,7 @@ use crate::pg::claim::lifecycle::{Action, Event, Lifecycle};
 use crate::pg::claim::machine::{self as claim, End, Notice, Obstacle};
 use crate::pg::claim::shared::{Claim, EndReason};
 use crate::pg::claim::spec::LockSpec;
-use crate::pg::confirm::{Outcome, Wait};
+use crate::pg::confirm::{Outcome, Wait, Wanted};
 use crate::pg::pool::PooledSlot;
 use crate::pg::session::control::SessionControl;
 use crate::pg::session::locks::Answer;
@@ -311,28 +311,31 @@ impl Engine {
         }
     }
 
-    /// Waits until what was sent at `sent` is confirmed; for a heartbeat's timeout, and then sends a heartbeat first.
-    fn confirm(&mut self, sent: Time, by: Time, granted: bool) -> Event {
-        let (since, until) = (self.moment(sent), self.spec.soon().min(self.at(by)));
+    /// Waits until what was sent, or granted, is confirmed; for a heartbeat's timeout, and then sends a heartbeat first.
+    fn confirm(&mut self, sent: Option<Time>, by: Time, granted: Option<Time>) -> Event {
+        let [sent, granted] = [sent, granted].map(|time| time.map(|time| self.moment(time)));
+        let wanted = Wanted { sent, granted };
         let (pool, claim) = (Arc::clone(&self.spec.pool), Arc::clone(&self.claim));
-        let patience = self.spec.plan.heartbeat_timeout;
-        let wait = Wait { until, leaves: || claim.is_ending(), is_called_often: false, patience };
-        let granted = granted.then_some(self.granted_at);
+        let (patience, by) = (self.spec.plan.heartbeat_timeout, self.at(by));
+        let wait = Wait { since: Instant::now(), by, leaves: || claim.is_ending(), patience };
         claim.announce_unconfirmed(pool.confirms());
-        match self.on_session(|session, _, _| pool.confirm(session, since, granted, &wait)) {
-            Ok(Outcome::Confirmed) => {
+        match self.on_session(|session, _, _| pool.confirm(session, &wanted, &wait)) {
+            Ok(Outcome::Confirmed { followed, open }) => {
                 claim.announce_unconfirmed(Confirms::Nothing);
                 (self.problem, self.logged) = (None, None);
-                Event::Session(session::Event::Confirmed { sent })
+                let [followed, open] = [followed, open].map(|at| at.and_then(|at| at.since(self.epoch)));
+                Event::Session(session::Event::Confirmed { followed, open })
             }
             Ok(Outcome::Missing(refusal)) => {
                 self.note(refusal.into_error());
                 Event::Session(session::Event::Unconfirmed)
             }
-            // The release is what is next.
+            // The release is what is next, or a heartbeat, or the end of the term.
             Ok(Outcome::Left) => {
-                self.forget_grant();
-                Event::Session(session::Event::Unconfirmed)
+                if claim.is_ending() {
+                    self.forget_grant();
+                }
+                Event::Session(session::Event::TimePassed)
             }
             Err(event) => {
                 self.forget_grant();

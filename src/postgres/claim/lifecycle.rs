@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crate::pg::claim::machine::{self as claim, Machine as Claim};
-use crate::pg::session::machine::{self as session, Machine as Session, Time, Timing, misplaced};
+use crate::pg::session::machine::{self as session, Confirms, Machine as Session, Time, Timing, misplaced};
 
 /// One session and its claims. A dedicated session has one claim.
 ///
@@ -18,7 +18,8 @@ pub(crate) struct Lifecycle {
     holding: usize,
     /// How many of them use the session.
     using: usize,
-    /// Those that have been granted their locks and do not hold them before the session's lease lasts.
+    /// Those that have been granted their locks and do not hold them before the session's lease lasts, and that is confirmed. The first of
+    /// them were granted theirs first.
     confirming: Vec<usize>,
     /// The session carries many claims, so those that hold locks are not told one by one that it goes on.
     is_carrier: bool,
@@ -91,7 +92,25 @@ impl Lifecycle {
 
     /// What the session itself has to do next.
     pub(crate) fn session_action(&self) -> session::Action {
-        self.session.action()
+        let granted = self.first_unconfirmed();
+        match self.session.action() {
+            session::Action::Confirm { sent, by, .. } => session::Action::Confirm { sent, by, granted },
+            // Its heartbeats go on, whatever becomes of what was granted.
+            session::Action::Watch { until } if granted.is_some() => {
+                session::Action::Confirm { sent: None, by: until, granted }
+            }
+            action => action,
+        }
+    }
+
+    /// When the first of the locks was granted that are to be confirmed.
+    fn first_unconfirmed(&self) -> Option<Time> {
+        let first = self.confirming.first().filter(|_| self.confirms_grants())?;
+        self.claims[*first].granted_at()
+    }
+
+    fn confirms_grants(&self) -> bool {
+        self.session.confirms() != Confirms::Nothing
     }
 
     /// What one claim has to do next.
@@ -111,7 +130,7 @@ impl Lifecycle {
 
     /// What to do next: what a claim asks for comes before what the session can wait with. Of pauses, the one that is over first.
     pub(crate) fn action(&self) -> Action {
-        let session = self.session.action();
+        let session = self.session_action();
         let urgent = matches!(
             session,
             session::Action::Renew { .. } | session::Action::Confirm { .. } | session::Action::Close
@@ -163,17 +182,41 @@ impl Lifecycle {
     }
 
     fn tell_session(&mut self, event: session::Event, now: Time, notices: &mut Notices) {
-        let Some(told) = self.session.handle(event, now) else { return };
-        let is_of_lease = matches!(told, session::Notice::LeasedUntil(_) | session::Notice::Unconfirmed);
-        if self.is_carrier && is_of_lease {
+        if let Some(told) = self.session.handle(event, now) {
+            self.tell_of_change(told, now, notices);
+        }
+        if let session::Event::Confirmed { followed, open } = event
+            && let (Some(confirmed), Some(until)) = (followed.min(open), self.session.begins_until(now))
+        {
+            let told = session::Notice::LeasedUntil(until);
             for number in std::mem::take(&mut self.confirming) {
-                self.tell_of_session(number, told, now, notices);
+                match self.claims[number].granted_at() {
+                    Some(granted) if granted > confirmed => self.confirming.push(number),
+                    _ => self.tell_of_session(number, told, now, notices),
+                }
             }
-        } else {
-            self.confirming.clear();
-            for number in 0..self.claims.len() {
-                self.tell_of_session(number, told, now, notices);
+        }
+    }
+
+    fn tell_of_change(&mut self, told: session::Notice, now: Time, notices: &mut Notices) {
+        let mut concerned: Vec<_> = match told {
+            // What was granted waits for its own confirmation.
+            session::Notice::LeasedUntil(_) if self.confirms_grants() => Vec::new(),
+            session::Notice::LeasedUntil(_) => std::mem::take(&mut self.confirming),
+            session::Notice::Unconfirmed => self.confirming.clone(),
+            _ => {
+                self.confirming.clear();
+                (0..self.claims.len()).collect()
             }
+        };
+        let is_of_lease = matches!(told, session::Notice::LeasedUntil(_) | session::Notice::Unconfirmed);
+        if is_of_lease && !self.is_carrier {
+            let others = (0..self.claims.len()).filter(|number| self.claims[*number].granted_at().is_none());
+            concerned.extend(others);
+            concerned.sort_unstable();
+        }
+        for number in concerned {
+            self.tell_of_session(number, told, now, notices);
         }
     }
 
@@ -185,15 +228,13 @@ impl Lifecycle {
     }
 
     fn tell_claim(&mut self, number: usize, event: claim::Event, now: Time, notices: &mut Notices) {
-        let (held, confirming) = (self.holding, self.confirming.len());
+        let held = self.holding;
         let Some(effects) = self.change(number, |claim| claim.handle(event, now)) else {
             return misplaced(&"a claim that is not there", &event);
         };
         notices.extend(effects.notice.map(|notice| (number, notice)));
         if held > 0 && self.holding == 0 {
             self.tell_session(session::Event::LastLockLeft, now, notices);
-        } else if confirming > 0 && self.confirming.is_empty() {
-            self.tell_session(session::Event::NobodyWaits, now, notices);
         }
         if let Some(event) = effects.session {
             self.tell_session(event, now, notices);
@@ -211,13 +252,14 @@ impl Lifecycle {
     fn change<T>(&mut self, number: usize, change: impl FnOnce(&mut Claim) -> T) -> Option<T> {
         let claim = self.claims.get_mut(number)?;
         let was = (claim.holds(), claim.uses_session());
+        let was_confirming = claim.granted_at().is_some();
         let outcome = change(claim);
         let is = (claim.holds(), claim.uses_session());
         self.holding = self.holding + usize::from(is.0) - usize::from(was.0);
         self.using = self.using + usize::from(is.1) - usize::from(was.1);
-        match (claim.is_confirming(), self.confirming.iter().position(|confirming| *confirming == number)) {
-            (true, None) => self.confirming.push(number),
-            (false, Some(place)) => drop(self.confirming.swap_remove(place)),
+        match (was_confirming, claim.granted_at().is_some()) {
+            (false, true) => self.confirming.push(number),
+            (true, false) => self.confirming.retain(|confirming| *confirming != number),
             _ => {}
         }
         Some(outcome)

@@ -15,7 +15,7 @@ use crate::pg::session::machine::{self as session, Time, misplaced};
 ///                   │ granted                             │ granted        │
 ///                   ▼                                     │                ├── session lost,
 ///               Confirming ◄──────────────────────────────┘                │   from any of these
-///                   │ the session's lease lasts                            │
+///                   │ the lease lasts, and it is confirmed                 │
 ///                   ▼                                                      │
 ///                 Held ⟲ the lease was renewed                             │
 ///
@@ -52,8 +52,9 @@ enum State {
     /// Another session holds the lock; ours queues for it, a slice of time at once. It may come to hold the lock without
     /// our knowing, when the end of a slice races with the grant.
     Queueing,
-    /// The lock was granted. It is held if the session's lease lasts still.
-    Confirming,
+    /// The answer that the lock was granted had come at `granted`. It is held if the session's lease lasts still, and if that is confirmed where
+    /// grants are to be.
+    Confirming { granted: Time },
     /// The lock is held.
     Held,
     /// The lock was held and is being given back.
@@ -188,7 +189,7 @@ impl Machine {
     pub(crate) fn action(&self) -> Action {
         match self.state {
             State::WantingSession
-            | State::Confirming
+            | State::Confirming { .. }
             | State::Held
             | State::SessionClosing { .. }
             | State::Leaving { .. } => Action::Wait,
@@ -237,7 +238,7 @@ impl Machine {
                 if !self.shares {
                     self.uncertain_until = Time::ZERO;
                 }
-                self.state = State::Confirming;
+                self.state = State::Confirming { granted: now };
                 Effects::tell_session(session::Event::LockTaken { sent })
             }
             (State::Queueing, Event::SliceOver) => Effects::NONE,
@@ -291,19 +292,19 @@ impl Machine {
             // It came while the connection before was being closed.
             (State::WantingSession, session::Notice::Closed { .. }) => None,
 
-            (State::Confirming, session::Notice::LeasedUntil(until)) => {
+            (State::Confirming { .. }, session::Notice::LeasedUntil(until)) => {
                 self.state = State::Held;
                 Some(Notice::Acquired { until })
             }
             (State::Held, session::Notice::LeasedUntil(until)) => Some(Notice::Renewed { until }),
             // It is no term yet. What has begun goes on until its time is over.
-            (State::Confirming, session::Notice::Unconfirmed) => Some(Notice::Failed),
+            (State::Confirming { .. }, session::Notice::Unconfirmed) => Some(Notice::Failed),
             (State::Held, session::Notice::Unconfirmed) => None,
 
             (
                 State::Trying
                 | State::Queueing
-                | State::Confirming
+                | State::Confirming { .. }
                 | State::Held
                 | State::Unlocking
                 | State::Settling { .. },
@@ -367,14 +368,17 @@ impl Machine {
         self.uncertain_until
     }
 
-    /// Whether it has been granted its lock, and does not hold it before the session's lease lasts.
-    pub(crate) fn is_confirming(&self) -> bool {
-        self.state == State::Confirming
+    /// When the lock was granted that it does not hold before the session's lease lasts, and that is confirmed.
+    pub(crate) fn granted_at(&self) -> Option<Time> {
+        match self.state {
+            State::Confirming { granted } => Some(granted),
+            _ => None,
+        }
     }
 
     /// Whether it holds its lock, as far as the session's lease lasts.
     pub(crate) fn holds(&self) -> bool {
-        matches!(self.state, State::Confirming | State::Held)
+        matches!(self.state, State::Confirming { .. } | State::Held)
     }
 
     /// Whether the session may have something for it, or does something for it.
@@ -384,7 +388,7 @@ impl Machine {
             State::Trying
                 | State::Pausing { .. }
                 | State::Queueing
-                | State::Confirming
+                | State::Confirming { .. }
                 | State::Held
                 | State::Unlocking
                 | State::Settling { .. }
@@ -405,7 +409,7 @@ impl Machine {
                 State::Ended(self.end_by_time(now))
             }
             State::Queueing | State::Settling { .. } => State::Settling { then: Next::End },
-            State::Confirming | State::Held => State::Unlocking,
+            State::Confirming { .. } | State::Held => State::Unlocking,
             State::SessionClosing { uncertain_before } => State::Leaving { uncertain_before },
             ending @ (State::Unlocking | State::Leaving { .. } | State::Ended(_)) => ending,
         };
@@ -415,7 +419,7 @@ impl Machine {
     fn lose_session(&mut self, reason: LossReason, now: Time) -> Option<Notice> {
         let notice = match self.state {
             State::Held => Some(Notice::Lost(reason)),
-            State::Queueing | State::Confirming => Some(Notice::Failed),
+            State::Queueing | State::Confirming { .. } => Some(Notice::Failed),
             _ => None,
         };
         let uncertain_before = self.uncertain_until;

@@ -807,7 +807,7 @@ impl Claim {
             let (term, lost) = Lost::pair();
             let warning = Warning::new(self.grace.is_some());
             status.phase = Phase::Held { until, _term: term, warning };
-            status.problem = None;
+            (status.problem, status.unconfirmed) = (None, Confirms::Nothing);
             status.lost = lost;
             (status.token, status.permit) = (token, permit);
             if let Some(story) = &self.story {
@@ -835,7 +835,7 @@ impl Claim {
         }
     }
 
-    /// Whether the standbys have still to confirm what the server has answered.
+    /// What is still to be confirmed of what the server has answered.
     pub(crate) fn announce_unconfirmed(&self, unconfirmed: Confirms) {
         self.status.lock().unconfirmed = unconfirmed;
     }

@@ -23,8 +23,8 @@ pub(crate) type Time = Duration;
 ///              Leased ⇄ Renewing ─── lost, or the lease not renewed in time
 /// ```
 ///
-/// Where more is needed than the server's answer [to count](Confirms), it is `Confirming` before it is `Leased`: after a lock was taken, and
-/// perhaps after each heartbeat. From there it goes back to `Renewing` if that was not to be had, and is lost as there.
+/// Where heartbeats are [to be confirmed](Confirms::All), it is `Confirming` before it is `Leased`: after a lock was taken, and after each
+/// heartbeat. From there it goes back to `Renewing` if that was not to be had, and is lost as there.
 ///
 /// A claim uses the session while it is `Open`, `Leased`, `Renewing` or `Confirming`: see [`claim::machine`](super::super::claim::machine).
 /// The lease is the session's, so it is renewed once for all the locks that are held by it.
@@ -42,10 +42,8 @@ pub(crate) struct Machine {
     /// The session refused a claim something, and is to be closed when that claim has left it; `patient` as in
     /// [`Event::OpenFailed`].
     retiring: Option<Retirement>,
-    /// A confirmation was asked for since there was one the last time, and was not to be had.
-    unconfirmed: bool,
-    /// A lock was taken since then.
-    granted: bool,
+    /// When the first was sent of what was answered since the last confirmation.
+    unconfirmed: Option<Time>,
     /// Seeds the jitter of the back-off.
     seed: u64,
 }
@@ -123,8 +121,8 @@ enum State {
     /// It holds a lock, and a heartbeat is due. Without a time the lock was granted so long ago that its term would be over:
     /// a heartbeat must show that it is held still.
     Renewing { renewed: Option<Time> },
-    /// What was sent at `sent` shows that it holds a lock, and is to be confirmed. As
-    /// for `Renewing`, no term has begun if `renewed` is no time.
+    /// What was sent at `sent`, the last time, shows that it holds a lock, and is to be confirmed. `renewed` is when the last was sent that is
+    /// confirmed; as for `Renewing`, no term has begun if that is no time.
     Confirming { renewed: Option<Time>, sent: Time },
     /// The connection is of no use any more and must be closed.
     Closing { then: Next },
@@ -155,9 +153,10 @@ pub(crate) enum Action {
     Watch { until: Time },
     /// Prove that the session is alive and holds its locks, by then at the latest: `Renewed`, `Lost`.
     Renew { by: Time },
-    /// Have confirmed what was sent at `sent`, by then at the latest; it is, or comes after, what has `granted` a lock, or only a heartbeat:
-    /// `Confirmed`, `Unconfirmed`, `Lost`.
-    Confirm { sent: Time, by: Time, granted: bool },
+    /// Have confirmed what waits for that, by then at the latest: what was sent at `sent`, and what was granted until `granted`. Each is the first
+    /// of its kind, since those that come all the time must not move the time from which a confirmation counts: `Confirmed` when one of the two
+    /// is, `Unconfirmed`, `TimePassed`, which says nothing, `Lost`.
+    Confirm { sent: Option<Time>, by: Time, granted: Option<Time> },
     /// Close the session without ceremony; if the server has said that it ends it, see whether it has: `Closed`.
     Close,
 }
@@ -179,13 +178,11 @@ pub(crate) enum Event {
     LockTaken { sent: Time },
     /// No claim holds a lock any more.
     LastLockLeft,
-    /// No claim waits any more for the confirmation of its lock.
-    NobodyWaits,
     /// The heartbeat sent at `sent` was answered.
     Renewed { sent: Time },
-    /// What was sent at `sent` was confirmed.
-    Confirmed { sent: Time },
-    /// It was not yet.
+    /// The standbys followed the server at that time, and it was not stopping at the other, as far as the one or the other is asked for.
+    Confirmed { followed: Option<Time>, open: Option<Time> },
+    /// What waits for that was not confirmed yet.
     Unconfirmed,
     /// The connection is over.
     Lost(LossReason),
@@ -225,8 +222,7 @@ impl Machine {
             failing_since: None,
             has_served: false,
             retiring: None,
-            unconfirmed: false,
-            granted: false,
+            unconfirmed: None,
             seed,
         }
     }
@@ -243,7 +239,7 @@ impl Machine {
             State::Renewing { renewed: None } => Action::Renew { by: Time::MAX },
             State::Confirming { renewed, sent } => {
                 let by = renewed.map_or(Time::MAX, |renewed| self.term_end(renewed));
-                Action::Confirm { sent, by, granted: self.granted }
+                Action::Confirm { sent: self.unconfirmed.or(Some(sent)), by, granted: None }
             }
             State::Closing { .. } => Action::Close,
         }
@@ -256,7 +252,7 @@ impl Machine {
         match (self.state, event) {
             (State::Opening, Event::Opened) => {
                 self.has_served = false;
-                (self.retiring, self.unconfirmed, self.granted) = (None, false, false);
+                (self.retiring, self.unconfirmed) = (None, None);
                 self.state = State::Open;
                 Some(Notice::Ready)
             }
@@ -284,47 +280,33 @@ impl Machine {
                 State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
                 Event::LastLockLeft,
             ) => {
-                (self.unconfirmed, self.granted) = (false, false);
+                self.unconfirmed = None;
                 self.go_to(State::Open)
-            }
-
-            (State::Confirming { renewed: Some(renewed), .. }, Event::NobodyWaits)
-                if self.timing.confirms == Confirms::Grants =>
-            {
-                self.granted = false;
-                self.go_to(State::Leased { renewed })
-            }
-            (
-                State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
-                Event::NobodyWaits,
-            ) => {
-                self.granted = false;
-                None
             }
 
             (State::Leased { renewed }, Event::TimePassed) if now >= self.heartbeat_after(renewed) => {
                 self.go_to(State::Renewing { renewed: Some(renewed) })
             }
-            (State::Renewing { renewed }, Event::Renewed { sent })
-                if self.timing.confirms == Confirms::All || self.granted =>
-            {
-                // What was confirmed before goes on by heartbeats alone, unless these are to be confirmed, too.
-                let by_itself = self.timing.confirms == Confirms::Grants;
-                let renewed = if by_itself { renewed.map(|_| sent) } else { renewed };
-                self.go_to(State::Confirming { renewed, sent })
-            }
-            (State::Renewing { .. }, Event::Renewed { sent }) => self.renewed(sent, now),
-            (State::Confirming { renewed, .. }, Event::Confirmed { sent }) => {
-                // Each standby was promoted later, if it was. So a term that is counted from then is over before its takeover grace is.
-                (self.unconfirmed, self.granted) = (false, false);
-                self.lease_from(sent, renewed.is_none(), now)
+            (State::Renewing { renewed }, Event::Renewed { sent }) => match self.timing.confirms {
+                Confirms::All => self.await_confirmation(renewed, sent),
+                Confirms::Nothing | Confirms::Grants => self.lease_from(sent, false, now),
+            },
+            (State::Confirming { renewed, sent }, Event::Confirmed { followed, .. }) => {
+                self.confirmed(renewed, sent, followed, now)
             }
             // Whoever had to wait for so long asks anew, which also keeps the session from standing idle.
             (State::Confirming { renewed, .. }, Event::Unconfirmed) => {
-                self.unconfirmed = true;
                 self.state = State::Renewing { renewed };
                 Some(Notice::Unconfirmed)
             }
+            // A lock that was granted is confirmed, or is not, on a session whose heartbeats need none, or have theirs.
+            (State::Leased { renewed }, Event::Confirmed { .. }) => {
+                if self.is_stale(renewed, now) {
+                    self.state = State::Renewing { renewed: Some(renewed) };
+                }
+                None
+            }
+            (State::Leased { .. }, Event::Unconfirmed) => Some(Notice::Unconfirmed),
 
             (
                 State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
@@ -353,8 +335,11 @@ impl Machine {
                 Some(Notice::Closed { gone })
             }
 
-            // Too early: whoever has slept looks again.
-            (State::BackingOff { .. } | State::Leased { .. }, Event::TimePassed) => None,
+            // Too early: whoever has slept looks again, and so does whoever was called away from a confirmation.
+            (
+                State::BackingOff { .. } | State::Leased { .. } | State::Confirming { .. },
+                Event::TimePassed,
+            ) => None,
             // The pause is over already, or has not begun.
             (
                 State::Opening
@@ -392,6 +377,21 @@ impl Machine {
         }
     }
 
+    /// Until when a term lasts at least that begins now; `None` if none may.
+    pub(crate) fn begins_until(&self, now: Time) -> Option<Time> {
+        match self.state {
+            State::Leased { renewed } | State::Confirming { renewed: Some(renewed), .. } => {
+                (!self.is_stale(renewed, now)).then(|| self.term_end(renewed))
+            }
+            _ => None,
+        }
+    }
+
+    /// What is to be confirmed.
+    pub(crate) fn confirms(&self) -> Confirms {
+        self.timing.confirms
+    }
+
     /// Whether it is to be closed when no claim uses it any more.
     pub(crate) fn is_retiring(&self) -> bool {
         self.retiring.is_some()
@@ -410,13 +410,7 @@ impl Machine {
 
     /// Why the time of a term was not prolonged.
     pub(crate) fn why_over(&self) -> LossReason {
-        let is_confirming = matches!(self.state, State::Confirming { .. });
-        let by_standbys = self.timing.confirms == Confirms::All;
-        if by_standbys && (is_confirming || self.unconfirmed) {
-            LossReason::NotConfirmed
-        } else {
-            LossReason::LeaseNotRenewed
-        }
+        if self.unconfirmed.is_some() { LossReason::NotConfirmed } else { LossReason::LeaseNotRenewed }
     }
 
     /// When a heartbeat is due after one that was sent at `renewed`.
@@ -446,25 +440,58 @@ impl Machine {
             | State::Confirming { renewed: Some(renewed), .. } => Some(renewed),
             _ => None,
         };
-        if self.timing.confirms != Confirms::Nothing {
-            self.granted = true;
-            return self.go_to(State::Confirming { renewed: before, sent });
+        if self.timing.confirms == Confirms::All {
+            return self.await_confirmation(before, sent);
         }
         let is_first = self.state == State::Open;
         self.lease_from(before.map_or(sent, |before| before.max(sent)), is_first, now)
     }
 
+    /// What was sent at `sent` counts when it is confirmed.
+    fn await_confirmation(&mut self, renewed: Option<Time>, sent: Time) -> Option<Notice> {
+        let (first, last) = match self.state {
+            State::Confirming { sent: before, .. } => (sent.min(before), sent.max(before)),
+            _ => (sent, sent),
+        };
+        self.unconfirmed = Some(self.unconfirmed.map_or(first, |before| before.min(first)));
+        self.go_to(State::Confirming { renewed, sent: last })
+    }
+
+    /// The standbys followed the server at `followed`. Each was promoted later, if it was. So a term that is counted from what was sent before is
+    /// over before its takeover grace is.
+    fn confirmed(
+        &mut self,
+        renewed: Option<Time>,
+        sent: Time,
+        followed: Option<Time>,
+        now: Time,
+    ) -> Option<Notice> {
+        let is_confirmed = |sent: &Time| followed.is_some_and(|followed| followed >= *sent);
+        if is_confirmed(&sent) {
+            self.unconfirmed = None;
+            return self.lease_from(sent, renewed.is_none(), now);
+        }
+        let first = self.unconfirmed.filter(is_confirmed)?;
+        self.unconfirmed = Some(sent);
+        if renewed.is_none() && (self.is_stale(first, now) || now >= self.term_end(first)) {
+            return None;
+        }
+        let renewed = renewed.map_or(first, |renewed| renewed.max(first));
+        self.state = State::Confirming { renewed: Some(renewed), sent };
+        Some(Notice::LeasedUntil(self.term_end(renewed)))
+    }
+
     fn lease_from(&mut self, renewed: Time, is_first: bool, now: Time) -> Option<Notice> {
-        let is_stale = is_first && self.timing.begins_fresh && now >= self.heartbeat_after(renewed);
-        if is_stale || now >= self.term_end(renewed) {
+        if is_first && self.is_stale(renewed, now) || now >= self.term_end(renewed) {
             return self.go_to(State::Renewing { renewed: None });
         }
         self.state = State::Leased { renewed };
         Some(Notice::LeasedUntil(self.term_end(renewed)))
     }
 
-    fn renewed(&mut self, sent: Time, now: Time) -> Option<Notice> {
-        self.lease_from(sent, false, now)
+    /// True if no term is to begin by what was sent at `renewed`.
+    fn is_stale(&self, renewed: Time, now: Time) -> bool {
+        self.timing.begins_fresh && now >= self.heartbeat_after(renewed)
     }
 
     fn lose(&mut self, reason: LossReason) -> Option<Notice> {

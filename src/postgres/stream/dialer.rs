@@ -277,8 +277,8 @@ impl Dialer {
         let connector =
             Connector::new(Arc::clone(&self.plan), address, control.clone(), Role::Session, deadline, turn);
         let progress = connector.progress();
-        let began = Instant::now();
-        let mut config = self.single_host(index, decoy, deadline.saturating_duration_since(began));
+        let time = deadline.saturating_duration_since(Instant::now());
+        let mut config = self.single_host(index, decoy, time);
         // One that is let in has its answer, and asks nothing: a pooler may have no session for that.
         config.target_session_attrs(TargetSessionAttrs::Any);
         let (done, outcome) = mpsc::sync_channel(1);
@@ -290,11 +290,12 @@ impl Dialer {
                 let opened = catch_unwind(AssertUnwindSafe(|| manager.connect().map(drop)));
                 let outcome = match opened {
                     Ok(Err(error)) if !is_answer(&error, &progress) => Err(DialError::one(&at, own(error))),
-                    Ok(_) => Ok(began.elapsed()),
+                    Ok(_) => Ok(()),
                     Err(_) => Err(DialError::one(&at, DRIVER_PANICKED)),
                 };
-                // It is looked at later, or never, and the server is not to wait for the password until then.
+                // It is looked at later, or never: neither is the server to wait for the password until then, nor this process to keep the socket.
                 ended.kill();
+                ended.detach();
                 // Nobody listens any more if it is not wanted.
                 let _ = done.send(outcome);
             })
@@ -353,12 +354,12 @@ const KNOCK: &str = "a look at whether the server stops";
 /// A [knock](Dialer::knock) that is under way. It is given up when this is dropped.
 pub(crate) struct Knock {
     control: StreamControl,
-    outcome: mpsc::Receiver<Result<Duration, DialError>>,
+    outcome: mpsc::Receiver<Result<(), DialError>>,
 }
 
 impl Knock {
-    /// What came of it, if that is known: how long the answer took.
-    pub(crate) fn outcome(&self) -> Option<Result<Duration, DialError>> {
+    /// What came of it, if that is known.
+    pub(crate) fn outcome(&self) -> Option<Result<(), DialError>> {
         match self.outcome.try_recv() {
             Ok(outcome) => Some(outcome),
             Err(TryRecvError::Empty) => None,

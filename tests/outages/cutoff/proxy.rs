@@ -1,11 +1,12 @@
 //! A TCP proxy that fails as networks do: it swallows what is sent, in one direction or both, while the sockets stay
-//! open; or it closes them.
+//! open; or it closes them. Or it is slow, or loses a connection on its way.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use support::netns::Direction;
@@ -22,6 +23,9 @@ struct Shared {
     outward: Valve,
     sockets: Mutex<Vec<TcpStream>>,
     over: AtomicBool,
+    /// How long each piece takes in each direction, in milliseconds.
+    delay: AtomicU64,
+    swallows: AtomicBool,
 }
 
 impl Proxy {
@@ -35,6 +39,8 @@ impl Proxy {
             outward: Valve::default(),
             sockets: Mutex::default(),
             over: AtomicBool::new(false),
+            delay: AtomicU64::new(0),
+            swallows: AtomicBool::new(false),
         });
         let served = Arc::clone(&shared);
         thread::spawn(move || {
@@ -64,6 +70,20 @@ impl Proxy {
         self.shared.valves(Direction::Both).for_each(Valve::open);
     }
 
+    /// From here on each piece takes as long, in each direction.
+    pub(crate) fn slow_down(&self, delay: Duration) {
+        self.shared.delay.store(delay.as_millis().try_into().unwrap(), Ordering::SeqCst);
+    }
+
+    /// The next connection is taken, and that is all that becomes of it.
+    pub(crate) fn swallow_next(&self) {
+        self.shared.swallows.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn has_swallowed(&self) -> bool {
+        !self.shared.swallows.load(Ordering::SeqCst)
+    }
+
     /// Ends all connections. New ones are taken.
     pub(crate) fn close_all(&self) {
         for socket in self.shared.sockets.lock().drain(..) {
@@ -91,6 +111,9 @@ impl Shared {
     }
 
     fn serve(self: Arc<Self>, client: TcpStream) {
+        if self.swallows.swap(false, Ordering::SeqCst) {
+            return self.sockets.lock().push(client);
+        }
         // To the server only when a byte may get there: behind a cut it hears nothing of a new connection.
         let mut first = [0];
         if !matches!(client.peek(&mut first), Ok(1)) || !self.outward.pass(|| true) {
@@ -104,24 +127,25 @@ impl Shared {
         let (from_client, to_client) = (client.try_clone().unwrap(), client);
         let (from_server, to_server) = (server.try_clone().unwrap(), server);
         let outward = Arc::clone(&self);
-        thread::spawn(move || pump(from_client, to_server, &outward.outward));
-        pump(from_server, to_client, &self.inward);
+        thread::spawn(move || outward.pump(from_client, to_server, &outward.outward));
+        self.pump(from_server, to_client, &self.inward);
     }
-}
 
-/// Carries bytes, and at last the end of them, through a valve.
-fn pump(mut from: TcpStream, mut to: TcpStream, valve: &Valve) {
-    let mut buffer = [0; 16 * 1024];
-    loop {
-        let count = match from.read(&mut buffer) {
-            Ok(count) => count,
-            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            Err(_) => 0,
-        };
-        let goes_on = valve.pass(|| count > 0 && to.write_all(&buffer[..count]).is_ok());
-        if !goes_on {
-            valve.pass(|| to.shutdown(Shutdown::Write).is_ok());
-            return;
+    /// Carries bytes, and at last the end of them, through a valve.
+    fn pump(&self, mut from: TcpStream, mut to: TcpStream, valve: &Valve) {
+        let mut buffer = [0; 16 * 1024];
+        loop {
+            let count = match from.read(&mut buffer) {
+                Ok(count) => count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(_) => 0,
+            };
+            thread::sleep(Duration::from_millis(self.delay.load(Ordering::SeqCst)));
+            let goes_on = valve.pass(|| count > 0 && to.write_all(&buffer[..count]).is_ok());
+            if !goes_on {
+                valve.pass(|| to.shutdown(Shutdown::Write).is_ok());
+                return;
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::Engine;
 use crate::loss::LossReason;
 use crate::pg::claim::lifecycle::Event;
-use crate::pg::confirm::{Outcome, Wait};
+use crate::pg::confirm::{Outcome, Wait, Wanted};
 use crate::pg::session::machine::{self as session, Confirms, Time};
 use crate::pg::session::wire::Failure;
 
@@ -45,29 +45,37 @@ impl Engine {
         }
     }
 
-    fn confirm(&mut self, sent: Time, by: Time, granted: bool) -> Event {
-        let (since, until) = (self.moment(sent), self.soon().min(self.at(by)));
+    fn confirm(&mut self, sent: Option<Time>, by: Time, granted: Option<Time>) -> Event {
         self.asked_at = Instant::now();
         let pool = Arc::clone(&self.pool);
         let roll = Arc::clone(&self.roll);
-        let patience = self.plan.heartbeat_timeout;
-        let wait = Wait { until, leaves: || roll.is_called(), is_called_often: true, patience };
-        let granted = granted.then_some(self.granted_at);
-        // Of grants, most of the claims wait for none.
-        if pool.confirms() == Confirms::All {
+        let (patience, by) = (self.plan.heartbeat_timeout, self.at(by));
+        // However often it was called away.
+        let first = sent.into_iter().chain(granted).min().unwrap_or_default();
+        let since = self.at(first).max(self.told_at);
+        let wait = Wait { since, by, leaves: || roll.is_called(), patience };
+        // Where grants alone are to be confirmed, most of the claims wait for none.
+        if sent.is_some() {
             self.announce_unconfirmed(Confirms::All);
         }
-        match self.session().map(|session| pool.confirm(session, since, granted, &wait)) {
-            Some(Ok(Outcome::Confirmed)) => {
-                self.announce_unconfirmed(Confirms::Nothing);
+        let moment = |time: Option<Time>| time.map(|time| self.moment(time));
+        let wanted = Wanted { sent: moment(sent), granted: moment(granted) };
+        match self.session().map(|session| pool.confirm(session, &wanted, &wait)) {
+            Some(Ok(Outcome::Confirmed { followed, open })) => {
+                if sent.is_some() {
+                    self.announce_unconfirmed(Confirms::Nothing);
+                }
                 (self.problem, self.logged) = (None, None);
-                Event::Session(session::Event::Confirmed { sent })
+                let [followed, open] = [followed, open].map(|at| at.and_then(|at| at.since(self.epoch)));
+                Event::Session(session::Event::Confirmed { followed, open })
             }
             Some(Ok(Outcome::Missing(refusal))) => {
+                self.told_at = Instant::now();
                 self.note(refusal.into_error());
                 Event::Session(session::Event::Unconfirmed)
             }
-            Some(Ok(Outcome::Left)) => Event::Session(session::Event::Unconfirmed),
+            // Others have something to do, or a heartbeat is due, or it is the end of the terms.
+            Some(Ok(Outcome::Left)) => Event::Session(session::Event::TimePassed),
             Some(Err(Failure::Refused(_))) => Event::Session(session::Event::Lost(LossReason::ServerError)),
             Some(Err(failure)) => self.lost(failure),
             None => Event::Session(session::Event::Lost(LossReason::SupervisorFailed)),

@@ -340,8 +340,8 @@ impl Engine {
         let seated = self.seats[number].as_mut()?;
         Some(match done {
             Done::Taken { token } => {
-                self.granted_at = Instant::now();
-                (seated.token, seated.granted_at) = (token, self.granted_at);
+                (seated.token, seated.granted_at) = (token, Instant::now());
+                seated.seat.claim().announce_unconfirmed(self.pool.confirms());
                 seated.pause = Duration::ZERO;
                 seated.missed.clear();
                 seated.seat.use_annotation();

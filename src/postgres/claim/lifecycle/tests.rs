@@ -45,6 +45,12 @@ const fn of(claim: usize, event: ClaimEvent) -> Event {
     Event::Claim(claim, event)
 }
 
+/// The standbys followed, and the server took newcomers, at these seconds.
+const fn confirmed(followed: u64, open: u64) -> Event {
+    let (followed, open) = (Some(Duration::from_secs(followed)), Some(Duration::from_secs(open)));
+    Event::Session(SessionEvent::Confirmed { followed, open })
+}
+
 const fn watch(until: Time) -> Action {
     Action::Session(SessionAction::Watch { until })
 }
@@ -209,28 +215,34 @@ fn a_term_that_begins_fresh_has_its_first_heartbeat_before_it_where_the_wait_was
 #[test]
 fn a_term_begins_and_goes_on_only_when_the_standbys_have_confirmed() {
     let timing = Timing { confirms: Confirms::All, ..timing() };
-    let confirm = |sent, by, granted| Action::Session(SessionAction::Confirm { sent: s(sent), by, granted });
-    let confirmed = |sent| Event::Session(SessionEvent::Confirmed { sent: s(sent) });
+    let confirm = |sent, by, granted: Option<u64>| {
+        let (sent, granted) = (Some(s(sent)), granted.map(s));
+        Action::Session(SessionAction::Confirm { sent, by, granted })
+    };
     let unconfirmed = Event::Session(SessionEvent::Unconfirmed);
     let mut lifecycle = Lifecycle::dedicated(timing, Claim::new(UNCERTAINTY_WINDOW, false), 1);
     lifecycle.handle(OPENED, s(0));
     assert_eq!(tell(&mut lifecycle, granted(0), s(0)), None);
-    assert_eq!(lifecycle.action(), confirm(0, Time::MAX, true));
+    assert_eq!(lifecycle.action(), confirm(0, Time::MAX, Some(0)));
     // Who waits is told, and a heartbeat comes before the next attempt.
     assert_eq!(tell(&mut lifecycle, unconfirmed, s(5)), Some(Notice::Failed));
     assert_eq!(lifecycle.action(), renew(Time::MAX));
     assert_eq!(tell(&mut lifecycle, renewed(5), s(5)), None);
-    assert_eq!(lifecycle.action(), confirm(5, Time::MAX, true));
+    assert_eq!(lifecycle.action(), confirm(0, Time::MAX, Some(0)));
     // The term is counted from the heartbeat, and not from the confirmation.
-    assert_eq!(tell(&mut lifecycle, confirmed(5), s(7)), acquired(19));
+    assert_eq!(tell(&mut lifecycle, confirmed(5, 5), s(7)), acquired(19));
     tell(&mut lifecycle, TIME_PASSED, s(10));
     assert_eq!(tell(&mut lifecycle, renewed(10), s(10)), None);
-    assert_eq!(lifecycle.action(), confirm(10, s(19), false));
+    assert_eq!(lifecycle.action(), confirm(10, s(19), None));
     assert_eq!(tell(&mut lifecycle, unconfirmed, s(15)), None);
     assert_eq!(tell(&mut lifecycle, renewed(15), s(15)), None);
+    // A confirmation that began before the last heartbeat serves the one before.
+    assert_eq!(lifecycle.action(), confirm(10, s(19), None));
+    assert_eq!(tell(&mut lifecycle, confirmed(12, 12), s(16)), Some(Notice::Renewed { until: s(24) }));
+    assert_eq!(lifecycle.action(), confirm(15, s(24), None));
     let mut late = lifecycle.clone();
-    assert_eq!(tell(&mut lifecycle, confirmed(15), s(18)), Some(Notice::Renewed { until: s(29) }));
-    assert_eq!(tell(&mut late, confirmed(15), s(19)), Some(Notice::Lost(LossReason::NotConfirmed)));
+    assert_eq!(tell(&mut lifecycle, confirmed(15, 15), s(18)), Some(Notice::Renewed { until: s(29) }));
+    assert_eq!(tell(&mut late, confirmed(15, 15), s(24)), Some(Notice::Lost(LossReason::NotConfirmed)));
     // It was the server that did not answer.
     tell(&mut lifecycle, TIME_PASSED, s(20));
     assert_eq!(lifecycle.action(), renew(s(29)));
@@ -241,21 +253,50 @@ fn a_term_begins_and_goes_on_only_when_the_standbys_have_confirmed() {
 fn where_grants_are_confirmed_a_term_begins_then_and_goes_on_by_heartbeats_alone() {
     let timing = Timing { confirms: Confirms::Grants, ..timing() };
     let confirm =
-        |sent| Action::Session(SessionAction::Confirm { sent: s(sent), by: Time::MAX, granted: true });
+        |by| Action::Session(SessionAction::Confirm { sent: None, by: s(by), granted: Some(Time::ZERO) });
     let unconfirmed = Event::Session(SessionEvent::Unconfirmed);
     let mut lifecycle = Lifecycle::dedicated(timing, Claim::new(UNCERTAINTY_WINDOW, false), 1);
     lifecycle.handle(OPENED, s(0));
     assert_eq!(tell(&mut lifecycle, granted(0), s(0)), None);
-    assert_eq!(lifecycle.action(), confirm(0));
-    // A heartbeat that is answered says nothing of how the lock was granted.
-    assert_eq!(tell(&mut lifecycle, unconfirmed, s(5)), Some(Notice::Failed));
-    assert_eq!(tell(&mut lifecycle, renewed(5), s(5)), None);
     assert_eq!(lifecycle.action(), confirm(5));
-    let confirmed = Event::Session(SessionEvent::Confirmed { sent: s(5) });
-    assert_eq!(tell(&mut lifecycle, confirmed, s(6)), acquired(19));
+    // A heartbeat that is answered says nothing of how the lock was granted.
+    assert_eq!(tell(&mut lifecycle, unconfirmed, s(4)), Some(Notice::Failed));
+    assert_eq!(lifecycle.action(), confirm(5));
+    assert_eq!(tell(&mut lifecycle, TIME_PASSED, s(5)), None);
+    assert_eq!(lifecycle.action(), renew(s(14)));
+    assert_eq!(tell(&mut lifecycle, renewed(5), s(5)), None);
+    assert_eq!(lifecycle.action(), confirm(10));
+    assert_eq!(tell(&mut lifecycle, confirmed(6, 0), s(6)), acquired(19));
     tell(&mut lifecycle, TIME_PASSED, s(10));
     assert_eq!(tell(&mut lifecycle, renewed(10), s(10)), Some(Notice::Renewed { until: s(24) }));
     assert_eq!(lifecycle.action(), watch(s(15)));
+}
+
+/// Others that are granted locks all the time do not move the time from which a confirmation counts.
+#[test]
+fn of_grants_those_are_confirmed_that_came_before() {
+    for confirms in [Confirms::Grants, Confirms::All] {
+        let timing = Timing { confirms, ..timing() };
+        let mut lifecycle = Lifecycle::shared(timing, UNCERTAINTY_WINDOW, 1, 3);
+        lifecycle.handle(OPENED, s(0));
+        for (number, at) in [(0, 1), (1, 2), (2, 3)] {
+            lifecycle.handle(of(number, ClaimEvent::Granted { sent: s(at) }), s(at));
+        }
+        let first = |lifecycle: &Lifecycle| match lifecycle.session_action() {
+            SessionAction::Confirm { granted, .. } => granted,
+            _ => None,
+        };
+        assert_eq!(first(&lifecycle), Some(s(1)));
+        // Each of the two has to be seen after the grant.
+        assert_eq!(lifecycle.handle(confirmed(0, 4), s(4)), []);
+        let told = |notices: Notices| notices.into_iter().map(|(number, _)| number).collect::<Vec<_>>();
+        let open_before = confirmed(2, 0);
+        assert!(told(lifecycle.clone().handle(open_before, s(4))).is_empty());
+        assert_eq!(told(lifecycle.handle(confirmed(2, 4), s(4))), [0, 1]);
+        assert_eq!(first(&lifecycle), Some(s(3)));
+        assert!(told(lifecycle.handle(confirmed(4, 4), s(4))).contains(&2));
+        assert_eq!(first(&lifecycle), None);
+    }
 }
 
 #[test]
@@ -264,13 +305,13 @@ fn where_grants_are_confirmed_nothing_is_asked_for_a_claim_that_does_not_wait_an
     let mut lifecycle = Lifecycle::shared(timing, UNCERTAINTY_WINDOW, 1, 2);
     lifecycle.handle(OPENED, s(0));
     lifecycle.handle(of(0, ClaimEvent::Granted { sent: s(0) }), s(0));
-    lifecycle.handle(Event::Session(SessionEvent::Confirmed { sent: s(0) }), s(1));
+    lifecycle.handle(confirmed(1, 1), s(1));
     lifecycle.handle(of(1, ClaimEvent::Granted { sent: s(2) }), s(2));
-    let confirm = SessionAction::Confirm { sent: s(2), by: s(14), granted: true };
+    let confirm = SessionAction::Confirm { sent: None, by: s(7), granted: Some(s(2)) };
     assert_eq!(lifecycle.session_action(), confirm);
     lifecycle.handle(of(1, ClaimEvent::Release), s(3));
     lifecycle.handle(of(1, ClaimEvent::Unlocked { held: true }), s(3));
-    assert_eq!(lifecycle.session_action(), SessionAction::Watch { until: s(5) });
+    assert_eq!(lifecycle.session_action(), SessionAction::Watch { until: s(7) });
 }
 
 /// When heartbeats are sent of a session that began `late` after its manager, each `delay` after it is due. All times are the

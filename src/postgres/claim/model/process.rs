@@ -411,7 +411,10 @@ impl Model {
                 }
                 let confirms = matches!(action, Action::Session(session::Action::Confirm { .. }));
                 let is_called = process.carrier.as_ref().is_some_and(|carrier| carrier.is_called());
-                if world.now >= by || confirms && (process.is_interrupted() || is_called) {
+                if confirms && (process.is_interrupted() || is_called) {
+                    events.push(Event::Session(session::Event::TimePassed));
+                }
+                if world.now >= by {
                     events.push(match confirms {
                         true => Event::Session(session::Event::Unconfirmed),
                         false => lost(LossReason::HeartbeatTimedOut),

@@ -65,10 +65,9 @@ impl Model {
     /// Executes the request that has arrived.
     pub(super) fn process(&self, world: &mut World, who: usize) -> Checked {
         let (now, key) = (world.now, world.processes[who].key);
-        let (action, sent) = match world.processes[who].doing {
-            Doing::Performing { action, sent, .. } => (Some(action), sent),
-            Doing::Carrying { sent, .. } => (None, sent),
-            _ => return Ok(()),
+        let (Doing::Performing { sent, .. } | Doing::Carrying { sent, .. }) = world.processes[who].doing
+        else {
+            return Ok(());
         };
         let Some(connection) = &mut world.processes[who].connection else { return Ok(()) };
         let Some(request) = connection.request.take() else { return Ok(()) };
@@ -116,15 +115,10 @@ impl Model {
                 }
                 Event::Session(session::Event::Renewed { sent: tick(sent) })
             }
-            Request::Confirm => {
-                let Some(Action::Session(session::Action::Confirm { sent, .. })) = action else {
-                    return Ok(());
-                };
-                match self.confirmation(server, id, sent) {
-                    Some(confirmed) => confirmed,
-                    None => return Ok(()),
-                }
-            }
+            Request::Confirm => match self.confirmation(server, id, tick(sent)) {
+                Some(confirmed) => confirmed,
+                None => return Ok(()),
+            },
             Request::Unlock | Request::Settle => {
                 session.leased = false;
                 session.unwritten = None;

@@ -33,12 +33,14 @@ impl Server {
 }
 
 impl Model {
-    /// What the standbys say at the moment in which the server has asked them; nothing, if they do not follow it any more.
-    pub(super) fn confirmation(&self, server: &mut Server, id: u8, sent: Time) -> Option<Event> {
+    /// What the standbys say at the moment in which the server has asked them, by a question that was sent at `began`; nothing, if they do not
+    /// follow it any more.
+    pub(super) fn confirmation(&self, server: &mut Server, id: u8, began: Time) -> Option<Event> {
         let reuses = self.has(Flaw::ConfirmationReused);
         let session = server.session_mut(id)?;
         let is_given = !session.before || session.reuses;
         session.reuses = reuses && is_given;
-        is_given.then_some(Event::Session(session::Event::Confirmed { sent }))
+        let (followed, open) = (Some(began), Some(Time::MAX));
+        is_given.then_some(Event::Session(session::Event::Confirmed { followed, open }))
     }
 }

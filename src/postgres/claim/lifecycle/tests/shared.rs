@@ -259,6 +259,8 @@ fn a_carrier_counts_its_claims_and_tells_each_of_its_loss_whatever_happens() {
         }
         // Whether the application has been told that it holds.
         let mut told = [false; CLAIMS];
+        // When each was granted its lock, and for when a confirmation was given last.
+        let (mut granted, mut seen) = ([Time::ZERO; CLAIMS], Time::ZERO);
         for _ in 0..2_000 {
             now += Duration::from_millis(rng.u64(..1_500));
             let number = rng.usize(..CLAIMS);
@@ -277,8 +279,16 @@ fn a_carrier_counts_its_claims_and_tells_each_of_its_loss_whatever_happens() {
                     SessionAction::Renew { .. } if rng.u8(..10) == 0 => lost,
                     SessionAction::Renew { .. } => of_session(SessionEvent::Renewed { sent: now }),
                     SessionAction::Confirm { .. } if rng.u8(..10) == 0 => lost,
+                    SessionAction::Confirm { .. } if rng.bool() => TIME_PASSED,
                     SessionAction::Confirm { .. } if rng.bool() => of_session(SessionEvent::Unconfirmed),
-                    SessionAction::Confirm { sent, .. } => of_session(SessionEvent::Confirmed { sent }),
+                    SessionAction::Confirm { sent, granted, .. } => {
+                        seen = now - Duration::from_millis(rng.u64(..1_500)).min(now);
+                        let first = sent.into_iter().chain(granted).min();
+                        seen = seen.max(first.unwrap_or_default());
+                        let [seen, later] = [Some(seen), Some(now)];
+                        let (followed, open) = if rng.bool() { (seen, later) } else { (later, seen) };
+                        of_session(SessionEvent::Confirmed { followed, open })
+                    }
                     SessionAction::Close => of_session(SessionEvent::Closed { gone: rng.bool() }),
                 }
             } else {
@@ -309,10 +319,14 @@ fn a_carrier_counts_its_claims_and_tells_each_of_its_loss_whatever_happens() {
             if event == of(ClaimEvent::Release) {
                 told[number] = false;
             }
+            if event == of(ClaimEvent::Granted { sent: now }) {
+                granted[number] = now;
+            }
             for (number, notice) in lifecycle.handle(event, now) {
                 match notice {
                     Notice::Acquired { until } => {
                         assert!(until > now && !told[number]);
+                        assert!(confirms == Confirms::Nothing || granted[number] <= seen);
                         told[number] = true;
                     }
                     Notice::Lost(_) => assert!(std::mem::take(&mut told[number]), "lost what it had"),
@@ -326,7 +340,7 @@ fn a_carrier_counts_its_claims_and_tells_each_of_its_loss_whatever_happens() {
             // Whoever believes that it holds does so for as long as the lease lasts.
             assert!(!told.contains(&true) || lifecycle.leased_until().is_some(), "{lifecycle:?}");
             for (number, claim) in lifecycle.claims.iter().enumerate() {
-                assert!(!claim.is_confirming() || lifecycle.confirming.contains(&number));
+                assert_eq!(claim.granted_at().is_some(), lifecycle.confirming.contains(&number));
             }
         }
     }
