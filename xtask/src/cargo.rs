@@ -1,6 +1,7 @@
 //! Calls of cargo, in the folder of the workspace.
 
 use std::env;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -33,6 +34,20 @@ impl Cargo {
             .status()
             .map_err(|error| format!("`{line}` cannot be started: {error}"))?;
         if status.success() { Ok(()) } else { Err(format!("`{line}` failed ({status})")) }
+    }
+
+    /// As [`run`](Self::run), beside others: what it says comes when it is done.
+    pub(crate) fn run_apart(&self, arguments: &[&str]) -> Result<(), String> {
+        let line = line(arguments);
+        let output = self.command(arguments).output();
+        let output = output.map_err(|error| format!("`{line}` cannot be started: {error}"))?;
+        let (mut out, mut err) = (io::stdout().lock(), io::stderr().lock());
+        let shown = writeln!(err, "xtask: {line}")
+            .and_then(|()| err.write_all(&output.stderr))
+            .and_then(|()| out.write_all(&output.stdout))
+            .and_then(|()| out.flush());
+        shown.map_err(|error| format!("what `{line}` says cannot be shown: {error}"))?;
+        if output.status.success() { Ok(()) } else { Err(format!("`{line}` failed ({})", output.status)) }
     }
 
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {

@@ -211,8 +211,7 @@ fn ci() -> Result<(), String> {
     lint(&cargo)?;
     gates::packages(&cargo)?;
     test(&cargo)?;
-    let ends = [MAJORS[0], MAJORS[MAJORS.len() - 1]];
-    ends.into_iter().try_for_each(|major| on_version(major, &cargo, &ON_EACH_VERSION))?;
+    side_by_side([MAJORS[0], MAJORS[MAJORS.len() - 1]], &cargo, &ON_EACH_VERSION)?;
     TLS.iter().try_for_each(|features| on_version(DIRECT_TLS, &cargo, &tls(features, "tls::direct")))
 }
 
@@ -244,6 +243,21 @@ pub(crate) fn waiting(cargo: &Cargo) -> Cargo {
 fn on_version(major: u32, cargo: &Cargo, arguments: &[&str]) -> Result<(), String> {
     eprintln!("xtask: on PostgreSQL {major}:");
     waiting(cargo).env("DSYNC_PG_VERSION", &major.to_string()).run(arguments)
+}
+
+/// As [`on_version`], with both at once, since most of the tests wait. Each one's output comes as a whole.
+fn side_by_side(majors: [u32; 2], cargo: &Cargo, arguments: &[&str]) -> Result<(), String> {
+    let on = |major: u32| {
+        let outcome = waiting(cargo).env("DSYNC_PG_VERSION", &major.to_string()).run_apart(arguments);
+        eprintln!("xtask: that was on PostgreSQL {major}");
+        outcome
+    };
+    let [first, second] = majors;
+    thread::scope(|scope| {
+        let first = scope.spawn(|| on(first));
+        let second = on(second);
+        first.join().unwrap_or_else(|_| Err("a thread of this program panicked".to_owned())).and(second)
+    })
 }
 
 fn positive(text: &str) -> Option<u64> {
