@@ -14,7 +14,7 @@ const LONGEST: Duration = Duration::from_secs(2);
 /// So long nobody else sends a newcomer.
 const SETS_OUT_WITHIN: Duration = Duration::from_millis(50);
 
-/// A newcomer that has no answer by then may have been lost on its way, and another one follows; after that one, in twice the time.
+/// A newcomer that has no answer by then may have been lost on its way, and another one follows.
 const ANSWERED_WITHIN: Duration = Duration::from_millis(500);
 
 /// What a claim is to do whose grant is to be confirmed.
@@ -50,7 +50,7 @@ impl Knocks {
     /// For what was granted at `granted`, on this run of a server.
     pub(crate) fn look(&mut self, run: &str, granted: Moment, now: Instant) -> Look {
         /// So many at once.
-        const MOST: usize = 4;
+        const MOST: usize = 8;
         let door = self.of(run, now);
         door.hear(now);
         match door.open {
@@ -70,7 +70,7 @@ impl Knocks {
         let door = self.of(run, now);
         match outcome {
             Ok(knock) => {
-                door.next = now + ANSWERED_WITHIN * (1 << door.under_way.len());
+                door.next = now + ANSWERED_WITHIN;
                 door.under_way.push((began, knock));
             }
             Err(error) => door.refused(error, now),

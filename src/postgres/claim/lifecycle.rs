@@ -21,6 +21,8 @@ pub(crate) struct Lifecycle {
     /// Those that have been granted their locks and do not hold them before the session's lease lasts, and that is confirmed. The first of
     /// them were granted theirs first.
     confirming: Vec<usize>,
+    /// What was granted until then is confirmed.
+    confirmed: Option<Time>,
     /// The session carries many claims, so those that hold locks are not told one by one that it goes on.
     is_carrier: bool,
 }
@@ -45,14 +47,28 @@ pub(crate) type Notices = Vec<(usize, claim::Notice)>;
 impl Lifecycle {
     /// A session that is wanted by one claim, which has the number 0.
     pub(crate) fn dedicated(timing: Timing, claim: Claim, seed: u64) -> Self {
-        let session = Session::new(timing, seed);
-        Self { session, claims: vec![claim], holding: 0, using: 0, confirming: Vec::new(), is_carrier: false }
+        Self {
+            session: Session::new(timing, seed),
+            claims: vec![claim],
+            holding: 0,
+            using: 0,
+            confirming: Vec::new(),
+            confirmed: None,
+            is_carrier: false,
+        }
     }
 
     /// A session that carries claims which [come](Self::admit) later.
     pub(crate) fn carrier(timing: Timing, seed: u64) -> Self {
-        let session = Session::new(timing, seed);
-        Self { session, claims: Vec::new(), holding: 0, using: 0, confirming: Vec::new(), is_carrier: true }
+        Self {
+            session: Session::new(timing, seed),
+            claims: Vec::new(),
+            holding: 0,
+            using: 0,
+            confirming: Vec::new(),
+            confirmed: None,
+            is_carrier: true,
+        }
     }
 
     /// Two or more claims, which are numbered from 0, and are told one by one what becomes of the lease.
@@ -105,8 +121,18 @@ impl Lifecycle {
 
     /// When the first of the locks was granted that are to be confirmed.
     fn first_unconfirmed(&self) -> Option<Time> {
-        let first = self.confirming.first().filter(|_| self.confirms_grants())?;
+        let first = self.confirming.get(self.count_confirmed()).filter(|_| self.confirms_grants())?;
         self.claims[*first].granted_at()
+    }
+
+    /// How many of those that do not hold their locks yet wait for the session's lease alone. They are the first ones.
+    fn count_confirmed(&self) -> usize {
+        self.confirming.partition_point(|number| self.claims[*number].granted_at() <= self.confirmed)
+    }
+
+    /// True if the claim has been granted its lock, and does not hold it yet.
+    pub(crate) fn is_confirming(&self, claim: usize) -> bool {
+        self.claims.get(claim).is_some_and(|claim| claim.granted_at().is_some())
     }
 
     fn confirms_grants(&self) -> bool {
@@ -185,15 +211,15 @@ impl Lifecycle {
         if let Some(told) = self.session.handle(event, now) {
             self.tell_of_change(told, now, notices);
         }
-        if let session::Event::Confirmed { followed, open } = event
-            && let (Some(confirmed), Some(until)) = (followed.min(open), self.session.begins_until(now))
+        if let session::Event::Confirmed { followed, open } = event {
+            self.confirmed = self.confirmed.max(followed.min(open));
+        }
+        if self.confirms_grants()
+            && let Some(until) = self.session.begins_until(now)
         {
-            let told = session::Notice::LeasedUntil(until);
-            for number in std::mem::take(&mut self.confirming) {
-                match self.claims[number].granted_at() {
-                    Some(granted) if granted > confirmed => self.confirming.push(number),
-                    _ => self.tell_of_session(number, told, now, notices),
-                }
+            let count = self.count_confirmed();
+            for number in self.confirming.drain(..count).collect::<Vec<_>>() {
+                self.tell_of_session(number, session::Notice::LeasedUntil(until), now, notices);
             }
         }
     }
@@ -205,7 +231,7 @@ impl Lifecycle {
             session::Notice::LeasedUntil(_) => std::mem::take(&mut self.confirming),
             session::Notice::Unconfirmed => self.confirming.clone(),
             _ => {
-                self.confirming.clear();
+                (self.confirming, self.confirmed) = (Vec::new(), None);
                 (0..self.claims.len()).collect()
             }
         };

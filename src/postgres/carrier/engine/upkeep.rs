@@ -62,7 +62,7 @@ impl Engine {
         let wanted = Wanted { sent: moment(sent), granted: moment(granted) };
         match self.session().map(|session| pool.confirm(session, &wanted, &wait)) {
             Some(Ok(Outcome::Confirmed { followed, open })) => {
-                if sent.is_some() {
+                if sent.is_some() && followed >= wanted.sent {
                     self.announce_unconfirmed(Confirms::Nothing);
                 }
                 (self.problem, self.logged) = (None, None);
@@ -82,9 +82,14 @@ impl Engine {
         }
     }
 
+    /// Tells those that hold their locks.
     fn announce_unconfirmed(&self, unconfirmed: Confirms) {
-        for seated in self.seats.iter().flatten() {
-            seated.seat.claim().announce_unconfirmed(unconfirmed);
+        for (number, seated) in self.seats.iter().enumerate() {
+            if let Some(seated) = seated
+                && !self.lifecycle.is_confirming(number)
+            {
+                seated.seat.claim().announce_unconfirmed(unconfirmed);
+            }
         }
     }
 

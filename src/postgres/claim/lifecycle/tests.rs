@@ -299,6 +299,23 @@ fn of_grants_those_are_confirmed_that_came_before() {
     }
 }
 
+/// What is confirmed need not be asked for again where the term has to wait for a heartbeat's confirmation.
+#[test]
+fn a_grant_that_is_confirmed_waits_for_the_lease_alone() {
+    let timing = Timing { confirms: Confirms::All, ..timing() };
+    let mut lifecycle = Lifecycle::carrier(Timing { begins_fresh: true, ..timing }, 1);
+    lifecycle.admit(0, Claim::new(UNCERTAINTY_WINDOW, false), s(0));
+    lifecycle.handle(OPENED, s(0));
+    lifecycle.handle(granted(0), s(0));
+    lifecycle.handle(Event::Session(SessionEvent::Unconfirmed), s(5));
+    lifecycle.handle(renewed(5), s(5));
+    // The record of before has come to the standbys so late that no term is to begin by what was sent before it.
+    assert_eq!(lifecycle.handle(confirmed(1, 5), s(6)), []);
+    let waits = SessionAction::Confirm { sent: Some(s(5)), by: Time::MAX, granted: None };
+    assert_eq!(lifecycle.session_action(), waits);
+    assert_eq!(tell(&mut lifecycle, confirmed(5, 5), s(7)), acquired(19));
+}
+
 #[test]
 fn where_grants_are_confirmed_nothing_is_asked_for_a_claim_that_does_not_wait_any_more() {
     let timing = Timing { confirms: Confirms::Grants, ..timing() };

@@ -282,6 +282,8 @@ fn a_carrier_counts_its_claims_and_tells_each_of_its_loss_whatever_happens() {
                     SessionAction::Confirm { .. } if rng.bool() => TIME_PASSED,
                     SessionAction::Confirm { .. } if rng.bool() => of_session(SessionEvent::Unconfirmed),
                     SessionAction::Confirm { sent, granted, .. } => {
+                        // What is asked for is not known yet.
+                        assert!(granted > lifecycle.confirmed || granted.is_none());
                         seen = now - Duration::from_millis(rng.u64(..1_500)).min(now);
                         let first = sent.into_iter().chain(granted).min();
                         seen = seen.max(first.unwrap_or_default());
