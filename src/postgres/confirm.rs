@@ -11,7 +11,7 @@ use crate::clock::Moment;
 use crate::error::ErrorKind;
 use crate::loss::LossReason;
 use crate::pg::knocks::{Knocks, Look};
-use crate::pg::quorum::{Confirmations, Follower, Part, Unnamed, named_standbys, obstacle};
+use crate::pg::quorum::{Confirmations, Follower, Part, Place, Unnamed, named_standbys, obstacle};
 use crate::pg::session::open::Session;
 use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::Failure;
@@ -45,9 +45,9 @@ pub(crate) fn may_confirm(session: &mut Session, by: Instant) -> Result<Vec<Stri
 /// As [`may_confirm`], for a report: also what is in the way, if anything is.
 pub(crate) fn look(session: &mut Session, by: Instant) -> Result<(Vec<String>, Option<String>), Refusal> {
     let names = may_confirm(session, by)?;
-    let row = session.simple_query(&sql::look_at_standbys("0/0"), by).map_err(Refusal::from_failure)?;
+    let row = session.simple_query(sql::LOOK_AT_STANDBYS, by).map_err(Refusal::from_failure)?;
     let seen = row.as_ref().and_then(|row| row.try_get(1).ok().flatten()).unwrap_or_default();
-    let obstacle = obstacle(&names, &followers(seen));
+    let obstacle = obstacle(&names, &followers(seen), Place::FIRST);
     Ok((names, obstacle))
 }
 
@@ -98,10 +98,12 @@ impl<F> Wait<F> {
     }
 }
 
-/// What is to be confirmed: when the first of the heartbeats was sent that wait for that, and when the first of the locks was granted.
+/// What is to be confirmed: when the first of the heartbeats was sent that wait for that, and when the first of the locks was granted; and when
+/// the last of all was.
 pub(crate) struct Wanted {
     pub(crate) sent: Option<Moment>,
     pub(crate) granted: Option<Moment>,
+    pub(crate) last: Moment,
 }
 
 impl Wanted {
@@ -188,7 +190,7 @@ impl Witnesses<'_> {
         let Some(confirmations) = self.standbys else { return Ok(Some(Moment::now())) };
         let given = || confirmations.lock().given(run);
         if let Some(first) = wanted.after(given()) {
-            ask(session, confirmations, run, first, wait)?;
+            ask(session, confirmations, run, [first, wanted.last], wait)?;
         }
         Ok(given())
     }
@@ -264,48 +266,45 @@ impl Drop for Asking<'_> {
     }
 }
 
-/// Asks the standbys for a confirmation that begins after `since`; one step of that, if no other session is at it.
+/// Asks the standbys for a confirmation that begins after the first of these moments, and for one that begins after the last; one step of that,
+/// if no other session is at it.
 fn ask(
     session: &mut Session,
     confirmations: &Mutex<Confirmations>,
     run: &str,
-    since: Moment,
+    [first, last]: [Moment; 2],
     wait: &Wait<impl Fn() -> bool>,
 ) -> Result<(), Failure> {
-    let part = confirmations.lock().part(run, since, Moment::now());
+    let part = confirmations.lock().part(run, first, last, Moment::now());
     if matches!(part, Part::Given(_) | Part::Wait) {
         return Ok(());
     }
     let _asking = Asking { confirmations, run };
-    let place = match part {
-        Part::Look { place } => place,
-        _ => {
-            let began = Moment::now();
-            let place = wait
-                .until_not_cancelled(|by| session.last_row(sql::WRITE_RECORD, by))?
-                .and_then(|row| row.try_get(0).ok().flatten().map(str::to_owned));
-            let Some(place) = place else {
-                return Err(Failure::Lost { reason: LossReason::ServerError, cause: None });
-            };
-            confirmations.lock().written(run, began, place.clone());
-            place
-        }
-    };
+    if part == Part::Write {
+        let began = Moment::now();
+        let place = wait
+            .until_not_cancelled(|by| session.last_row(sql::WRITE_RECORD, by))?
+            .and_then(|row| Place::parse(row.try_get(0).ok().flatten()?));
+        let place = place.ok_or(Failure::Lost { reason: LossReason::ServerError, cause: None })?;
+        confirmations.lock().written(run, began, place);
+    }
     // A look of its own, after the record: what the server says in one message it has read before.
-    let row = wait.until_not_cancelled(|by| session.simple_query(&sql::look_at_standbys(&place), by))?;
+    let row = wait.until_not_cancelled(|by| session.simple_query(sql::LOOK_AT_STANDBYS, by))?;
     let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
-    let setting = column(0).unwrap_or_default();
-    let problem = match named_standbys(setting) {
-        Ok(names) => obstacle(&names, &followers(column(1).unwrap_or_default())),
-        Err(unnamed) => Some(says_not_who(setting, unnamed)),
+    let (setting, followers) = (column(0).unwrap_or_default(), followers(column(1).unwrap_or_default()));
+    let names = named_standbys(setting);
+    let obstacle = |place| {
+        let problem = match &names {
+            Ok(names) => obstacle(names, &followers, place),
+            Err(unnamed) => Some(says_not_who(setting, *unnamed)),
+        };
+        Some(format!(
+            "the standbys have not confirmed a heartbeat: {}; see pg_stat_replication, and start each standby that \
+             synchronous_standby_names names, or take it out there if it cannot be promoted",
+            problem?
+        ))
     };
-    let obstacle = problem.map(|problem| {
-        format!(
-            "the standbys have not confirmed a heartbeat: {problem}; see pg_stat_replication, and start each standby that \
-             synchronous_standby_names names, or take it out there if it cannot be promoted"
-        )
-    });
-    confirmations.lock().seen(run, &place, obstacle, Moment::now());
+    confirmations.lock().seen(run, obstacle, Moment::now());
     Ok(())
 }
 
@@ -317,8 +316,8 @@ fn is_cancelled(error: &postgres::Error) -> bool {
 fn followers(answer: &str) -> Vec<Follower> {
     let listed: Vec<Value> = serde_json::from_str(answer).unwrap_or_default();
     let follower = |value: &Value| {
-        let (name, has_it) = (value.get(0)?.as_str()?.to_owned(), value.get(1)?.as_bool()?);
-        Some(Follower { name, has_it })
+        let flushed = value.get(1)?.as_str().and_then(Place::parse);
+        Some(Follower { name: value.get(0)?.as_str()?.to_owned(), flushed })
     };
     listed.iter().filter_map(follower).collect()
 }

@@ -10,6 +10,7 @@
 //! one confirmation ([`Confirmations`]), which must have *begun* after the heartbeat of each was sent. Nor does it depend on who looks whether
 //! the standbys have the record: whoever is called away leaves it to the next.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::clock::Moment;
@@ -88,12 +89,28 @@ fn first_name(list: &str) -> Option<(String, &str, bool)> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Follower {
     pub(crate) name: String,
-    /// It has flushed the record.
-    pub(crate) has_it: bool,
+    /// Up to which place it has flushed the log, if that is known.
+    pub(crate) flushed: Option<Place>,
 }
 
-/// What is in the way of a confirmation, in words; `None` if all standbys of these names have the record.
-pub(crate) fn obstacle(names: &[String], followers: &[Follower]) -> Option<String> {
+/// A place in the log of a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place(u64);
+
+impl Place {
+    pub(crate) const FIRST: Self = Self(0);
+
+    /// As PostgreSQL writes it: two hexadecimal numbers, of which the first has the upper 32 bits. See
+    /// <https://www.postgresql.org/docs/current/datatype-pg-lsn.html>.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let (upper, lower) = text.split_once('/')?;
+        let [upper, lower] = [upper, lower].map(|half| u32::from_str_radix(half, 16).map(u64::from));
+        Some(Self(upper.ok()? << 32 | lower.ok()?))
+    }
+}
+
+/// What is in the way of a confirmation, in words; `None` if all standbys of these names have the log up to `place`.
+pub(crate) fn obstacle(names: &[String], followers: &[Follower], place: Place) -> Option<String> {
     names.iter().find_map(|name| {
         // The server compares them in the same way.
         let mut of_name = followers.iter().filter(|follower| follower.name.eq_ignore_ascii_case(name));
@@ -101,7 +118,7 @@ pub(crate) fn obstacle(names: &[String], followers: &[Follower]) -> Option<Strin
             (None, _) => Some(format!("no standby with the name {name:?} is connected")),
             // One of them may be promoted, and the other one goes on.
             (Some(_), Some(_)) => Some(format!("several standbys have the name {name:?}")),
-            (Some(follower), None) if !follower.has_it => {
+            (Some(follower), None) if follower.flushed.is_none_or(|flushed| flushed < place) => {
                 Some(format!("the standby {name:?} does not answer"))
             }
             (Some(_), None) => None,
@@ -119,32 +136,32 @@ struct Confirmation {
     run: String,
     /// When the one began that began last, of those that were given.
     given: Option<Moment>,
-    /// The record that the standbys are to have.
-    record: Option<Record>,
+    /// The records that the standbys are to have, the oldest first.
+    records: VecDeque<Record>,
+    /// When to look again whether they have them.
+    next: Option<Moment>,
+    /// Why they have not, by the last look.
+    obstacle: Option<String>,
     /// A session has a statement for it under way since then.
     asked: Option<Moment>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Record {
     /// Before it was written.
     began: Moment,
-    place: String,
-    /// When to look again whether the standbys have it.
-    next: Moment,
-    /// Why they have not, by the last look.
-    obstacle: Option<String>,
+    place: Place,
 }
 
 /// What a session is to do that waits for a confirmation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
     /// Nothing: it is given. It had begun then.
     Given(Moment),
-    /// Write a record.
+    /// Write a record, and look whether the standbys have it.
     Write,
-    /// Look whether the standbys have the log up to this place.
-    Look { place: String },
+    /// Look whether the standbys have the records that there are.
+    Look,
     /// Wait for what another session asks for, or for the time to look again.
     Wait,
 }
@@ -153,21 +170,22 @@ impl Confirmations {
     /// Another session is waited for as long as it has been heard of that lately.
     const PATIENCE: Duration = Duration::from_millis(200);
 
-    /// What to do at `now` for something that was sent at `sent`, on this run of a server.
+    /// What to do at `now` for things that were sent from `first` to `last`, on this run of a server.
     ///
-    /// A record that was written before is not replaced: those that send something all the time would have each replaced by another.
-    pub(crate) fn part(&mut self, run: &str, sent: Moment, now: Moment) -> Part {
+    /// A record that was written before the last of them is not replaced by another, but followed: those that send something all the time would
+    /// have each replaced, and a standby that comes back for a moment only has the last one, too.
+    pub(crate) fn part(&mut self, run: &str, first: Moment, last: Moment, now: Moment) -> Part {
         let known = self.of(run);
-        if let Some(began) = known.given.filter(|began| *began >= sent) {
+        if let Some(began) = known.given.filter(|began| *began >= first) {
             return Part::Given(began);
         }
         if known.asked.is_some_and(|at| now.saturating_duration_since(at) < Self::PATIENCE) {
             return Part::Wait;
         }
-        let part = match &known.record {
-            None => Part::Write,
-            Some(record) if now >= record.next => Part::Look { place: record.place.clone() },
-            Some(_) => return Part::Wait,
+        let part = match known.next {
+            _ if known.is_to_write(last, now) => Part::Write,
+            Some(next) if now < next => return Part::Wait,
+            _ => Part::Look,
         };
         known.asked = Some(now);
         part
@@ -179,27 +197,31 @@ impl Confirmations {
     }
 
     /// The record was written, after `began`.
-    pub(crate) fn written(&mut self, run: &str, began: Moment, place: String) {
-        self.of(run).record = Some(Record { began, place, next: began, obstacle: None });
+    pub(crate) fn written(&mut self, run: &str, began: Moment, place: Place) {
+        /// As many come in half a minute, if the standbys have none of them.
+        const MOST: usize = 100;
+        let known = self.of(run);
+        if known.records.len() == MOST {
+            known.records.pop_front();
+        }
+        known.records.push_back(Record { began, place });
     }
 
-    /// The standbys have the log up to `place`, or there is an obstacle.
-    pub(crate) fn seen(&mut self, run: &str, place: &str, obstacle: Option<String>, now: Moment) {
+    /// What is in the way of each record was looked at.
+    pub(crate) fn seen(&mut self, run: &str, obstacle: impl Fn(Place) -> Option<String>, now: Moment) {
         const SHORTEST: Duration = Duration::from_micros(200);
         const LONGEST: Duration = Duration::from_millis(20);
         let known = self.of(run);
-        let Some(record) = known.record.as_mut().filter(|record| record.place == place) else { return };
-        match obstacle {
-            None => {
-                known.given = known.given.max(Some(record.began));
-                known.record = None;
-            }
-            Some(_) => {
-                let pause = (now.saturating_duration_since(record.began) / 2).clamp(SHORTEST, LONGEST);
-                record.next = now.checked_add(pause).unwrap_or(now);
-                record.obstacle = obstacle;
-            }
+        if let Some(last) = known.records.iter().rposition(|record| obstacle(record.place).is_none()) {
+            let had = known.records.drain(..=last).next_back();
+            known.given = known.given.max(had.map(|record| record.began));
         }
+        let first = known.records.front().copied();
+        known.obstacle = first.and_then(|first| obstacle(first.place));
+        known.next = first.and_then(|first| {
+            let pause = (now.saturating_duration_since(first.began) / 2).clamp(SHORTEST, LONGEST);
+            now.checked_add(pause)
+        });
     }
 
     /// The session that asked comes to an end.
@@ -209,7 +231,7 @@ impl Confirmations {
 
     /// What is in the way of the record that the standbys are to have, if there is one, as far as is known.
     pub(crate) fn obstacle(&mut self, run: &str) -> Option<String> {
-        self.of(run).record.as_ref().and_then(|record| record.obstacle.clone())
+        self.of(run).obstacle.clone()
     }
 
     fn of(&mut self, run: &str) -> &mut Confirmation {
@@ -219,10 +241,28 @@ impl Confirmations {
             if self.0.len() == MOST {
                 self.0.remove(0);
             }
-            self.0.push(Confirmation { run: run.to_owned(), given: None, record: None, asked: None });
+            self.0.push(Confirmation {
+                run: run.to_owned(),
+                given: None,
+                records: VecDeque::new(),
+                next: None,
+                obstacle: None,
+                asked: None,
+            });
             self.0.len() - 1
         });
         &mut self.0[index]
+    }
+}
+
+impl Confirmation {
+    /// Whether what was sent at `last` needs another record. Each is a commit, so they come less and less often.
+    fn is_to_write(&self, last: Moment, now: Moment) -> bool {
+        const SHORTEST: Duration = Duration::from_millis(20);
+        const LONGEST: Duration = Duration::from_millis(500);
+        let (Some(oldest), Some(newest)) = (self.records.front(), self.records.back()) else { return true };
+        let pause = (now.saturating_duration_since(oldest.began) / 8).clamp(SHORTEST, LONGEST);
+        newest.began < last && now.saturating_duration_since(newest.began) >= pause
     }
 }
 
@@ -261,8 +301,12 @@ mod tests {
     #[test]
     fn each_named_standby_must_have_the_record() {
         let names = ["a", "B"].map(str::to_owned);
-        let follower = |name: &str, has_it| Follower { name: name.to_owned(), has_it };
-        let problem = |followers: &[Follower]| obstacle(&names, followers);
+        let place = Place::parse("1/A").unwrap();
+        let follower = |name: &str, has_it| {
+            let flushed = Place::parse(if has_it { "1/A" } else { "1/9" });
+            Follower { name: name.to_owned(), flushed }
+        };
+        let problem = |followers: &[Follower]| obstacle(&names, followers, place);
         assert_eq!(problem(&[follower("A", true), follower("b", true), follower("c", false)]), None);
         assert!(problem(&[follower("a", true)]).unwrap().contains("no standby with the name \"B\""));
         assert!(
@@ -276,40 +320,77 @@ mod tests {
     fn a_confirmation_serves_what_was_sent_before_it_began_on_the_same_server() {
         let (mut known, begin) = (Confirmations::default(), Moment::now());
         let at = |millis| begin.checked_add(Duration::from_millis(millis)).unwrap();
-        let look = |place: &str| Part::Look { place: place.to_owned() };
-        let away = || Some("the standby is gone".to_owned());
-        assert_eq!(known.part("x", at(0), at(1)), Part::Write);
+        let place = |number| Place(number);
+        let none_before =
+            |place: u64| move |other: Place| (other.0 >= place).then(|| "it is gone".to_owned());
+        assert_eq!(known.part("x", at(0), at(0), at(1)), Part::Write);
         // Another heartbeat comes meanwhile, and is none the wiser when the first is confirmed.
-        assert_eq!(known.part("x", at(2), at(3)), Part::Wait);
-        assert_eq!(known.part("y", at(0), at(3)), Part::Write, "another server's");
-        known.written("x", at(1), "0/1".to_owned());
+        assert_eq!(known.part("x", at(2), at(2), at(3)), Part::Wait);
+        assert_eq!(known.part("y", at(0), at(0), at(3)), Part::Write, "another server's");
+        known.written("x", at(1), place(1));
         known.end("x");
         // Whoever comes next looks, after a pause that grows.
-        assert_eq!(known.part("x", at(2), at(4)), look("0/1"));
-        known.seen("x", "0/1", away(), at(5));
+        assert_eq!(known.part("x", at(2), at(2), at(4)), Part::Look);
+        known.seen("x", none_before(1), at(5));
         known.end("x");
-        assert_eq!(known.part("x", at(2), at(6)), Part::Wait);
-        assert_eq!(known.part("x", at(2), at(7)), look("0/1"));
-        known.seen("x", "0/1", None, at(8));
+        assert_eq!(known.part("x", at(0), at(2), at(6)), Part::Wait);
+        assert_eq!(known.part("x", at(0), at(2), at(7)), Part::Look);
+        known.seen("x", none_before(2), at(8));
         known.end("x");
-        assert_eq!(known.part("x", at(0), at(8)), Part::Given(at(1)));
-        assert_eq!(known.part("x", at(1), at(8)), Part::Given(at(1)));
-        assert_eq!(known.part("y", at(0), at(8)), Part::Wait);
-        assert_eq!(known.part("x", at(2), at(8)), Part::Write);
+        assert_eq!(known.part("x", at(0), at(2), at(8)), Part::Given(at(1)));
+        assert_eq!(known.part("x", at(1), at(1), at(8)), Part::Given(at(1)));
+        assert_eq!(known.part("y", at(0), at(0), at(8)), Part::Wait);
+        assert_eq!(known.part("x", at(2), at(2), at(8)), Part::Write);
         // It comes to nothing, and what was known stays known.
         known.end("x");
-        assert_eq!(known.part("x", at(1), at(9)), Part::Given(at(1)));
-        assert_eq!(known.part("x", at(2), at(9)), Part::Write);
+        assert_eq!(known.part("x", at(1), at(1), at(9)), Part::Given(at(1)));
+        assert_eq!(known.part("x", at(2), at(2), at(9)), Part::Write);
         // A session that is silent is not waited for.
-        assert_eq!(known.part("x", at(2), at(208)), Part::Wait);
-        assert_eq!(known.part("x", at(2), at(209)), Part::Write);
-        known.written("x", at(209), "0/2".to_owned());
+        assert_eq!(known.part("x", at(2), at(2), at(208)), Part::Wait);
+        assert_eq!(known.part("x", at(2), at(2), at(209)), Part::Write);
+    }
+
+    #[test]
+    fn records_follow_each_other_while_the_standbys_have_none_and_the_last_that_they_have_counts() {
+        let (mut known, begin) = (Confirmations::default(), Moment::now());
+        let at = |millis| begin.checked_add(Duration::from_millis(millis)).unwrap();
+        let away = |_| Some("it is gone".to_owned());
+        let (mut written, mut looks) = (0, 0);
+        // Something is sent every 3 ms, for 10 s.
+        for now in (0..10_000).step_by(3) {
+            match known.part("x", at(0), at(now), at(now)) {
+                Part::Write => {
+                    written += 1;
+                    known.written("x", at(now), Place(now));
+                }
+                Part::Look => looks += 1,
+                Part::Given(_) | Part::Wait => continue,
+            }
+            known.seen("x", away, at(now));
+            known.end("x");
+        }
+        assert!((30..60).contains(&written), "{written}");
+        assert!((300..700).contains(&looks), "{looks}");
+        assert_eq!(known.obstacle("x"), away(Place::FIRST));
+        // Nothing is written for what has its record.
+        assert_eq!(known.part("x", at(0), at(10), at(20_000)), Part::Look);
+        known.seen("x", |place| (place.0 >= 9_000).then(|| "late".to_owned()), at(20_000));
         known.end("x");
-        assert_eq!(known.part("x", at(2), at(210)), look("0/2"));
-        // What is seen of a record that is not the last one says nothing.
-        known.seen("x", "0/1", None, at(211));
-        known.seen("x", "0/2", away(), at(211));
-        assert_eq!(known.given("x"), Some(at(1)));
-        assert_eq!([known.obstacle("x"), known.obstacle("y")], [away(), None]);
+        let given = known.given("x").unwrap();
+        assert!((at(8_000)..at(9_000)).contains(&given), "{:?}", given.since(begin));
+        assert_eq!(known.obstacle("x").unwrap(), "late");
+        known.seen("x", |_| None, at(20_001));
+        assert!(known.given("x").unwrap() >= at(9_000));
+        assert_eq!(known.obstacle("x"), None);
+    }
+
+    #[test]
+    fn a_place_is_read_as_the_server_writes_it() {
+        assert_eq!(Place::parse("0/0"), Some(Place::FIRST));
+        assert_eq!(Place::parse("16/B374D848"), Some(Place(0x16_B374_D848)));
+        assert!(Place::parse("1/0") > Place::parse("0/FFFFFFFF"));
+        for text in ["", "16", "16/", "/1", "16/B374D848/0", "1/100000000", "x/1"] {
+            assert_eq!(Place::parse(text), None, "{text}");
+        }
     }
 }

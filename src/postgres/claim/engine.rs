@@ -178,8 +178,8 @@ impl Engine {
         let event = match action {
             Action::Session(session::Action::Open) => self.open_session(),
             Action::Session(session::Action::Renew { by }) => self.renew(by),
-            Action::Session(session::Action::Confirm { sent, by, granted }) => {
-                self.confirm(sent, by, granted)
+            Action::Session(session::Action::Confirm { sent, by, granted, last }) => {
+                self.confirm(sent, by, granted, last)
             }
             Action::Session(session::Action::Close) => self.close_session(),
             Action::Claim(_, claim::Action::Try) => self.try_lock(),
@@ -312,9 +312,9 @@ impl Engine {
     }
 
     /// Waits until what was sent, or granted, is confirmed; for a heartbeat's timeout, and then sends a heartbeat first.
-    fn confirm(&mut self, sent: Option<Time>, by: Time, granted: Option<Time>) -> Event {
+    fn confirm(&mut self, sent: Option<Time>, by: Time, granted: Option<Time>, last: Time) -> Event {
         let [sent, granted] = [sent, granted].map(|time| time.map(|time| self.moment(time)));
-        let wanted = Wanted { sent, granted };
+        let wanted = Wanted { sent, granted, last: self.moment(last) };
         let (pool, claim) = (Arc::clone(&self.spec.pool), Arc::clone(&self.claim));
         let (patience, by) = (self.spec.plan.heartbeat_timeout, self.at(by));
         let wait = Wait { since: Instant::now(), by, leaves: || claim.is_ending(), patience };

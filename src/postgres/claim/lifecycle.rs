@@ -108,21 +108,26 @@ impl Lifecycle {
 
     /// What the session itself has to do next.
     pub(crate) fn session_action(&self) -> session::Action {
-        let granted = self.first_unconfirmed();
-        match self.session.action() {
-            session::Action::Confirm { sent, by, .. } => session::Action::Confirm { sent, by, granted },
-            // Its heartbeats go on, whatever becomes of what was granted.
-            session::Action::Watch { until } if granted.is_some() => {
-                session::Action::Confirm { sent: None, by: until, granted }
+        match (self.session.action(), self.unconfirmed()) {
+            (session::Action::Confirm { sent, by, last, .. }, Some((first, newest))) => {
+                session::Action::Confirm { sent, by, granted: Some(first), last: last.max(newest) }
             }
-            action => action,
+            // Its heartbeats go on, whatever becomes of what was granted.
+            (session::Action::Watch { until }, Some((first, last))) => {
+                session::Action::Confirm { sent: None, by: until, granted: Some(first), last }
+            }
+            (action, _) => action,
         }
     }
 
-    /// When the first of the locks was granted that are to be confirmed.
-    fn first_unconfirmed(&self) -> Option<Time> {
-        let first = self.confirming.get(self.count_confirmed()).filter(|_| self.confirms_grants())?;
-        self.claims[*first].granted_at()
+    /// When the first of the locks was granted that are to be confirmed, and when the last.
+    fn unconfirmed(&self) -> Option<(Time, Time)> {
+        if !self.confirms_grants() {
+            return None;
+        }
+        let first = self.confirming.get(self.count_confirmed())?;
+        let last = self.confirming.last()?;
+        Some((self.claims[*first].granted_at()?, self.claims[*last].granted_at()?))
     }
 
     /// How many of those that do not hold their locks yet wait for the session's lease alone. They are the first ones.

@@ -154,9 +154,10 @@ pub(crate) enum Action {
     /// Prove that the session is alive and holds its locks, by then at the latest: `Renewed`, `Lost`.
     Renew { by: Time },
     /// Have confirmed what waits for that, by then at the latest: what was sent at `sent`, and what was granted until `granted`. Each is the first
-    /// of its kind, since those that come all the time must not move the time from which a confirmation counts: `Confirmed` when one of the two
+    /// of its kind, since those that come all the time must not move the time from which a confirmation counts; `last` is the last of all:
+    /// `Confirmed` when one of the two
     /// is, `Unconfirmed`, `TimePassed`, which says nothing, `Lost`.
-    Confirm { sent: Option<Time>, by: Time, granted: Option<Time> },
+    Confirm { sent: Option<Time>, by: Time, granted: Option<Time>, last: Time },
     /// Close the session without ceremony; if the server has said that it ends it, see whether it has: `Closed`.
     Close,
 }
@@ -239,7 +240,7 @@ impl Machine {
             State::Renewing { renewed: None } => Action::Renew { by: Time::MAX },
             State::Confirming { renewed, sent } => {
                 let by = renewed.map_or(Time::MAX, |renewed| self.term_end(renewed));
-                Action::Confirm { sent: self.unconfirmed.or(Some(sent)), by, granted: None }
+                Action::Confirm { sent: self.unconfirmed.or(Some(sent)), by, granted: None, last: sent }
             }
             State::Closing { .. } => Action::Close,
         }

@@ -14,12 +14,7 @@ pub(crate) const MAY_CONFIRM: &str = "SELECT current_setting('synchronous_standb
 pub(crate) const WRITE_RECORD: &str =
     "SET LOCAL synchronous_commit = local; SELECT pg_logical_emit_message(true, 'dsync', ''::text)";
 
-/// Who is to confirm, as the server says now, and which standbys there are: their names, and whether each has flushed the log up to `place`.
-pub(crate) fn look_at_standbys(place: &str) -> String {
-    format!(
-        "SELECT current_setting('synchronous_standby_names'), \
-                (SELECT jsonb_agg(jsonb_build_array(standby.application_name, \
-                                                    coalesce(standby.flush_lsn >= '{place}', false))) \
-                 FROM pg_stat_replication AS standby)"
-    )
-}
+/// Who is to confirm, as the server says now, and which standbys there are: their names, and up to which place each has flushed the log.
+pub(crate) const LOOK_AT_STANDBYS: &str = "SELECT current_setting('synchronous_standby_names'), \
+            (SELECT jsonb_agg(jsonb_build_array(standby.application_name, standby.flush_lsn)) \
+             FROM pg_stat_replication AS standby)";

@@ -15,7 +15,7 @@ impl Engine {
     pub(crate) fn serve(&mut self, action: session::Action) {
         let event = match action {
             session::Action::Renew { by } => self.renew(by),
-            session::Action::Confirm { sent, by, granted } => self.confirm(sent, by, granted),
+            session::Action::Confirm { sent, by, granted, last } => self.confirm(sent, by, granted, last),
             session::Action::Close => self.close(),
             _ => return,
         };
@@ -45,7 +45,7 @@ impl Engine {
         }
     }
 
-    fn confirm(&mut self, sent: Option<Time>, by: Time, granted: Option<Time>) -> Event {
+    fn confirm(&mut self, sent: Option<Time>, by: Time, granted: Option<Time>, last: Time) -> Event {
         self.asked_at = Instant::now();
         let pool = Arc::clone(&self.pool);
         let roll = Arc::clone(&self.roll);
@@ -59,7 +59,7 @@ impl Engine {
             self.announce_unconfirmed(Confirms::All);
         }
         let moment = |time: Option<Time>| time.map(|time| self.moment(time));
-        let wanted = Wanted { sent: moment(sent), granted: moment(granted) };
+        let wanted = Wanted { sent: moment(sent), granted: moment(granted), last: self.moment(last) };
         match self.session().map(|session| pool.confirm(session, &wanted, &wait)) {
             Some(Ok(Outcome::Confirmed { followed, open })) => {
                 if sent.is_some() && followed >= wanted.sent {

@@ -215,31 +215,31 @@ fn a_term_that_begins_fresh_has_its_first_heartbeat_before_it_where_the_wait_was
 #[test]
 fn a_term_begins_and_goes_on_only_when_the_standbys_have_confirmed() {
     let timing = Timing { confirms: Confirms::All, ..timing() };
-    let confirm = |sent, by, granted: Option<u64>| {
-        let (sent, granted) = (Some(s(sent)), granted.map(s));
-        Action::Session(SessionAction::Confirm { sent, by, granted })
+    let confirm = |sent, by, granted: Option<u64>, last| {
+        let (sent, granted, last) = (Some(s(sent)), granted.map(s), s(last));
+        Action::Session(SessionAction::Confirm { sent, by, granted, last })
     };
     let unconfirmed = Event::Session(SessionEvent::Unconfirmed);
     let mut lifecycle = Lifecycle::dedicated(timing, Claim::new(UNCERTAINTY_WINDOW, false), 1);
     lifecycle.handle(OPENED, s(0));
     assert_eq!(tell(&mut lifecycle, granted(0), s(0)), None);
-    assert_eq!(lifecycle.action(), confirm(0, Time::MAX, Some(0)));
+    assert_eq!(lifecycle.action(), confirm(0, Time::MAX, Some(0), 0));
     // Who waits is told, and a heartbeat comes before the next attempt.
     assert_eq!(tell(&mut lifecycle, unconfirmed, s(5)), Some(Notice::Failed));
     assert_eq!(lifecycle.action(), renew(Time::MAX));
     assert_eq!(tell(&mut lifecycle, renewed(5), s(5)), None);
-    assert_eq!(lifecycle.action(), confirm(0, Time::MAX, Some(0)));
+    assert_eq!(lifecycle.action(), confirm(0, Time::MAX, Some(0), 5));
     // The term is counted from the heartbeat, and not from the confirmation.
     assert_eq!(tell(&mut lifecycle, confirmed(5, 5), s(7)), acquired(19));
     tell(&mut lifecycle, TIME_PASSED, s(10));
     assert_eq!(tell(&mut lifecycle, renewed(10), s(10)), None);
-    assert_eq!(lifecycle.action(), confirm(10, s(19), None));
+    assert_eq!(lifecycle.action(), confirm(10, s(19), None, 10));
     assert_eq!(tell(&mut lifecycle, unconfirmed, s(15)), None);
     assert_eq!(tell(&mut lifecycle, renewed(15), s(15)), None);
     // A confirmation that began before the last heartbeat serves the one before.
-    assert_eq!(lifecycle.action(), confirm(10, s(19), None));
+    assert_eq!(lifecycle.action(), confirm(10, s(19), None, 15));
     assert_eq!(tell(&mut lifecycle, confirmed(12, 12), s(16)), Some(Notice::Renewed { until: s(24) }));
-    assert_eq!(lifecycle.action(), confirm(15, s(24), None));
+    assert_eq!(lifecycle.action(), confirm(15, s(24), None, 15));
     let mut late = lifecycle.clone();
     assert_eq!(tell(&mut lifecycle, confirmed(15, 15), s(18)), Some(Notice::Renewed { until: s(29) }));
     assert_eq!(tell(&mut late, confirmed(15, 15), s(24)), Some(Notice::Lost(LossReason::NotConfirmed)));
@@ -252,8 +252,10 @@ fn a_term_begins_and_goes_on_only_when_the_standbys_have_confirmed() {
 #[test]
 fn where_grants_are_confirmed_a_term_begins_then_and_goes_on_by_heartbeats_alone() {
     let timing = Timing { confirms: Confirms::Grants, ..timing() };
-    let confirm =
-        |by| Action::Session(SessionAction::Confirm { sent: None, by: s(by), granted: Some(Time::ZERO) });
+    let confirm = |by| {
+        let (sent, by, granted, last) = (None, s(by), Some(Time::ZERO), Time::ZERO);
+        Action::Session(SessionAction::Confirm { sent, by, granted, last })
+    };
     let unconfirmed = Event::Session(SessionEvent::Unconfirmed);
     let mut lifecycle = Lifecycle::dedicated(timing, Claim::new(UNCERTAINTY_WINDOW, false), 1);
     lifecycle.handle(OPENED, s(0));
@@ -311,7 +313,7 @@ fn a_grant_that_is_confirmed_waits_for_the_lease_alone() {
     lifecycle.handle(renewed(5), s(5));
     // The record of before has come to the standbys so late that no term is to begin by what was sent before it.
     assert_eq!(lifecycle.handle(confirmed(1, 5), s(6)), []);
-    let waits = SessionAction::Confirm { sent: Some(s(5)), by: Time::MAX, granted: None };
+    let waits = SessionAction::Confirm { sent: Some(s(5)), by: Time::MAX, granted: None, last: s(5) };
     assert_eq!(lifecycle.session_action(), waits);
     assert_eq!(tell(&mut lifecycle, confirmed(5, 5), s(7)), acquired(19));
 }
@@ -324,7 +326,7 @@ fn where_grants_are_confirmed_nothing_is_asked_for_a_claim_that_does_not_wait_an
     lifecycle.handle(of(0, ClaimEvent::Granted { sent: s(0) }), s(0));
     lifecycle.handle(confirmed(1, 1), s(1));
     lifecycle.handle(of(1, ClaimEvent::Granted { sent: s(2) }), s(2));
-    let confirm = SessionAction::Confirm { sent: None, by: s(7), granted: Some(s(2)) };
+    let confirm = SessionAction::Confirm { sent: None, by: s(7), granted: Some(s(2)), last: s(2) };
     assert_eq!(lifecycle.session_action(), confirm);
     lifecycle.handle(of(1, ClaimEvent::Release), s(3));
     lifecycle.handle(of(1, ClaimEvent::Unlocked { held: true }), s(3));
