@@ -74,7 +74,7 @@ pub(crate) struct Wait<F> {
     pub(crate) by: Instant,
     /// Not any longer when it says so.
     pub(crate) leaves: F,
-    /// How long the server may take to answer. A statement that has begun before `until` is given that, since a session is of no use any
+    /// How long the server may take to answer. A statement that has begun before `by` is given that, since a session is of no use any
     /// more whose answer is not waited for.
     pub(crate) patience: Duration,
 }
@@ -223,7 +223,7 @@ impl Witnesses<'_> {
                 Some(obstacle.unwrap_or_else(|| NOT_ASKED.to_owned()))
             }
             (_, Some(knocks)) if is_silent || waited >= WORTH_TELLING => {
-                let said = knocks.lock().said(run, Instant::now());
+                let said = knocks.lock().said(run);
                 said.or_else(|| is_silent.then(|| SILENT.to_owned()))
             }
             _ => None,
@@ -276,7 +276,7 @@ fn ask(
     wait: &Wait<impl Fn() -> bool>,
 ) -> Result<(), Failure> {
     let part = confirmations.lock().part(run, first, last, Moment::now());
-    if matches!(part, Part::Given(_) | Part::Wait) {
+    if matches!(part, Part::Given | Part::Wait) {
         return Ok(());
     }
     let _asking = Asking { confirmations, run };

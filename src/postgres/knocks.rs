@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use crate::clock::Moment;
+use crate::pg::runs::Runs;
 use crate::pg::session::refusal::Refusal;
 use crate::pg::stream::{DialError, Knock};
 
@@ -30,11 +31,11 @@ pub(crate) enum Look {
 
 /// The newcomers of a manager.
 #[derive(Default)]
-pub(crate) struct Knocks(Vec<Door>);
+pub(crate) struct Knocks(Runs<Door>);
 
-/// What is known of one run of a server. A manager may have sessions on two.
+/// What is known of one run of a server.
+#[derive(Default)]
 struct Door {
-    run: String,
     /// When the newcomer set out that did so last, of those that were answered.
     open: Option<Moment>,
     under_way: Vec<(Moment, Knock)>,
@@ -42,8 +43,8 @@ struct Door {
     shut: Option<(Instant, Instant)>,
     /// Why the last one was refused.
     said: String,
-    /// When the next one may come.
-    next: Instant,
+    /// When the next one may come, if not at once.
+    next: Option<Instant>,
 }
 
 impl Knocks {
@@ -51,13 +52,13 @@ impl Knocks {
     pub(crate) fn look(&mut self, run: &str, granted: Moment, now: Instant) -> Look {
         /// So many at once.
         const MOST: usize = 8;
-        let door = self.of(run, now);
+        let door = self.0.of(run);
         door.hear(now);
         match door.open {
             Some(began) if began >= granted => Look::Open(began),
             // One that set out before the grant is let go on, since those that are granted locks all the time would have each replaced by another.
-            _ if door.under_way.len() < MOST && now >= door.next => {
-                door.next = now + SETS_OUT_WITHIN;
+            _ if door.under_way.len() < MOST && door.next.is_none_or(|next| now >= next) => {
+                door.next = Some(now + SETS_OUT_WITHIN);
                 Look::Knock
             }
             _ => Look::Wait,
@@ -67,10 +68,10 @@ impl Knocks {
     /// The newcomer has set out at `began`, or could not.
     pub(crate) fn set_out(&mut self, run: &str, began: Moment, outcome: Result<Knock, DialError>) {
         let now = Instant::now();
-        let door = self.of(run, now);
+        let door = self.0.of(run);
         match outcome {
             Ok(knock) => {
-                door.next = now + ANSWERED_WITHIN;
+                door.next = Some(now + ANSWERED_WITHIN);
                 door.under_way.push((began, knock));
             }
             Err(error) => door.refused(error, now),
@@ -78,34 +79,14 @@ impl Knocks {
     }
 
     /// Why the last newcomer was refused, if it was.
-    pub(crate) fn said(&mut self, run: &str, now: Instant) -> Option<String> {
-        let door = self.of(run, now);
+    pub(crate) fn said(&mut self, run: &str) -> Option<String> {
+        let door = self.0.of(run);
         door.shut.map(|_| door.said.clone())
     }
 
     /// Nobody waits any more.
     pub(crate) fn clear(&mut self) {
         self.0.clear();
-    }
-
-    fn of(&mut self, run: &str, now: Instant) -> &mut Door {
-        /// More than there can be servers of one manager.
-        const MOST: usize = 8;
-        let index = self.0.iter().position(|door| door.run == run).unwrap_or_else(|| {
-            if self.0.len() == MOST {
-                self.0.remove(0);
-            }
-            self.0.push(Door {
-                run: run.to_owned(),
-                open: None,
-                under_way: Vec::new(),
-                shut: None,
-                said: String::new(),
-                next: now,
-            });
-            self.0.len() - 1
-        });
-        &mut self.0[index]
     }
 }
 
@@ -120,7 +101,7 @@ impl Door {
             match knock.outcome() {
                 None => self.under_way.push((began, knock)),
                 Some(Ok(())) => {
-                    (self.open, self.shut, self.next) = (self.open.max(Some(began)), None, now);
+                    (self.open, self.shut, self.next) = (self.open.max(Some(began)), None, None);
                     // Those that set out before have nothing more to tell.
                     self.under_way.clear();
                 }
@@ -132,7 +113,7 @@ impl Door {
     fn refused(&mut self, error: DialError, now: Instant) {
         let since = self.shut.map_or(now, |(since, _)| since);
         self.shut = Some((since, now));
-        self.next = now + ((now - since) / 8).clamp(SHORTEST, LONGEST);
+        self.next = Some(now + ((now - since) / 8).clamp(SHORTEST, LONGEST));
         self.said = Refusal::from_dial(error).to_string();
     }
 }

@@ -14,6 +14,7 @@ mod manager;
 mod pool;
 mod quorum;
 mod registry;
+mod runs;
 mod session;
 mod sql;
 mod stream;

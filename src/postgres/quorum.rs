@@ -14,6 +14,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::clock::Moment;
+use crate::pg::runs::Runs;
 
 /// Who must have a holder's heartbeat before it counts: see [`Config::quorum`](crate::Config::quorum).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -128,12 +129,11 @@ pub(crate) fn obstacle(names: &[String], followers: &[Follower], place: Place) -
 
 /// The confirmations of a manager.
 #[derive(Debug, Default)]
-pub(crate) struct Confirmations(Vec<Confirmation>);
+pub(crate) struct Confirmations(Runs<Confirmation>);
 
-/// Those on one run of a server. A manager may have sessions on two, which both say that they are the primary.
-#[derive(Debug)]
+/// Those on one run of a server.
+#[derive(Debug, Default)]
 struct Confirmation {
-    run: String,
     /// When the one began that began last, of those that were given.
     given: Option<Moment>,
     /// The records that the standbys are to have, the oldest first.
@@ -156,8 +156,8 @@ struct Record {
 /// What a session is to do that waits for a confirmation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
-    /// Nothing: it is given. It had begun then.
-    Given(Moment),
+    /// Nothing: it is given.
+    Given,
     /// Write a record, and look whether the standbys have it.
     Write,
     /// Look whether the standbys have the records that there are.
@@ -175,9 +175,9 @@ impl Confirmations {
     /// A record that was written before the last of them is not replaced by another, but followed: those that send something all the time would
     /// have each replaced, and a standby that comes back for a moment only has the last one, too.
     pub(crate) fn part(&mut self, run: &str, first: Moment, last: Moment, now: Moment) -> Part {
-        let known = self.of(run);
-        if let Some(began) = known.given.filter(|began| *began >= first) {
-            return Part::Given(began);
+        let known = self.0.of(run);
+        if known.given.is_some_and(|began| began >= first) {
+            return Part::Given;
         }
         if known.asked.is_some_and(|at| now.saturating_duration_since(at) < Self::PATIENCE) {
             return Part::Wait;
@@ -193,14 +193,14 @@ impl Confirmations {
 
     /// What was last given, for whatever was sent.
     pub(crate) fn given(&mut self, run: &str) -> Option<Moment> {
-        self.of(run).given
+        self.0.of(run).given
     }
 
     /// The record was written, after `began`.
     pub(crate) fn written(&mut self, run: &str, began: Moment, place: Place) {
         /// As many come in half a minute, if the standbys have none of them.
         const MOST: usize = 100;
-        let known = self.of(run);
+        let known = self.0.of(run);
         if known.records.len() == MOST {
             known.records.pop_front();
         }
@@ -211,7 +211,7 @@ impl Confirmations {
     pub(crate) fn seen(&mut self, run: &str, obstacle: impl Fn(Place) -> Option<String>, now: Moment) {
         const SHORTEST: Duration = Duration::from_micros(200);
         const LONGEST: Duration = Duration::from_millis(20);
-        let known = self.of(run);
+        let known = self.0.of(run);
         if let Some(last) = known.records.iter().rposition(|record| obstacle(record.place).is_none()) {
             let had = known.records.drain(..=last).next_back();
             known.given = known.given.max(had.map(|record| record.began));
@@ -226,32 +226,12 @@ impl Confirmations {
 
     /// The session that asked comes to an end.
     pub(crate) fn end(&mut self, run: &str) {
-        self.of(run).asked = None;
+        self.0.of(run).asked = None;
     }
 
     /// What is in the way of the record that the standbys are to have, if there is one, as far as is known.
     pub(crate) fn obstacle(&mut self, run: &str) -> Option<String> {
-        self.of(run).obstacle.clone()
-    }
-
-    fn of(&mut self, run: &str) -> &mut Confirmation {
-        /// More than there can be servers of one manager.
-        const MOST: usize = 8;
-        let index = self.0.iter().position(|known| known.run == run).unwrap_or_else(|| {
-            if self.0.len() == MOST {
-                self.0.remove(0);
-            }
-            self.0.push(Confirmation {
-                run: run.to_owned(),
-                given: None,
-                records: VecDeque::new(),
-                next: None,
-                obstacle: None,
-                asked: None,
-            });
-            self.0.len() - 1
-        });
-        &mut self.0[index]
+        self.0.of(run).obstacle.clone()
     }
 }
 
@@ -337,13 +317,13 @@ mod tests {
         assert_eq!(known.part("x", at(0), at(2), at(7)), Part::Look);
         known.seen("x", none_before(2), at(8));
         known.end("x");
-        assert_eq!(known.part("x", at(0), at(2), at(8)), Part::Given(at(1)));
-        assert_eq!(known.part("x", at(1), at(1), at(8)), Part::Given(at(1)));
+        assert_eq!(known.part("x", at(0), at(2), at(8)), Part::Given);
+        assert_eq!(known.part("x", at(1), at(1), at(8)), Part::Given);
         assert_eq!(known.part("y", at(0), at(0), at(8)), Part::Wait);
         assert_eq!(known.part("x", at(2), at(2), at(8)), Part::Write);
         // It comes to nothing, and what was known stays known.
         known.end("x");
-        assert_eq!(known.part("x", at(1), at(1), at(9)), Part::Given(at(1)));
+        assert_eq!(known.part("x", at(1), at(1), at(9)), Part::Given);
         assert_eq!(known.part("x", at(2), at(2), at(9)), Part::Write);
         // A session that is silent is not waited for.
         assert_eq!(known.part("x", at(2), at(2), at(208)), Part::Wait);
@@ -364,7 +344,7 @@ mod tests {
                     known.written("x", at(now), Place(now));
                 }
                 Part::Look => looks += 1,
-                Part::Given(_) | Part::Wait => continue,
+                Part::Given | Part::Wait => continue,
             }
             known.seen("x", away, at(now));
             known.end("x");

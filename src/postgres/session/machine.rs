@@ -470,7 +470,8 @@ impl Machine {
         let is_confirmed = |sent: &Time| followed.is_some_and(|followed| followed >= *sent);
         if is_confirmed(&sent) {
             self.unconfirmed = None;
-            return self.lease_from(sent, renewed.is_none(), now);
+            let newest = renewed.map_or(sent, |renewed| renewed.max(sent));
+            return self.lease_from(newest, renewed.is_none(), now);
         }
         let first = self.unconfirmed.filter(is_confirmed)?;
         self.unconfirmed = Some(sent);
