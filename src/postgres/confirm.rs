@@ -197,8 +197,8 @@ impl Witnesses<'_> {
 
     /// Sends a newcomer if need be, for whoever waits. When the server is known to have taken one the last time.
     fn open(&self, session: &Session, run: &str, granted: Option<Moment>) -> Option<Moment> {
-        let (Some(knocks), Some(granted)) = (self.newcomers, granted) else { return Some(Moment::now()) };
-        let look = knocks.lock().look(run, granted, Instant::now());
+        let Some(knocks) = self.newcomers else { return Some(Moment::now()) };
+        let look = knocks.lock().look(run, granted?, Instant::now());
         match look {
             Look::Open(began) => Some(began),
             Look::Knock => {

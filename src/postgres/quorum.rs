@@ -213,8 +213,8 @@ impl Confirmations {
         const LONGEST: Duration = Duration::from_millis(20);
         let known = self.0.of(run);
         if let Some(last) = known.records.iter().rposition(|record| obstacle(record.place).is_none()) {
-            let had = known.records.drain(..=last).next_back();
-            known.given = known.given.max(had.map(|record| record.began));
+            let had = known.records.drain(..=last).map(|record| record.began).max();
+            known.given = known.given.max(had);
         }
         let first = known.records.front().copied();
         known.obstacle = first.and_then(|first| obstacle(first.place));

@@ -17,7 +17,7 @@ use crate::common::{
 };
 use crate::cutoff::proxy::Proxy;
 use crate::cutoff::witness::{Event, Role, Witness, testify};
-use crate::cutoff::{Party, config, granted, last_of, micros, ms, now};
+use crate::cutoff::{Party, config, granted, last_of, micros, ms, now, releases_are_short};
 use crate::partition::namespace;
 
 in_both_modes! {
@@ -570,6 +570,15 @@ fn standbys_that_are_far_away_confirm_beside_others_that_call_all_the_time() {
     assert!(held.is_held(), "{:?}", held.loss());
     held.release().unwrap();
     drop(theirs);
+}
+
+#[test]
+fn releases_are_short_beside_a_lock_that_the_standbys_do_not_confirm() {
+    let primary = Server::start().unwrap();
+    let standby = primary.standby(Replication::Synchronous).unwrap();
+    let config = config("holder", &primary.url(), LOCKS).quorum(Quorum::NamedStandbys).shared_sessions(1);
+    let holder = started(config);
+    releases_are_short(&mut primary.client().unwrap(), &holder, || standby.freeze().unwrap());
 }
 
 /// The numbers of transactions that the server has given out.

@@ -21,7 +21,9 @@ use crate::common::{
     soon, started,
 };
 use crate::cutoff::proxy::Proxy;
-use crate::cutoff::{Micros, Party, config, granted, holds, key, length, micros, ms, now, queues};
+use crate::cutoff::{
+    Micros, Party, config, granted, holds, key, length, micros, ms, now, queues, releases_are_short,
+};
 
 in_both_modes! {
     a_lock_is_confirmed_however_slow_newcomers_are_and_whoever_else_calls
@@ -565,6 +567,25 @@ fn a_lock_is_confirmed_though_newcomers_are_slow_and_others_are_granted_locks_al
         held.release().unwrap();
         assert!(begun.elapsed() < Duration::from_millis(500), "{:?}", begun.elapsed());
         drop(over);
+    });
+}
+
+#[test]
+fn releases_are_short_beside_a_lock_for_which_no_newcomer_is_answered() {
+    /// The server takes nobody until this is dropped.
+    struct Silent(i32);
+    impl Drop for Silent {
+        fn drop(&mut self) {
+            system::signal(self.0, Signal::Continue).unwrap();
+        }
+    }
+    let server = Server::start().unwrap();
+    let policy = TakeoverPolicy::AfterAnyRestart;
+    let manager = started(settings("it", &server.url(), policy).lease(PATIENCE / 4).shared_sessions(1));
+    releases_are_short(&mut server.client().unwrap(), &manager, || {
+        let postmaster = server.postmaster_pid().unwrap();
+        system::signal(postmaster, Signal::Stop).unwrap();
+        Silent(postmaster)
     });
 }
 

@@ -20,7 +20,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use dsync::{Config, Context, Lock, Lost, PostgresManager};
 use postgres::Client;
 
-use crate::common::{PATIENCE, becomes, is_held, lock, soon, started};
+use crate::common::{PATIENCE, becomes, begin, is_held, lock, soon, started};
 
 /// The lease in most tests.
 pub(crate) const LEASE: Duration = Duration::from_secs(2);
@@ -208,4 +208,41 @@ pub(crate) fn gets_all_back(operator: &mut Client, party: &Party) {
         lock.lock(&soon()).unwrap();
     }
     party.release_all();
+}
+
+/// Gives back the locks of one session, a few at a time, beside one there that waits for its confirmation, from `stall` on until what it gives is
+/// dropped.
+pub(crate) fn releases_are_short<T>(
+    operator: &mut Client,
+    manager: &PostgresManager,
+    mut stall: impl FnMut() -> T,
+) {
+    const TOGETHER: u64 = 20;
+    /// Beside 2 s for a release, and 3.75 s for a confirmation.
+    const SHORT: Duration = Duration::from_millis(700);
+    for round in 0..6 {
+        let acquire = |number| lock(manager, &format!("{round}/{number}")).acquire(PATIENCE).unwrap();
+        let held: Vec<_> = (0..TOGETHER).map(acquire).collect();
+        let stalled = stall();
+        let key = format!("{round}/unconfirmed");
+        let wanted = lock(manager, &key);
+        let waiting = begin(move || wanted.acquire(PATIENCE).unwrap().release());
+        let query =
+            "SELECT count(*) FROM dsync.lock WHERE key = $1 AND pid IN (SELECT pid FROM pg_stat_activity)";
+        becomes("the grant", &1_i64, || operator.query_one(query, &[&key]).unwrap().get(0));
+        thread::scope(|scope| {
+            for (number, guard) in (0..).zip(held) {
+                scope.spawn(move || {
+                    // As long as the session needs for some of them.
+                    thread::sleep(Duration::from_micros(150 * number));
+                    let begun = Instant::now();
+                    guard.release().unwrap();
+                    assert!(begun.elapsed() < SHORT, "{:?}", begun.elapsed());
+                });
+            }
+        });
+        assert!(!waiting.is_ready(), "it waited all the time");
+        drop(stalled);
+        waiting.get().unwrap();
+    }
 }

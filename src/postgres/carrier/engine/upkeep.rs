@@ -53,7 +53,9 @@ impl Engine {
         // However often it was called away.
         let first = sent.into_iter().chain(granted).min().unwrap_or_default();
         let since = self.at(first).max(self.told_at);
-        let wait = Wait { since, by, leaves: || roll.is_called(), patience };
+        // What came while this engine was at work has been taken in, and calls nobody any more.
+        let has_work = self.has_work();
+        let wait = Wait { since, by, leaves: || has_work || roll.is_called(), patience };
         // Where grants alone are to be confirmed, most of the claims wait for none.
         if sent.is_some() {
             self.announce_unconfirmed(Confirms::All);
