@@ -301,7 +301,8 @@ impl LockGuard {
             Err(error) if error.kind() == ErrorKind::LockUnavailable => Ok(None),
             // The caller has set no time.
             Err(error) if error.kind() == ErrorKind::TimedOut => {
-                let text = format!("the server could not be asked for {:?}", lock.key());
+                let why = std::error::Error::source(&error).map(|why| format!(": {why}")).unwrap_or_default();
+                let text = format!("whether {:?} is free was not to be found out{why}", lock.key());
                 Err(Error::new(ErrorKind::SessionUnavailable, text).with_source(error))
             }
             Err(error) => Err(error),

@@ -214,6 +214,9 @@ fn catalog(session: &mut Session, facts: &Facts, mode: CatalogMode, by: Instant)
 
 /// What cannot be asked here, the line on the catalog tells of.
 fn takeover(pool: &Pool, session: &mut Session, by: Instant) -> Option<CheckLine> {
+    if let Some(refusal) = pool.objection(session, by).ok()? {
+        return Some(refusal.into_line("takeover"));
+    }
     let (left, is_counted) = pool.grace_on(session, by).ok()??;
     let until = if is_counted {
         format!("no lock is granted for another {left:.1?} at the most")

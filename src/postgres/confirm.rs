@@ -55,9 +55,7 @@ pub(crate) fn look(session: &mut Session, by: Instant) -> Result<(Vec<String>, O
 fn says_not_who(setting: &str, unnamed: Unnamed) -> String {
     let problem = match unnamed {
         Unnamed::Nobody => "is empty, so there is no standby that could confirm heartbeats",
-        Unnamed::Anybody => {
-            "has an asterisk, so the server goes on with any standby when one of them was promoted, and none is known that must confirm"
-        }
+        Unnamed::Anybody => "has an asterisk, which does not say which standbys must confirm",
         Unnamed::Unreadable => "is in a form that is not known here",
     };
     format!(

@@ -600,6 +600,15 @@ impl Pool {
         self.graces.lock().of_newest(Instant::now())
     }
 
+    /// Why the managers of the database would not have this one among them, if they would not.
+    pub(crate) fn objection(
+        &self,
+        session: &mut Session,
+        by: Instant,
+    ) -> std::result::Result<Option<Refusal>, Failure> {
+        takeover::objection(session, self.own, by)
+    }
+
     /// How long the takeover grace lasts at the most that goes on, by the word of a session that takes no locks; and whether it is
     /// counted, by this manager or by another process of this machine. To look is not to begin to count: who takes locks does, and logs it.
     pub(crate) fn grace_on(

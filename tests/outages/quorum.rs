@@ -519,7 +519,8 @@ fn a_standby_that_goes_away_ends_the_term_in_time_and_the_lock_comes_back_with_i
     assert!(begun.elapsed() < LEASE, "{:?}", begun.elapsed());
     // The server grants the lock, and it is not announced. A claim can be given back all the same, and says so to the server.
     let x = lock(&holder.manager, "x");
-    assert!(!matches!(x.try_acquire(), Ok(Some(_))));
+    let error = x.try_acquire().unwrap_err();
+    assert!(error.to_string().contains("have not confirmed"), "{error}");
     let error = holder.locks[0].lock(&Context::timeout(LEASE / 2)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     assert!(error.to_string().contains("have not confirmed"), "{error}");
@@ -640,7 +641,12 @@ fn a_manager_without_the_quorum_is_refused_where_others_have_it() {
     lock(&with, "x").acquire(PATIENCE).unwrap().release().unwrap();
     let error = PostgresManager::connect(settings("without", &primary, Quorum::Server)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::FailedInitialization);
-    assert!(error.to_string().contains("UPDATE dsync.policy SET quorum = false"), "{error}");
+    let way_out = "UPDATE dsync.policy SET quorum = false";
+    assert!(error.to_string().contains(way_out), "{error}");
+    let report = PostgresManager::new(settings("without", &primary, Quorum::Server)).unwrap().check();
+    let line = report.lines.iter().find(|line| line.topic == "takeover").unwrap();
+    assert_eq!(line.verdict, Verdict::Wrong);
+    assert!(line.advice.as_ref().unwrap().contains(way_out), "{line:?}");
     with.stop().unwrap();
     primary.client().unwrap().batch_execute("UPDATE dsync.policy SET quorum = false").unwrap();
     drop(started(settings("without", &primary, Quorum::Server)));

@@ -138,6 +138,16 @@ pub(crate) fn peek(session: &mut Session, by: Instant) -> Result<Option<Past>, F
     })
 }
 
+/// Why a manager with these settings is refused here, if it is. As [`peek`].
+pub(crate) fn objection(session: &mut Session, own: Agreed, by: Instant) -> Result<Option<Refusal>, Failure> {
+    let look = match look(session, |_| Vec::new(), by) {
+        Err(Failure::Refused(_)) => return Ok(None),
+        look => look?,
+    };
+    let agreed = look.agreed.filter(|agreed| agree(own, Some(*agreed)) == Agreement::TooWeak);
+    Ok(agreed.map(|agreed| too_weak(session, own, agreed)))
+}
+
 fn too_weak(session: &Session, own: Agreed, known: Agreed) -> Refusal {
     let (own, known) = match (own, known) {
         (own, known) if own.policy < known.policy => (own.policy, known.policy),
@@ -147,8 +157,8 @@ fn too_weak(session: &Session, own: Agreed, known: Agreed) -> Refusal {
                 ErrorKind::SessionRefused,
                 format!(
                     "the managers of this database have agreed that the standbys confirm heartbeats, and those of this manager are not \
-                     confirmed: others could be granted its locks while it believes in them; set Config::quorum or DSYNC_QUORUM, or, when \
-                     no manager wants it any longer, let an operator run: {advice}"
+                     confirmed: others could be granted its locks while it believes in them; set Config::quorum to Quorum::NamedStandbys, or DSYNC_QUORUM to named-standbys; or, when no manager \
+                     wants it any longer, let an operator run: {advice}"
                 ),
             );
         }
