@@ -58,7 +58,10 @@ pub(crate) fn in_our_words(text: &str) -> String {
         ("set the catalog to", "set DSYNC_CATALOG to"),
         ("change it for all with set_permits()", "change it for all with `pgdsync permits KEY N`"),
         ("(Config::takeover)", "(DSYNC_TAKEOVER)"),
-        ("set Config::quorum or DSYNC_QUORUM", "give --quorum, or set DSYNC_QUORUM=named-standbys"),
+        (
+            "set Config::quorum to Quorum::NamedStandbys, or DSYNC_QUORUM to named-standbys",
+            "give --quorum, or set DSYNC_QUORUM=named-standbys",
+        ),
         ("give a TLS connector that is set up so with Config::tls, or unset it", "unset it"),
         (
             "this build of the library has no TLS; switch on one of the features tls-rustls-ring, tls-rustls-aws-lc-rs and \
