@@ -241,6 +241,18 @@ fn nothing_is_uncertain_of_a_claim_that_left_nothing_on_the_session_when_that_en
     assert_eq!(wants(&lifecycle)[1], ClaimAction::Finish(End::Released));
 }
 
+#[test]
+fn nor_does_it_where_the_standbys_confirm() {
+    let timing = Timing { confirms: Confirms::All, ..timing() };
+    let mut lifecycle = Lifecycle::shared(timing, UNCERTAINTY_WINDOW, 1, 2);
+    for (at, event) in [(0, OPENED), (5, granted_to(0, 5)), (6, confirmed(6, 6)), (7, granted_to(1, 1))] {
+        lifecycle.handle(event, s(at));
+    }
+    assert_eq!(lifecycle.leased_until(), Some(s(19)));
+    lifecycle.handle(confirmed(8, 8), s(8));
+    assert_eq!(lifecycle.leased_until(), Some(s(19)));
+}
+
 /// A session that carries claims, which come, go on elsewhere and end, whatever happens: what is counted of them is true, and whoever holds is told
 /// of each loss.
 #[test]
