@@ -346,7 +346,8 @@ fn a_wait_is_cancelled_after_a_request_that_had_no_effect() {
     // Where the thread had asked without a wait before, as it does on a session that was not kept, the answer is known.
     assert!(matches!(asked, ErrorKind::TimedOut | ErrorKind::LockUnavailable), "{asked:?}");
     assert_eq!(outcome, ErrorKind::Cancelled);
-    assert!(took < 2 * AT_ONCE, "{took:?}");
+    // Without the cancellation it is for ever.
+    assert!(took < 5 * AT_ONCE, "{took:?}");
     rival.release().unwrap();
     lock.wait(&soon()).unwrap();
     lock.release().unwrap();

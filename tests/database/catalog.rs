@@ -378,14 +378,14 @@ fn a_table_of_the_catalog_that_somebody_has_locked_is_told_of() {
     for table in ["version", "lock"] {
         let mut migration = client.transaction().unwrap();
         migration.batch_execute(&format!("LOCK TABLE dsync.{table}")).unwrap();
-        let late = PostgresManager::new(config(&database).connect_timeout(Duration::from_secs(1))).unwrap();
+        let late = PostgresManager::new(config(&database).connect_timeout(Duration::from_secs(2))).unwrap();
         late.start().unwrap();
-        let error = lock(&late, "x").lock(&Context::timeout(Duration::from_secs(3))).unwrap_err();
+        let error = lock(&late, "x").lock(&Context::timeout(Duration::from_secs(6))).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
         assert!(error.to_string().contains("locked by another session"), "{table}: {error}");
         assert!(!error.to_string().contains("host and port"), "{table}: {error}");
         if table == "lock" {
-            let error = lock(&ready, "y").lock(&Context::timeout(Duration::from_secs(3))).unwrap_err();
+            let error = lock(&ready, "y").lock(&Context::timeout(Duration::from_secs(6))).unwrap_err();
             assert!(error.to_string().contains("locked by another session"), "{error}");
             let error = ready.inspect("x").unwrap_err();
             assert!(error.to_string().contains("locked by another session"), "{error}");
