@@ -12,6 +12,7 @@ mod inspect;
 mod knocks;
 mod manager;
 mod pool;
+mod problem;
 mod quorum;
 mod registry;
 mod runs;

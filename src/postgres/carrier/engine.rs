@@ -21,6 +21,7 @@ use crate::pg::claim::machine::{self as claim, End, Notice};
 use crate::pg::claim::shared::Claim;
 use crate::pg::config::LeasePlan;
 use crate::pg::pool::{Pool, PooledSlot};
+use crate::pg::problem::Problem;
 use crate::pg::session::machine::{self as session, Confirms, Time, Timing};
 use crate::pg::session::open::Session;
 use crate::pg::session::refusal::Refusal;
@@ -70,9 +71,7 @@ pub(crate) struct Engine {
     /// The server has said that it ends the session at hand.
     end_announced: bool,
     /// Why the last attempt to have a session failed, or the last heartbeat.
-    problem: Option<Error>,
-    /// The kind of problem that was logged last, so that one that goes on is not logged again and again.
-    logged: Option<ErrorKind>,
+    problem: Problem,
 }
 
 /// A claim on the session.
@@ -98,7 +97,7 @@ struct Seated {
     unproven: Option<i64>,
     /// When the takeover grace ends that was found last.
     grace_ends: Instant,
-    problem: Option<Error>,
+    problem: Problem,
 }
 
 impl Seated {
@@ -176,8 +175,7 @@ impl Engine {
             asked_at: Instant::now(),
             told_at: Instant::now(),
             end_announced: false,
-            problem: None,
-            logged: None,
+            problem: Problem::default(),
         }
     }
 
@@ -313,7 +311,7 @@ impl Engine {
             pause: Duration::ZERO,
             unproven: None,
             grace_ends: Instant::now(),
-            problem: None,
+            problem: Problem::default(),
         };
         match self.seats.get_mut(number) {
             Some(place) => *place = Some(seated),
@@ -398,19 +396,18 @@ impl Engine {
         if reason == LossReason::SessionChanged {
             self.pool.sessions_are_shared();
         }
-        self.problem = cause.map(|cause| {
+        self.problem.keep(cause.map(|cause| {
             let message = format!("the session that carries the lock was lost: {reason}");
             Error::new(ErrorKind::SessionUnavailable, message).with_source(cause)
-        });
+        }));
         Event::Session(session::Event::Lost(reason))
     }
 
-    /// Keeps an error for those who ask, and logs it: the first of its kind in a series as a warning.
+    /// Keeps an error for those who ask, and logs it.
     fn note(&mut self, error: Error) {
-        let known = self.logged.replace(error.kind()) == Some(error.kind());
-        let level = if known { log::Level::Debug } else { log::Level::Warn };
-        log::log!(level, "a session for many locks: {}", chain(&error));
-        self.problem = Some(error);
+        let text = chain(&error);
+        let level = self.problem.note(error);
+        log::log!(level, "a session for many locks: {text}");
     }
 
     /// Gives the machines an event, and tells the application what comes of it.
@@ -473,7 +470,7 @@ impl Engine {
             _ => None,
         });
         if let Some(reason) = reason {
-            let cause = self.problem.as_ref().map(|error| format!(" ({})", chain(error))).unwrap_or_default();
+            let cause = self.problem.last().map(|error| format!(" ({})", chain(error))).unwrap_or_default();
             log::warn!("a session was lost with all the locks that it carried: {reason}{cause}");
         }
     }
@@ -545,25 +542,26 @@ impl Engine {
                 if let Some(expiry) = &self.expiry {
                     claim.announce_acquired(Arc::clone(expiry), seated.token, seated.permit());
                     log::debug!("lock {:?}: acquired", claim.key());
-                    (seated.problem, self.problem, self.logged) = (None, None, None);
+                    seated.problem.is_over();
+                    self.problem.is_over();
                 }
             }
             // All terms end with the session's lease, whose end has been moved.
             Notice::Renewed { .. } => {}
             Notice::Busy => {
                 claim.announce_queueing();
-                seated.problem = None;
+                seated.problem.is_over();
             }
             Notice::InGrace => {
                 claim.announce_in_grace(seated.grace_ends);
-                seated.problem = None;
+                seated.problem.is_over();
             }
             Notice::Lost(reason) => {
                 claim.announce_lost(reason);
                 seated.seat.spec().term_is_over(seated.token, seated.granted_at);
                 log::debug!("lock {:?}: lost: {reason}", claim.key());
             }
-            Notice::Failed => claim.announce_problem(seated.problem.clone().or_else(|| self.problem.clone())),
+            Notice::Failed => claim.announce_problem(seated.problem.last().or(self.problem.last()).cloned()),
         }
         if claim.is_observed() {
             self.news.claims.push(Arc::clone(claim));

@@ -14,6 +14,7 @@ use crate::pg::claim::shared::{Claim, EndReason};
 use crate::pg::claim::spec::LockSpec;
 use crate::pg::confirm::{Outcome, Wait, Wanted};
 use crate::pg::pool::PooledSlot;
+use crate::pg::problem::Problem;
 use crate::pg::session::control::SessionControl;
 use crate::pg::session::locks::Answer;
 use crate::pg::session::machine::{self as session, Confirms, Time, Timing};
@@ -40,9 +41,7 @@ pub(crate) struct Engine {
     /// The server has said that it ends the session at hand.
     end_announced: bool,
     /// Why the last attempt failed.
-    problem: Option<Error>,
-    /// The kind of problem that was logged last, so that one that goes on is not logged again and again.
-    logged: Option<ErrorKind>,
+    problem: Problem,
     /// The token of the current term, or of the last one.
     token: Option<i64>,
     /// The same of the permit, of a semaphore.
@@ -106,8 +105,7 @@ impl Engine {
             control: None,
             uncertain_until,
             end_announced: false,
-            problem: None,
-            logged: None,
+            problem: Problem::default(),
             token: None,
             permit: None,
             release_by: None,
@@ -322,7 +320,7 @@ impl Engine {
         match self.on_session(|session, _, _| pool.confirm(session, &wanted, &wait)) {
             Ok(Outcome::Confirmed { followed, open }) => {
                 claim.announce_unconfirmed(Confirms::Nothing);
-                (self.problem, self.logged) = (None, None);
+                self.problem.is_over();
                 let [followed, open] = [followed, open].map(|at| at.and_then(|at| at.since(self.epoch)));
                 Event::Session(session::Event::Confirmed { followed, open })
             }
@@ -554,10 +552,10 @@ impl Engine {
                 if reason == LossReason::SessionChanged {
                     self.spec.pool.sessions_are_shared();
                 }
-                self.problem = cause.map(|cause| {
+                self.problem.keep(cause.map(|cause| {
                     let message = format!("the session for {:?} was lost: {reason}", self.claim.key());
                     Error::new(ErrorKind::SessionUnavailable, message).with_source(cause)
-                });
+                }));
                 Event::Session(session::Event::Lost(reason))
             }
             refused @ Failure::Refused(_) => self.refused(Refusal::from_failure(refused)),
@@ -574,14 +572,14 @@ impl Engine {
         Event::Claim(CLAIM, claim::Event::Refused { patient })
     }
 
-    /// Keeps an error for those who ask, and logs it: the first of its kind in a series as a warning.
+    /// Keeps an error for those who ask, and logs it.
     fn note(&mut self, error: Error) {
         // A set of locks begins anew then, many times, and tells of it once.
         let is_of_set = self.claim.has_others() && error.kind() == ErrorKind::PoolExhausted;
-        let known = self.logged.replace(error.kind()) == Some(error.kind()) || is_of_set;
-        let level = if known { log::Level::Debug } else { log::Level::Warn };
-        log::log!(level, "lock {:?}: {}", self.claim.key(), chain(&error));
-        self.problem = Some(error);
+        let text = chain(&error);
+        let level = self.problem.note(error);
+        let level = if is_of_set { log::Level::Debug } else { level };
+        log::log!(level, "lock {:?}: {text}", self.claim.key());
     }
 
     // Events and announcements.
@@ -620,7 +618,7 @@ impl Engine {
                 }
                 log::debug!("lock {key:?}: acquired");
                 self.spec.pool.watchdog().look_by(claim.deadline().unwrap_or_else(|| until.instant()));
-                (self.problem, self.logged) = (None, None);
+                self.problem.is_over();
             }
             // The term had run out, and an application thread was the first to see it.
             Notice::Renewed { until } if !claim.announce_renewed(self.moment(until)) => {
@@ -629,11 +627,11 @@ impl Engine {
             Notice::Renewed { .. } => {}
             Notice::Busy => {
                 claim.announce_queueing();
-                (self.problem, self.logged) = (None, None);
+                self.problem.is_over();
             }
             Notice::InGrace => {
                 claim.announce_in_grace(self.grace_ends);
-                (self.problem, self.logged) = (None, None);
+                self.problem.is_over();
             }
             Notice::Lost(reason) => {
                 claim.announce_lost(reason);
@@ -642,7 +640,7 @@ impl Engine {
                     self.problem.take().map(|error| format!(" ({})", chain(&error))).unwrap_or_default();
                 log::warn!("lock {key:?}: lost: {reason}{cause}");
             }
-            Notice::Failed => claim.announce_problem(self.problem.clone()),
+            Notice::Failed => claim.announce_problem(self.problem.last().cloned()),
         }
         Ok(())
     }

@@ -67,7 +67,7 @@ impl Engine {
                 if sent.is_some() && followed >= wanted.sent {
                     self.announce_unconfirmed(Confirms::Nothing);
                 }
-                (self.problem, self.logged) = (None, None);
+                self.problem.is_over();
                 let [followed, open] = [followed, open].map(|at| at.and_then(|at| at.since(self.epoch)));
                 Event::Session(session::Event::Confirmed { followed, open })
             }

@@ -202,8 +202,9 @@ impl Engine {
         // A table that is locked is in the way of all.
         if left.len() > 1 && !refused.is_about_catalog() && !has_waited {
             // Those that were refused before are likely to be refused again, and not to be in the way of the others.
-            let was_refused =
-                |number: &usize| self.seats[*number].as_ref().is_some_and(|seated| seated.problem.is_some());
+            let was_refused = |number: &usize| {
+                self.seats[*number].as_ref().is_some_and(|seated| seated.problem.last().is_some())
+            };
             let (mut second, mut first): (Vec<_>, Vec<_>) = left.into_iter().partition(was_refused);
             if first.is_empty() {
                 first = second.split_off(second.len() / 2);
@@ -407,10 +408,9 @@ impl Engine {
         let shortest = SHORTEST_PAUSE_OF_REFUSED * if patient { 5 } else { 1 };
         let pause = self.pause(number, shortest, LONGEST_PAUSE_OF_REFUSED);
         if let Some(seated) = self.seats[number].as_mut() {
-            let is_known = seated.problem.as_ref().is_some_and(|known| known.kind() == error.kind());
-            let level = if is_known { log::Level::Debug } else { log::Level::Warn };
-            log::log!(level, "lock {:?}: {}", seated.seat.claim().key(), chain(&error));
-            seated.problem = Some(error);
+            let text = chain(&error);
+            let level = seated.problem.note(error);
+            log::log!(level, "lock {:?}: {text}", seated.seat.claim().key());
         }
         claim::Event::Later { until: self.now() + pause, obstacle: Obstacle::Refused }
     }

@@ -1,0 +1,85 @@
+//! Why a lock cannot be had for now: the last error, for those who ask, and how loud the log is about it.
+
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, ErrorKind};
+
+/// The log is reminded of a problem that goes on, at this distance.
+const REMINDER: Duration = Duration::from_secs(60);
+
+/// The problem of a session or of a claim, from the first failure until something succeeds.
+#[derive(Debug, Default)]
+pub(crate) struct Problem {
+    last: Option<Error>,
+    /// The kinds that the log was warned of, each with the time of the last warning.
+    warned: Vec<(ErrorKind, Instant)>,
+}
+
+impl Problem {
+    /// Keeps the error, and gives the level at which it is to be logged: a warning if it is the first of its kind, or the first for a minute.
+    pub(crate) fn note(&mut self, error: Error) -> log::Level {
+        let level = self.level(error.kind(), Instant::now());
+        self.last = Some(error);
+        level
+    }
+
+    fn level(&mut self, kind: ErrorKind, now: Instant) -> log::Level {
+        let known = self.warned.iter_mut().find(|(known, _)| *known == kind);
+        match known {
+            Some((_, at)) if now.duration_since(*at) < REMINDER => return log::Level::Debug,
+            Some((_, at)) => *at = now,
+            None => self.warned.push((kind, now)),
+        }
+        log::Level::Warn
+    }
+
+    /// Keeps the error for those who ask, who are told of it in another way than by a line of its own.
+    pub(crate) fn keep(&mut self, error: Option<Error>) {
+        self.last = error;
+    }
+
+    pub(crate) fn last(&self) -> Option<&Error> {
+        self.last.as_ref()
+    }
+
+    pub(crate) fn take(&mut self) -> Option<Error> {
+        self.last.take()
+    }
+
+    /// Something has succeeded: the next error is a new problem.
+    pub(crate) fn is_over(&mut self) {
+        *self = Self::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use log::Level::{Debug, Warn};
+
+    use super::*;
+
+    #[test]
+    fn a_problem_is_warned_of_once_and_then_once_a_minute_for_each_kind() {
+        let (mut problem, begun) = (Problem::default(), Instant::now());
+        let told = [
+            (ErrorKind::SessionUnavailable, 0, Warn),
+            (ErrorKind::SessionUnavailable, 1, Debug),
+            (ErrorKind::PoolExhausted, 2, Warn),
+            // Two kinds by turns are no flood.
+            (ErrorKind::SessionUnavailable, 3, Debug),
+            (ErrorKind::PoolExhausted, 59, Debug),
+            (ErrorKind::SessionUnavailable, 60, Warn),
+            (ErrorKind::SessionUnavailable, 61, Debug),
+            (ErrorKind::PoolExhausted, 62, Warn),
+        ];
+        for (kind, second, level) in told {
+            assert_eq!(
+                problem.level(kind, begun + Duration::from_secs(second)),
+                level,
+                "{kind:?} after {second} s"
+            );
+        }
+        problem.is_over();
+        assert_eq!(problem.level(ErrorKind::PoolExhausted, begun + Duration::from_secs(63)), Warn);
+    }
+}
