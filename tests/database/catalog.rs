@@ -928,7 +928,7 @@ fn start_at_once(url: &str, gate: &Path) {
     println!("ready");
     eventually("the gate", || gate.exists());
     let manager = PostgresManager::new(
-        Config::from_url(url).unwrap().max_sessions(2).connect_timeout(PATIENCE).lease(PATIENCE),
+        Config::from_url(url).unwrap().max_sessions(2).connect_timeout(PATIENCE).lease(4 * PATIENCE),
     )
     .unwrap();
     manager.start().unwrap();
