@@ -136,7 +136,7 @@ pub(crate) struct Confirmations(Runs<Confirmation>);
 struct Confirmation {
     /// When the one began that began last, of those that were given.
     given: Option<Moment>,
-    /// The records that the standbys are to have, the oldest first.
+    /// The records that the standbys are to have, in the order in which they began.
     records: VecDeque<Record>,
     /// When to look again whether they have them.
     next: Option<Moment>,
@@ -204,7 +204,9 @@ impl Confirmations {
         if known.records.len() == MOST {
             known.records.pop_front();
         }
-        known.records.push_back(Record { began, place });
+        // Its answer may come after that of one that began later, whose place in the log is a later one.
+        let index = known.records.partition_point(|record| record.began <= began);
+        known.records.insert(index, Record { began, place });
     }
 
     /// What is in the way of each record was looked at.
@@ -213,8 +215,8 @@ impl Confirmations {
         const LONGEST: Duration = Duration::from_millis(20);
         let known = self.0.of(run);
         if let Some(last) = known.records.iter().rposition(|record| obstacle(record.place).is_none()) {
-            let had = known.records.drain(..=last).map(|record| record.began).max();
-            known.given = known.given.max(had);
+            let had = known.records.drain(..=last).next_back();
+            known.given = known.given.max(had.map(|record| record.began));
         }
         let first = known.records.front().copied();
         known.obstacle = first.and_then(|first| obstacle(first.place));
@@ -362,6 +364,30 @@ mod tests {
         known.seen("x", |_| None, at(20_001));
         assert!(known.given("x").unwrap() >= at(9_000));
         assert_eq!(known.obstacle("x"), None);
+    }
+
+    /// Records of several sessions, which may come into the log and be answered in any order.
+    #[test]
+    fn a_record_that_the_standbys_have_confirms_nothing_that_was_sent_after_it() {
+        const ORDERS: [[u64; 3]; 6] = [[1, 2, 3], [1, 3, 2], [2, 1, 3], [2, 3, 1], [3, 1, 2], [3, 2, 1]];
+        let begin = Moment::now();
+        let at = |millis| begin.checked_add(Duration::from_millis(millis)).unwrap();
+        for (places, answers) in ORDERS.iter().flat_map(|places| ORDERS.map(|answers| (places, answers))) {
+            // How far the standbys are after each of the answers.
+            for flushed in (0..64).map(|number| [number % 4, number / 4 % 4, number / 16]) {
+                let mut known = Confirmations::default();
+                let mut confirmed = None;
+                for (round, (began, flushed)) in answers.into_iter().zip(flushed).enumerate() {
+                    let place = |began: u64| places[began as usize - 1];
+                    known.written("x", at(began), Place(place(began)));
+                    known.seen("x", |place| (place.0 > flushed).then(|| "promoted".to_owned()), at(9));
+                    let had = answers[..=round].iter().filter(|began| place(**began) <= flushed).max();
+                    confirmed = confirmed.max(had.copied());
+                    let given = known.given("x");
+                    assert_eq!(given, confirmed.map(at), "places {places:?}, answers {answers:?}, {flushed}");
+                }
+            }
+        }
     }
 
     #[test]
