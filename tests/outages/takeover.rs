@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use dsync::crossbeam_channel::{RecvTimeoutError, TryRecvError, bounded};
 use dsync::{
-    ClaimState, Config, Context, ErrorKind, Lock, PostgresManager, SyncManager as _, TakeoverPolicy,
+    ClaimState, Config, Context, ErrorKind, Lock, LockOptions, PostgresManager, SyncManager as _,
+    TakeoverPolicy,
 };
 use parking_lot::Mutex;
 use support::netns::Direction;
@@ -556,9 +557,13 @@ fn a_lock_is_confirmed_though_newcomers_are_slow_and_others_are_granted_locks_al
                 }
             });
         }
-        for number in 0..3 {
+        for number in 0..4 {
+            // An annotation is made by a thread of its own, which somebody has to start.
+            let note = || LockOptions::new().valuer(Arc::new(|| b"note".to_vec()));
+            let options = if number % 2 == 0 { LockOptions::new() } else { note() };
+            let free = manager.lock_with(format!("free {number}").as_str(), options).unwrap();
             let begun = Instant::now();
-            lock(&manager, &format!("free {number}")).acquire(PATIENCE).unwrap().release().unwrap();
+            free.acquire(PATIENCE).unwrap().release().unwrap();
             println!("a lock that is free had after {:.1?}", begun.elapsed());
             // A newcomer may be under way when it is granted, and the next one counts.
             assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());

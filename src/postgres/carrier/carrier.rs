@@ -457,6 +457,10 @@ impl Carrier {
                     continue;
                 }
                 session::Action::Renew { .. } | session::Action::Confirm { .. } | session::Action::Close => {
+                    // Where others are granted locks all the time, there is always something to confirm.
+                    if !has_confirmed {
+                        Self::ask_for_annotations(engine);
+                    }
                     has_confirmed |= matches!(action, session::Action::Confirm { .. });
                     guarded(turn, |engine| engine.serve(action));
                     continue;

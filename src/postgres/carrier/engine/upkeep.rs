@@ -88,6 +88,7 @@ impl Engine {
     fn announce_unconfirmed(&self, unconfirmed: Confirms) {
         for (number, seated) in self.seats.iter().enumerate() {
             if let Some(seated) = seated
+                && seated.lock.is_some()
                 && !self.lifecycle.is_confirming(number)
             {
                 seated.seat.claim().announce_unconfirmed(unconfirmed);
