@@ -68,7 +68,7 @@ pub(crate) fn check(pool: &Pool, config: &Config) -> CheckReport {
     lines.push(locks(&facts, config.max_sessions, config.shared_sessions > 0));
     lines.push(replication(&facts));
     if !refused && config.quorum != Quorum::Server {
-        lines.push(quorum(&mut session, by));
+        lines.push(quorum(&mut session, by, config.lease_plan().heartbeat_timeout));
     }
     if !refused {
         lines.push(sessions(pool, session, Instant::now() + time));
@@ -420,9 +420,9 @@ fn replication(facts: &Facts) -> CheckLine {
 }
 
 /// Whether the standbys can confirm heartbeats, and do.
-fn quorum(session: &mut Session, by: Instant) -> CheckLine {
+fn quorum(session: &mut Session, by: Instant, patience: Duration) -> CheckLine {
     const TOPIC: &str = "quorum";
-    match confirm::look(session, by) {
+    match confirm::look(session, by, patience) {
         Err(refusal) => refusal.into_line(TOPIC),
         Ok((names, None)) => CheckLine::good(
             TOPIC,
@@ -431,7 +431,7 @@ fn quorum(session: &mut Session, by: Instant) -> CheckLine {
         Ok((_, Some(obstacle))) => CheckLine::wrong(
             TOPIC,
             format!("heartbeats are not confirmed, so no lock is granted: {obstacle}"),
-            "start the standby, see its name in pg_stat_replication, or take it out of synchronous_standby_names if it cannot be promoted",
+            format!("see pg_stat_replication, and {}", confirm::START_IT),
         ),
     }
 }

@@ -42,13 +42,33 @@ pub(crate) fn may_confirm(session: &mut Session, by: Instant) -> Result<Vec<Stri
     Ok(names)
 }
 
-/// As [`may_confirm`], for a report: also what is in the way, if anything is.
-pub(crate) fn look(session: &mut Session, by: Instant) -> Result<(Vec<String>, Option<String>), Refusal> {
+/// As [`may_confirm`], for a report: also what is in the way, if anything is. For that it has a record confirmed, for which the standbys have as
+/// much time as for a heartbeat; one that is not there is told of at once.
+pub(crate) fn look(
+    session: &mut Session,
+    by: Instant,
+    patience: Duration,
+) -> Result<(Vec<String>, Option<String>), Refusal> {
+    /// Nobody else has these confirmations.
+    const RUN: &str = "";
+    const PAUSE: Duration = Duration::from_millis(5);
     let names = may_confirm(session, by)?;
     let row = session.simple_query(sql::LOOK_AT_STANDBYS, by).map_err(Refusal::from_failure)?;
     let seen = row.as_ref().and_then(|row| row.try_get(1).ok().flatten()).unwrap_or_default();
-    let obstacle = obstacle(&names, &followers(seen), Place::FIRST);
-    Ok((names, obstacle))
+    if let Some(absent) = obstacle(&names, &followers(seen), Place::FIRST) {
+        return Ok((names, Some(absent)));
+    }
+    let (confirmations, begun, since) = (Mutex::default(), Moment::now(), Instant::now());
+    let wait = Wait { since, by: since + patience, leaves: || false, patience };
+    while since.elapsed() < patience {
+        ask(session, &confirmations, RUN, [begun; 2], &wait).map_err(Refusal::from_failure)?;
+        if confirmations.lock().given(RUN).is_some() {
+            return Ok((names, None));
+        }
+        thread::sleep(PAUSE);
+    }
+    let obstacle = confirmations.lock().obstacle(RUN);
+    Ok((names, Some(obstacle.unwrap_or_else(|| NOT_ASKED.to_owned()))))
 }
 
 /// Why the server's setting does not say who must confirm, and what to change.
@@ -218,7 +238,9 @@ impl Witnesses<'_> {
         match (self.standbys, self.newcomers) {
             (Some(confirmations), _) if lacks_standbys => {
                 let obstacle = is_silent.then(|| confirmations.lock().obstacle(run))?;
-                Some(obstacle.unwrap_or_else(|| NOT_ASKED.to_owned()))
+                Some(obstacle.map_or_else(|| NOT_ASKED.to_owned(), |obstacle| {
+                    format!("the standbys have not confirmed a heartbeat: {obstacle}; see pg_stat_replication, and {START_IT}")
+                }))
             }
             (_, Some(knocks)) if is_silent || waited >= WORTH_TELLING => {
                 let said = knocks.lock().said(run);
@@ -228,6 +250,10 @@ impl Witnesses<'_> {
         }
     }
 }
+
+/// What to do about a standby that does not confirm.
+pub(crate) const START_IT: &str = "start each standby that synchronous_standby_names names, or take it out there if it cannot be promoted; if one was \
+     promoted, the locks are on that one, and this server must not go on as a primary";
 
 const NOT_ASKED: &str =
     "the standbys have not confirmed a heartbeat: the session that asks them has no answer";
@@ -291,16 +317,9 @@ fn ask(
     let column = |index| row.as_ref().and_then(|row| row.try_get(index).ok().flatten());
     let (setting, followers) = (column(0).unwrap_or_default(), followers(column(1).unwrap_or_default()));
     let names = named_standbys(setting);
-    let obstacle = |place| {
-        let problem = match &names {
-            Ok(names) => obstacle(names, &followers, place),
-            Err(unnamed) => Some(says_not_who(setting, *unnamed)),
-        };
-        Some(format!(
-            "the standbys have not confirmed a heartbeat: {}; see pg_stat_replication, and start each standby that \
-             synchronous_standby_names names, or take it out there if it cannot be promoted",
-            problem?
-        ))
+    let obstacle = |place| match &names {
+        Ok(names) => obstacle(names, &followers, place),
+        Err(unnamed) => Some(says_not_who(setting, *unnamed)),
     };
     confirmations.lock().seen(run, obstacle, Moment::now());
     Ok(())

@@ -403,6 +403,25 @@ fn names(server: &Server) -> Vec<String> {
     server.client().unwrap().query(query, &[]).unwrap().iter().map(|row| row.get(0)).collect()
 }
 
+/// A standby that stands still is connected for as long as `wal_sender_timeout`.
+#[test]
+fn a_report_tells_of_a_standby_that_does_not_confirm() {
+    let primary = Server::start().unwrap();
+    let standby = primary.standby(Replication::Synchronous).unwrap();
+    let manager = started(settings("it", &primary, Quorum::NamedStandbys));
+    let verdict = || {
+        let report = manager.check();
+        let line = report.lines.iter().find(|line| line.topic == "quorum").unwrap();
+        (line.verdict, line.to_string())
+    };
+    assert_eq!(verdict().0, Verdict::Good, "{}", verdict().1);
+    let frozen = standby.freeze().unwrap();
+    let (frozen_verdict, text) = verdict();
+    assert!(frozen_verdict == Verdict::Wrong && text.contains("does not answer"), "{text}");
+    frozen.thaw();
+    eventually("its confirmation", || verdict().0 == Verdict::Good);
+}
+
 #[test]
 fn of_two_standbys_the_one_that_is_promoted_is_missed() {
     // Most of it is waiting.
