@@ -544,8 +544,8 @@ impl Pool {
                 let is_new = self.graces.lock().goes_on(&id, lasts, seen, Instant::now());
                 if is_new && !left.is_zero() {
                     log::warn!(
-                        "the server was restarted, or another one took its place: no lock is granted for {left:?} at the most, since a holder \
-                         of before may be cut off, and the longest lease is {lasts:?} (takeover policy: {})",
+                        "the server was restarted, or another one took its place: locks are granted in {left:.1?}, since a holder of before \
+                         may be cut off, and the longest lease is {lasts:?} (takeover policy: {})",
                         self.own.policy.name()
                     );
                 }

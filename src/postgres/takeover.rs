@@ -158,7 +158,8 @@ struct Grace {
 }
 
 impl Graces {
-    /// A session has seen at `now` that this one goes on; `true` for the first one.
+    /// A session has seen at `now` that this one goes on; `true` for the first one, and where it has become longer: the one that was promoted
+    /// may not have known of a lease on which the managers have agreed, as they say when they come.
     ///
     /// A process of this machine first saw it so long ago as `seen` says: so one that does not live for a lease gets locks, too.
     pub(crate) fn goes_on(&mut self, id: &str, lasts: Duration, seen: Duration, now: Instant) -> bool {
@@ -168,8 +169,8 @@ impl Graces {
         if let Some(known) = self.0.iter_mut().find(|grace| grace.id == id) {
             known.looked_at = now;
             known.since = known.since.min(since);
-            known.lasts = known.lasts.max(lasts);
-            return false;
+            let longest = known.lasts.max(lasts);
+            return std::mem::replace(&mut known.lasts, longest) < longest;
         }
         if self.0.len() == MOST {
             self.0.remove(0);
@@ -392,5 +393,9 @@ mod tests {
         assert!(!graces.goes_on("a", 4 * second, 4 * second, now));
         assert_eq!(graces.next_step("a", now), GraceStep::Mark);
         assert_eq!(graces.lasts("a"), Some(4 * second), "the longest lease is what it was");
+        // One that became known later is new.
+        assert!(graces.goes_on("a", 9 * second, second, now));
+        assert!(!graces.goes_on("a", 4 * second, second, now));
+        assert_eq!(graces.lasts("a"), Some(9 * second));
     }
 }

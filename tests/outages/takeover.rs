@@ -32,11 +32,14 @@ in_both_modes! {
     a_newcomer_that_is_lost_on_its_way_is_followed_by_another
     by_default_a_crash_costs_a_lease_and_a_clean_restart_nothing
     only_the_last_holder_is_let_back_at_once
+    locks_wait_for_no_standby_that_is_away_after_a_restart_or_a_promotion
     what_waits_says_why_and_for_how_long
 }
 
 /// Long enough for a restart of the server within a term, on a busy machine too.
 const LEASE: Duration = Duration::from_secs(4);
+
+const SECOND: Duration = Duration::from_secs(1);
 
 /// How many locks the holder has that is cut off: as many runs.
 const LOCKS: usize = 5;
@@ -365,6 +368,27 @@ fn by_default_a_crash_costs_a_lease_and_a_clean_restart_nothing(shared_sessions:
         println!("{name}: held again {:.1?} after the server accepts sessions", accepts.elapsed());
         assert_eq!(accepts.elapsed() >= LEASE - Duration::from_millis(500), *is_crash, "{name}");
     }
+}
+
+/// A commit that waited for the synchronous standby would wait for as long as it is away, as it often is just then.
+fn locks_wait_for_no_standby_that_is_away_after_a_restart_or_a_promotion(shared_sessions: u32) {
+    let primary = Server::start().unwrap();
+    let standby = primary.standby(Replication::Synchronous).unwrap();
+    let settings = |url: &str| config("it", url, 2).lease(LEASE).shared_sessions(shared_sessions);
+    let manager = started(settings(&primary.url()));
+    lock(&manager, "k0").acquire(PATIENCE).unwrap().release().unwrap();
+    standby.promote().unwrap();
+    primary.restart(Shutdown::Fast).unwrap();
+    let begun = Instant::now();
+    lock(&manager, "k0").acquire(PATIENCE).unwrap().release().unwrap();
+    assert!(begun.elapsed() < LEASE, "{:?}", begun.elapsed());
+    // As where each of two servers names the other one.
+    standby.set("synchronous_standby_names", "gone").unwrap();
+    let begun = Instant::now();
+    let next = started(settings(&standby.url()));
+    lock(&next, "k0").acquire(PATIENCE).unwrap().release().unwrap();
+    println!("a lock of the new primary had after {:.1?}", begun.elapsed());
+    assert!(begun.elapsed() < 3 * LEASE, "{:?}", begun.elapsed());
 }
 
 /// Who was the last one to have the lock, and knows that its term is over, is let back at once, by a guard too; another one is not.
@@ -731,8 +755,31 @@ fn saying_why() {
         LOGGED.lock().iter().filter(|line| texts.iter().all(|text| line.contains(text))).count()
     };
     // For 4 s, and on a busy machine some of them have passed before it looks.
-    let begins = said(["no lock is granted for ", "s at the most"]);
+    let begins = said(["another one took its place: locks are granted in ", "s, since"]);
     assert_eq!((begins, said(["locks are granted again"; 2])), (1, 1), "{:?}", LOGGED.lock());
+}
+
+/// Whoever is promoted has to know of a longer lease, so that waits for the synchronous standbys: for a time, and it says so.
+#[test]
+fn what_is_agreed_on_waits_for_the_synchronous_standby_and_says_so() {
+    let primary = Server::start().unwrap();
+    let standby = primary.standby(Replication::Synchronous).unwrap();
+    let settings = |lease| config("it", &primary.url(), 2).lease(lease).connect_timeout(2 * SECOND);
+    let former = started(settings(LEASE));
+    standby.promote().unwrap();
+    let longer = started(settings(2 * LEASE));
+    let says_so = |longer: &PostgresManager| {
+        let begun = Instant::now();
+        let error = lock(longer, "k1").acquire(8 * SECOND).unwrap_err().to_string();
+        assert!(error.contains("waits for the synchronous standbys"), "{error}");
+        assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
+    };
+    says_so(&longer);
+    // The first one's session has the row, for as long as it waits.
+    says_so(&started(settings(3 * LEASE)));
+    lock(&former, "k0").acquire(PATIENCE).unwrap().release().unwrap();
+    primary.reset("synchronous_standby_names").unwrap();
+    lock(&longer, "k1").acquire(PATIENCE).unwrap().release().unwrap();
 }
 
 #[test]

@@ -230,7 +230,8 @@ pub(crate) fn failed(failure: Failure) -> Refusal {
         Failure::Refused(error) if matches!(code(&error), "55P03" | "57014") => Refusal::new(
             ErrorKind::SessionUnavailable,
             format!(
-                "a table of the catalog is locked by another session, or is being made; see pg_locks ({})",
+                "a table of the catalog is locked by another session, or is being made; see pg_locks, and in pg_stat_replication whether a \
+                 standby is away for which a commit there waits ({})",
                 chain(&error)
             ),
         ),

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use postgres::SimpleQueryRow;
+use postgres::error::SqlState;
 
 use super::{code, patience};
 use crate::clock::MachineTime;
@@ -114,8 +115,34 @@ pub(crate) fn look_at_past(
         if Instant::now() >= by {
             return Err(Failure::Lost { reason: LossReason::HeartbeatTimedOut, cause: None });
         }
-        look = self::look(session, writes, by)?;
+        look = match self::look(session, writes, by) {
+            Err(failure) if agreement == Agreement::Raise && is_late(&failure) => {
+                return Ok(Err(not_agreed(own)));
+            }
+            look => look?,
+        };
     }
+}
+
+/// The statement was not answered in time, or waited too long for another session.
+fn is_late(failure: &Failure) -> bool {
+    match failure {
+        Failure::Lost { reason, .. } => *reason == LossReason::HeartbeatTimedOut,
+        Failure::Refused(error) => error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE),
+    }
+}
+
+fn not_agreed(own: Agreed) -> Refusal {
+    Refusal::new(
+        ErrorKind::SessionUnavailable,
+        format!(
+            "this manager has a stronger takeover policy or a longer lease ({:?}) than those of this database before it, and could not record \
+             that in time: the commit waits for the synchronous standbys, so that one that is promoted knows of it; start each standby that \
+             synchronous_standby_names names (see pg_stat_replication), or set policy and lease to those of the others (see the table \
+             dsync.policy)",
+            own.lease
+        ),
+    )
 }
 
 /// What is found by somebody who takes no lock: agrees on nothing, and records nothing. `None` where nothing is agreed on, or the role may not

@@ -95,7 +95,7 @@ pub(crate) fn mark_over(id: &str) -> String {
 }
 
 /// Agrees on the stronger policy, the longer lease, and the quorum if either has it. The first term waits for the commit: on the disk, and
-/// on a synchronous standby.
+/// on a synchronous standby, which has to know of it when it is promoted. So it waits as long as such a standby is away.
 pub(crate) fn agree_on(own: Agreed) -> String {
     let (policy, lease, quorum) = (own.policy.name(), own.lease.as_millis(), own.quorum);
     format!(
