@@ -13,7 +13,8 @@ use support::process::{self as system, Signal};
 use support::{Replication, Server};
 
 use crate::common::{
-    PATIENCE, becomes, eventually, hear, in_both_modes, is_held, is_open, kind, lock, role, soon, started,
+    PATIENCE, becomes, begin, eventually, hear, in_both_modes, is_held, is_open, kind, lock, role, soon,
+    started,
 };
 use crate::cutoff::proxy::Proxy;
 use crate::cutoff::witness::{Event, Role, Witness, testify};
@@ -401,6 +402,49 @@ fn what_a_fence_lets_through_on_an_old_primary_is_not_on_the_new_one() {
 fn names(server: &Server) -> Vec<String> {
     let query = "SELECT application_name FROM pg_stat_replication ORDER BY backend_start";
     server.client().unwrap().query(query, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+/// The answer to the record of one session comes late; the record of another has followed meanwhile, which the standby does not have, since it was
+/// promoted in between. The lock that was asked for after that is not confirmed by the first record.
+#[test]
+fn a_record_whose_answer_is_late_confirms_no_lock_that_was_asked_for_after_it() {
+    const SHORT: Duration = Duration::from_millis(200);
+    let primary = Server::start().unwrap();
+    let standby = primary.standby(Replication::Synchronous).unwrap();
+    let proxy = Proxy::to(primary.port());
+    let settings = config("it", &primary.url_at("127.0.0.1", proxy.port()), 4).quorum(Quorum::NamedStandbys);
+    // The first session has time for its answer.
+    let manager = started(
+        settings.lease(2 * LEASE).heartbeat(SHORT).heartbeat_timeout(3 * LEASE / 2).margin(SHORT / 2),
+    );
+    let held = lock(&manager, "held");
+    held.lock(&soon()).unwrap();
+    let lost = held.lost();
+    lock(&manager, "late").acquire(PATIENCE).unwrap().release().unwrap();
+
+    let operator = &mut primary.client().unwrap();
+    proxy.keep_answer_back("pg_logical_emit_message");
+    eventually("a record", || proxy.keeps_answer_back());
+    let has_all = "SELECT bool_and(flush_lsn = pg_current_wal_lsn()) FROM pg_stat_replication";
+    eventually("it at the standby", || operator.query_one(has_all, &[]).unwrap().get(0));
+    // From here on the primary hears nothing of its standby, which is connected still.
+    let senders = operator.query("SELECT pid FROM pg_stat_replication", &[]).unwrap();
+    let send = |signal| senders.iter().for_each(|row| system::signal(row.get(0), signal).unwrap());
+    send(Signal::Stop);
+    standby.promote().unwrap();
+    let end = "SELECT pg_current_wal_lsn()::text";
+    let before: String = operator.query_one(end, &[]).unwrap().get(0);
+    let late = lock(&manager, "late");
+    let call = begin(move || late.acquire(LEASE).map(drop));
+    eventually("the other record", || operator.query_one(end, &[]).unwrap().get::<_, String>(0) != before);
+    thread::sleep(SHORT);
+    assert!(is_held(&held), "its session is there still");
+    proxy.give_answer();
+    let error = call.get().unwrap_err();
+    send(Signal::Continue);
+    assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+    hear(&lost);
+    assert_eq!(held.last_loss().unwrap().reason, LossReason::NotConfirmed);
 }
 
 /// A standby that stands still is connected for as long as `wal_sender_timeout`.

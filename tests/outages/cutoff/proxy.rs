@@ -1,5 +1,5 @@
 //! A TCP proxy that fails as networks do: it swallows what is sent, in one direction or both, while the sockets stay
-//! open; or it closes them. Or it is slow, or loses a connection on its way.
+//! open; or it closes them. Or it is slow, loses a connection on its way, or keeps an answer back.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -26,6 +26,15 @@ struct Shared {
     /// How long each piece takes in each direction, in milliseconds.
     delay: AtomicU64,
     swallows: AtomicBool,
+    kept_back: KeptBack,
+}
+
+/// The answers of one connection, from a statement on.
+#[derive(Default)]
+struct KeptBack {
+    /// What the statement has in it, as long as none has come.
+    statement: Mutex<Option<&'static str>>,
+    valve: Valve,
 }
 
 impl Proxy {
@@ -41,6 +50,7 @@ impl Proxy {
             over: AtomicBool::new(false),
             delay: AtomicU64::new(0),
             swallows: AtomicBool::new(false),
+            kept_back: KeptBack::default(),
         });
         let served = Arc::clone(&shared);
         thread::spawn(move || {
@@ -84,6 +94,20 @@ impl Proxy {
         !self.shared.swallows.load(Ordering::SeqCst)
     }
 
+    /// The answer to the next statement with that in it is kept back, and whatever follows on its connection.
+    pub(crate) fn keep_answer_back(&self, statement: &'static str) {
+        self.shared.kept_back.valve.shut();
+        *self.shared.kept_back.statement.lock() = Some(statement);
+    }
+
+    pub(crate) fn keeps_answer_back(&self) -> bool {
+        self.shared.kept_back.statement.lock().is_none()
+    }
+
+    pub(crate) fn give_answer(&self) {
+        self.shared.kept_back.valve.open();
+    }
+
     /// Ends all connections. New ones are taken.
     pub(crate) fn close_all(&self) {
         for socket in self.shared.sockets.lock().drain(..) {
@@ -97,6 +121,7 @@ impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.over.store(true, Ordering::SeqCst);
         self.restore();
+        self.give_answer();
         self.close_all();
         // Lets the listener's thread see that it is over.
         let _ = TcpStream::connect(self.address);
@@ -127,12 +152,27 @@ impl Shared {
         let (from_client, to_client) = (client.try_clone().unwrap(), client);
         let (from_server, to_server) = (server.try_clone().unwrap(), server);
         let outward = Arc::clone(&self);
-        thread::spawn(move || outward.pump(from_client, to_server, &outward.outward));
-        self.pump(from_server, to_client, &self.inward);
+        let is_kept_back = Arc::new(AtomicBool::new(false));
+        let keeps = Arc::clone(&is_kept_back);
+        thread::spawn(move || {
+            outward.pump(from_client, to_server, &outward.outward, |piece| {
+                let has_it = |statement: &mut &str| {
+                    piece.windows(statement.len()).any(|text| text == statement.as_bytes())
+                };
+                if outward.kept_back.statement.lock().take_if(has_it).is_some() {
+                    keeps.store(true, Ordering::SeqCst);
+                }
+            });
+        });
+        self.pump(from_server, to_client, &self.inward, |_| {
+            if is_kept_back.load(Ordering::SeqCst) {
+                self.kept_back.valve.pass(|| true);
+            }
+        });
     }
 
-    /// Carries bytes, and at last the end of them, through a valve.
-    fn pump(&self, mut from: TcpStream, mut to: TcpStream, valve: &Valve) {
+    /// Carries bytes, and at last the end of them, through a valve, each piece after a look at it.
+    fn pump(&self, mut from: TcpStream, mut to: TcpStream, valve: &Valve, look: impl Fn(&[u8])) {
         let mut buffer = [0; 16 * 1024];
         loop {
             let count = match from.read(&mut buffer) {
@@ -140,6 +180,7 @@ impl Shared {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(_) => 0,
             };
+            look(&buffer[..count]);
             thread::sleep(Duration::from_millis(self.delay.load(Ordering::SeqCst)));
             let goes_on = valve.pass(|| count > 0 && to.write_all(&buffer[..count]).is_ok());
             if !goes_on {
