@@ -125,6 +125,12 @@ pub(crate) struct Wanted {
 }
 
 impl Wanted {
+    /// Whether nothing of it is to be confirmed any more.
+    pub(crate) fn is_confirmed(&self, followed: Option<Moment>, open: Option<Moment>) -> bool {
+        self.sent.is_none_or(|sent| followed >= Some(sent))
+            && self.granted.is_none_or(|granted| followed.min(open) >= Some(granted))
+    }
+
     /// The first of those that came after `followed`.
     fn after(&self, followed: Option<Moment>) -> Option<Moment> {
         [self.sent, self.granted].into_iter().flatten().filter(|at| followed.is_none_or(|it| it < *at)).min()

@@ -320,7 +320,9 @@ impl Engine {
         match self.on_session(|session, _, _| pool.confirm(session, &wanted, &wait)) {
             Ok(Outcome::Confirmed { followed, open }) => {
                 claim.announce_unconfirmed(Confirms::Nothing);
-                self.problem.is_over();
+                if wanted.is_confirmed(followed, open) {
+                    self.problem.is_over();
+                }
                 let [followed, open] = [followed, open].map(|at| at.and_then(|at| at.since(self.epoch)));
                 Event::Session(session::Event::Confirmed { followed, open })
             }

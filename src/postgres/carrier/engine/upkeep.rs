@@ -67,7 +67,9 @@ impl Engine {
                 if sent.is_some() && followed >= wanted.sent {
                     self.announce_unconfirmed(Confirms::Nothing);
                 }
-                self.problem.is_over();
+                if wanted.is_confirmed(followed, open) {
+                    self.problem.is_over();
+                }
                 let [followed, open] = [followed, open].map(|at| at.and_then(|at| at.since(self.epoch)));
                 Event::Session(session::Event::Confirmed { followed, open })
             }
