@@ -46,9 +46,9 @@ impl Problem {
         self.last.take()
     }
 
-    /// Something has succeeded: the next error is a new problem.
-    pub(crate) fn is_over(&mut self) {
-        *self = Self::default();
+    /// Something has succeeded: the next error is a new problem. True if the log was warned of one.
+    pub(crate) fn is_over(&mut self) -> bool {
+        !std::mem::take(self).warned.is_empty()
     }
 }
 
@@ -79,7 +79,7 @@ mod tests {
                 "{kind:?} after {second} s"
             );
         }
-        problem.is_over();
+        assert!(problem.is_over() && !problem.is_over());
         assert_eq!(problem.level(ErrorKind::PoolExhausted, begun + Duration::from_secs(63)), Warn);
     }
 }

@@ -13,13 +13,14 @@ use support::process::{self as system, Signal};
 use support::{Replication, Server};
 
 use crate::common::{
-    PATIENCE, becomes, begin, eventually, hear, in_both_modes, is_held, is_open, kind, lock, role, soon,
-    started,
+    PATIENCE, Process, becomes, begin, eventually, hear, in_both_modes, is_held, is_open, kind, lock,
+    process, role, soon, started,
 };
 use crate::cutoff::proxy::Proxy;
 use crate::cutoff::witness::{Event, Role, Witness, testify};
 use crate::cutoff::{Party, config, granted, last_of, micros, ms, now, releases_are_short};
 use crate::partition::namespace;
+use crate::takeover::{LOGGED, Logger};
 
 in_both_modes! {
     nobody_gets_the_lock_of_a_holder_on_an_old_primary_that_lives_on
@@ -29,6 +30,7 @@ in_both_modes! {
     an_old_primary_comes_back_as_a_copy_of_the_new_one_and_so_do_the_locks
     a_cancelled_heartbeat_and_a_setting_that_is_emptied_confirm_nothing
     a_standby_that_goes_away_ends_the_term_in_time_and_the_lock_comes_back_with_it
+    the_log_tells_of_a_standby_that_is_away_for_a_short_time
 }
 
 /// Long enough for a promotion within a term, on a busy machine too.
@@ -402,6 +404,33 @@ fn what_a_fence_lets_through_on_an_old_primary_is_not_on_the_new_one() {
 fn names(server: &Server) -> Vec<String> {
     let query = "SELECT application_name FROM pg_stat_replication ORDER BY backend_start";
     server.client().unwrap().query(query, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+fn the_log_tells_of_a_standby_that_is_away_for_a_short_time(shared_sessions: u32) {
+    Process::start(&mut process("quorum::telling_the_log", &shared_sessions.to_string())).succeeds();
+}
+
+/// The body of [`the_log_tells_of_a_standby_that_is_away_for_a_short_time`], in a process of its own, for its logger.
+#[test]
+fn telling_the_log() {
+    let Some(shared_sessions) = role() else { return };
+    log::set_logger(&Logger).unwrap();
+    log::set_max_level(log::LevelFilter::Info);
+    let primary = Server::start().unwrap();
+    let standby = primary.standby(Replication::Synchronous).unwrap();
+    // The warning comes after a quarter, and the loss after more than half.
+    let config = settings("it", &primary, Quorum::NamedStandbys).lease(4 * LEASE);
+    let manager = started(config.shared_sessions(shared_sessions.parse().unwrap()));
+    let held = lock(&manager, "held").acquire(PATIENCE).unwrap();
+    let says =
+        |texts: [&str; 2]| LOGGED.lock().iter().any(|line| texts.iter().all(|text| line.contains(text)));
+    let frozen = standby.freeze().unwrap();
+    eventually("a warning", || {
+        says(["the standbys have not confirmed a heartbeat: the standby ", "what is held is lost in "])
+    });
+    frozen.thaw();
+    eventually("the end of it", || says(["confirmed; what was in the way is gone"; 2]));
+    held.release().unwrap();
 }
 
 /// The answer to the record of one session comes late; the record of another has followed meanwhile, which the standby does not have, since it was

@@ -689,9 +689,9 @@ fn nobody_is_granted_a_permit_or_has_readers_for_company_as_a_writer_before_the_
     assert!(believed > 0, "nobody was put to the test");
 }
 
-static LOGGED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+pub(crate) static LOGGED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-struct Logger;
+pub(crate) struct Logger;
 
 impl log::Log for Logger {
     fn enabled(&self, _: &log::Metadata<'_>) -> bool {

@@ -320,14 +320,14 @@ impl Engine {
         match self.on_session(|session, _, _| pool.confirm(session, &wanted, &wait)) {
             Ok(Outcome::Confirmed { followed, open }) => {
                 claim.announce_unconfirmed(Confirms::Nothing);
-                if wanted.is_confirmed(followed, open) {
-                    self.problem.is_over();
+                if wanted.is_confirmed(followed, open) && self.problem.is_over() {
+                    log::info!("lock {:?}: confirmed; what was in the way is gone", claim.key());
                 }
                 let [followed, open] = [followed, open].map(|at| at.and_then(|at| at.since(self.epoch)));
                 Event::Session(session::Event::Confirmed { followed, open })
             }
             Ok(Outcome::Missing(refusal)) => {
-                self.note(refusal.into_error());
+                self.note(refusal.while_held(self.lifecycle.held_for(self.now())).into_error());
                 Event::Session(session::Event::Unconfirmed)
             }
             // The release is what is next, or a heartbeat, or the end of the term.

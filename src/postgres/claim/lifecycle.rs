@@ -154,6 +154,11 @@ impl Lifecycle {
         self.session.leased_until()
     }
 
+    /// For how long from `now` on a lock is held whose heartbeat is not confirmed; `None` if none is held.
+    pub(crate) fn held_for(&self, now: Time) -> Option<Time> {
+        self.leased_until().filter(|_| self.holding > 0).map(|until| until.saturating_sub(now))
+    }
+
     /// How many claims hold their locks.
     pub(crate) fn holding(&self) -> usize {
         self.holding

@@ -46,6 +46,14 @@ impl Refusal {
         Self { kind, message, advice: String::new(), cause: None, is_late: false, topic: None }
     }
 
+    /// Says for how long a lock is held all the same.
+    pub(crate) fn while_held(mut self, left: Option<Duration>) -> Self {
+        if let Some(left) = left {
+            self.message.push_str(&format!("; what is held is lost in {left:.1?} if that goes on"));
+        }
+        self
+    }
+
     /// Says of a refusal for want of time what the time was spent on.
     pub(crate) fn during(mut self, step: &str, time: Duration) -> Self {
         if self.is_late {

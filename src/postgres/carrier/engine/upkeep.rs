@@ -67,15 +67,15 @@ impl Engine {
                 if sent.is_some() && followed >= wanted.sent {
                     self.announce_unconfirmed(Confirms::Nothing);
                 }
-                if wanted.is_confirmed(followed, open) {
-                    self.problem.is_over();
+                if wanted.is_confirmed(followed, open) && self.problem.is_over() {
+                    log::info!("a session for many locks: confirmed; what was in the way is gone");
                 }
                 let [followed, open] = [followed, open].map(|at| at.and_then(|at| at.since(self.epoch)));
                 Event::Session(session::Event::Confirmed { followed, open })
             }
             Some(Ok(Outcome::Missing(refusal))) => {
                 self.told_at = Instant::now();
-                self.note(refusal.into_error());
+                self.note(refusal.while_held(self.lifecycle.held_for(self.now())).into_error());
                 Event::Session(session::Event::Unconfirmed)
             }
             // Others have something to do, or a heartbeat is due, or it is the end of the terms.
