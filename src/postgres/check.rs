@@ -68,7 +68,7 @@ pub(crate) fn check(pool: &Pool, config: &Config) -> CheckReport {
     lines.push(locks(&facts, config.max_sessions, config.shared_sessions > 0));
     lines.push(replication(&facts));
     if !refused && config.quorum != Quorum::Server {
-        lines.push(quorum(&mut session, by, config.lease_plan().heartbeat_timeout));
+        lines.push(quorum(&mut session, by, config.lease_plan().heartbeat_timeout.min(time)));
     }
     if !refused {
         lines.push(sessions(pool, session, Instant::now() + time));
@@ -430,7 +430,9 @@ fn quorum(session: &mut Session, by: Instant, patience: Duration) -> CheckLine {
         ),
         Ok((_, Some(obstacle))) => CheckLine::wrong(
             TOPIC,
-            format!("heartbeats are not confirmed, so no lock is granted: {obstacle}"),
+            format!(
+                "heartbeats are not confirmed in time: {obstacle}; a lock is granted, and kept, only where they are"
+            ),
             format!("see pg_stat_replication, and {}", confirm::START_IT),
         ),
     }

@@ -157,8 +157,8 @@ impl PostgresManager {
     ///
     /// It opens two sessions beside those of the manager, so that it works while claims have all of these, and asks on the first. Nothing is
     /// changed: a catalog that is not there is not made. It locks nothing that others wait for, and blocks for three times
-    /// `connect_timeout` at the most; with [`Config::quorum`](crate::Config::quorum) it has the standbys confirm a record in the log of the server,
-    /// for which they have the time of a heartbeat (a quarter of the lease).
+    /// `connect_timeout` at the most; and once more with [`Config::quorum`](crate::Config::quorum), since it has the standbys confirm a record in the log of the
+    /// server, for which they have the time of a heartbeat (a quarter of the lease).
     ///
     /// ```no_run
     /// # fn example(manager: &dsync::PostgresManager) {

@@ -7,16 +7,24 @@ use crate::error::{Error, ErrorKind};
 /// The log is reminded of a problem that goes on, at this distance.
 const REMINDER: Duration = Duration::from_secs(60);
 
+/// It is told at this distance of one that comes and goes.
+const RETURN: Duration = Duration::from_secs(10);
+
 /// The problem of a session or of a claim, from the first failure until something succeeds.
 #[derive(Debug, Default)]
 pub(crate) struct Problem {
     last: Option<Error>,
     /// The kinds that the log was warned of, each with the time of the last warning.
     warned: Vec<(ErrorKind, Instant)>,
+    /// It has had a warning, and goes on.
+    goes_on: bool,
+    /// Nothing has failed since something succeeded.
+    is_past: bool,
 }
 
 impl Problem {
-    /// Keeps the error, and gives the level at which it is to be logged: a warning if it is the first of its kind, or the first for a minute.
+    /// Keeps the error, and gives the level at which it is to be logged: a warning if it is the first of its kind, or the first for a
+    /// minute; or for 10 s, if it is a new problem.
     pub(crate) fn note(&mut self, error: Error) -> log::Level {
         let level = self.level(error.kind(), Instant::now());
         self.last = Some(error);
@@ -24,12 +32,13 @@ impl Problem {
     }
 
     fn level(&mut self, kind: ErrorKind, now: Instant) -> log::Level {
-        let known = self.warned.iter_mut().find(|(known, _)| *known == kind);
-        match known {
-            Some((_, at)) if now.duration_since(*at) < REMINDER => return log::Level::Debug,
+        let distance = if std::mem::take(&mut self.is_past) { RETURN } else { REMINDER };
+        match self.warned.iter_mut().find(|(known, _)| *known == kind) {
+            Some((_, at)) if now.duration_since(*at) < distance => return log::Level::Debug,
             Some((_, at)) => *at = now,
             None => self.warned.push((kind, now)),
         }
+        self.goes_on = true;
         log::Level::Warn
     }
 
@@ -46,9 +55,10 @@ impl Problem {
         self.last.take()
     }
 
-    /// Something has succeeded: the next error is a new problem. True if the log was warned of one.
+    /// Something has succeeded: the next error is a new problem. True if the log was warned of the one that is over.
     pub(crate) fn is_over(&mut self) -> bool {
-        !std::mem::take(self).warned.is_empty()
+        (self.last, self.is_past) = (None, true);
+        std::mem::take(&mut self.goes_on)
     }
 }
 
@@ -79,7 +89,13 @@ mod tests {
                 "{kind:?} after {second} s"
             );
         }
+        // One that comes and goes is no flood either.
+        let returns = [(63, false), (71, false), (72, true), (73, false), (83, true)];
         assert!(problem.is_over() && !problem.is_over());
-        assert_eq!(problem.level(ErrorKind::PoolExhausted, begun + Duration::from_secs(63)), Warn);
+        for (second, is_told) in returns {
+            let level = problem.level(ErrorKind::PoolExhausted, begun + Duration::from_secs(second));
+            assert_eq!(level, if is_told { Warn } else { Debug }, "after {second} s");
+            assert_eq!(problem.is_over(), is_told, "after {second} s");
+        }
     }
 }

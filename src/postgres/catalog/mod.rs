@@ -6,6 +6,7 @@ pub(crate) mod takeover;
 use std::time::{Duration, Instant};
 
 use crate::error::{ErrorKind, Result, chain};
+use crate::loss::LossReason;
 use crate::pg::config::CatalogMode;
 use crate::pg::session::open::Session;
 use crate::pg::session::refusal::Refusal;
@@ -73,7 +74,9 @@ pub(crate) fn ensure(
     let State { has_era, has_old_rows } = state.unwrap_or_default();
     // After a crash. It would be seen to with the first lock as well, which would take longer by that.
     if !has_era {
-        session.new_era(by).map_err(Refusal::from_failure)?;
+        session
+            .new_era(by)
+            .map_err(|failure| if is_late(&failure) { no_era() } else { Refusal::from_failure(failure) })?;
     }
     // Housekeeping; that it fails, for want of a right, say, is no reason to do without locks.
     if has_old_rows {
@@ -220,6 +223,25 @@ fn create_in_transaction(session: &mut Session, by: Instant) -> std::result::Res
 
 fn code(error: &postgres::Error) -> &str {
     error.code().map_or("", |code| code.code())
+}
+
+/// The statement was not answered in time, or waited too long for another session.
+fn is_late(failure: &Failure) -> bool {
+    match failure {
+        Failure::Lost { reason, .. } => *reason == LossReason::HeartbeatTimedOut,
+        Failure::Refused(error) => code(error) == "55P03",
+    }
+}
+
+/// The new era waits, or somebody's who began it before.
+fn no_era() -> Refusal {
+    Refusal::new(
+        ErrorKind::SessionUnavailable,
+        "the server was restarted, or another one took its place, and that fencing tokens go on could not be recorded in time: the first commit \
+         waits for the synchronous standbys, as all commits do; start each standby that synchronous_standby_names names (see \
+         pg_stat_replication), or take it out there"
+            .to_owned(),
+    )
 }
 
 /// Why a statement on the catalog failed, where that means something else than on a session.

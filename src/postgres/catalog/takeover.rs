@@ -3,9 +3,8 @@
 use std::time::{Duration, Instant};
 
 use postgres::SimpleQueryRow;
-use postgres::error::SqlState;
 
-use super::{code, patience};
+use super::{code, is_late, no_era, patience};
 use crate::clock::MachineTime;
 use crate::error::ErrorKind;
 use crate::loss::LossReason;
@@ -68,7 +67,14 @@ pub(crate) fn look_at_past(
     waited_out: Option<&str>,
     by: Instant,
 ) -> Result<Result<Past, Refusal>, Failure> {
-    let mut look = look(session, |_| waited_out.map(sql::mark_over).into_iter().collect(), by)?;
+    let mut look = look(session, waited_out.map(sql::mark_over), by)?;
+    if !look.has_era {
+        // A claim would begin it, but with its lock, which the server would keep as long as that waits for a standby.
+        match session.new_era(by) {
+            Err(failure) if is_late(&failure) => return Ok(Err(no_era())),
+            outcome => outcome?,
+        }
+    }
     loop {
         let agreement = agree(own, look.agreed);
         if let (Agreement::TooWeak, Some(agreed)) = (agreement, look.agreed) {
@@ -101,34 +107,18 @@ pub(crate) fn look_at_past(
             }
             _ => {}
         }
-        // What another session has written meanwhile counts too, so both are looked at once more.
-        let writes = |askable| {
-            let is_raised = agreement == Agreement::Raise;
-            let records = match verdict {
-                Verdict::Record { over } if is_raised => {
-                    Some(sql::record_run(askable, over, seen.as_ref().map(|seen| seen.id.as_str())))
-                }
-                _ => None,
-            };
-            is_raised.then(|| sql::agree_on(own)).into_iter().chain(records).collect()
-        };
+        // By itself, since it may wait for a standby, and must not keep others from recording the run of the server meanwhile.
+        if agreement == Agreement::Raise {
+            match ask(session, &sql::agree_on(own), by) {
+                Err(failure) if is_late(&failure) => return Ok(Err(not_agreed(own))),
+                outcome => drop(outcome?),
+            }
+        }
         if Instant::now() >= by {
             return Err(Failure::Lost { reason: LossReason::HeartbeatTimedOut, cause: None });
         }
-        look = match self::look(session, writes, by) {
-            Err(failure) if agreement == Agreement::Raise && is_late(&failure) => {
-                return Ok(Err(not_agreed(own)));
-            }
-            look => look?,
-        };
-    }
-}
-
-/// The statement was not answered in time, or waited too long for another session.
-fn is_late(failure: &Failure) -> bool {
-    match failure {
-        Failure::Lost { reason, .. } => *reason == LossReason::HeartbeatTimedOut,
-        Failure::Refused(error) => error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE),
+        // What another session has written meanwhile counts too, so both are looked at once more.
+        look = self::look(session, None, by)?;
     }
 }
 
@@ -148,7 +138,7 @@ fn not_agreed(own: Agreed) -> Refusal {
 /// What is found by somebody who takes no lock: agrees on nothing, and records nothing. `None` where nothing is agreed on, or the role may not
 /// see it.
 pub(crate) fn peek(session: &mut Session, by: Instant) -> Result<Option<Past>, Failure> {
-    let look = match look(session, |_| Vec::new(), by) {
+    let look = match look(session, None, by) {
         Err(Failure::Refused(_)) => return Ok(None),
         look => look?,
     };
@@ -167,7 +157,7 @@ pub(crate) fn peek(session: &mut Session, by: Instant) -> Result<Option<Past>, F
 
 /// Why a manager with these settings is refused here, if it is. As [`peek`].
 pub(crate) fn objection(session: &mut Session, own: Agreed, by: Instant) -> Result<Option<Refusal>, Failure> {
-    let look = match look(session, |_| Vec::new(), by) {
+    let look = match look(session, None, by) {
         Err(Failure::Refused(_)) => return Ok(None),
         look => look?,
     };
@@ -213,20 +203,18 @@ struct Look {
     here: Option<MachineTime>,
     /// How long ago a process of this machine first saw this record, before the terms of before were over.
     seen: Option<Duration>,
+    /// Tokens are drawn in this run.
+    has_era: bool,
 }
 
 /// Looks, after the statements of `writes`, in one transaction.
-fn look(
-    session: &mut Session,
-    writes: impl Fn(Askable) -> Vec<String>,
-    by: Instant,
-) -> Result<Look, Failure> {
+fn look(session: &mut Session, write: Option<String>, by: Instant) -> Result<Look, Failure> {
     // The session is open, so the server of before is gone.
     let here = MachineTime::now();
     let mut ask = |askable| {
-        let mut statements = writes(askable);
-        statements.push(sql::look_at_run(askable, here.as_ref()));
-        ask(session, &statements.join("; "), by)
+        let looks = sql::look_at_run(askable, here.as_ref());
+        let statements = write.as_ref().map_or(looks.clone(), |write| format!("{write}; {looks}"));
+        ask(session, &statements, by)
     };
     let (row, askable) = match ask(Askable::All) {
         Err(Failure::Refused(error)) if code(&error) == "42501" => (ask(Askable::Less)?, Askable::Less),
@@ -247,7 +235,15 @@ fn look(
         Record { id, run, over }
     });
     let seen = here.as_ref().zip(column(13)).and_then(|(here, text)| here.since(&text));
-    Ok(Look { run: now, record, agreed: agreed(column(10), column(11), column(12)), askable, here, seen })
+    Ok(Look {
+        run: now,
+        record,
+        agreed: agreed(column(10), column(11), column(12)),
+        askable,
+        here,
+        seen,
+        has_era: column(14).as_deref() == Some("t"),
+    })
 }
 
 /// The last row that statements on the catalog give.

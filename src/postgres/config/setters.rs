@@ -84,8 +84,8 @@ impl Config {
     ///
     /// The price: while a named standby is away no lock is granted, and a term ends when its time is over, 10 s after the last confirmation
     /// at the default lease; both come back with the standby. A confirmation costs a commit on the server's disk and the way to
-    /// the standby and back, for the claims of a manager together where their heartbeats are. No commit of a lock or a heartbeat
-    /// waits for a standby, so none hangs.
+    /// the standby and back, for the claims of a manager together where their heartbeats are. No commit of a heartbeat waits for a
+    /// standby, so none hangs.
     ///
     /// A manager is [refused](crate::ErrorKind::SessionRefused) where it cannot work: `synchronous_standby_names` is empty or has a `*`; or the role
     /// does not see how far the standbys are, for which it must be a member of `pg_read_all_stats`. It needs the catalog, and a takeover policy

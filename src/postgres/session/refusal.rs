@@ -262,6 +262,10 @@ const UNREACHABLE: &str = "check host and port, and that the server runs";
 /// Where a connection names no host, it is a socket that is looked for.
 const NO_SOCKET: &str =
     "check that the server runs; if it is not on this machine, name its host, by DATABASE_URL or PGHOST say";
+/// In the catalog nothing waits for anything else.
+const LOCKED_OR_WAITING: &str = "a table of the catalog is locked by another session, see pg_locks; or a commit there waits for a synchronous \
+     standby that is away, see pg_stat_replication";
+
 const SLOW_LINK: &str = "if the link is slow, raise connect_timeout";
 const UNREACHABLE_OR_SLOW: &str =
     "check host and port, and that the server runs; if the link is slow, raise connect_timeout";
@@ -416,9 +420,7 @@ pub(crate) fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
         return match database.code().code() {
             // The catalog went away; it is looked for, and made, with the next session.
             "3F000" | "42P01" | "42703" => (SessionUnavailable, "the catalog of locks is missing"),
-            "55P03" => {
-                (SessionUnavailable, "a table of the catalog is locked by another session; see pg_locks")
-            }
+            "55P03" => (SessionUnavailable, LOCKED_OR_WAITING),
             "28P01" => (SessionRefused, "check user and password"),
             // The server's texts may be translated; then the last advice is the one.
             "28000" if text.contains("no encryption") || text.contains("SSL off") => (

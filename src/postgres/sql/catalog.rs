@@ -169,14 +169,15 @@ pub(crate) const TIMELINE: &str =
 /// Where the jump would lead above the clock, since the last era began less than a second ago, the difference is waited for.
 /// Otherwise a row of quick crashes would leave the sequence above the clock, and the next catalog would begin below it.
 ///
-/// The jump itself is on the server's disk before anybody sees the row of the era. It waits for no standby: after a restart or a promotion the
-/// standby may be away, and one that never heard of the jump makes a larger one when it is promoted. Who comes while another session makes it waits for that,
+/// The jump itself is safe before anybody sees the row of the era, on a synchronous standby too: one that had not heard of it, and whose clock is
+/// behind, would give tokens again when it is promoted. So the first term after a restart or a promotion waits for such a standby, as all commits
+/// do; and with it, what was [agreed on](super::agree_on) before has come there. Who comes while another session makes it waits for that,
 /// however short the slices are.
 pub(crate) fn new_era(timeline: &str) -> String {
     const JUMP: i64 = 1 << 20;
     const CLOCK: &str = "(extract(epoch FROM pg_catalog.clock_timestamp()) * 1000000)::int8";
     format!(
-        "SELECT pg_catalog.set_config('synchronous_commit', 'local', true), \
+        "SELECT pg_catalog.set_config('synchronous_commit', 'on', true), \
                 pg_catalog.set_config('lock_timeout', '2s', true); \
          WITH made AS ( \
              INSERT INTO dsync.era AS era (place, server) \
@@ -231,12 +232,11 @@ pub(crate) const CATALOG_CLEANING: &str = "SET LOCAL lock_timeout = '100ms'; SET
 /// alone does not stand that. The number is of no meaning: "dsync" in ASCII.
 ///
 /// A process that is frozen or cut off between two of its statements must not hold up the others: its session ends after a
-/// pause of 2 s. No statement takes longer than `patience`, so that the server says what is in the way before we give up. It waits for no
-/// standby: what must be known there is agreed on after it, by [`agree_on`](super::agree_on).
+/// pause of 2 s. No statement takes longer than `patience`, so that the server says what is in the way before we give up.
 pub(crate) fn begin_creation(patience: Duration) -> String {
     let patience = patience.as_millis().max(1);
     format!(
-        "BEGIN; SET LOCAL client_min_messages = warning; SET LOCAL synchronous_commit = local; \
+        "BEGIN; SET LOCAL client_min_messages = warning; SET LOCAL synchronous_commit = on; \
          SET LOCAL idle_in_transaction_session_timeout = '2s'; \
          SET LOCAL lock_timeout = {patience}; SET LOCAL statement_timeout = {patience}; \
          SELECT pg_catalog.pg_advisory_xact_lock(431500391011)"

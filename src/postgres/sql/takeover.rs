@@ -1,6 +1,7 @@
 //! The statements that tell whether the server was taken over, and remember that all terms of before are over.
 
 use super::catalog::TIMELINE;
+use super::era;
 use crate::clock::MachineTime;
 use crate::pg::takeover::Agreed;
 
@@ -46,14 +47,15 @@ impl Askable {
 
 /// The run of the server, the record, and what is agreed on: database, start, system identifier, timeline; number, the same four, whether all
 /// terms of before are over; policy, the longest lease in milliseconds, and whether the standbys confirm heartbeats; and when a process of
-/// this machine first saw that they are not over. What there is not, is null.
+/// this machine first saw that they are not over. What there is not, is null. And whether tokens are drawn in this run.
 pub(crate) fn look_at_run(ask: Askable, here: Option<&MachineTime>) -> String {
     let (system, timeline) = ask.columns();
     let seen = here.map_or("NULL".to_owned(), |here| format!("takeover.seen ->> '{}'", here.boot));
+    let era = era!();
     format!(
         "SELECT {BASE}, extract(epoch FROM pg_postmaster_start_time()), {system}, {timeline}, \
                 takeover.id, takeover.base, extract(epoch FROM takeover.server), takeover.system, takeover.timeline, takeover.over, \
-                policy.takeover, policy.lease, policy.quorum, {seen} \
+                policy.takeover, policy.lease, policy.quorum, {seen}, {era} \
          FROM (VALUES (true)) AS one (sole) \
          LEFT JOIN dsync.takeover AS takeover ON takeover.sole LEFT JOIN dsync.policy AS policy ON policy.sole"
     )
