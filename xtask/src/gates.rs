@@ -128,7 +128,7 @@ fn coverage(cargo: &Cargo) -> Result<(), String> {
         );
         return Ok(());
     }
-    task::waiting(cargo, task::ALONE).run(&["llvm-cov", "--workspace", "--all-features", "--summary-only"])
+    task::waiting(cargo).run(&["llvm-cov", "--workspace", "--all-features", "--summary-only"])
 }
 
 /// What [`packages`] has unpacked compiles with the oldest versions of its dependencies that the manifests admit.

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Instant;
 
 use crate::cargo::{Cargo, line};
-use crate::task::{ALL_TESTS, ALONE, waiting};
+use crate::task::{ALL_TESTS, waiting};
 
 /// A compiled program of tests, and the folder in which cargo would run it.
 struct Program {
@@ -44,7 +44,7 @@ pub(crate) fn tests(rounds: u32, tests: &[&str], busy: bool) -> Result<(), Strin
 }
 
 pub(crate) fn suite(rounds: u32, busy: bool) -> Result<(), String> {
-    let cargo = waiting(&Cargo::default(), ALONE);
+    let cargo = waiting(&Cargo::default());
     cargo.run(&[&ALL_TESTS[..], &["--no-run"]].concat())?;
     let all = [&ALL_TESTS[..], &["--no-fail-fast"]].concat();
     repeat(rounds, busy, || succeeds(&mut cargo.command(&all)))

@@ -218,7 +218,7 @@ fn ci() -> Result<(), String> {
 /// All of them, and those of TLS with each feature.
 fn test(cargo: &Cargo) -> Result<(), String> {
     // With all features, of which for TLS the system's own is used then.
-    waiting(cargo, ALONE).run(&ALL_TESTS)?;
+    waiting(cargo).run(&ALL_TESTS)?;
     TLS.iter().try_for_each(|features| cargo.run(&tls(features, "tls::")))
 }
 
@@ -227,32 +227,28 @@ fn tls(features: &'static str, tests: &'static str) -> [&'static str; 7] {
     ["test", "--workspace", "--features", features, "--test", "connecting", tests]
 }
 
-/// How many tests run at once for each processor: of tests alone, and of tests beside others.
-pub(crate) const ALONE: usize = 3;
-const BESIDE: usize = 2;
-
 /// Most tests wait for most of their time, for servers, leases and processes. So more of them run at once than there are processors, if the
 /// environment does not say how many.
-pub(crate) fn waiting(cargo: &Cargo, per_processor: usize) -> Cargo {
+pub(crate) fn waiting(cargo: &Cargo) -> Cargo {
     const THREADS: &str = "RUST_TEST_THREADS";
     let processors = thread::available_parallelism().map_or(1, usize::from);
     if env::var_os(THREADS).is_some() {
         cargo.clone()
     } else {
-        cargo.clone().env(THREADS, &(per_processor * processors).to_string())
+        cargo.clone().env(THREADS, &(2 * processors).to_string())
     }
 }
 
 /// With a server of that major version, which is got if it is not installed.
 fn on_version(major: u32, cargo: &Cargo, arguments: &[&str]) -> Result<(), String> {
     eprintln!("xtask: on PostgreSQL {major}:");
-    waiting(cargo, ALONE).env("DSYNC_PG_VERSION", &major.to_string()).run(arguments)
+    waiting(cargo).env("DSYNC_PG_VERSION", &major.to_string()).run(arguments)
 }
 
 /// As [`on_version`], with both at once, since most of the tests wait. Each one's output comes as a whole.
 fn side_by_side(majors: [u32; 2], cargo: &Cargo, arguments: &[&str]) -> Result<(), String> {
     let on = |major: u32| {
-        let outcome = waiting(cargo, BESIDE).env("DSYNC_PG_VERSION", &major.to_string()).run_apart(arguments);
+        let outcome = waiting(cargo).env("DSYNC_PG_VERSION", &major.to_string()).run_apart(arguments);
         eprintln!("xtask: that was on PostgreSQL {major}");
         outcome
     };
