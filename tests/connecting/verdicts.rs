@@ -243,7 +243,9 @@ fn what_pgbouncer_says_of_passwords_users_and_databases_is_told() {
     let settings = [("auth_type", "plain"), ("auth_file", users.to_str().unwrap())];
     let bouncer = pgbouncer::start_with(&server, PoolMode::Session, &settings).unwrap();
     let url = |user: &str, database: &str| {
+        // On a busy machine the pooler takes its time to hear that there is no such database, and a server that is late does not refuse.
         config(&format!("postgres://{user}@127.0.0.1:{}/{database}", bouncer.port()))
+            .connect_timeout(common::PATIENCE)
     };
     start_refused(url("app:wrong", "postgres"), &["password authentication failed", "password"]);
     start_refused(url("nobody:right", "postgres"), &["user"]);

@@ -561,7 +561,10 @@ fn a_cancelled_heartbeat_and_a_setting_that_is_emptied_confirm_nothing(shared_se
         for lock in &holder.locks {
             // A cancel may have hit the heartbeat, or the question who has confirmed it.
             let reason = lock.last_loss().unwrap().reason;
-            assert!(reason == LossReason::NotConfirmed || !empties && reason == LossReason::ServerError);
+            assert!(
+                reason == LossReason::NotConfirmed || !empties && reason == LossReason::ServerError,
+                "{reason:?}"
+            );
             assert_eq!(kind(lock.lock(&Context::timeout(LEASE / 4))), ErrorKind::TimedOut);
         }
         frozen.thaw();

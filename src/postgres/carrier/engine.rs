@@ -434,6 +434,12 @@ impl Engine {
             self.forget_locks(&notices);
         }
         self.announce_all(notices);
+        if is_lost {
+            // Not before: another thread that sees the end of a term first says by it why it is over.
+            for seated in self.seats.iter().flatten() {
+                seated.seat.claim().announce_unconfirmed(Confirms::Nothing);
+            }
+        }
         match event {
             Event::Claim(number, _) if !is_lost => {
                 let seated = self.seats.get(number).and_then(Option::as_ref);
@@ -463,7 +469,6 @@ impl Engine {
         for seated in self.seats.iter_mut().flatten() {
             seated.lock = None;
             seated.missed.clear();
-            seated.seat.claim().announce_unconfirmed(Confirms::Nothing);
         }
         let reason = notices.iter().find_map(|(_, notice)| match notice {
             Notice::Lost(reason) => Some(reason),
