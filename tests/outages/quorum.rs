@@ -419,7 +419,7 @@ fn telling_the_log() {
     let primary = Server::start().unwrap();
     let standby = primary.standby(Replication::Synchronous).unwrap();
     // The warning comes after a quarter, and the loss after more than half.
-    let config = settings("it", &primary, Quorum::NamedStandbys).lease(4 * LEASE);
+    let config = settings("it", &primary, Quorum::NamedStandbys).lease(3 * LEASE);
     let manager = started(config.shared_sessions(shared_sessions.parse().unwrap()));
     let held = lock(&manager, "held").acquire(PATIENCE).unwrap();
     let says =

@@ -385,7 +385,7 @@ fn a_restart_and_a_promotion_are_followed_by_a_wait_for_the_synchronous_standby_
     standby.promote().unwrap();
     let waits = |manager: &PostgresManager, server: &Server| {
         for _ in 0..2 {
-            let error = lock(manager, "k0").acquire(8 * SECOND).unwrap_err().to_string();
+            let error = lock(manager, "k0").acquire(5 * SECOND).unwrap_err().to_string();
             assert!(error.contains("waits for the synchronous standbys"), "{error}");
         }
         server.reset("synchronous_standby_names").unwrap();
@@ -777,7 +777,7 @@ fn what_is_agreed_on_waits_for_the_synchronous_standby_and_says_so() {
     let longer = started(settings(2 * LEASE));
     let says_so = |longer: &PostgresManager| {
         let begun = Instant::now();
-        let error = lock(longer, "k1").acquire(8 * SECOND).unwrap_err().to_string();
+        let error = lock(longer, "k1").acquire(5 * SECOND).unwrap_err().to_string();
         assert!(error.contains("waits for the synchronous standbys"), "{error}");
         assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
     };
