@@ -60,7 +60,8 @@ fn agreed(policy: Option<String>, lease: Option<String>, quorum: Option<String>)
 /// settings are no weaker than what all have agreed on, and agrees on them if they are stronger. First remembers that the grace with the
 /// number `waited_out` is over, if there is one.
 ///
-/// It takes one round trip, and a second one where there is something to write and no other session is faster.
+/// It takes one round trip, and one for each thing that is to be written and that no other session has written: the era of tokens in this run of
+/// the server, what is agreed on, and the run. The first two wait for the synchronous standbys.
 pub(crate) fn look_at_past(
     session: &mut Session,
     own: Agreed,

@@ -262,7 +262,7 @@ const UNREACHABLE: &str = "check host and port, and that the server runs";
 /// Where a connection names no host, it is a socket that is looked for.
 const NO_SOCKET: &str =
     "check that the server runs; if it is not on this machine, name its host, by DATABASE_URL or PGHOST say";
-/// In the catalog nothing waits for anything else.
+/// What a statement on the catalog can have waited for when its `lock_timeout` is over.
 const LOCKED_OR_WAITING: &str = "a table of the catalog is locked by another session, see pg_locks; or a commit there waits for a synchronous \
      standby that is away, see pg_stat_replication";
 
