@@ -9,7 +9,7 @@ use dsync::{CatalogMode, Config, Error, ErrorKind, Once, PostgresManager, Run};
 use postgres::{Client, NoTls};
 use support::{Database, Server};
 
-use crate::common::{PATIENCE, Process, eventually, kind, process, role, started};
+use crate::common::{PATIENCE, Process, eventually, kind, make_catalog, process, role, started};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -239,7 +239,7 @@ fn a_success_is_on_the_disk_when_the_call_returns() {
 fn a_record_in_the_future_is_told() {
     let database = Database::fresh().unwrap();
     let mut client = story(&database);
-    drop(started(config(&database)));
+    make_catalog(config(&database));
     let statement = "INSERT INTO dsync.success VALUES ('dsync', 'report', now() + interval '3 hours')";
     client.batch_execute(statement).unwrap();
     let mut command = process("once::worker", &format!("each-time {}", database.url()));

@@ -78,6 +78,14 @@ pub(crate) fn started(config: dsync::Config) -> PostgresManager {
     manager
 }
 
+/// Has a manager make the catalog, or bring it up to date. A start alone ends well too where a session is not to be had in time, and then makes nothing.
+pub(crate) fn make_catalog(config: dsync::Config) {
+    let manager = started(config);
+    becomes("what is in the way of a session", &None, || {
+        manager.inspect("nobody's").err().map(|error| error.to_string())
+    });
+}
+
 /// The number of the advisory lock whose name an expression of SQL gives.
 pub(crate) fn number_of(name: &str) -> String {
     format!(

@@ -19,7 +19,7 @@ use support::process::Signal;
 use support::{Database, Replication, Server, Shutdown};
 
 use crate::common::{
-    self, PATIENCE, Process, becomes, briefly, eventually, kind, lock, number_of, soon, started,
+    self, PATIENCE, Process, becomes, briefly, eventually, kind, lock, make_catalog, number_of, soon, started,
 };
 
 fn config(database: &Database<'_>) -> Config {
@@ -240,7 +240,7 @@ fn a_catalog_of_version_3_is_brought_up_to_date_with_the_rights_on_its_locks() {
     let modest = Config::from_url(&database.url().replace("postgres@", &format!("{user}@"))).unwrap();
     let error = PostgresManager::new(modest.clone()).unwrap().start().unwrap_err();
     assert!(error.to_string().contains("CATALOG_SQL"), "{error}");
-    drop(started(config(&database)));
+    make_catalog(config(&database));
     assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 6);
     one_term(&lock(&started(modest), "x"));
     let rights = |client: &mut Client, role: &str| -> (bool, Vec<bool>) {
@@ -305,7 +305,7 @@ fn a_catalog_of_version_5_is_brought_up_to_date_and_whoever_could_lock_has_semap
              GRANT SELECT ON dsync.version, dsync.locks, dsync.waiters TO {role}"
         ))
         .unwrap();
-    drop(started(config(&database)));
+    make_catalog(config(&database));
     assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 6);
     let url = database.url().replace("postgres@", &format!("{role}@"));
     let manager = started(Config::from_url(&url).unwrap());
@@ -537,7 +537,7 @@ fn a_schema_that_somebody_else_has_planted_is_refused_and_none_of_its_code_is_ru
         intern.is_refused(view);
     }
     intern.client.batch_execute("DROP SCHEMA dsync CASCADE").unwrap();
-    drop(started(config(&database)));
+    make_catalog(config(&database));
     // Elsewhere, or handed over, it may be used: a part of it alone may not be the intern's either.
     let mut administrator = database.client().unwrap();
     for part in [
@@ -553,7 +553,7 @@ fn a_schema_that_somebody_else_has_planted_is_refused_and_none_of_its_code_is_ru
         intern.is_refused(part);
         administrator.batch_execute(&format!("ALTER {part} OWNER TO postgres")).unwrap();
     }
-    drop(started(config(&database)));
+    make_catalog(config(&database));
 }
 
 /// A call takes the function whose argument fits best: `varchar` is what some drivers send.
@@ -571,7 +571,7 @@ fn a_function_that_is_planted_beside_the_fence_is_refused() {
             administrator.batch_execute(&schema).unwrap();
         } else {
             administrator.batch_execute(&format!("{CATALOG_SQL}; {schema}")).unwrap();
-            drop(started(config(&database)));
+            make_catalog(config(&database));
         }
         let trap = format!(
             "CREATE FUNCTION dsync.fence({argument}) RETURNS void LANGUAGE plpgsql AS $$ BEGIN
@@ -616,7 +616,7 @@ fn a_table_that_is_planted_while_the_catalog_is_made_is_refused_too() {
 fn what_the_owner_has_put_onto_the_catalog_is_refused_by_its_name() {
     let database = Database::fresh().unwrap();
     let mut client = database.client().unwrap();
-    drop(started(config(&database)));
+    make_catalog(config(&database));
     client.batch_execute("CREATE DOMAIN public.word AS text; CREATE FUNCTION public.first(text) RETURNS text IMMUTABLE LANGUAGE sql RETURN $1").unwrap();
     let cases = [
         (
@@ -668,7 +668,7 @@ fn what_the_owner_has_put_onto_the_catalog_is_refused_by_its_name() {
         let text = start_refused(config(&database));
         assert!(text.contains(told), "{change}: {text}");
         client.batch_execute("DROP SCHEMA dsync CASCADE").unwrap();
-        drop(started(config(&database)));
+        make_catalog(config(&database));
     }
 }
 
@@ -690,23 +690,23 @@ fn whom_the_role_of_the_locks_trusts() {
          GRANT ALL ON dsync.token TO {own};"
     );
     // Itself.
-    drop(started(as_intern()));
+    make_catalog(as_intern());
     administrator.batch_execute("DROP SCHEMA dsync CASCADE").unwrap();
     // A superuser, who is not the owner of the database.
     administrator.batch_execute(&format!("{CATALOG_SQL}; {grants}")).unwrap();
-    drop(started(as_intern()));
+    make_catalog(as_intern());
     administrator.batch_execute("DROP SCHEMA dsync CASCADE").unwrap();
     // A role that it is a member of, and not before.
     administrator.batch_execute(&format!("SET ROLE {group}; {CATALOG_SQL}; {grants}; RESET ROLE")).unwrap();
     assert!(start_refused(as_intern()).contains(&format!("belongs to the role {group}")));
     administrator.batch_execute(&format!("GRANT {group} TO {own}")).unwrap();
-    drop(started(as_intern()));
+    make_catalog(as_intern());
     administrator.batch_execute(&format!("REVOKE {group} FROM {own}")).unwrap();
     // The owner of the database. A superuser is a member of everything, which says nothing.
     assert!(start_refused(config(&database)).contains(&format!("belongs to the role {group}")));
     administrator.batch_execute(&format!("ALTER DATABASE {} OWNER TO {group}", database.name())).unwrap();
-    drop(started(as_intern()));
-    drop(started(config(&database)));
+    make_catalog(as_intern());
+    make_catalog(config(&database));
     administrator
         .batch_execute(&format!(
             "ALTER DATABASE {} OWNER TO postgres; DROP OWNED BY {group} CASCADE; DROP ROLE {group}",
@@ -1506,7 +1506,7 @@ fn old_rows_go_but_not_those_of_held_locks_and_of_fenced_transactions() {
         let rows = client.query("SELECT key FROM dsync.lock ORDER BY key", &[]).unwrap();
         rows.iter().map(|row| row.get(0)).collect()
     };
-    drop(started(config(&database)));
+    make_catalog(config(&database));
     assert_eq!(keys(&mut client), ["fenced", "held", "recent"]);
 
     transaction.commit().unwrap();
@@ -1516,7 +1516,7 @@ fn old_rows_go_but_not_those_of_held_locks_and_of_fenced_transactions() {
     let mut transaction = writer.transaction().unwrap();
     transaction.batch_execute("SELECT FROM dsync.lock WHERE key = 'fenced' FOR SHARE").unwrap();
     let begun = Instant::now();
-    drop(started(config(&database)));
+    make_catalog(config(&database));
     assert!(
         begun.elapsed() < Duration::from_secs(4),
         "nobody waits for the transaction: {:?}",
@@ -1524,7 +1524,7 @@ fn old_rows_go_but_not_those_of_held_locks_and_of_fenced_transactions() {
     );
     assert_eq!(keys(&mut client), ["fenced", "held", "recent"]);
     transaction.commit().unwrap();
-    drop(started(config(&database)));
+    make_catalog(config(&database));
     assert_eq!(keys(&mut client), ["held", "recent"]);
 
     let term = locks[0].term().unwrap();
@@ -1549,7 +1549,7 @@ fn semaphores_go_that_nobody_has_used_for_a_day_but_not_what_was_changed() {
              UPDATE dsync.lock SET since = now() - interval '2 days' WHERE key <> 'recent'",
         )
         .unwrap();
-    drop(started(config(&database)));
+    make_catalog(config(&database));
     let rows = client.query("SELECT key FROM dsync.semaphore ORDER BY key", &[]).unwrap();
     let keys: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
     assert_eq!(keys, ["changed", "held", "recent"]);
@@ -1585,7 +1585,7 @@ fn the_row_of_a_reader_that_begins_while_old_rows_go_stays() {
         client.execute(old, &[]).unwrap();
         let cleaning = {
             let config = config(&database);
-            thread::spawn(move || drop(started(config)))
+            thread::spawn(move || make_catalog(config))
         };
         let cleans = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%dsync.lock AS gone%' AND state = 'active'
                       AND datname = current_database() AND pid <> pg_backend_pid()";

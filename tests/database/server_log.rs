@@ -8,7 +8,8 @@ use postgres::Client;
 use support::{Database, Server};
 
 use crate::common::{
-    Outcome, becomes, begin, eventually, hear, is_held, kind, lock, soon, started, wait_in_thread,
+    Outcome, becomes, begin, eventually, hear, is_held, kind, lock, make_catalog, soon, started,
+    wait_in_thread,
 };
 
 /// As short as a busy machine allows, since a wait is to go on over several.
@@ -34,7 +35,7 @@ impl<'a> Scene<'a> {
         let database = server.database().unwrap();
         let operator = database.client().unwrap();
         // Makes the catalog, so that no story begins with that.
-        drop(started(Config::from_url(&database.url()).unwrap()));
+        make_catalog(Config::from_url(&database.url()).unwrap());
         let before = server.log().len();
         Self { server, database, operator, before }
     }

@@ -10,7 +10,7 @@ use postgres::Client;
 use support::Database;
 use support::process::{Signal, signal};
 
-use crate::common::{PATIENCE, begin, eventually, hear, kind, lock, started};
+use crate::common::{PATIENCE, begin, eventually, hear, kind, lock, make_catalog, started};
 
 fn config(database: &Database<'_>) -> Config {
     Config::from_url(&database.url()).unwrap()
@@ -108,7 +108,7 @@ fn the_turnstile_works_without_plpgsql_and_without_catalog() {
     {
         let database = Database::fresh().unwrap();
         if loud {
-            drop(started(config(&database)));
+            make_catalog(config(&database));
             database.client().unwrap().batch_execute("DROP EXTENSION plpgsql CASCADE").unwrap();
         }
         let config = config(&database).catalog(catalog);

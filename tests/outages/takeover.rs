@@ -512,7 +512,11 @@ fn a_lock_that_cannot_be_confirmed_costs_none_that_is_held_on_its_session() {
 fn a_lock_is_confirmed_where_there_may_be_no_other_session() {
     let server = Server::start().unwrap();
     let policy = TakeoverPolicy::AfterAnyRestart;
-    drop(started(settings("first", &server.url(), policy)));
+    lock(&started(settings("first", &server.url(), policy)), "k0")
+        .acquire(PATIENCE)
+        .unwrap()
+        .release()
+        .unwrap();
     let operator = &mut server.client().unwrap();
     operator.batch_execute("CREATE ROLE single LOGIN CONNECTION LIMIT 1; GRANT postgres TO single").unwrap();
     let mut urls = vec![
@@ -806,8 +810,10 @@ fn a_weaker_policy_is_refused_and_stronger_settings_count_from_then_on() {
         assert!(error.to_string().contains("UPDATE dsync.policy SET takeover = "), "{error}");
     }
     // A longer lease counts for all, a shorter one does not.
-    drop(started(settings(TakeoverPolicy::AfterAnyRestart, Duration::from_secs(6))));
-    drop(started(settings(TakeoverPolicy::AfterAnyRestart, Duration::from_secs(1))));
+    // A start ends well without a session too, and then agrees on nothing.
+    let joins = |settings| lock(&started(settings), "k2").acquire(PATIENCE).unwrap().release().unwrap();
+    joins(settings(TakeoverPolicy::AfterAnyRestart, Duration::from_secs(6)));
+    joins(settings(TakeoverPolicy::AfterAnyRestart, Duration::from_secs(1)));
     assert_eq!(agreed(operator), ("after any restart".to_owned(), 6_000));
     server.restart(Shutdown::Immediate).unwrap();
     let begun = Instant::now();
@@ -819,7 +825,7 @@ fn a_weaker_policy_is_refused_and_stronger_settings_count_from_then_on() {
     operator.batch_execute("UPDATE dsync.policy SET takeover = 'immediate', lease = 1000").unwrap();
     let weak = started(settings(TakeoverPolicy::Immediate, LEASE));
     lock(&weak, "k1").acquire(PATIENCE).unwrap().release().unwrap();
-    drop(started(settings(TakeoverPolicy::AfterPromotion, LEASE)));
+    joins(settings(TakeoverPolicy::AfterPromotion, LEASE));
     assert_eq!(agreed(operator), ("after promotion".to_owned(), 4_000));
     server.restart(Shutdown::Immediate).unwrap();
     let k1 = lock(&weak, "k1");
