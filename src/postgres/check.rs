@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::check::{CheckLine, CheckReport, Verdict};
 use crate::loss::LossReason;
-use crate::pg::catalog;
+use crate::pg::catalog::{self, State};
 use crate::pg::config::{CatalogMode, Config};
 use crate::pg::confirm;
 use crate::pg::pool::Pool;
@@ -187,20 +187,28 @@ fn catalog(session: &mut Session, facts: &Facts, mode: CatalogMode, by: Instant)
             "none, as the settings say: no tokens, no annotations, no fence, no once()",
         );
     }
-    match catalog::is_there(session, mode, by) {
+    match catalog::found(session, mode, by) {
         Err(refusal) => refusal.into_line(TOPIC),
-        Ok(true) => CheckLine::good(TOPIC, format!("in the schema {schema}, with all rights")),
-        Ok(false) if facts.is("has_schema") => CheckLine::warning(
+        Ok(Some(State { has_era: false, .. })) if waits_for_standby(facts) => CheckLine::wrong(
+            TOPIC,
+            format!(
+                "in the schema {schema}, but no lock is granted: since the server was started, or took another one's place, that fencing tokens go \
+                 on could not be recorded, since commits wait for a standby that is away"
+            ),
+            START_STANDBY,
+        ),
+        Ok(Some(_)) => CheckLine::good(TOPIC, format!("in the schema {schema}, with all rights")),
+        Ok(None) if facts.is("has_schema") => CheckLine::warning(
             TOPIC,
             format!(
                 "in the schema {schema}, not complete or of an older version; the next start brings it up to date, if the role may"
             ),
             format!("or let an administrator run {} in this database", catalog::SCRIPT),
         ),
-        Ok(false) if facts.is("may_make_schemas") => {
+        Ok(None) if facts.is("may_make_schemas") => {
             CheckLine::good(TOPIC, format!("not there yet; the next start makes it, in the schema {schema}"))
         }
-        Ok(false) => CheckLine::wrong(
+        Ok(None) => CheckLine::wrong(
             TOPIC,
             format!("not there, and {} may not make a schema in this database", facts.text("role")),
             format!(
@@ -394,19 +402,26 @@ fn locks(facts: &Facts, wanted: u32, shares: bool) -> CheckLine {
 }
 
 /// Locks wait for no standby: only what is to survive the server does.
-fn replication(facts: &Facts) -> CheckLine {
-    const TOPIC: &str = "replication";
+const START_STANDBY: &str = "start the standby, or take its name out of synchronous_standby_names";
+
+/// Whether a synchronous standby is named, and none is connected, as far as the role may see.
+fn waits_for_standby(facts: &Facts) -> bool {
     let (standbys, synchronous): (i64, i64) = (facts.number("standbys"), facts.number("synchronous"));
     let is_seen = facts.number::<i64>("standbys_seen") == standbys;
-    let names = facts.setting("synchronous_standby_names");
-    if !names.is_empty() && is_seen && synchronous == 0 {
+    !facts.setting("synchronous_standby_names").is_empty() && is_seen && synchronous == 0
+}
+
+fn replication(facts: &Facts) -> CheckLine {
+    const TOPIC: &str = "replication";
+    let (standbys, names) = (facts.number::<i64>("standbys"), facts.setting("synchronous_standby_names"));
+    if waits_for_standby(facts) {
         return CheckLine::warning(
             TOPIC,
             format!(
                 "synchronous_standby_names is {names}, and no such standby is connected: commits wait for it, also the one by which \
-                 once() records a success, and the making of the catalog"
+                 once() records a success, the making of the catalog, and that of the first lock after a restart"
             ),
-            "start the standby, or take its name out of synchronous_standby_names",
+            START_STANDBY,
         );
     }
     let text = match (standbys, names.is_empty()) {

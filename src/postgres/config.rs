@@ -48,7 +48,8 @@ pub use tls_settings::TlsSettings;
 /// first session, and again when a part of the catalog was found missing.
 ///
 /// Those who are trusted may change it all at any time: so an operator who drops the schema while managers run should let nobody make
-/// schemas meanwhile. Fenced transactions rely on the managers' look; they are for connections to the very same database.
+/// schemas meanwhile. Sessions that are open go on with the schema that is made next, and do not say again what the managers had agreed on, their lease and
+/// [policy](crate::Config::takeover): start such managers anew. Fenced transactions rely on the managers' look; they are for connections to the very same database.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CatalogMode {

@@ -59,6 +59,8 @@ pub(crate) struct Pool {
     observing: Option<Arc<Observing>>,
     /// The takeover policy and the lease, as all managers of the database are to agree on them.
     own: Agreed,
+    /// The record of the server's run in which they last did. Taken with no other mutex.
+    agreed_in: Mutex<Option<String>>,
     /// Those that sessions have found. Taken with no other mutex.
     graces: Mutex<Graces>,
     /// What the standbys have confirmed. Taken with no other mutex.
@@ -277,11 +279,8 @@ impl Pool {
             connect_timeout: config.connect_time(),
             catalog: config.catalog,
             observing,
-            own: Agreed {
-                policy: config.takeover_policy(),
-                lease: config.lease,
-                quorum: config.quorum != Quorum::Server,
-            },
+            own: Agreed::of_manager(config.takeover_policy(), config.lease, config.quorum != Quorum::Server),
+            agreed_in: Mutex::default(),
             graces: Mutex::default(),
             confirmations: Mutex::default(),
             knocks: Mutex::default(),
@@ -453,33 +452,31 @@ impl Pool {
         Ok(())
     }
 
-    /// Opens the slot's session, if there is none, for a question. Of a manager that has taken no lock yet it may take none: who only
-    /// looks agrees on nothing for all managers of the database, and is not refused for what it would agree on.
+    /// Opens the slot's session, if there is none, for a question. It may take no lock: who only looks agrees on nothing for all managers of
+    /// the database, is not refused for what it would agree on, and does not wait for a standby.
     fn open_to_ask(&self, slot: &mut Slot) -> std::result::Result<(), Refusal> {
         if slot.is_open() {
             return Ok(());
         }
         let control = StreamControl::new();
-        if self.catalog_ready.load(Ordering::Relaxed) {
+        if self.catalog == CatalogMode::None {
             return self.open(slot, &control);
         }
         let mut session = self.connect(slot, &control)?;
-        if self.catalog != CatalogMode::None {
-            let by = Instant::now() + self.connect_timeout;
-            if !self.catalog_seen.load(Ordering::Relaxed) {
-                catalog::ensure(&mut session, self.catalog, by)
-                    .map_err(|refusal| self.during("looked for the catalog", refusal))?;
-                self.catalog_seen.store(true, Ordering::Relaxed);
+        let by = Instant::now() + self.connect_timeout;
+        if !self.catalog_ready.load(Ordering::Relaxed) && !self.catalog_seen.load(Ordering::Relaxed) {
+            catalog::ensure(&mut session, self.catalog, by)
+                .map_err(|refusal| self.during("looked for the catalog", refusal))?;
+            self.catalog_seen.store(true, Ordering::Relaxed);
+        }
+        match takeover::peek(&mut session, by).map_err(Refusal::from_failure)? {
+            Some(Past::Pending { id, lasts, seen }) => {
+                self.graces.lock().goes_on(&id, lasts, seen, Instant::now());
             }
-            match takeover::peek(&mut session, by).map_err(Refusal::from_failure)? {
-                Some(Past::Pending { id, lasts, seen }) => {
-                    self.graces.lock().goes_on(&id, lasts, seen, Instant::now());
-                }
-                Some(Past::Over { id }) => {
-                    self.graces.lock().ends(&id);
-                }
-                None => {}
+            Some(Past::Over { id }) => {
+                self.graces.lock().ends(&id);
             }
+            None => {}
         }
         slot.session = Some(session);
         Ok(())
@@ -523,9 +520,12 @@ impl Pool {
                 outcome => break outcome?,
             }
         };
+        // In a run of the server that the manager has not seen, it says again what it wants to be agreed on: a standby that was promoted may not know
+        // of it, nor a catalog that was made anew.
+        let is_told = first || self.own.policy == TakeoverPolicy::Immediate;
         let past = match over {
-            Some(id) => Past::Over { id },
-            None => takeover::look_at_past(session, self.own, None, by).map_err(catalog::failed)??,
+            Some(id) if is_told || self.agreed_in.lock().as_ref() == Some(&id) => Past::Over { id },
+            _ => takeover::look_at_past(session, self.own, None, by).map_err(catalog::failed)??,
         };
         self.catalog_ready.store(true, Ordering::Relaxed);
         self.take_note(session, past);
@@ -534,6 +534,8 @@ impl Pool {
 
     /// Keeps in mind what a session has found, and logs what is new about it.
     fn take_note(&self, session: &mut Session, past: Past) {
+        let (Past::Over { id } | Past::Pending { id, .. }) = &past;
+        self.agreed_in.lock().replace(id.clone());
         match past {
             Past::Over { id } => {
                 self.grace_is_over(&id);

@@ -63,6 +63,14 @@ pub(crate) struct Agreed {
     pub(crate) quorum: bool,
 }
 
+impl Agreed {
+    /// What one manager wants. The database has the lease in whole milliseconds, of which it is to be no shorter than it is.
+    pub(crate) fn of_manager(policy: TakeoverPolicy, lease: Duration, quorum: bool) -> Self {
+        let milliseconds = lease.as_nanos().div_ceil(1_000_000);
+        Self { policy, lease: Duration::from_millis(milliseconds.try_into().unwrap_or(u64::MAX)), quorum }
+    }
+}
+
 /// What is to be done where a manager has its own settings and the database what is agreed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Agreement {
@@ -342,6 +350,16 @@ mod tests {
         for policy in TakeoverPolicy::ALL {
             assert_eq!(TakeoverPolicy::named(policy.name()), Some(policy));
         }
+    }
+
+    #[test]
+    fn a_lease_is_agreed_on_that_is_no_whole_number_of_milliseconds() {
+        let own = Agreed::of_manager(AfterPromotion, Duration::from_secs(10) / 3, false);
+        assert_eq!(own.lease, Duration::from_millis(3_334));
+        let stored = Duration::from_millis(own.lease.as_millis().try_into().unwrap());
+        assert_eq!(agree(own, Some(Agreed { lease: stored, ..own })), Agreement::Kept);
+        let whole = Agreed::of_manager(AfterPromotion, Duration::from_secs(15), false);
+        assert_eq!(whole.lease, Duration::from_secs(15));
     }
 
     #[test]

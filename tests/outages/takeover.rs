@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use dsync::crossbeam_channel::{RecvTimeoutError, TryRecvError, bounded};
 use dsync::{
-    ClaimState, Config, Context, ErrorKind, Lock, LockOptions, PostgresManager, SyncManager as _,
-    TakeoverPolicy,
+    CatalogMode, ClaimState, Config, Context, ErrorKind, Lock, LockOptions, PostgresManager,
+    SyncManager as _, TakeoverPolicy, Verdict,
 };
 use parking_lot::Mutex;
 use support::netns::Direction;
@@ -376,26 +376,84 @@ fn a_restart_and_a_promotion_are_followed_by_a_wait_for_the_synchronous_standby_
 ) {
     let primary = Server::start().unwrap();
     let standby = primary.standby(Replication::Synchronous).unwrap();
-    let settings = |url: &str| {
-        let settings = config("it", url, 4).lease(LEASE).shared_sessions(shared_sessions);
+    let other = primary.database().unwrap();
+    let settings = |url: &str, policy| {
+        let settings = config("it", url, 4).lease(LEASE).shared_sessions(shared_sessions).takeover(policy);
         started(settings.connect_timeout(2 * SECOND))
     };
-    let manager = settings(&primary.url());
-    lock(&manager, "k0").acquire(PATIENCE).unwrap().release().unwrap();
-    standby.promote().unwrap();
-    let waits = |manager: &PostgresManager, server: &Server| {
-        for _ in 0..2 {
-            let error = lock(manager, "k0").acquire(5 * SECOND).unwrap_err().to_string();
-            assert!(error.contains("waits for the synchronous standbys"), "{error}");
-        }
-        server.reset("synchronous_standby_names").unwrap();
+    let manager = settings(&primary.url(), TakeoverPolicy::AfterPromotion);
+    let immediate = settings(&other.url(), TakeoverPolicy::Immediate);
+    for manager in [&manager, &immediate] {
         lock(manager, "k0").acquire(PATIENCE).unwrap().release().unwrap();
+    }
+    standby.promote().unwrap();
+    let waits = |manager: &PostgresManager| {
+        let error = lock(manager, "k0").acquire(5 * SECOND).unwrap_err().to_string();
+        assert!(error.contains("waits for the synchronous standbys"), "{error}");
     };
+    let gets_it =
+        |manager: &PostgresManager| lock(manager, "k0").acquire(PATIENCE).unwrap().release().unwrap();
     primary.restart(Shutdown::Fast).unwrap();
-    waits(&manager, &primary);
+    for manager in [&manager, &immediate] {
+        waits(manager);
+        waits(manager);
+    }
+    // The lock is another's, who needs no token. A wait that is given up does not end the commit's wait for the standby.
+    let tokenless = started(config("tokenless", &other.url(), 1).catalog(CatalogMode::None));
+    let held = lock(&tokenless, "k0").acquire(PATIENCE).unwrap();
+    let wanted = lock(&immediate, "k0");
+    for time in 1..20 {
+        wanted.acquire(time * SECOND / 50).unwrap_err();
+    }
+    held.release().unwrap();
+    waits(&immediate);
+    assert!(!primary.log().contains("canceling wait for synchronous replication"), "{}", primary.log());
+    // Nothing keeps others from looking.
+    for manager in [&manager, &immediate, &PostgresManager::new(config("looks", &primary.url(), 1)).unwrap()]
+    {
+        assert!(manager.inspect("k0").unwrap().holder.is_none());
+    }
+    let report = manager.check();
+    let catalog = report.lines.iter().find(|line| line.topic == "catalog").unwrap();
+    assert_eq!(catalog.verdict, Verdict::Wrong, "{catalog:?}");
+    assert!(catalog.text.contains("no lock is granted"), "{catalog:?}");
+    primary.reset("synchronous_standby_names").unwrap();
+    gets_it(&manager);
+    gets_it(&immediate);
     // As where each of two servers names the other one.
     standby.set("synchronous_standby_names", "gone").unwrap();
-    waits(&settings(&standby.url()), &standby);
+    let manager = settings(&standby.url(), TakeoverPolicy::AfterPromotion);
+    waits(&manager);
+    standby.reset("synchronous_standby_names").unwrap();
+    gets_it(&manager);
+}
+
+/// A standby that is not synchronous may not have heard what the managers have agreed on.
+#[test]
+fn a_longer_lease_is_agreed_on_again_with_a_server_that_did_not_know_of_it() {
+    let primary = Server::start().unwrap();
+    let proxy = Proxy::to(primary.port());
+    let standby = primary.standby_by_way_of("127.0.0.1", proxy.port(), Replication::Asynchronous).unwrap();
+    let settings = |name: &str, url: &str, lease: Duration| started(config(name, url, 2).lease(lease));
+    let first = settings("first", &primary.url(), LEASE);
+    lock(&first, "k0").acquire(PATIENCE).unwrap().release().unwrap();
+    first.stop().unwrap();
+    standby.wait_caught_up(&primary).unwrap();
+    proxy.cut(Direction::Both);
+    let either =
+        format!("postgres://postgres@127.0.0.1:{},127.0.0.1:{}/postgres", primary.port(), standby.port());
+    // No whole number of milliseconds, either.
+    let longer = settings("longer", &either, 3 * LEASE + Duration::from_micros(1));
+    lock(&longer, "k0").acquire(PATIENCE).unwrap().release().unwrap();
+    primary.stop(Shutdown::Immediate).unwrap();
+    standby.promote().unwrap();
+    let agreed = || -> i64 {
+        standby.client().unwrap().query_one("SELECT lease FROM dsync.policy", &[]).unwrap().get(0)
+    };
+    lock(&settings("shorter", &standby.url(), LEASE), "k1").acquire(PATIENCE).unwrap().release().unwrap();
+    assert_eq!(agreed(), 4_000);
+    lock(&longer, "k0").acquire(PATIENCE).unwrap().release().unwrap();
+    assert_eq!(agreed(), 12_001);
 }
 
 /// Who was the last one to have the lock, and knows that its term is over, is let back at once, by a guard too; another one is not.

@@ -63,23 +63,13 @@ pub(crate) fn ensure(
     if mode == CatalogMode::None {
         return Ok(false);
     }
-    let mut state = look(session, by)?;
-    let is_new = state.is_none();
-    if is_new {
-        if mode == CatalogMode::MustExist {
-            return Err(missing());
-        }
-        state = Some(create(session, by)?);
-    }
-    let State { has_era, has_old_rows } = state.unwrap_or_default();
-    // After a crash. It would be seen to with the first lock as well, which would take longer by that.
-    if !has_era {
-        session
-            .new_era(by)
-            .map_err(|failure| if is_late(&failure) { no_era() } else { Refusal::from_failure(failure) })?;
-    }
+    let (state, is_new) = match look(session, by)? {
+        Some(state) => (state, false),
+        None if mode == CatalogMode::MustExist => return Err(missing()),
+        None => (create(session, by)?, true),
+    };
     // Housekeeping; that it fails, for want of a right, say, is no reason to do without locks.
-    if has_old_rows {
+    if state.has_old_rows {
         let cleaning = session.schema().apply(sql::CATALOG_CLEANING);
         if let Err(Failure::Refused(error)) = session.simple_query(&cleaning, by) {
             log::debug!("rows of old locks stay in the catalog: {}", chain(&error));
@@ -88,16 +78,15 @@ pub(crate) fn ensure(
     Ok(is_new)
 }
 
-/// Whether the catalog is there and can be used, as it is; `false` if a session that needs it would make it, or bring it up to
-/// date.
-pub(crate) fn is_there(
+/// The catalog as it is, if it can be used; `None` if a session that needs it would make it, or bring it up to date.
+pub(crate) fn found(
     session: &mut Session,
     mode: CatalogMode,
     by: Instant,
-) -> std::result::Result<bool, Refusal> {
+) -> std::result::Result<Option<State>, Refusal> {
     match look(session, by)? {
         None if mode == CatalogMode::MustExist => Err(missing()),
-        state => Ok(state.is_some()),
+        state => Ok(state),
     }
 }
 
@@ -109,9 +98,10 @@ fn missing() -> Refusal {
 }
 
 /// What there is to be done for a catalog that can be used.
-#[derive(Clone, Copy, Debug, Default)]
-struct State {
-    has_era: bool,
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct State {
+    /// Tokens are drawn in this run of the server.
+    pub(crate) has_era: bool,
     has_old_rows: bool,
 }
 
@@ -239,7 +229,7 @@ fn no_era() -> Refusal {
         ErrorKind::SessionUnavailable,
         "the server was restarted, or another one took its place, and that fencing tokens go on could not be recorded in time: the first commit \
          waits for the synchronous standbys, as all commits do; start each standby that synchronous_standby_names names (see \
-         pg_stat_replication), or take it out there"
+         pg_stat_replication), or take it out there; if none is away, see in pg_locks who has the table dsync.era locked"
             .to_owned(),
     )
 }

@@ -493,6 +493,10 @@ impl Engine {
             Ok(Answer::OtherPermits { theirs }) => {
                 self.refused(Refusal::other_permits(self.claim.key(), self.request.permits, theirs))
             }
+            Ok(Answer::NoEra) => {
+                self.spec.pool.catalog_is_gone();
+                self.refused(Refusal::no_era())
+            }
             Err(failed) => failed,
         }
     }

@@ -54,6 +54,8 @@ pub(crate) enum Answer {
     Collision { other: String },
     /// The semaphore has another number of permits than the caller says. The session has nothing.
     OtherPermits { theirs: i32 },
+    /// No token can be drawn before a new era has begun, for which a session is to be opened. The lock may be ours.
+    NoEra,
 }
 
 /// What the statement says.
@@ -380,9 +382,13 @@ impl Session {
             // Another reader has made the row theirs meanwhile.
             outcome = self.take_unknown_once(verb, request, by);
         }
-        // After a crash of the server there is no token before a new era. The lock, if it is ours already, is taken twice.
         if let Ok(Answered::Tokenless) = outcome {
-            self.new_era(by)?;
+            // Somebody has rewritten the catalog. The new era waits for the synchronous standbys; a caller who did not want to wait any longer would
+            // cancel that, and so end it without them.
+            if !self.has_era(by)? {
+                return Ok(Answer::NoEra);
+            }
+            // The lock, if it is ours already, is taken twice.
             outcome = self.take_unknown_once(verb, request, by);
         }
         match outcome {
@@ -459,6 +465,12 @@ impl Session {
     pub(super) fn agree(&mut self, requests: &[&Request], by: Instant) -> Result<(), Failure> {
         let Some(first) = requests.first() else { return Ok(()) };
         self.run(Verb::Agree, first.shape(), &Semaphores::of(requests).parameters(), by).map(drop)
+    }
+
+    /// Whether tokens are drawn.
+    fn has_era(&mut self, by: Instant) -> Result<bool, Failure> {
+        let row = self.simple_query(&self.schema.apply(sql::HAS_ERA), by)?;
+        Ok(row.is_some_and(|row| row.try_get(0).is_ok_and(|has| has == Some("t"))))
     }
 
     /// Lets tokens go on after a crash. Does nothing where that has been done. It may take a second more than a statement.

@@ -134,6 +134,13 @@ impl Refusal {
         }
     }
 
+    /// A claim has found no era of tokens, which its session saw when it was opened.
+    pub(crate) fn no_era() -> Self {
+        let message = "the table dsync.era of the catalog was emptied or rewritten; no fencing token can be given out before another session \
+                       has mended that";
+        Self::new(ErrorKind::SessionUnavailable, message.to_owned())
+    }
+
     /// Two keys have one hash.
     pub(crate) fn collision(key: &str, other: &str) -> Self {
         let message = format!(

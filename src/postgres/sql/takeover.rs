@@ -16,15 +16,25 @@ pub(crate) const ARE_TERMS_OVER: &str = "SELECT id FROM dsync.takeover AS past W
      AND base = (SELECT oid FROM pg_database WHERE datname = current_database())";
 
 /// As [`ARE_TERMS_OVER`], and what is agreed on: for the first session of a manager.
-pub(crate) const ARE_TERMS_OVER_AND_AGREED: &str = "SELECT takeover.id, policy.takeover, policy.lease, policy.quorum \
+///
+/// No row where no token can be drawn.
+pub(crate) const ARE_TERMS_OVER_AND_AGREED: &str = concat!(
+    "SELECT takeover.id, policy.takeover, policy.lease, policy.quorum \
      FROM dsync.takeover AS takeover, dsync.policy AS policy \
      WHERE takeover.over AND takeover.server = pg_postmaster_start_time() \
-     AND takeover.base = (SELECT base.oid FROM pg_database AS base WHERE base.datname = current_database())";
+     AND takeover.base = (SELECT base.oid FROM pg_database AS base WHERE base.datname = current_database()) AND ",
+    era!()
+);
 
 /// What is agreed on, where nothing else is of interest: a text of no meaning, policy, the longest lease in milliseconds, and whether
-/// the standbys confirm heartbeats.
-pub(crate) const AGREED: &str =
-    "SELECT 'immediate', policy.takeover, policy.lease, policy.quorum FROM dsync.policy AS policy";
+/// the standbys confirm heartbeats. No row where no token can be drawn.
+pub(crate) const AGREED: &str = concat!(
+    "SELECT 'immediate', policy.takeover, policy.lease, policy.quorum FROM dsync.policy AS policy WHERE ",
+    era!()
+);
+
+/// Whether tokens are drawn in this run of the server.
+pub(crate) const HAS_ERA: &str = concat!("SELECT ", era!());
 
 /// What a role may ask a server for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
