@@ -10,7 +10,7 @@ use dsync::Quorum;
 use support::Server;
 use support::netns::{Direction, Netns};
 
-use crate::common::{becomes, in_both_modes, role};
+use crate::common::{PATIENCE, becomes, in_both_modes, role};
 use crate::cutoff::witness::{Event, Role, WITNESS, Witness, testify};
 use crate::cutoff::{
     GRACE, LEASE, Lateness, Party, all_queue, granted, holds, last_of, length, micros, ms, nothing_is_left,
@@ -134,7 +134,9 @@ fn a_waiter_whose_cable_is_pulled_is_passed_over_and_queues_again() {
         let holder = Party::steady("holder", &server.url(), COUNT);
         holder.lock_all();
         let (url, quorum) = (url.clone(), Quorum::Server);
-        let role = Role { url, count: COUNT, lease: LEASE, wait_slice: LEASE, quorum, shared_sessions: 0 };
+        // Who hears that it has the lock is to hear it in its slice, however long it takes a busy machine to cut the cable.
+        let wait_slice = if direction == Direction::Outward { PATIENCE } else { LEASE };
+        let role = Role { url, count: COUNT, lease: LEASE, wait_slice, quorum, shared_sessions: 0 };
         let mut witness = Witness::start(&role, &mut role.command_inside(&netns, "partition::a_witness"));
         becomes("the queue of the witness", &COUNT, || queues(operator, WITNESS));
         let next = Party::new("next", &server.url(), COUNT);
