@@ -57,7 +57,7 @@ pub(crate) fn check(pool: &Pool, config: &Config) -> CheckReport {
             lines.push(role(&facts));
             lines.push(catalog(&mut session, &facts, config.catalog, by));
             if config.catalog != CatalogMode::None && facts.is("has_schema") {
-                lines.extend(takeover(pool, &mut session, by));
+                lines.extend(takeover(pool, &mut session, &facts, by));
             }
             lines.push(lease(&facts, config));
             lines.push(clients(&facts, config));
@@ -192,11 +192,21 @@ fn catalog(session: &mut Session, facts: &Facts, mode: CatalogMode, by: Instant)
         Ok(Some(State { has_era: false, .. })) if waits_for_standby(facts) => CheckLine::wrong(
             TOPIC,
             format!(
-                "in the schema {schema}, but no lock is granted: since the server was started, or took another one's place, that fencing tokens go \
-                 on could not be recorded, since commits wait for a standby that is away"
+                "in the schema {schema}, but no lock is granted: that fencing tokens go on in this run of the server is not recorded yet, and the \
+                 commit of that waits for a standby that is away"
             ),
             START_STANDBY,
         ),
+        Ok(Some(State { has_era: false, .. })) if !facts.setting("synchronous_standby_names").is_empty() => {
+            CheckLine::warning(
+                TOPIC,
+                format!(
+                    "in the schema {schema}; that fencing tokens go on in this run of the server is not recorded yet: the first lock is granted \
+                     when it is, and the standbys that synchronous_standby_names names have that"
+                ),
+                "if locks wait, see in pg_stat_replication whether such a standby is away, or stands still",
+            )
+        }
         Ok(Some(_)) => CheckLine::good(TOPIC, format!("in the schema {schema}, with all rights")),
         Ok(None) if facts.is("has_schema") => CheckLine::warning(
             TOPIC,
@@ -221,8 +231,8 @@ fn catalog(session: &mut Session, facts: &Facts, mode: CatalogMode, by: Instant)
 }
 
 /// What cannot be asked here, the line on the catalog tells of.
-fn takeover(pool: &Pool, session: &mut Session, by: Instant) -> Option<CheckLine> {
-    if let Some(refusal) = pool.objection(session, by).ok()? {
+fn takeover(pool: &Pool, session: &mut Session, facts: &Facts, by: Instant) -> Option<CheckLine> {
+    if let Some(refusal) = pool.objection(session, waits_for_standby(facts), by).ok()? {
         return Some(refusal.into_line("takeover"));
     }
     let (left, is_counted) = pool.grace_on(session, by).ok()??;
@@ -401,7 +411,6 @@ fn locks(facts: &Facts, wanted: u32, shares: bool) -> CheckLine {
     CheckLine::good("locks", text)
 }
 
-/// Locks wait for no standby: only what is to survive the server does.
 const START_STANDBY: &str = "start the standby, or take its name out of synchronous_standby_names";
 
 /// Whether a synchronous standby is named, and none is connected, as far as the role may see.
@@ -411,6 +420,7 @@ fn waits_for_standby(facts: &Facts) -> bool {
     !facts.setting("synchronous_standby_names").is_empty() && is_seen && synchronous == 0
 }
 
+/// Locks wait for no standby: only what is to survive the server does.
 fn replication(facts: &Facts) -> CheckLine {
     const TOPIC: &str = "replication";
     let (standbys, names) = (facts.number::<i64>("standbys"), facts.setting("synchronous_standby_names"));

@@ -470,9 +470,7 @@ impl Pool {
             self.catalog_seen.store(true, Ordering::Relaxed);
         }
         match takeover::peek(&mut session, by).map_err(Refusal::from_failure)? {
-            Some(Past::Pending { id, lasts, seen }) => {
-                self.graces.lock().goes_on(&id, lasts, seen, Instant::now());
-            }
+            Some(Past::Pending { id, lasts, seen }) => self.grace_goes_on(&id, lasts, seen),
             Some(Past::Over { id }) => {
                 self.graces.lock().ends(&id);
             }
@@ -542,17 +540,21 @@ impl Pool {
                 session.set_run(id, false);
             }
             Past::Pending { id, lasts, seen } => {
-                let left = lasts.saturating_sub(seen);
-                let is_new = self.graces.lock().goes_on(&id, lasts, seen, Instant::now());
-                if is_new && !left.is_zero() {
-                    log::warn!(
-                        "the server was restarted, or another one took its place: locks are granted in {left:.1?}, since a holder of before \
-                         may be cut off, and the longest lease is {lasts:?} (takeover policy: {})",
-                        self.own.policy.name()
-                    );
-                }
+                self.grace_goes_on(&id, lasts, seen);
                 session.set_run(id, true);
             }
+        }
+    }
+
+    fn grace_goes_on(&self, id: &str, lasts: Duration, seen: Duration) {
+        let left = lasts.saturating_sub(seen);
+        let is_new = self.graces.lock().goes_on(id, lasts, seen, Instant::now());
+        if is_new && !left.is_zero() {
+            log::warn!(
+                "the server was restarted, or another one took its place: locks are granted in {left:.1?}, since a holder of before \
+                 may be cut off, and the longest lease is {lasts:?} (takeover policy: {})",
+                self.own.policy.name()
+            );
         }
     }
 
@@ -602,13 +604,15 @@ impl Pool {
         self.graces.lock().of_newest(Instant::now())
     }
 
-    /// Why the managers of the database would not have this one among them, if they would not.
+    /// Why the managers of the database would not have this one among them, if they would not; or cannot be told of it, where commits wait for a
+    /// standby that is away.
     pub(crate) fn objection(
         &self,
         session: &mut Session,
+        standby_is_away: bool,
         by: Instant,
     ) -> std::result::Result<Option<Refusal>, Failure> {
-        takeover::objection(session, self.own, by)
+        takeover::objection(session, self.own, standby_is_away, by)
     }
 
     /// How long the takeover grace lasts at the most that goes on, by the word of a session that takes no locks; and whether it is

@@ -842,6 +842,10 @@ fn what_is_agreed_on_waits_for_the_synchronous_standby_and_says_so() {
         let error = lock(longer, "k1").acquire(5 * SECOND).unwrap_err().to_string();
         assert!(error.contains("waits for the synchronous standbys"), "{error}");
         assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
+        let report = longer.check();
+        let line = report.lines.iter().find(|line| line.topic == "takeover").unwrap();
+        assert_eq!(line.verdict, Verdict::Wrong);
+        assert!(line.text.contains("longer lease"), "{line:?}");
     };
     says_so(&longer);
     // The first one's session has the row, for as long as it waits.
@@ -867,8 +871,7 @@ fn a_weaker_policy_is_refused_and_stronger_settings_count_from_then_on() {
         assert_eq!(error.kind(), ErrorKind::FailedInitialization);
         assert!(error.to_string().contains("UPDATE dsync.policy SET takeover = "), "{error}");
     }
-    // A longer lease counts for all, a shorter one does not.
-    // A start ends well without a session too, and then agrees on nothing.
+    // A longer lease counts for all, a shorter one does not. A start ends well without a session too, and then agrees on nothing: so they have a lock.
     let joins = |settings| lock(&started(settings), "k2").acquire(PATIENCE).unwrap().release().unwrap();
     joins(settings(TakeoverPolicy::AfterAnyRestart, Duration::from_secs(6)));
     joins(settings(TakeoverPolicy::AfterAnyRestart, Duration::from_secs(1)));

@@ -51,6 +51,10 @@ pub fn catalog_sql(schema: &str) -> Result<String> {
     Ok(schema.apply(sql::CATALOG))
 }
 
+/// What a commit may wait for, and what to do then.
+const STANDBYS: &str = "waits for the synchronous standbys, as all commits do; start each standby that synchronous_standby_names names (see \
+                        pg_stat_replication), or take it out there";
+
 /// What an administrator is to run, for messages.
 pub(crate) const SCRIPT: &str = "dsync::CATALOG_SQL (for another schema than dsync: dsync::catalog_sql)";
 
@@ -207,6 +211,10 @@ fn create_in_transaction(session: &mut Session, by: Instant) -> std::result::Res
         ))),
         // The script's own word, on what has come there since we looked. Its code is of no meaning to anybody else.
         Err(Failure::Refused(error)) if code(&error) == "ZDS01" => Err(refused(&chain(&error))),
+        Err(failure) if is_late(&failure) => Err(Refusal::new(
+            ErrorKind::SessionUnavailable,
+            format!("the catalog could not be made in time: its commit {STANDBYS}"),
+        )),
         Err(failure) => Err(failed(failure)),
     }
 }
@@ -227,10 +235,10 @@ fn is_late(failure: &Failure) -> bool {
 fn no_era() -> Refusal {
     Refusal::new(
         ErrorKind::SessionUnavailable,
-        "the server was restarted, or another one took its place, and that fencing tokens go on could not be recorded in time: the first commit \
-         waits for the synchronous standbys, as all commits do; start each standby that synchronous_standby_names names (see \
-         pg_stat_replication), or take it out there; if none is away, see in pg_locks who has the table dsync.era locked"
-            .to_owned(),
+        format!(
+            "the server was restarted, or another one took its place, or the table dsync.era was rewritten, and that fencing tokens go on could not \
+             be recorded in time: the first commit {STANDBYS}; if none is away, see in pg_locks who has that table locked"
+        ),
     )
 }
 

@@ -156,14 +156,24 @@ pub(crate) fn peek(session: &mut Session, by: Instant) -> Result<Option<Past>, F
     })
 }
 
-/// Why a manager with these settings is refused here, if it is. As [`peek`].
-pub(crate) fn objection(session: &mut Session, own: Agreed, by: Instant) -> Result<Option<Refusal>, Failure> {
+/// Why a manager with these settings gets no lock here, if it gets none: it is refused, or raises what is agreed on while a standby is away. As
+/// [`peek`].
+pub(crate) fn objection(
+    session: &mut Session,
+    own: Agreed,
+    standby_is_away: bool,
+    by: Instant,
+) -> Result<Option<Refusal>, Failure> {
     let look = match look(session, None, by) {
         Err(Failure::Refused(_)) => return Ok(None),
         look => look?,
     };
-    let agreed = look.agreed.filter(|agreed| agree(own, Some(*agreed)) == Agreement::TooWeak);
-    Ok(agreed.map(|agreed| too_weak(session, own, agreed)))
+    let Some(agreed) = look.agreed else { return Ok(None) };
+    Ok(match agree(own, Some(agreed)) {
+        Agreement::TooWeak => Some(too_weak(session, own, agreed)),
+        Agreement::Raise if standby_is_away => Some(not_agreed(own)),
+        _ => None,
+    })
 }
 
 fn too_weak(session: &Session, own: Agreed, known: Agreed) -> Refusal {

@@ -88,10 +88,18 @@ impl Session {
 
     /// Takes locks and gives others back; what came of each, in the same order. No number may be there twice, or be taken that this session
     /// has. It waits for nobody. After a [refusal](Failure::Refused) nothing is known of these locks: the server keeps what it took before.
-    pub(crate) fn carry(&mut self, orders: &[Order<'_>], by: Instant) -> Result<Vec<Done>, Failure> {
+    ///
+    /// Where the era of tokens is gone, it says so to `no_era` and begins a new one, for which it may wait for a standby until `by`.
+    pub(crate) fn carry(
+        &mut self,
+        orders: &[Order<'_>],
+        by: Instant,
+        no_era: impl FnOnce(),
+    ) -> Result<Vec<Done>, Failure> {
         let Carried { mut done, has_era, mut late } = self.carry_once(orders, by)?;
         if !has_era {
-            // After a crash of the server there is no token before a new era. What was to have one has been given back.
+            // Somebody has rewritten the catalog. What was to have a token has been given back.
+            no_era();
             self.new_era(by)?;
             let busy = |place: &usize| orders[*place].deed().is_none() && done[*place] == Done::Busy;
             late = (0..orders.len()).filter(busy).collect();

@@ -243,7 +243,7 @@ impl Engine {
     /// Runs the statement for these claims, after it has found the permits that some of them want; what has come of each.
     fn carry_once(&mut self, numbers: &[usize], by: Instant) -> Result<Vec<(usize, Done)>, Failure> {
         let mut done = self.find_permits(numbers, by)?;
-        let Self { seats, lifecycle, slot, .. } = self;
+        let Self { seats, lifecycle, slot, pool, .. } = self;
         let lock_of = |number: &usize| {
             let seated = seats.get(*number)?.as_ref()?;
             Some((*number, seated.lock?, &seated.seat))
@@ -265,7 +265,8 @@ impl Engine {
             })
             .collect();
         let session = slot.as_mut().and_then(|slot| slot.session()).ok_or_else(no_session)?;
-        let answers = session.carry(&orders, by)?;
+        // If that takes too long the next session sees to it before it takes a lock.
+        let answers = session.carry(&orders, by, || pool.catalog_is_gone())?;
         done.extend(locks.iter().map(|(number, ..)| *number).zip(answers));
         Ok(done)
     }
@@ -319,7 +320,7 @@ impl Engine {
             .collect();
         let orders: Vec<_> =
             locks.iter().map(|(key, spec)| Order::Give { key: *key, request: &spec.request }).collect();
-        match self.session().map(|session| session.carry(&orders, by)) {
+        match self.session().map(|session| session.carry(&orders, by, || {})) {
             Some(Ok(_)) => {}
             // A server that does not take back a lock is of no use.
             Some(Err(failure)) => return Err(self.lost(failure)),
