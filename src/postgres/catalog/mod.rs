@@ -211,9 +211,11 @@ fn create_in_transaction(session: &mut Session, by: Instant) -> std::result::Res
         ))),
         // The script's own word, on what has come there since we looked. Its code is of no meaning to anybody else.
         Err(Failure::Refused(error)) if code(&error) == "ZDS01" => Err(refused(&chain(&error))),
-        Err(failure) if is_late(&failure) => Err(Refusal::new(
+        Err(Failure::Lost { reason: LossReason::HeartbeatTimedOut, .. }) => Err(Refusal::new(
             ErrorKind::SessionUnavailable,
-            format!("the catalog could not be made in time: its commit {STANDBYS}"),
+            format!(
+                "the catalog could not be made in time: its commit {STANDBYS}; if none is away, and the link is slow, raise connect_timeout"
+            ),
         )),
         Err(failure) => Err(failed(failure)),
     }
