@@ -118,7 +118,7 @@ fn pull_the_cable(direction: Direction, lease: Duration, shared_sessions: u32) {
     let released_at = now();
     competitor.release_all();
     assert!(witness.says_of_all("held again", Event::held).iter().all(|&by| by > released_at));
-    assert_eq!(holds(operator, WITNESS), COUNT);
+    becomes("the locks of the witness", &COUNT, || holds(operator, WITNESS));
     witness.process.kill();
     nothing_is_left(operator);
 }
