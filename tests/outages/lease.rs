@@ -352,7 +352,7 @@ fn a_frozen_holder_is_replaced_in_time_and_knows_when_it_thaws(shared_sessions: 
     let operator = &mut server.client().unwrap();
     let mut witness = witness(&server, COUNT, shared_sessions);
     witness.says_of_all("held", Event::held);
-    let competitor = Party::new("competitor", &server.url(), COUNT);
+    let competitor = Party::steady("competitor", &server.url(), COUNT);
     let had = competitor.wait_for_all();
     all_queue(operator, &competitor);
 
@@ -446,7 +446,7 @@ fn a_killed_holder_is_replaced_at_once(shared_sessions: u32) {
     let server = Server::start().unwrap();
     let mut witness = witness(&server, COUNT, shared_sessions);
     witness.says_of_all("held", Event::held);
-    let next = Party::new("next", &server.url(), COUNT);
+    let next = Party::steady("next", &server.url(), COUNT);
     let had = next.wait_for_all();
     all_queue(&mut server.client().unwrap(), &next);
     let killed_at = now();
@@ -610,13 +610,13 @@ fn a_waiter_that_is_cut_off_is_passed_over_and_queues_again_when_the_cut_ends() 
     const COUNT: usize = 10;
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    for direction in [Direction::Both, Direction::Inward, Direction::Outward] {
+    // How many were told that they have the lock.
+    let mut told = |direction| {
         let proxy = Proxy::to(server.port());
         let url = server.url_at("127.0.0.1", proxy.port());
         let holder = Party::steady("holder", &server.url(), COUNT);
         holder.lock_all();
-        // One that hears that it has the lock is to hear it in its slice, however busy the machine is.
-        let slice = if direction == Direction::Outward { ONE_SLICE } else { Duration::from_secs(2) };
+        let slice = Duration::from_secs(2);
         let waiter = Party::with("waiter", COUNT, config("waiter", &url, COUNT).wait_slice(slice));
         let waiting = waiter.wait_for_all();
         all_queue(operator, &waiter);
@@ -630,11 +630,11 @@ fn a_waiter_that_is_cut_off_is_passed_over_and_queues_again_when_the_cut_ends() 
         let last = last_of(&had, COUNT);
         println!("{direction:?}: passed over within {:.0} ms", ms(released_at, last));
         assert!(last - released_at <= length(LEASE + GRACE), "{:.0} ms", ms(released_at, last));
-        // One that hears but is not heard was told that it has the lock, and had it, until it got no answer.
         assert_eq!(waiter.held(), 0);
-        for (lock, (since, _)) in waiter.locks.iter().zip(granted(operator, COUNT)) {
-            assert_eq!(lock.last_loss().is_some(), direction == Direction::Outward);
-            assert!(lock.last_loss().is_none_or(|loss| micros(loss.at) < since), "stolen before it was lost");
+        let lost = |lock: &Arc<dyn Lock>| lock.last_loss().map(|loss| micros(loss.at));
+        let losses: Vec<_> = waiter.locks.iter().map(lost).collect();
+        for (lost, (since, _)) in losses.iter().zip(granted(operator, COUNT)) {
+            assert!(lost.is_none_or(|lost| lost < since), "stolen before it was lost");
         }
 
         // All its sessions are over, by its own word: there is nothing to find in the queue when the cut ends.
@@ -648,7 +648,13 @@ fn a_waiter_that_is_cut_off_is_passed_over_and_queues_again_when_the_cut_ends() 
         last_of(&waiting, COUNT);
         gets_all_back(operator, &waiter);
         nothing_is_left(operator);
-    }
+        losses.iter().flatten().count()
+    };
+    assert_eq!(told(Direction::Both), 0);
+    assert_eq!(told(Direction::Inward), 0);
+    // One that hears but is not heard has the lock until it gets no answer: unless its slice ended before, or had begun so long ago that it first
+    // asks once more. On a busy machine that may be so of all.
+    eventually("a waiter that was told", || told(Direction::Outward) > 0);
 }
 
 /// A fenced transaction of the term before makes the first statement of the next one fail, after the lock was granted.
