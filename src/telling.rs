@@ -214,7 +214,7 @@ impl Story {
 
     /// As [`tell`](Self::tell), and waits for a thread that is at it: for a caller that is about to return, after which others may have more to tell
     /// of the lock. It does not wait for long, since that thread may wait for this one.
-    pub(crate) fn have_told(&self) {
+    pub(crate) fn tell_and_wait(&self) {
         const AT_MOST: Duration = Duration::from_millis(100);
         let begun = Instant::now();
         loop {

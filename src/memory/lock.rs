@@ -254,9 +254,9 @@ impl Guarded for MemoryLock {
 }
 
 /// Another thread may be about to tell that this claim was granted the lock, or lost it. What happens to the next claim is told after that.
-fn have_told(story: Option<&Arc<Story>>) {
+fn tell_and_wait(story: Option<&Arc<Story>>) {
     if let Some(story) = story {
-        story.have_told();
+        story.tell_and_wait();
     }
 }
 
@@ -287,7 +287,7 @@ impl Hold for ClaimOfGuard {
     fn release(&mut self, _: Instant) -> Result<()> {
         let Self { lock, id, loss, story } = self;
         let was_there = lock.server.change(|state, gone| state.end(&lock.place, *id, gone));
-        have_told(story.as_ref());
+        tell_and_wait(story.as_ref());
         if was_there {
             return Ok(());
         }
@@ -335,7 +335,7 @@ impl Lock for MemoryLock {
 
     fn release(&self) -> Result<()> {
         let story = self.server.change(|state, gone| state.end_claim(self.manager, &self.key, gone));
-        have_told(story.as_ref());
+        tell_and_wait(story.as_ref());
         Ok(())
     }
 

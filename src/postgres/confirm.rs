@@ -11,7 +11,7 @@ use crate::clock::Moment;
 use crate::error::ErrorKind;
 use crate::loss::LossReason;
 use crate::pg::knocks::{Knocks, Look};
-use crate::pg::quorum::{Confirmations, Follower, Part, Place, Unnamed, named_standbys, obstacle};
+use crate::pg::quorum::{Confirmations, Follower, Lsn, Part, Unnamed, named_standbys, obstacle};
 use crate::pg::session::open::Session;
 use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::Failure;
@@ -47,7 +47,7 @@ pub(crate) fn may_confirm(session: &mut Session, by: Instant) -> Result<Vec<Stri
 pub(crate) fn look(
     session: &mut Session,
     by: Instant,
-    patience: Duration,
+    answer_within: Duration,
 ) -> Result<(Vec<String>, Option<String>), Refusal> {
     /// Nobody else has these confirmations.
     const RUN: &str = "";
@@ -55,12 +55,12 @@ pub(crate) fn look(
     let names = may_confirm(session, by)?;
     let row = session.simple_query(sql::LOOK_AT_STANDBYS, by).map_err(Refusal::from_failure)?;
     let seen = row.as_ref().and_then(|row| row.try_get(1).ok().flatten()).unwrap_or_default();
-    if let Some(absent) = obstacle(&names, &followers(seen), Place::FIRST) {
+    if let Some(absent) = obstacle(&names, &followers(seen), Lsn::FIRST) {
         return Ok((names, Some(absent)));
     }
     let (confirmations, begun, since) = (Mutex::default(), Moment::now(), Instant::now());
-    let wait = Wait { since, by: since + patience, leaves: || false, patience };
-    while since.elapsed() < patience {
+    let wait = Wait { since, by: since + answer_within, leaves: || false, answer_within };
+    while since.elapsed() < answer_within {
         ask(session, &confirmations, RUN, [begun; 2], &wait).map_err(Refusal::from_failure)?;
         if confirmations.lock().given(RUN).is_some() {
             return Ok((names, None));
@@ -86,20 +86,20 @@ fn says_not_who(setting: &str, unnamed: Unnamed) -> String {
 
 /// For how long to wait.
 pub(crate) struct Wait<F> {
-    /// Since when. What is in the way is told after the patience, and a refusal sooner.
+    /// When the wait began. What is in the way is told after `answer_within`, and a refusal sooner.
     pub(crate) since: Instant,
-    /// At the latest until then.
+    /// When the wait ends.
     pub(crate) by: Instant,
-    /// Not any longer when it says so.
+    /// Returns true if the claim must stop waiting.
     pub(crate) leaves: F,
     /// How long the server may take to answer. A statement that has begun before `by` is given that, since a session is of no use any
     /// more whose answer is not waited for.
-    pub(crate) patience: Duration,
+    pub(crate) answer_within: Duration,
 }
 
 impl<F> Wait<F> {
     fn answer_by(&self) -> Instant {
-        Instant::now() + self.patience
+        Instant::now() + self.answer_within
     }
 
     /// Repeats a statement that somebody's cancel request has hit, which says nothing of the session.
@@ -138,7 +138,7 @@ impl Wanted {
 }
 
 /// By what it is confirmed.
-pub(crate) struct Witnesses<'a> {
+pub(crate) struct Confirmers<'a> {
     /// The standbys, if they are asked.
     pub(crate) standbys: Option<&'a Mutex<Confirmations>>,
     /// Newcomers, if they are sent for what was granted.
@@ -148,8 +148,8 @@ pub(crate) struct Witnesses<'a> {
 
 /// What came of it.
 pub(crate) enum Outcome {
-    /// The standbys followed the server then, and it was not stopping then; now, if that is not asked for. One of the two that are wanted came
-    /// before.
+    /// `followed`: the latest time at which all standbys are known to have followed the server. `open`: the latest time at which the server is known
+    /// not to have been stopping. What is not asked for counts as now. One of the two that are wanted came before.
     Confirmed { followed: Option<Moment>, open: Option<Moment> },
     /// Neither is confirmed yet, for this reason.
     Missing(Refusal),
@@ -158,7 +158,7 @@ pub(crate) enum Outcome {
 }
 
 /// Waits until one of the two that are wanted is confirmed, for as long as `wait` says; one session asks for all. The server must answer each
-/// statement within its patience.
+/// statement within `answer_within`.
 ///
 /// That a server is not stopping is seen by a newcomer at the same address, which it would refuse then. A server that stops ends its sessions one
 /// after the other, and may grant the lock of one that it has ended to another, which it ends next.
@@ -171,7 +171,7 @@ pub(crate) enum Outcome {
 /// It waits with short pauses, and not on a condition variable: a process may be forked meanwhile.
 pub(crate) fn confirm(
     session: &mut Session,
-    witnesses: &Witnesses<'_>,
+    confirmers: &Confirmers<'_>,
     wanted: &Wanted,
     wait: &Wait<impl Fn() -> bool>,
 ) -> Result<Outcome, Failure> {
@@ -180,17 +180,17 @@ pub(crate) fn confirm(
     let run = run_of(session)?;
     let mut pause = SHORTEST;
     loop {
-        let followed = witnesses.followed(session, &run, wanted, wait)?;
-        let open = witnesses.open(session, &run, wanted.granted);
+        let followed = confirmers.followed(session, &run, wanted, wait)?;
+        let open = confirmers.open(session, &run, wanted.granted);
         let is_confirmed = |at: Option<Moment>, by: Option<Moment>| at.is_some() && by >= at;
         let is_granted = is_confirmed(wanted.granted, followed.min(open));
-        if is_granted && witnesses.newcomers.is_some() {
+        if is_granted && confirmers.newcomers.is_some() {
             session.heartbeat(wait.answer_by())?;
         }
         if is_granted || is_confirmed(wanted.sent, followed) {
             return Ok(Outcome::Confirmed { followed, open });
         }
-        if let Some(obstacle) = witnesses.obstacle(&run, wanted.after(followed).is_some(), wait) {
+        if let Some(obstacle) = confirmers.obstacle(&run, wanted.after(followed).is_some(), wait) {
             return Ok(Outcome::Missing(Refusal::new(ErrorKind::SessionUnavailable, obstacle)));
         }
         if (wait.leaves)() || Instant::now() >= wait.by {
@@ -202,7 +202,7 @@ pub(crate) fn confirm(
     }
 }
 
-impl Witnesses<'_> {
+impl Confirmers<'_> {
     /// Asks the standbys, for whoever waits. When they are known to have followed the server the last time.
     fn followed(
         &self,
@@ -240,7 +240,7 @@ impl Witnesses<'_> {
         /// One that was refused may have come in the midst of a crash.
         const WORTH_TELLING: Duration = Duration::from_millis(250);
         let waited = wait.since.elapsed();
-        let is_silent = waited >= wait.patience;
+        let is_silent = waited >= wait.answer_within;
         match (self.standbys, self.newcomers) {
             (Some(confirmations), _) if lacks_standbys => {
                 let obstacle = is_silent.then(|| confirmations.lock().obstacle(run))?;
@@ -314,7 +314,7 @@ fn ask(
         let began = Moment::now();
         let place = wait
             .until_not_cancelled(|by| session.last_row(sql::WRITE_RECORD, by))?
-            .and_then(|row| Place::parse(row.try_get(0).ok().flatten()?));
+            .and_then(|row| Lsn::parse(row.try_get(0).ok().flatten()?));
         let place = place.ok_or(Failure::Lost { reason: LossReason::ServerError, cause: None })?;
         confirmations.lock().written(run, began, place);
     }
@@ -339,7 +339,7 @@ fn is_cancelled(error: &postgres::Error) -> bool {
 fn followers(answer: &str) -> Vec<Follower> {
     let listed: Vec<Value> = serde_json::from_str(answer).unwrap_or_default();
     let follower = |value: &Value| {
-        let flushed = value.get(1)?.as_str().and_then(Place::parse);
+        let flushed = value.get(1)?.as_str().and_then(Lsn::parse);
         Some(Follower { name: value.get(0)?.as_str()?.to_owned(), flushed })
     };
     listed.iter().filter_map(follower).collect()

@@ -19,7 +19,7 @@ use crate::pg::carrier::seat::Seat;
 use crate::pg::catalog::fence::RowFence;
 use crate::pg::claim::caller::{ActiveClaim, Worker};
 use crate::pg::claim::shared::{Claim, EndReason, Patience, Span};
-use crate::pg::claim::spec::LockSpec;
+use crate::pg::claim::spec::{LockSpec, uncertainty_window};
 use crate::pg::claim::supervisor::Supervisor;
 use crate::pg::config::CatalogMode;
 use crate::pg::inspect;
@@ -157,7 +157,7 @@ impl PostgresLock {
         let claim = Claim::new(
             self.text.clone(),
             self.key.mode,
-            config.lease + 2 * config.wait_slice,
+            uncertainty_window(config.lease, config.wait_slice),
             span,
             self.options.grace,
             story,

@@ -25,7 +25,7 @@ use crate::observer::Sessions;
 use crate::pg::catalog;
 use crate::pg::catalog::takeover::{self, Past};
 use crate::pg::config::{CatalogMode, Config};
-use crate::pg::confirm::{self, Outcome, Wait, Wanted, Witnesses};
+use crate::pg::confirm::{self, Confirmers, Outcome, Wait, Wanted};
 use crate::pg::knocks::Knocks;
 use crate::pg::quorum::{Confirmations, Quorum};
 use crate::pg::session::machine::{Confirms, Rhythm};
@@ -148,7 +148,7 @@ impl Slot {
 
 /// How long to wait for a slot at one time. Short, since a release cannot interrupt it; whoever wants to wait longer comes
 /// again.
-const PATIENCE: Duration = Duration::from_millis(100);
+const SLOT_WAIT: Duration = Duration::from_millis(100);
 
 /// How often the watchdog looks at all deadlines, at the least. Often enough that hardly a deadline is nearer, which would
 /// wake it; and so seldom that it costs nothing.
@@ -350,7 +350,7 @@ impl Pool {
     pub(crate) fn takes_at_most(&self) -> Duration {
         let is_known = self.catalog_ready.load(Ordering::Relaxed) && self.probed.load(Ordering::Relaxed);
         let attempts = if is_known { 2 } else { 3 };
-        PATIENCE * (1 + TURNS) + self.connect_timeout * attempts
+        SLOT_WAIT * (1 + TURNS) + self.connect_timeout * attempts
     }
 
     /// Whether a slot that is free in all but name is to be given back at once, since others want one.
@@ -377,7 +377,7 @@ impl Pool {
             self.crowded_at.store(self.now(), Ordering::Relaxed);
         }
         if waits || !self.is_full() {
-            let turn = turn.or_else(|| self.line.enter(&Context::timeout(PATIENCE)).ok());
+            let turn = turn.or_else(|| self.line.enter(&Context::timeout(SLOT_WAIT)).ok());
             for _ in 0..turn.map_or(0, |_| TURNS) {
                 if let Some(slot) = self.await_slot() {
                     return Ok(slot);
@@ -407,7 +407,7 @@ impl Pool {
             self.idle_thread.call();
             slot = self.slots.get_timeout(Duration::ZERO).ok();
         }
-        while slot.is_none() && begun.elapsed() < PATIENCE {
+        while slot.is_none() && begun.elapsed() < SLOT_WAIT {
             thread::sleep(nap);
             nap = (2 * nap).min(SLOT_LOOKS_EVERY * 10);
             slot = self.slots.try_get();
@@ -512,7 +512,7 @@ impl Pool {
             match takeover::may_ask(session, self.own, first, by).map_err(catalog::failed) {
                 // Somebody has dropped it.
                 Err(refusal) if refusal.is_about_catalog() && !first => {
-                    self.catalog_is_gone();
+                    self.forget_catalog();
                     first = true;
                 }
                 outcome => break outcome?,
@@ -536,7 +536,7 @@ impl Pool {
         self.agreed_in.lock().replace(id.clone());
         match past {
             Past::Over { id } => {
-                self.grace_is_over(&id);
+                self.end_grace(&id);
                 session.set_run(id, false);
             }
             Past::Pending { id, lasts, seen } => {
@@ -558,7 +558,7 @@ impl Pool {
         }
     }
 
-    fn grace_is_over(&self, id: &str) {
+    fn end_grace(&self, id: &str) {
         let is_new = self.graces.lock().ends(id);
         if is_new {
             log::info!("all terms from before the takeover of the server are over: locks are granted again");
@@ -647,12 +647,12 @@ impl Pool {
         wait: &Wait<impl Fn() -> bool>,
     ) -> std::result::Result<Outcome, Failure> {
         let is_strict = self.own.policy == TakeoverPolicy::AfterAnyRestart;
-        let witnesses = Witnesses {
+        let confirmers = Confirmers {
             standbys: self.own.quorum.then_some(&self.confirmations),
             newcomers: is_strict.then_some(&self.knocks),
             connect_timeout: self.connect_timeout,
         };
-        confirm::confirm(session, &witnesses, wanted, wait)
+        confirm::confirm(session, &confirmers, wanted, wait)
     }
 
     /// What all its sessions have in common.
@@ -801,7 +801,7 @@ impl Pool {
             };
         };
         if refusal.is_about_catalog() {
-            self.catalog_is_gone();
+            self.forget_catalog();
         }
         Err(refusal.into_error())
     }
@@ -812,12 +812,12 @@ impl Pool {
     }
 
     /// A session has turned out to be shared, so a pooler has come after the probe: the next session asks again.
-    pub(crate) fn sessions_are_shared(&self) {
+    pub(crate) fn probe_again(&self) {
         self.probed.store(false, Ordering::Relaxed);
     }
 
     /// A statement has found the catalog missing: someone dropped it, or the whole database.
-    pub(crate) fn catalog_is_gone(&self) {
+    pub(crate) fn forget_catalog(&self) {
         self.catalog_ready.store(false, Ordering::Relaxed);
         self.catalog_seen.store(false, Ordering::Relaxed);
     }

@@ -16,10 +16,17 @@ pub(crate) struct Problem {
     last: Option<Error>,
     /// The kinds that the log was warned of, each with the time of the last warning.
     warned: Vec<(ErrorKind, Instant)>,
-    /// It has had a warning, and goes on.
-    goes_on: bool,
-    /// Nothing has failed since something succeeded.
-    is_past: bool,
+    now: Now,
+}
+
+/// What has happened last.
+#[derive(Debug, Default)]
+enum Now {
+    /// Something succeeded.
+    #[default]
+    Well,
+    /// Something failed. `is_warned` if the log was warned of it since something succeeded.
+    Failing { is_warned: bool },
 }
 
 impl Problem {
@@ -32,13 +39,17 @@ impl Problem {
     }
 
     fn level(&mut self, kind: ErrorKind, now: Instant) -> log::Level {
-        let distance = if std::mem::take(&mut self.is_past) { RETURN } else { REMINDER };
+        let (distance, is_warned) = match self.now {
+            Now::Well => (RETURN, false),
+            Now::Failing { is_warned } => (REMINDER, is_warned),
+        };
+        self.now = Now::Failing { is_warned };
         match self.warned.iter_mut().find(|(known, _)| *known == kind) {
             Some((_, at)) if now.duration_since(*at) < distance => return log::Level::Debug,
             Some((_, at)) => *at = now,
             None => self.warned.push((kind, now)),
         }
-        self.goes_on = true;
+        self.now = Now::Failing { is_warned: true };
         log::Level::Warn
     }
 
@@ -56,9 +67,9 @@ impl Problem {
     }
 
     /// Something has succeeded: the next error is a new problem. True if the log was warned of the one that is over.
-    pub(crate) fn is_over(&mut self) -> bool {
-        (self.last, self.is_past) = (None, true);
-        std::mem::take(&mut self.goes_on)
+    pub(crate) fn end(&mut self) -> bool {
+        self.last = None;
+        matches!(std::mem::take(&mut self.now), Now::Failing { is_warned: true })
     }
 }
 
@@ -91,11 +102,11 @@ mod tests {
         }
         // One that comes and goes is no flood either.
         let returns = [(63, false), (71, false), (72, true), (73, false), (83, true)];
-        assert!(problem.is_over() && !problem.is_over());
+        assert!(problem.end() && !problem.end());
         for (second, is_told) in returns {
             let level = problem.level(ErrorKind::PoolExhausted, begun + Duration::from_secs(second));
             assert_eq!(level, if is_told { Warn } else { Debug }, "after {second} s");
-            assert_eq!(problem.is_over(), is_told, "after {second} s");
+            assert_eq!(problem.end(), is_told, "after {second} s");
         }
     }
 }

@@ -91,14 +91,14 @@ fn first_name(list: &str) -> Option<(String, &str, bool)> {
 pub(crate) struct Follower {
     pub(crate) name: String,
     /// Up to which place it has flushed the log, if that is known.
-    pub(crate) flushed: Option<Place>,
+    pub(crate) flushed: Option<Lsn>,
 }
 
-/// A place in the log of a server.
+/// A place in the write-ahead log of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Place(u64);
+pub(crate) struct Lsn(u64);
 
-impl Place {
+impl Lsn {
     pub(crate) const FIRST: Self = Self(0);
 
     /// As PostgreSQL writes it: two hexadecimal numbers, of which the first has the upper 32 bits. See
@@ -111,7 +111,7 @@ impl Place {
 }
 
 /// What is in the way of a confirmation, in words; `None` if all standbys of these names have the log up to `place`.
-pub(crate) fn obstacle(names: &[String], followers: &[Follower], place: Place) -> Option<String> {
+pub(crate) fn obstacle(names: &[String], followers: &[Follower], place: Lsn) -> Option<String> {
     names.iter().find_map(|name| {
         // The server compares them in the same way.
         let mut of_name = followers.iter().filter(|follower| follower.name.eq_ignore_ascii_case(name));
@@ -134,7 +134,7 @@ pub(crate) struct Confirmations(Runs<Confirmation>);
 /// Those on one run of a server.
 #[derive(Debug, Default)]
 struct Confirmation {
-    /// When the one began that began last, of those that were given.
+    /// Start of the latest confirmation that was given.
     given: Option<Moment>,
     /// The records that the standbys are to have, in the order in which they began.
     records: VecDeque<Record>,
@@ -142,7 +142,7 @@ struct Confirmation {
     next: Option<Moment>,
     /// Why they have not, by the last look.
     obstacle: Option<String>,
-    /// A session has a statement for it under way since then.
+    /// Since when a session has been asking.
     asked: Option<Moment>,
 }
 
@@ -150,7 +150,7 @@ struct Confirmation {
 struct Record {
     /// Before it was written.
     began: Moment,
-    place: Place,
+    place: Lsn,
 }
 
 /// What a session is to do that waits for a confirmation.
@@ -168,7 +168,7 @@ pub(crate) enum Part {
 
 impl Confirmations {
     /// Another session is waited for as long as it has been heard of that lately.
-    const PATIENCE: Duration = Duration::from_millis(200);
+    const ASKED_LASTS: Duration = Duration::from_millis(200);
 
     /// What to do at `now` for things that were sent from `first` to `last`, on this run of a server.
     ///
@@ -179,7 +179,7 @@ impl Confirmations {
         if known.given.is_some_and(|began| began >= first) {
             return Part::Given;
         }
-        if known.asked.is_some_and(|at| now.saturating_duration_since(at) < Self::PATIENCE) {
+        if known.asked.is_some_and(|at| now.saturating_duration_since(at) < Self::ASKED_LASTS) {
             return Part::Wait;
         }
         let part = match known.next {
@@ -197,7 +197,7 @@ impl Confirmations {
     }
 
     /// The record was written, after `began`.
-    pub(crate) fn written(&mut self, run: &str, began: Moment, place: Place) {
+    pub(crate) fn written(&mut self, run: &str, began: Moment, place: Lsn) {
         /// As many come in half a minute, if the standbys have none of them.
         const MOST: usize = 100;
         let known = self.0.of(run);
@@ -210,7 +210,7 @@ impl Confirmations {
     }
 
     /// What is in the way of each record was looked at.
-    pub(crate) fn seen(&mut self, run: &str, obstacle: impl Fn(Place) -> Option<String>, now: Moment) {
+    pub(crate) fn seen(&mut self, run: &str, obstacle: impl Fn(Lsn) -> Option<String>, now: Moment) {
         const SHORTEST: Duration = Duration::from_micros(200);
         const LONGEST: Duration = Duration::from_millis(20);
         let known = self.0.of(run);
@@ -283,9 +283,9 @@ mod tests {
     #[test]
     fn each_named_standby_must_have_the_record() {
         let names = ["a", "B"].map(str::to_owned);
-        let place = Place::parse("1/A").unwrap();
+        let place = Lsn::parse("1/A").unwrap();
         let follower = |name: &str, has_it| {
-            let flushed = Place::parse(if has_it { "1/A" } else { "1/9" });
+            let flushed = Lsn::parse(if has_it { "1/A" } else { "1/9" });
             Follower { name: name.to_owned(), flushed }
         };
         let problem = |followers: &[Follower]| obstacle(&names, followers, place);
@@ -302,9 +302,8 @@ mod tests {
     fn a_confirmation_serves_what_was_sent_before_it_began_on_the_same_server() {
         let (mut known, begin) = (Confirmations::default(), Moment::now());
         let at = |millis| begin.checked_add(Duration::from_millis(millis)).unwrap();
-        let place = |number| Place(number);
-        let none_before =
-            |place: u64| move |other: Place| (other.0 >= place).then(|| "it is gone".to_owned());
+        let place = |number| Lsn(number);
+        let none_before = |place: u64| move |other: Lsn| (other.0 >= place).then(|| "it is gone".to_owned());
         assert_eq!(known.part("x", at(0), at(0), at(1)), Part::Write);
         // Another heartbeat comes meanwhile, and is none the wiser when the first is confirmed.
         assert_eq!(known.part("x", at(2), at(2), at(3)), Part::Wait);
@@ -343,7 +342,7 @@ mod tests {
             match known.part("x", at(0), at(now), at(now)) {
                 Part::Write => {
                     written += 1;
-                    known.written("x", at(now), Place(now));
+                    known.written("x", at(now), Lsn(now));
                 }
                 Part::Look => looks += 1,
                 Part::Given | Part::Wait => continue,
@@ -353,7 +352,7 @@ mod tests {
         }
         assert!((30..60).contains(&written), "{written}");
         assert!((300..700).contains(&looks), "{looks}");
-        assert_eq!(known.obstacle("x"), away(Place::FIRST));
+        assert_eq!(known.obstacle("x"), away(Lsn::FIRST));
         // Nothing is written for what has its record.
         assert_eq!(known.part("x", at(0), at(10), at(20_000)), Part::Look);
         known.seen("x", |place| (place.0 >= 9_000).then(|| "late".to_owned()), at(20_000));
@@ -379,7 +378,7 @@ mod tests {
                 let mut confirmed = None;
                 for (round, (began, flushed)) in answers.into_iter().zip(flushed).enumerate() {
                     let place = |began: u64| places[began as usize - 1];
-                    known.written("x", at(began), Place(place(began)));
+                    known.written("x", at(began), Lsn(place(began)));
                     known.seen("x", |place| (place.0 > flushed).then(|| "promoted".to_owned()), at(9));
                     let had = answers[..=round].iter().filter(|began| place(**began) <= flushed).max();
                     confirmed = confirmed.max(had.copied());
@@ -392,11 +391,11 @@ mod tests {
 
     #[test]
     fn a_place_is_read_as_the_server_writes_it() {
-        assert_eq!(Place::parse("0/0"), Some(Place::FIRST));
-        assert_eq!(Place::parse("16/B374D848"), Some(Place(0x16_B374_D848)));
-        assert!(Place::parse("1/0") > Place::parse("0/FFFFFFFF"));
+        assert_eq!(Lsn::parse("0/0"), Some(Lsn::FIRST));
+        assert_eq!(Lsn::parse("16/B374D848"), Some(Lsn(0x16_B374_D848)));
+        assert!(Lsn::parse("1/0") > Lsn::parse("0/FFFFFFFF"));
         for text in ["", "16", "16/", "/1", "16/B374D848/0", "1/100000000", "x/1"] {
-            assert_eq!(Place::parse(text), None, "{text}");
+            assert_eq!(Lsn::parse(text), None, "{text}");
         }
     }
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -56,7 +56,6 @@ pub(crate) struct Carrier {
     // Lock order: `turns` before `inbox`.
     turns: Turns<Option<Box<Engine>>, PollBell>,
     inbox: Mutex<Inbox>,
-    is_watched: OnceLock<()>,
     /// The session that is being opened.
     connecting: Mutex<Option<StreamControl>>,
 }
@@ -68,20 +67,22 @@ struct Inbox {
     expected: usize,
     /// Disconnects when its thread has exited.
     running: Option<Receiver<Infallible>>,
+    /// The watchdog looks at its claims.
+    is_watched: bool,
     /// The manager has stopped.
     has_stopped: bool,
 }
 
 /// What the watchdog looks at: all claims of a carrier, and the end of their terms, which is one.
 #[derive(Default)]
-pub(crate) struct Roll {
-    state: Mutex<RollState>,
+pub(crate) struct CarriedClaims {
+    state: Mutex<CarriedState>,
     /// Somebody waits for the engine to look into the inbox.
     is_called: AtomicBool,
 }
 
 #[derive(Default)]
-struct RollState {
+struct CarriedState {
     claims: Vec<Option<Arc<Claim>>>,
     ends: Option<Arc<Expiry>>,
     /// How many of them want to be warned before a term ends.
@@ -130,7 +131,7 @@ impl Next {
     }
 }
 
-impl Roll {
+impl CarriedClaims {
     pub(crate) fn add(&self, number: usize, claim: &Arc<Claim>) {
         let mut state = self.state.lock();
         if state.claims.len() <= number {
@@ -174,7 +175,7 @@ impl Roll {
     }
 }
 
-impl Watched for Roll {
+impl Watched for CarriedClaims {
     fn deadline(&self) -> Option<Instant> {
         let state = self.state.lock();
         let ends = state.ends.as_ref()?.at().map(|at| at.instant());
@@ -222,7 +223,6 @@ impl Carrier {
             name: sql::application_name(own_name, "(many locks)"),
             turns: Turns::new(None, PollBell::new()?),
             inbox: Mutex::default(),
-            is_watched: OnceLock::new(),
             connecting: Mutex::default(),
         }))
     }
@@ -236,10 +236,10 @@ impl Carrier {
     pub(crate) fn expect_one(self: &Arc<Self>) -> io::Result<()> {
         let mut inbox = self.inbox.lock();
         if inbox.running.is_none() {
-            if self.is_watched.get().is_none() {
-                let roll: Weak<Roll> = Arc::downgrade(&self.ground.roll);
+            if !inbox.is_watched {
+                let roll: Weak<CarriedClaims> = Arc::downgrade(&self.ground.roll);
                 self.ground.pool.watchdog().watch(roll as Weak<dyn Watched>)?;
-                let _ = self.is_watched.set(());
+                inbox.is_watched = true;
             }
             let (runs, running) = bounded(0);
             let body = Arc::clone(self);
@@ -397,7 +397,7 @@ impl Carrier {
                             let news = turn.as_mut().map(|engine| engine.take_news());
                             drop(turn);
                             if let Some(news) = news.filter(|news| !news.is_empty()) {
-                                self.have_told(news, &mut state.teller);
+                                self.tell_on_thread(news, &mut state.teller);
                             }
                             next
                         }
@@ -444,7 +444,7 @@ impl Carrier {
             match action {
                 session::Action::Open if !engine.is_empty() => return Next::Open,
                 session::Action::Pause { until } | session::Action::Watch { until } if now >= until => {
-                    guarded(turn, Engine::time_has_passed);
+                    guarded(turn, Engine::pass_time);
                     continue;
                 }
                 session::Action::Pause { until } if !engine.is_empty() => {
@@ -508,7 +508,7 @@ impl Carrier {
     }
 
     /// Has the observer told, by a thread that does nothing else: it may want locks of this very carrier.
-    fn have_told(&self, news: News, teller: &mut Option<Sender<News>>) {
+    fn tell_on_thread(&self, news: News, teller: &mut Option<Sender<News>>) {
         if teller.is_none() {
             let (sender, receiver) = unbounded::<News>();
             let pool = Arc::clone(&self.ground.pool);

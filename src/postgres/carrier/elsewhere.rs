@@ -10,22 +10,22 @@ pub(crate) struct Elsewhere {
     free: AtomicUsize,
 }
 
-/// A place that is taken until this is dropped.
+/// The right of one claim to a session of its own, until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Place(Arc<Elsewhere>);
+pub(crate) struct OwnSession(Arc<Elsewhere>);
 
 impl Elsewhere {
     pub(crate) fn new(places: usize) -> Arc<Self> {
         Arc::new(Self { free: AtomicUsize::new(places) })
     }
 
-    pub(crate) fn take(self: &Arc<Self>) -> Option<Place> {
+    pub(crate) fn take(self: &Arc<Self>) -> Option<OwnSession> {
         let taken = self.free.fetch_update(SeqCst, SeqCst, |free| free.checked_sub(1));
-        taken.is_ok().then(|| Place(Arc::clone(self)))
+        taken.is_ok().then(|| OwnSession(Arc::clone(self)))
     }
 }
 
-impl Drop for Place {
+impl Drop for OwnSession {
     fn drop(&mut self) {
         self.0.free.fetch_add(1, SeqCst);
     }

@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, chain};
 use crate::expiry::Expiry;
 use crate::key::{AdvisoryKey, Mode};
 use crate::loss::LossReason;
-use crate::pg::carrier::carrier::Roll;
+use crate::pg::carrier::carrier::CarriedClaims;
 use crate::pg::carrier::elsewhere::Elsewhere;
 use crate::pg::carrier::seat::Seat;
 use crate::pg::claim::engine::outcome_of;
@@ -38,7 +38,7 @@ pub(crate) struct Engine {
     idle: Arc<IdleSupervisors>,
     elsewhere: Arc<Elsewhere>,
     /// What the watchdog looks at.
-    roll: Arc<Roll>,
+    roll: Arc<CarriedClaims>,
     lifecycle: Lifecycle,
     epoch: Moment,
     slot: Option<PooledSlot>,
@@ -137,7 +137,7 @@ pub(crate) struct Ground {
     pub(crate) plan: LeasePlan,
     pub(crate) idle: Arc<IdleSupervisors>,
     pub(crate) elsewhere: Arc<Elsewhere>,
-    pub(crate) roll: Arc<Roll>,
+    pub(crate) roll: Arc<CarriedClaims>,
 }
 
 impl Engine {
@@ -344,7 +344,7 @@ impl Engine {
     }
 
     /// The time for a heartbeat has come, or for another attempt to have a session.
-    pub(crate) fn time_has_passed(&mut self) {
+    pub(crate) fn pass_time(&mut self) {
         self.take_in(Event::Session(session::Event::TimePassed));
     }
 
@@ -376,7 +376,7 @@ impl Engine {
     }
 
     fn vacate(&mut self, number: usize) {
-        self.has_not(number);
+        self.forget_lock(number);
         if let Some(seated) = self.seats[number].take() {
             self.vacant.push(number);
             self.roll.remove(number);
@@ -394,7 +394,7 @@ impl Engine {
         };
         self.end_announced = reason.is_announced();
         if reason == LossReason::SessionChanged {
-            self.pool.sessions_are_shared();
+            self.pool.probe_again();
         }
         self.problem.keep(cause.map(|cause| {
             let message = format!("the session that carries the lock was lost: {reason}");
@@ -547,23 +547,23 @@ impl Engine {
                 if let Some(expiry) = &self.expiry {
                     claim.announce_acquired(Arc::clone(expiry), seated.token, seated.permit());
                     log::debug!("lock {:?}: acquired", claim.key());
-                    seated.problem.is_over();
-                    self.problem.is_over();
+                    seated.problem.end();
+                    self.problem.end();
                 }
             }
             // All terms end with the session's lease, whose end has been moved.
             Notice::Renewed { .. } => {}
             Notice::Busy => {
                 claim.announce_queueing();
-                seated.problem.is_over();
+                seated.problem.end();
             }
             Notice::InGrace => {
                 claim.announce_in_grace(seated.grace_ends);
-                seated.problem.is_over();
+                seated.problem.end();
             }
             Notice::Lost(reason) => {
                 claim.announce_lost(reason);
-                seated.seat.spec().term_is_over(seated.token, seated.granted_at);
+                seated.seat.spec().note_term_end(seated.token, seated.granted_at);
                 log::debug!("lock {:?}: lost: {reason}", claim.key());
             }
             Notice::Failed => claim.announce_problem(seated.problem.last().or(self.problem.last()).cloned()),
@@ -581,7 +581,7 @@ impl Engine {
         let Some(seated) = self.seats[number].as_mut() else { return };
         let seat = Arc::clone(&seated.seat);
         let problem = seated.problem.take();
-        seat.spec().term_is_over(seated.token, seated.granted_at);
+        seat.spec().note_term_end(seated.token, seated.granted_at);
         // Before the end is told: whoever claims the lock next finds it free.
         self.vacate(number);
         if seat.claim().is_observed() {

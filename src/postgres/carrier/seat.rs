@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 
 use crate::pg::carrier::carrier::Carrier;
-use crate::pg::carrier::elsewhere::Place;
+use crate::pg::carrier::elsewhere::OwnSession;
 use crate::pg::claim::idle::IdleSupervisors;
 use crate::pg::claim::shared::Claim;
 use crate::pg::claim::spec::LockSpec;
@@ -42,7 +42,7 @@ enum Annotation {
 
 struct Moved {
     supervisor: Arc<Supervisor>,
-    _place: Place,
+    _place: OwnSession,
 }
 
 const NOWHERE: usize = usize::MAX;
@@ -161,7 +161,7 @@ impl Seat {
     }
 
     /// Lets a supervisor go on with the claim, on a session of its own.
-    pub(crate) fn move_to(&self, place: Place, idle: &Arc<IdleSupervisors>) -> io::Result<()> {
+    pub(crate) fn move_to(&self, place: OwnSession, idle: &Arc<IdleSupervisors>) -> io::Result<()> {
         let supervisor = Supervisor::begin(&self.claim, &self.spec, idle)?;
         // One that was idle is asleep, and there may be no caller that runs its engine.
         supervisor.wake();

@@ -93,7 +93,7 @@ impl ActiveClaim {
         loop {
             let changed = match claim.progress(patience, failures, subscribe)? {
                 Progress::Held => {
-                    self.have_told();
+                    self.tell_and_wait();
                     return Ok(());
                 }
                 Progress::GaveUp => return Err(claim.gave_up(ErrorKind::TimedOut, begun)),
@@ -134,15 +134,15 @@ impl ActiveClaim {
             self.give_back(by);
         }
         let outcome = self.claim.wait_ended(by);
-        self.have_told();
+        self.tell_and_wait();
         outcome
     }
 
     /// Sees to it that the observer has been told of the claim before others may have something to tell of the lock. A carrier's thread has that done by
     /// another one.
-    fn have_told(&self) {
+    fn tell_and_wait(&self) {
         if let Worker::Seat(_) = self.worker {
-            self.claim.have_told();
+            self.claim.tell_and_wait();
         }
     }
 

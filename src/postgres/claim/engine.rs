@@ -202,18 +202,18 @@ impl Engine {
         self.now() >= until
     }
 
-    pub(crate) fn time_has_passed(&mut self) {
+    pub(crate) fn pass_time(&mut self) {
         self.take_in(Event::Session(session::Event::TimePassed));
         self.claim.tell();
     }
 
     /// The time has come to look again whether the takeover grace is over.
-    pub(crate) fn pause_is_over(&mut self) {
+    pub(crate) fn end_pause(&mut self) {
         self.take_in(Event::Claim(CLAIM, claim::Event::TimePassed));
     }
 
     /// Somebody does not want to wait for the end of a pause.
-    pub(crate) fn is_wanted(&mut self) {
+    pub(crate) fn attempt_now(&mut self) {
         self.take_in(Event::Session(session::Event::Wanted));
     }
 
@@ -314,13 +314,13 @@ impl Engine {
         let [sent, granted] = [sent, granted].map(|time| time.map(|time| self.moment(time)));
         let wanted = Wanted { sent, granted, last: self.moment(last) };
         let (pool, claim) = (Arc::clone(&self.spec.pool), Arc::clone(&self.claim));
-        let (patience, by) = (self.spec.plan.heartbeat_timeout, self.at(by));
-        let wait = Wait { since: Instant::now(), by, leaves: || claim.is_ending(), patience };
+        let (answer_within, by) = (self.spec.plan.heartbeat_timeout, self.at(by));
+        let wait = Wait { since: Instant::now(), by, leaves: || claim.is_ending(), answer_within };
         claim.announce_unconfirmed(pool.confirms());
         match self.on_session(|session, _, _| pool.confirm(session, &wanted, &wait)) {
             Ok(Outcome::Confirmed { followed, open }) => {
                 claim.announce_unconfirmed(Confirms::Nothing);
-                if wanted.is_confirmed(followed, open) && self.problem.is_over() {
+                if wanted.is_confirmed(followed, open) && self.problem.end() {
                     log::info!("lock {:?}: confirmed; what was in the way is gone", claim.key());
                 }
                 let [followed, open] = [followed, open].map(|at| at.and_then(|at| at.since(self.epoch)));
@@ -494,7 +494,7 @@ impl Engine {
                 self.refused(Refusal::other_permits(self.claim.key(), self.request.permits, theirs))
             }
             Ok(Answer::NoEra) => {
-                self.spec.pool.catalog_is_gone();
+                self.spec.pool.forget_catalog();
                 self.refused(Refusal::no_era())
             }
             Err(failed) => failed,
@@ -556,7 +556,7 @@ impl Engine {
             Failure::Lost { reason, cause } => {
                 self.end_announced = reason.is_announced();
                 if reason == LossReason::SessionChanged {
-                    self.spec.pool.sessions_are_shared();
+                    self.spec.pool.probe_again();
                 }
                 self.problem.keep(cause.map(|cause| {
                     let message = format!("the session for {:?} was lost: {reason}", self.claim.key());
@@ -571,7 +571,7 @@ impl Engine {
     /// A statement failed for a reason that is not the session's.
     fn refused(&mut self, refusal: Refusal) -> Event {
         if refusal.is_about_catalog() {
-            self.spec.pool.catalog_is_gone();
+            self.spec.pool.forget_catalog();
         }
         let patient = refusal.is_patient();
         self.note(refusal.into_error());
@@ -624,7 +624,7 @@ impl Engine {
                 }
                 log::debug!("lock {key:?}: acquired");
                 self.spec.pool.watchdog().look_by(claim.deadline().unwrap_or_else(|| until.instant()));
-                self.problem.is_over();
+                self.problem.end();
             }
             // The term had run out, and an application thread was the first to see it.
             Notice::Renewed { until } if !claim.announce_renewed(self.moment(until)) => {
@@ -633,15 +633,15 @@ impl Engine {
             Notice::Renewed { .. } => {}
             Notice::Busy => {
                 claim.announce_queueing();
-                self.problem.is_over();
+                self.problem.end();
             }
             Notice::InGrace => {
                 claim.announce_in_grace(self.grace_ends);
-                self.problem.is_over();
+                self.problem.end();
             }
             Notice::Lost(reason) => {
                 claim.announce_lost(reason);
-                self.spec.term_is_over(self.token, self.granted_at);
+                self.spec.note_term_end(self.token, self.granted_at);
                 let cause =
                     self.problem.take().map(|error| format!(" ({})", chain(&error))).unwrap_or_default();
                 log::warn!("lock {key:?}: lost: {reason}{cause}");
@@ -655,7 +655,7 @@ impl Engine {
     /// who wait for the end.
     pub(crate) fn finish(mut self, end: End, before_told: impl FnOnce(Option<PooledSlot>)) {
         self.leave_session();
-        self.spec.term_is_over(self.token, self.granted_at);
+        self.spec.note_term_end(self.token, self.granted_at);
         // Before the end is told: whoever claims the lock next finds the session.
         let mut slot = self.slot.take();
         // A stop closes the sessions when they are all in the pool.

@@ -637,9 +637,9 @@ impl Claim {
     // What the manager's observer is told.
 
     /// As [`tell`](Self::tell), for a caller that is about to return.
-    pub(crate) fn have_told(&self) {
+    pub(crate) fn tell_and_wait(&self) {
         if let Some(story) = &self.story {
-            story.have_told();
+            story.tell_and_wait();
         }
     }
 

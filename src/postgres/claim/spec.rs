@@ -27,11 +27,16 @@ pub(crate) struct LockSpec {
     pub(crate) pool: Arc<Pool>,
 }
 
+/// How long the server may hold something for a session that was lost without its knowing.
+pub(crate) fn uncertainty_window(lease: Duration, wait_slice: Duration) -> Duration {
+    // A slice may wait twice: for the lock, and for a predecessor's fenced transactions.
+    lease + 2 * wait_slice
+}
+
 impl LockSpec {
-    /// How long the server may hold something for a session that was lost without its knowing.
+    /// As the [function](uncertainty_window), for this lock.
     pub(crate) fn uncertainty_window(&self) -> Duration {
-        // A slice may wait twice: for the lock, and for a predecessor's fenced transactions.
-        self.plan.lease + 2 * self.wait_slice
+        uncertainty_window(self.plan.lease, self.wait_slice)
     }
 
     /// By when the server must have answered a short statement that begins now.
@@ -45,7 +50,7 @@ impl LockSpec {
     }
 
     /// A term with this token is over for the application, if there was one. It was granted at `began`.
-    pub(crate) fn term_is_over(&self, token: Option<i64>, began: Instant) {
+    pub(crate) fn note_term_end(&self, token: Option<i64>, began: Instant) {
         let mut last = self.last_term.lock();
         *last = last.max(token.map(|token| (token, began)));
     }

@@ -269,13 +269,13 @@ impl Supervisor {
                 Action::Session(session::Action::Pause { until } | session::Action::Watch { until })
                     if engine.is_due(until) =>
                 {
-                    self.guarded(&mut runner, Engine::time_has_passed);
+                    self.guarded(&mut runner, Engine::pass_time);
                 }
                 Action::Session(session::Action::Pause { .. }) if engine.claim().wants_attempt() => {
-                    self.guarded(&mut runner, Engine::is_wanted);
+                    self.guarded(&mut runner, Engine::attempt_now);
                 }
                 Action::Claim(_, claim::Action::Pause { until }) if engine.is_due(until) => {
-                    self.guarded(&mut runner, Engine::pause_is_over);
+                    self.guarded(&mut runner, Engine::end_pause);
                 }
                 Action::Session(session::Action::Pause { until }) => {
                     return Next::Sleep { until: engine.at(until), watch: None };

@@ -123,7 +123,7 @@ impl Session {
     /// The same, by one statement.
     fn carry_once(&mut self, orders: &[Order<'_>], by: Instant) -> Result<Carried, Failure> {
         let (mut ids, mut deeds) = (Vec::new(), Vec::new());
-        let mut terms = Terms::default();
+        let mut terms = TermColumns::default();
         // Where the answer to each order stands; those with a row come behind the others.
         let mut places = Vec::with_capacity(orders.len());
         for order in orders {
@@ -140,7 +140,7 @@ impl Session {
             }
         }
         let shape = Shape { catalog: !terms.ids.is_empty(), ..Shape::plain(false) };
-        let Terms { ids: term_ids, pairs, shared, namespaces, keys, annotations } = &terms;
+        let TermColumns { ids: term_ids, pairs, shared, namespaces, keys, annotations } = &terms;
         let mut parameters: Vec<(&(dyn ToSql + Sync), Type)> =
             vec![(&ids, Type::INT8_ARRAY), (&deeds, Type::INT2_ARRAY)];
         if shape.catalog {
@@ -264,13 +264,13 @@ impl Session {
         terms: &[(&Request, i64)],
         by: Instant,
     ) -> Result<Vec<usize>, Failure> {
-        let mut asked = Terms::default();
+        let mut asked = TermColumns::default();
         for (request, _) in terms {
             asked.push(&Order::Take { key: request.key, request, annotation: None });
         }
         let tokens: Vec<_> = terms.iter().map(|(_, token)| *token).collect();
         let statement = self.schema.apply(sql::ARE_NEWEST_TERMS);
-        let Terms { ids, pairs, shared, namespaces, keys, .. } = &asked;
+        let TermColumns { ids, pairs, shared, namespaces, keys, .. } = &asked;
         let rows = self.query(&statement, &[ids, pairs, shared, namespaces, keys, &tokens], by)?;
         let place = |row: &postgres::Row| row.try_get::<_, i64>(0).map_err(Failure::of);
         rows.iter().map(|row| Ok(usize::try_from(place(row)? - 1).unwrap_or(usize::MAX))).collect()
@@ -296,7 +296,7 @@ struct Carried {
 
 /// What the statement is told of terms, a list for each column.
 #[derive(Default)]
-struct Terms<'a> {
+struct TermColumns<'a> {
     ids: Vec<i64>,
     pairs: Vec<bool>,
     shared: Vec<bool>,
@@ -305,7 +305,7 @@ struct Terms<'a> {
     annotations: Vec<Option<&'a [u8]>>,
 }
 
-impl<'a> Terms<'a> {
+impl<'a> TermColumns<'a> {
     fn push(&mut self, order: &Order<'a>) {
         let Order::Take { key, request, annotation } = *order else { return };
         let Some(Entry { namespace, key: name, .. }) = &request.entry else { return };

@@ -49,13 +49,13 @@ impl Engine {
         self.asked_at = Instant::now();
         let pool = Arc::clone(&self.pool);
         let roll = Arc::clone(&self.roll);
-        let (patience, by) = (self.plan.heartbeat_timeout, self.at(by));
+        let (answer_within, by) = (self.plan.heartbeat_timeout, self.at(by));
         // However often it was called away.
         let first = sent.into_iter().chain(granted).min().unwrap_or_default();
         let since = self.at(first).max(self.told_at);
         // What came while this engine was at work has been taken in, and calls nobody any more.
         let has_work = self.has_work();
-        let wait = Wait { since, by, leaves: || has_work || roll.is_called(), patience };
+        let wait = Wait { since, by, leaves: || has_work || roll.is_called(), answer_within };
         // Where grants alone are to be confirmed, most of the claims wait for none.
         if sent.is_some() {
             self.announce_unconfirmed(Confirms::All);
@@ -67,7 +67,7 @@ impl Engine {
                 if sent.is_some() && followed >= wanted.sent {
                     self.announce_unconfirmed(Confirms::Nothing);
                 }
-                if wanted.is_confirmed(followed, open) && self.problem.is_over() {
+                if wanted.is_confirmed(followed, open) && self.problem.end() {
                     log::info!("a session for many locks: confirmed; what was in the way is gone");
                 }
                 let [followed, open] = [followed, open].map(|at| at.and_then(|at| at.since(self.epoch)));

@@ -34,7 +34,7 @@ const SHORTEST_PAUSE_OF_REFUSED: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE_OF_REFUSED: Duration = Duration::from_secs(2);
 
 /// What is known of a takeover of the server.
-enum Past {
+enum GraceState {
     /// Locks may be asked for.
     Over,
     /// A takeover grace goes on, for whose end those that are `proven` need not wait.
@@ -43,7 +43,7 @@ enum Past {
     Unknown { patient: bool, error: Error },
 }
 
-impl Past {
+impl GraceState {
     /// Whether this claim may ask for its lock.
     fn allows(&self, number: usize) -> bool {
         match self {
@@ -85,13 +85,15 @@ impl Engine {
                 }
                 claim::Action::Try if !past.allows(number) => {
                     let event = match &past {
-                        Past::Grace { left, .. } => {
+                        GraceState::Grace { left, .. } => {
                             seated.grace_ends = Instant::now() + left.all;
                             let until = self.epoch.elapsed() + left.look_again;
                             claim::Event::Later { until, obstacle: Obstacle::Grace }
                         }
-                        Past::Unknown { patient, error } => self.refused(number, *patient, error.clone()),
-                        Past::Over => continue,
+                        GraceState::Unknown { patient, error } => {
+                            self.refused(number, *patient, error.clone())
+                        }
+                        GraceState::Over => continue,
                     };
                     self.take_in(Event::Claim(number, event));
                 }
@@ -113,7 +115,7 @@ impl Engine {
                         takes += 1;
                         batch.push(number);
                     } else {
-                        self.is_taken(number);
+                        self.found_taken(number);
                     }
                 }
                 claim::Action::Unlock => batch.push(number),
@@ -217,7 +219,7 @@ impl Engine {
                     events.extend(self.carry(&half, by)?);
                 } else {
                     for number in half {
-                        self.has_not(number);
+                        self.forget_lock(number);
                         self.sort_in(number);
                     }
                 }
@@ -225,7 +227,7 @@ impl Engine {
             return Ok(events);
         }
         if refused.is_about_catalog() {
-            self.pool.catalog_is_gone();
+            self.pool.forget_catalog();
             let pool = Arc::clone(&self.pool);
             if let Some(session) = self.session()
                 && let Err(refusal) = pool.look_again(session, by)
@@ -266,7 +268,7 @@ impl Engine {
             .collect();
         let session = slot.as_mut().and_then(|slot| slot.session()).ok_or_else(no_session)?;
         // If that takes too long the next session sees to it before it takes a lock.
-        let answers = session.carry(&orders, by, || pool.catalog_is_gone())?;
+        let answers = session.carry(&orders, by, || pool.forget_catalog())?;
         done.extend(locks.iter().map(|(number, ..)| *number).zip(answers));
         Ok(done)
     }
@@ -353,18 +355,18 @@ impl Engine {
                 claim::Event::Granted { sent }
             }
             Done::Given { held } => {
-                self.has_not(number);
+                self.forget_lock(number);
                 claim::Event::Unlocked { held }
             }
             // Another one may be free.
             Done::Busy if seated.permit().is_some() => {
                 seated.missed.extend(seated.lock);
-                self.has_not(number);
+                self.forget_lock(number);
                 return None;
             }
             Done::Missed => return None,
             Done::Busy => {
-                self.has_not(number);
+                self.forget_lock(number);
                 self.later(number)
             }
             Done::Collision { other } => {
@@ -382,7 +384,7 @@ impl Engine {
     }
 
     /// The session has not the lock of this claim.
-    pub(super) fn has_not(&mut self, number: usize) {
+    pub(super) fn forget_lock(&mut self, number: usize) {
         if let Some(seated) = self.seats[number].as_mut()
             && let Some(key) = seated.lock.take()
         {
@@ -391,7 +393,7 @@ impl Engine {
     }
 
     /// Another session has the lock, or another claim on this one.
-    fn is_taken(&mut self, number: usize) {
+    fn found_taken(&mut self, number: usize) {
         let event = self.later(number);
         self.take_in(Event::Claim(number, event));
     }
@@ -405,7 +407,7 @@ impl Engine {
 
     /// A statement was refused for this claim alone.
     fn refused(&mut self, number: usize, patient: bool, error: Error) -> claim::Event {
-        self.has_not(number);
+        self.forget_lock(number);
         let shortest = SHORTEST_PAUSE_OF_REFUSED * if patient { 5 } else { 1 };
         let pause = self.pause(number, shortest, LONGEST_PAUSE_OF_REFUSED);
         if let Some(seated) = self.seats[number].as_mut() {
@@ -448,19 +450,21 @@ impl Engine {
     }
 
     /// Sees whether locks may be asked for.
-    fn look_at_past(&mut self, by: Instant) -> Result<Past, Event> {
+    fn look_at_past(&mut self, by: Instant) -> Result<GraceState, Event> {
         let Some(grace) = self.session().and_then(|session| session.pending().map(str::to_owned)) else {
-            return Ok(Past::Over);
+            return Ok(GraceState::Over);
         };
         let pool = Arc::clone(&self.pool);
         let refusal = match self.session().map(|session| pool.look_at_grace(session, by)) {
-            Some(Ok(Ok(None))) | None => return Ok(Past::Over),
-            Some(Ok(Ok(Some(left)))) => return Ok(Past::Grace { left, proven: self.proven(&grace, by)? }),
+            Some(Ok(Ok(None))) | None => return Ok(GraceState::Over),
+            Some(Ok(Ok(Some(left)))) => {
+                return Ok(GraceState::Grace { left, proven: self.proven(&grace, by)? });
+            }
             Some(Ok(Err(refusal))) => refusal,
             Some(Err(failure @ Failure::Lost { .. })) => return Err(self.lost(failure)),
             Some(Err(refused)) => Refusal::from_failure(refused),
         };
-        Ok(Past::Unknown { patient: refusal.is_patient(), error: refusal.into_error() })
+        Ok(GraceState::Unknown { patient: refusal.is_patient(), error: refusal.into_error() })
     }
 
     /// The claims that ask for their locks, and of which nobody else can believe in the lock any more since the newest term of the key was one of

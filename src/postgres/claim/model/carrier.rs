@@ -219,7 +219,7 @@ impl Carrier {
     }
 
     /// The session has not the lock of this claim.
-    fn has_not(&mut self, model: &Model, number: usize) {
+    fn forget_lock(&mut self, model: &Model, number: usize) {
         let claim = self.seats[number].claim.as_mut();
         if claim.is_some_and(|claim| std::mem::take(&mut claim.has_lock)) && !model.has(Flaw::NumberKept) {
             self.taken[model.keys[number]] = false;
@@ -250,7 +250,7 @@ impl Carrier {
             }
             return claim::Event::Granted { sent: tick(sent) };
         }
-        self.has_not(model, number);
+        self.forget_lock(model, number);
         match done {
             Done::Given { held } => claim::Event::Unlocked { held },
             Done::InGrace => later(Obstacle::Grace),
@@ -262,7 +262,7 @@ impl Carrier {
     fn ask_again(&mut self, model: &Model, deeds: [Option<Deed>; SEATS], now: u8) {
         let left: Vec<_> = (0..SEATS).filter(|number| deeds[*number].is_some()).collect();
         if let [number] = left[..] {
-            self.has_not(model, number);
+            self.forget_lock(model, number);
             let (until, obstacle) = (tick(now + 1), Obstacle::Refused);
             self.events.push((number, claim::Event::Later { until, obstacle }));
             return;
@@ -523,7 +523,7 @@ impl Model {
         if !notices.is_empty() || before != after || !of_others.eq(others) {
             return Err("a claim that has left changed something for the others".to_owned());
         }
-        carrier.has_not(self, number);
+        carrier.forget_lock(self, number);
         let Some(Carried { id, lost, .. }) = carrier.seats[number].claim.take() else { return Ok(()) };
         let machine = Claim::new(self.uncertainty_window, false);
         let (machine, lost) = match self.flaw {
@@ -805,7 +805,7 @@ impl Model {
         let Process { owner, stays, carrier, .. } = &mut world.processes[who];
         let (owner, stays) = (*owner, *stays);
         let Some(carrier) = carrier else { return Ok(()) };
-        carrier.has_not(self, number);
+        carrier.forget_lock(self, number);
         let Some(claim) = carrier.seats[number].claim.take() else { return Ok(()) };
         if !claim.heard {
             return Err(format!("{end:?} without a release"));
