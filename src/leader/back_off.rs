@@ -21,7 +21,7 @@ impl BackOff {
             self.reset();
         }
         let pause = self.next;
-        self.next = (pause * 2).min(self.longest);
+        self.next = pause.saturating_mul(2).min(self.longest);
         pause
     }
 
@@ -42,5 +42,11 @@ mod tests {
         assert_eq!(pauses, [1, 2, 4, 5, 5, 1, 2]);
         back_off.reset();
         assert_eq!(back_off.pause(Duration::ZERO), seconds(1));
+    }
+
+    #[test]
+    fn a_pause_without_end_is_no_fault() {
+        let mut back_off = BackOff::new((Duration::MAX, Duration::MAX));
+        assert_eq!([(); 2].map(|()| back_off.pause(Duration::ZERO)), [Duration::MAX; 2]);
     }
 }
