@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::SeqCst};
 
-use dsync::{CatalogMode, Context, ErrorKind, LockOptions, Quorum};
+use dsync::{CatalogMode, Context, ErrorKind, LockGuard, LockOptions, LossReason, Quorum};
 use support::process::{Signal, signal};
 use support::{Database, Replication, Server};
 
@@ -659,4 +659,43 @@ fn a_server_that_refuses_rows_costs_no_lock_that_is_held_and_takes_those_back_th
     operator.batch_execute("ALTER TABLE dsync.lock DROP CONSTRAINT refused").unwrap();
     waits.into_iter().for_each(|wait| wait.get().unwrap());
     assert!(lost[COUNT / 2..].iter().all(common::is_open));
+}
+
+/// A grant shows that its own lock is held, and nothing of the others.
+#[test]
+fn a_lock_that_something_else_unlocked_is_lost_though_others_are_granted_all_the_time() {
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database.url(), 1).lease(Duration::from_secs(2)));
+    let kept = lock(&manager, "kept");
+    kept.lock(&soon()).unwrap();
+    let lost = kept.lost();
+    database
+        .client()
+        .unwrap()
+        .batch_execute(
+            "CREATE FUNCTION public.unlock() RETURNS trigger LANGUAGE plpgsql
+                 AS 'BEGIN PERFORM pg_advisory_unlock_all(); RETURN NULL; END';
+             CREATE TRIGGER unlocks AFTER INSERT OR UPDATE ON dsync.lock
+                 FOR EACH ROW WHEN (NEW.key = 'unlocks') EXECUTE FUNCTION public.unlock()",
+        )
+        .unwrap();
+    let is_over = AtomicBool::new(false);
+    let grants = || {
+        let mut granted = 0;
+        while !is_over.load(SeqCst) {
+            // Not one that is held while all are unlocked.
+            granted += u32::from(lock(&manager, "busy").acquire(soon()).is_ok_and(|it| it.release().is_ok()));
+        }
+        granted
+    };
+    let (heard, granted) = thread::scope(|scope| {
+        let granted = scope.spawn(grants);
+        println!("{:?}", lock(&manager, "unlocks").acquire(soon()).and_then(LockGuard::release));
+        let heard = lost.recv_timeout(common::PATIENCE);
+        is_over.store(true, SeqCst);
+        (heard, granted.join().unwrap())
+    });
+    println!("{granted} grants");
+    assert!(granted > 100 && heard.is_err_and(|error| error.is_disconnected()), "the lost channel closes");
+    assert_eq!(kept.last_loss().unwrap().reason, LossReason::Unlocked);
 }

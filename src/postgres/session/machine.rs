@@ -24,7 +24,7 @@ pub(crate) type Time = Duration;
 /// ```
 ///
 /// Where heartbeats are [to be confirmed](Confirms::All), it is `Confirming` before it is `Leased`: after a lock was taken, and after each
-/// heartbeat. From there it goes back to `Renewing` if that was not to be had, and is lost as there.
+/// heartbeat. From there it goes back to `Renewing` if that was not to be had, or if a heartbeat is due, and is lost as there.
 ///
 /// A claim uses the session while it is `Open`, `Leased`, `Renewing` or `Confirming`: see [`claim::machine`](super::super::claim::machine).
 /// The lease is the session's, so it is renewed once for all the locks that are held by it.
@@ -44,6 +44,8 @@ pub(crate) struct Machine {
     retiring: Option<Retirement>,
     /// When the first was sent of what was answered since the last confirmation.
     unconfirmed: Option<Time>,
+    /// When the last statement was sent that showed that all locks are held: the first grant, or a heartbeat. A later grant shows nothing of the others.
+    proved: Time,
     /// Seeds the jitter of the back-off.
     seed: u64,
 }
@@ -116,7 +118,7 @@ enum State {
     BackingOff { until: Time },
     /// It is open, and holds no lock.
     Open,
-    /// It holds a lock; `renewed` is when the last statement was sent that showed so.
+    /// It holds a lock; `renewed` is when the last statement was sent that the server has answered, for which it has kept the lease.
     Leased { renewed: Time },
     /// It holds a lock, and a heartbeat is due. Without a time the lock was granted so long ago that its term would be over:
     /// a heartbeat must show that it is held still.
@@ -224,6 +226,7 @@ impl Machine {
             has_served: false,
             retiring: None,
             unconfirmed: None,
+            proved: Time::ZERO,
             seed,
         }
     }
@@ -234,7 +237,7 @@ impl Machine {
             State::Opening => Action::Open,
             State::BackingOff { until } => Action::Pause { until },
             State::Open => Action::Serve,
-            State::Leased { renewed } => Action::Watch { until: self.heartbeat_after(renewed) },
+            State::Leased { .. } => Action::Watch { until: self.heartbeat_due() },
             State::Renewing { renewed: Some(renewed) } => Action::Renew { by: self.term_end(renewed) },
             // There is no term to lose yet, so the answer has the heartbeat's whole time, whenever the sending is.
             State::Renewing { renewed: None } => Action::Renew { by: Time::MAX },
@@ -253,7 +256,7 @@ impl Machine {
         match (self.state, event) {
             (State::Opening, Event::Opened) => {
                 self.has_served = false;
-                (self.retiring, self.unconfirmed) = (None, None);
+                (self.retiring, self.unconfirmed, self.proved) = (None, None, Time::ZERO);
                 self.state = State::Open;
                 Some(Notice::Ready)
             }
@@ -281,19 +284,26 @@ impl Machine {
                 State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
                 Event::LastLockLeft,
             ) => {
-                self.unconfirmed = None;
+                (self.unconfirmed, self.proved) = (None, Time::ZERO);
                 self.go_to(State::Open)
             }
 
-            (State::Leased { renewed }, Event::TimePassed) if now >= self.heartbeat_after(renewed) => {
+            (State::Leased { renewed }, Event::TimePassed) if now >= self.heartbeat_due() => {
                 self.go_to(State::Renewing { renewed: Some(renewed) })
             }
-            (State::Renewing { renewed }, Event::Renewed { sent }) => match self.timing.confirms {
-                Confirms::All => self.await_confirmation(renewed, sent),
-                Confirms::Nothing | Confirms::Grants => self.lease_from(sent, false, now),
-            },
+            (State::Renewing { renewed }, Event::Renewed { sent }) => {
+                self.proved = sent;
+                match self.timing.confirms {
+                    Confirms::All => self.await_confirmation(renewed, sent),
+                    Confirms::Nothing | Confirms::Grants => self.lease_from(sent, false, now),
+                }
+            }
             (State::Confirming { renewed, sent }, Event::Confirmed { followed, .. }) => {
                 self.confirmed(renewed, sent, followed, now)
+            }
+            // Where locks are granted all the time, there is always one more to be confirmed.
+            (State::Confirming { renewed, .. }, Event::TimePassed) if now >= self.heartbeat_due() => {
+                self.go_to(State::Renewing { renewed })
             }
             // Whoever had to wait for so long asks anew, which also keeps the session from standing idle.
             (State::Confirming { renewed, .. }, Event::Unconfirmed) => {
@@ -414,9 +424,14 @@ impl Machine {
         if self.unconfirmed.is_some() { LossReason::NotConfirmed } else { LossReason::LeaseNotRenewed }
     }
 
-    /// When a heartbeat is due after one that was sent at `renewed`.
-    fn heartbeat_after(&self, renewed: Time) -> Time {
-        self.timing.rhythm.last_until(renewed + self.timing.heartbeat)
+    /// When a heartbeat is due.
+    fn heartbeat_due(&self) -> Time {
+        self.heartbeat_after(self.proved)
+    }
+
+    /// When a heartbeat is due after a statement that was sent at this time.
+    fn heartbeat_after(&self, sent: Time) -> Time {
+        self.timing.rhythm.last_until(sent + self.timing.heartbeat)
     }
 
     /// When a term ends that was renewed by a heartbeat sent at `renewed`.
@@ -441,10 +456,13 @@ impl Machine {
             | State::Confirming { renewed: Some(renewed), .. } => Some(renewed),
             _ => None,
         };
+        let is_first = self.state == State::Open;
+        if is_first {
+            self.proved = sent;
+        }
         if self.timing.confirms == Confirms::All {
             return self.await_confirmation(before, sent);
         }
-        let is_first = self.state == State::Open;
         self.lease_from(before.map_or(sent, |before| before.max(sent)), is_first, now)
     }
 
@@ -491,9 +509,9 @@ impl Machine {
         Some(Notice::LeasedUntil(self.term_end(renewed)))
     }
 
-    /// True if no term is to begin by what was sent at `renewed`.
+    /// True if no term is to begin by what was sent at `renewed`: a heartbeat is due.
     fn is_stale(&self, renewed: Time, now: Time) -> bool {
-        self.timing.begins_fresh && now >= self.heartbeat_after(renewed)
+        self.timing.begins_fresh && now >= self.heartbeat_after(renewed.min(self.proved))
     }
 
     fn lose(&mut self, reason: LossReason) -> Option<Notice> {

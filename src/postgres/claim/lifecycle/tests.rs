@@ -318,6 +318,40 @@ fn a_grant_that_is_confirmed_waits_for_the_lease_alone() {
     assert_eq!(tell(&mut lifecycle, confirmed(5, 5), s(7)), acquired(19));
 }
 
+/// A grant shows nothing of the locks that were granted before.
+#[test]
+fn heartbeats_are_sent_while_locks_are_granted_and_confirmed_all_the_time() {
+    for confirms in [Confirms::Nothing, Confirms::Grants, Confirms::All] {
+        let mut lifecycle = Lifecycle::carrier(Timing { confirms, begins_fresh: true, ..timing() }, 1);
+        for number in [0, 1] {
+            lifecycle.admit(number, Claim::new(UNCERTAINTY_WINDOW, false), s(0));
+        }
+        lifecycle.handle(OPENED, s(0));
+        lifecycle.handle(granted(0), s(0));
+        let mut heartbeats = Vec::new();
+        for second in 1..=12 {
+            // What was granted a second ago is confirmed, and another lock is granted.
+            lifecycle.handle(of(1, ClaimEvent::Granted { sent: s(second) }), s(second));
+            if confirms != Confirms::Nothing {
+                lifecycle.handle(confirmed(second - 1, second - 1), s(second));
+            }
+            let is_due =
+                |lifecycle: &Lifecycle| matches!(lifecycle.session_action(), SessionAction::Renew { .. });
+            if !is_due(&lifecycle) {
+                lifecycle.handle(TIME_PASSED, s(second));
+            }
+            if is_due(&lifecycle) {
+                heartbeats.push(second);
+                lifecycle.handle(renewed(second), s(second));
+            }
+            lifecycle.handle(of(1, ClaimEvent::Release), s(second));
+            lifecycle.handle(of(1, ClaimEvent::Unlocked { held: true }), s(second));
+            lifecycle.admit(1, Claim::new(UNCERTAINTY_WINDOW, false), s(second));
+        }
+        assert_eq!(heartbeats, [5, 10], "{confirms:?}");
+    }
+}
+
 #[test]
 fn where_grants_are_confirmed_nothing_is_asked_for_a_claim_that_does_not_wait_any_more() {
     let timing = Timing { confirms: Confirms::Grants, ..timing() };
@@ -326,11 +360,11 @@ fn where_grants_are_confirmed_nothing_is_asked_for_a_claim_that_does_not_wait_an
     lifecycle.handle(of(0, ClaimEvent::Granted { sent: s(0) }), s(0));
     lifecycle.handle(confirmed(1, 1), s(1));
     lifecycle.handle(of(1, ClaimEvent::Granted { sent: s(2) }), s(2));
-    let confirm = SessionAction::Confirm { sent: None, by: s(7), granted: Some(s(2)), last: s(2) };
+    let confirm = SessionAction::Confirm { sent: None, by: s(5), granted: Some(s(2)), last: s(2) };
     assert_eq!(lifecycle.session_action(), confirm);
     lifecycle.handle(of(1, ClaimEvent::Release), s(3));
     lifecycle.handle(of(1, ClaimEvent::Unlocked { held: true }), s(3));
-    assert_eq!(lifecycle.session_action(), SessionAction::Watch { until: s(7) });
+    assert_eq!(lifecycle.session_action(), SessionAction::Watch { until: s(5) });
 }
 
 /// When heartbeats are sent of a session that began `late` after its manager, each `delay` after it is due. All times are the
