@@ -3,10 +3,11 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 
-use dsync::{CatalogMode, Context, ErrorKind, LockGuard, LockOptions, LossReason, Quorum};
+use dsync::observer::{Observer, Sessions, TermLost};
+use dsync::{CatalogMode, Context, ErrorKind, LockGuard, LockOptions, LossReason, Lost, Quorum};
 use support::process::{Signal, signal};
 use support::{Database, Replication, Server};
 
@@ -43,6 +44,64 @@ fn panicking() {
     }
     becomes("the locks", &0, || held(operator).0);
     manager.stop().unwrap();
+}
+
+/// Sees whether all losses are announced when it is told of the first, or that the session is gone.
+#[derive(Default)]
+struct LostFirst {
+    lost: OnceLock<Vec<Lost>>,
+    told: AtomicU64,
+    early: AtomicU64,
+}
+
+impl LostFirst {
+    fn look(&self) {
+        if let Some(lost) = self.lost.get() {
+            self.told.fetch_add(1, SeqCst);
+            self.early.fetch_add(u64::from(lost.iter().any(common::is_open)), SeqCst);
+        }
+    }
+}
+
+impl Observer for LostFirst {
+    fn sessions(&self, event: &Sessions) {
+        if event.in_use == 0 {
+            self.look();
+        }
+    }
+    fn lost(&self, _: &TermLost<'_>) {
+        self.look();
+    }
+}
+
+#[test]
+fn after_a_panic_all_losses_are_announced_before_the_session_is_closed() {
+    Process::start(&mut process("edges::announcing", "announce")).succeeds();
+}
+
+#[test]
+fn announcing() {
+    if role().as_deref() != Some("announce") {
+        return;
+    }
+    let bomb = Bomb::set();
+    let database = Database::fresh().unwrap();
+    for by_itself in [true, false] {
+        let observer = Arc::new(LostFirst::default());
+        let told: Arc<dyn Observer> = observer.clone();
+        let manager = started(config(&database.url(), 1).observer(told));
+        let held = locks(&manager, 20);
+        lock_all(&held);
+        observer.lost.set(lost_channels(&held)).unwrap();
+        bomb.arm(true);
+        let context = if by_itself { Context::background() } else { soon().with_cancel().0 };
+        drop(catch_unwind(AssertUnwindSafe(|| lock(&manager, "x").acquire(context))));
+        observer.lost.get().unwrap().iter().for_each(common::hear);
+        held.iter().for_each(|lock| drop(lock.release()));
+        manager.stop().unwrap();
+        let [told, early] = [&observer.told, &observer.early].map(|count| count.load(SeqCst));
+        assert!(told > 20 && early == 0, "{told} events, {early} early");
+    }
 }
 
 #[test]

@@ -594,8 +594,11 @@ impl Engine {
 
 impl Drop for Engine {
     /// Only after a panic is there something left to do: nobody must wait for what will not come, and a session whose state is not known must not
-    /// go back to the pool.
+    /// go back to the pool. All losses are announced before the server is let have the locks.
     fn drop(&mut self) {
+        for seated in self.seats.iter().flatten() {
+            seated.seat.claim().announce_lost(LossReason::SupervisorFailed);
+        }
         if let Some(mut slot) = self.slot.take() {
             slot.taint();
             drop(slot);

@@ -840,14 +840,12 @@ impl Claim {
         self.status.lock().unconfirmed = unconfirmed;
     }
 
-    /// The term is over; `false` if that was known already.
-    pub(crate) fn announce_lost(&self, reason: LossReason) -> bool {
+    /// The term is over, if there is one.
+    pub(crate) fn announce_lost(&self, reason: LossReason) {
         let mut status = self.status.lock();
-        let held = matches!(status.phase, Phase::Held { .. });
-        if held {
+        if matches!(status.phase, Phase::Held { .. }) {
             status.lose(reason, self.story.as_ref());
         }
-        held
     }
 
     /// Until when the server may hold something for a session of this claim that was lost.
