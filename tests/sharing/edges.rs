@@ -4,8 +4,9 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
+use crossbeam_channel::Sender;
 use dsync::observer::{Observer, Sessions, TermLost};
 use dsync::{CatalogMode, Context, ErrorKind, LockGuard, LockOptions, LossReason, Lost, Quorum};
 use support::process::{Signal, signal};
@@ -718,6 +719,37 @@ fn a_server_that_refuses_rows_costs_no_lock_that_is_held_and_takes_those_back_th
     operator.batch_execute("ALTER TABLE dsync.lock DROP CONSTRAINT refused").unwrap();
     waits.into_iter().for_each(|wait| wait.get().unwrap());
     assert!(lost[COUNT / 2..].iter().all(common::is_open));
+}
+
+/// Uses another lock of the manager when the last session has been given back, and tells of it.
+struct UsesALock {
+    manager: OnceLock<Weak<PostgresManager>>,
+    used: Sender<bool>,
+}
+
+impl Observer for UsesALock {
+    fn sessions(&self, event: &Sessions) {
+        if let Some(manager) = self.manager.get().and_then(Weak::upgrade)
+            && event.in_use == 0
+        {
+            let taken = lock(&manager, "other").try_acquire();
+            let _ = self.used.try_send(matches!(taken, Ok(Some(_))));
+        }
+    }
+}
+
+/// The carrier's thread tells of it, which has nothing else to do any more.
+#[test]
+fn an_observer_may_use_a_lock_when_it_is_told_that_the_session_was_given_back() {
+    let database = Database::fresh().unwrap();
+    let (used, is_used) = crossbeam_channel::bounded(1);
+    let observer = Arc::new(UsesALock { manager: OnceLock::new(), used });
+    let told: Arc<dyn Observer> = observer.clone();
+    let manager = Arc::new(started(config(&database.url(), 1).observer(told)));
+    observer.manager.set(Arc::downgrade(&manager)).unwrap();
+    lock(&manager, "x").acquire(soon()).unwrap().release().unwrap();
+    assert!(is_used.recv_timeout(common::PATIENCE).expect("the observer waits for itself"));
+    begin(move || manager.stop()).get().unwrap();
 }
 
 /// A grant shows that its own lock is held, and nothing of the others.

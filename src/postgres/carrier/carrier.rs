@@ -371,7 +371,9 @@ impl Carrier {
             }
         };
         if let Some(engine) = engine {
-            engine.leave(self.inbox.lock().has_stopped);
+            // By itself, so that the inbox is free while the server is told.
+            let has_stopped = self.inbox.lock().has_stopped;
+            engine.leave(has_stopped);
         }
         drop(runs);
     }

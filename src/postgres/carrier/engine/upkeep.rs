@@ -8,7 +8,6 @@ use crate::loss::LossReason;
 use crate::pg::claim::lifecycle::Event;
 use crate::pg::confirm::{Outcome, Wait, Wanted};
 use crate::pg::session::machine::{self as session, Confirms, Time};
-use crate::pg::session::wire::Failure;
 
 impl Engine {
     /// Does what the session has to do: a heartbeat, a confirmation, the closing.
@@ -38,8 +37,7 @@ impl Engine {
                 }
                 Event::Session(session::Event::Renewed { sent })
             }
-            // Nothing is known of a session that does not say whether it holds its locks.
-            Some(Err(Failure::Refused(_))) => Event::Session(session::Event::Lost(LossReason::ServerError)),
+            // Also where it was refused: nothing is known of a session that does not say whether it holds its locks.
             Some(Err(failure)) => self.lost(failure),
             None => Event::Session(session::Event::Lost(LossReason::SupervisorFailed)),
         }
@@ -80,7 +78,6 @@ impl Engine {
             }
             // Others have something to do, or a heartbeat is due, or it is the end of the terms.
             Some(Ok(Outcome::Left)) => Event::Session(session::Event::TimePassed),
-            Some(Err(Failure::Refused(_))) => Event::Session(session::Event::Lost(LossReason::ServerError)),
             Some(Err(failure)) => self.lost(failure),
             None => Event::Session(session::Event::Lost(LossReason::SupervisorFailed)),
         }
