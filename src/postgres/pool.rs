@@ -377,8 +377,12 @@ impl Pool {
             self.crowded_at.store(self.now(), Ordering::Relaxed);
         }
         if waits || !self.is_full() {
-            let turn = turn.or_else(|| self.line.enter(&Context::timeout(SLOT_WAIT)).ok());
-            for _ in 0..turn.map_or(0, |_| TURNS) {
+            let mut turn = turn.or_else(|| self.line.enter(&Context::timeout(SLOT_WAIT)).ok());
+            for _ in 0..turn.as_ref().map_or(0, |_| TURNS) {
+                // Where slots can be made, nobody waits for another one's.
+                if !self.is_full() {
+                    drop(turn.take());
+                }
                 if let Some(slot) = self.await_slot() {
                     return Ok(slot);
                 }
@@ -387,13 +391,18 @@ impl Pool {
                 }
             }
         }
-        Err(Refusal::new(
+        Err(self.exhausted())
+    }
+
+    /// That there is no slot.
+    pub(crate) fn exhausted(&self) -> Refusal {
+        Refusal::new(
             ErrorKind::PoolExhausted,
             format!(
                 "all {} sessions of this manager are taken; raise max_sessions, or release locks that are not needed",
                 self.slots.max_size()
             ),
-        ))
+        )
     }
 
     /// A slot that is new or comes back within the pool's patience. For the first in the line.

@@ -1694,7 +1694,10 @@ fn reader(world: &dyn World) -> Rival {
 
 fn a_shared_lock_is_had_by_many_and_by_none_of_them_beside_a_writer(world: &dyn World) {
     let (one, other, [writer]) = (reader(world), reader(world), world.rivals());
-    let readers = [&one.lock, &one.lock, &other.lock].map(|lock| lock.acquire(PATIENCE).unwrap());
+    let waited = [&one.lock, &one.lock, &other.lock].map(|lock| lock.acquire(PATIENCE).unwrap());
+    let tried = [&one.lock, &other.lock]
+        .map(|lock| lock.try_acquire().unwrap().expect("a reader keeps no reader out"));
+    let readers: Vec<_> = waited.into_iter().chain(tried).collect();
     assert!(readers.iter().all(|reader| reader.is_held()));
     assert!(writer.lock.try_acquire().unwrap().is_none());
     assert_eq!(kind(writer.lock.acquire(Duration::ZERO)), ErrorKind::TimedOut);
@@ -1703,7 +1706,7 @@ fn a_shared_lock_is_had_by_many_and_by_none_of_them_beside_a_writer(world: &dyn 
 
     let waiting = writer.starts_waiting(&Context::background());
     world.wait_for_waiters(1);
-    let mut held: Vec<_> = readers.into_iter().collect();
+    let mut held = readers;
     while let Some(reader) = held.pop() {
         assert!(!waiting.is_ready(), "{} readers have it still", held.len() + 1);
         reader.release().unwrap();

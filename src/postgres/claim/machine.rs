@@ -397,7 +397,10 @@ impl Machine {
 
     /// It goes on elsewhere, and has nothing on the session.
     pub(crate) fn leave(&mut self) {
-        if !matches!(self.state, State::WantingSession | State::Pausing { .. } | State::Ended(_)) {
+        if !matches!(
+            self.state,
+            State::WantingSession | State::Trying | State::Pausing { .. } | State::Ended(_)
+        ) {
             misplaced(&self.state, &"leave");
         }
         self.state = State::Ended(End::Released);

@@ -259,6 +259,11 @@ impl Claim {
         self.span != Span::UntilReleased
     }
 
+    /// True if its caller does not wait while another one has the lock.
+    pub(crate) fn is_for_a_try(&self) -> bool {
+        matches!(self.span, Span::OneTerm { waits: false, .. })
+    }
+
     /// True if its caller has other locks, and so does not wait for a session.
     pub(crate) fn has_others(&self) -> bool {
         matches!(self.span, Span::OneTerm { has_others: true, .. })

@@ -108,12 +108,14 @@ impl Engine {
                     permits.push(number);
                 }
                 claim::Action::Try => {
-                    // Another claim of this process has it, on this very session.
-                    let key = seated.seat.spec().request.key;
-                    if self.taken.insert(key) {
-                        seated.lock = Some(key);
+                    let request = &seated.seat.spec().request;
+                    // Another claim of this process may have it, on this very session.
+                    if self.taken.insert(request.key) {
+                        seated.lock = Some(request.key);
                         takes += 1;
                         batch.push(number);
+                    } else if request.mode == Mode::Shared {
+                        self.share(number);
                     } else {
                         self.found_taken(number);
                     }
@@ -392,6 +394,21 @@ impl Engine {
         }
     }
 
+    /// Another claim on this session has a lock that can be shared, and may be a reader, too. The session takes a lock once, so this claim
+    /// asks the server on a session of its own.
+    fn share(&mut self, number: usize) {
+        if self.move_away(number) {
+            return;
+        }
+        let is_tried = self.seats[number].as_ref().is_some_and(|seated| seated.seat.claim().is_for_a_try());
+        if is_tried {
+            let event = self.refused(number, false, self.pool.exhausted().into_error());
+            self.take_in(Event::Claim(number, event));
+        } else {
+            self.found_taken(number);
+        }
+    }
+
     /// Another session has the lock, or another claim on this one.
     fn found_taken(&mut self, number: usize) {
         let event = self.later(number);
@@ -512,20 +529,28 @@ impl Engine {
                 continue;
             }
             let seat = Arc::clone(&seated.seat);
-            let moved = self.pool.has_room()
-                && self.elsewhere.take().is_some_and(|place| seat.move_to(place, &self.idle).is_ok());
-            if moved {
-                self.vacate(number);
-                let now = self.now();
-                let notices = self.lifecycle.dismiss(number, now);
-                self.announce_all(notices);
-                // Whoever waits for the claim is to see who works on it now, who may have the lock already.
-                seat.claim().announce_moved();
-            } else {
+            if !self.move_away(number) {
                 seat.claim().announce_taking_turns();
             }
         }
         self.end_all();
+    }
+
+    /// Lets a claim for which the session has nothing go on with one of its own; `false` if there is none.
+    fn move_away(&mut self, number: usize) -> bool {
+        let Some(seated) = self.seats[number].as_ref() else { return false };
+        let seat = Arc::clone(&seated.seat);
+        let moved = self.pool.has_room()
+            && self.elsewhere.take().is_some_and(|own| seat.move_to(own, &self.idle).is_ok());
+        if moved {
+            self.vacate(number);
+            let now = self.now();
+            let notices = self.lifecycle.dismiss(number, now);
+            self.announce_all(notices);
+            // Whoever waits for the claim is to see who works on it now, who may have the lock already.
+            seat.claim().announce_moved();
+        }
+        moved
     }
 }
 
