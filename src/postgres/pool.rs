@@ -377,11 +377,16 @@ impl Pool {
             self.crowded_at.store(self.now(), Ordering::Relaxed);
         }
         if waits || !self.is_full() {
-            let mut turn = turn.or_else(|| self.line.enter(&Context::timeout(SLOT_WAIT)).ok());
-            for _ in 0..turn.as_ref().map_or(0, |_| TURNS) {
+            let mut turn = turn;
+            for _ in 0..TURNS {
                 // Where slots can be made, nobody waits for another one's.
-                if !self.is_full() {
-                    drop(turn.take());
+                turn = if self.is_full() {
+                    turn.or_else(|| self.line.enter(&Context::timeout(SLOT_WAIT)).ok())
+                } else {
+                    None
+                };
+                if turn.is_none() && self.is_full() {
+                    break;
                 }
                 if let Some(slot) = self.await_slot() {
                     return Ok(slot);

@@ -68,9 +68,9 @@ pub(crate) fn ensure(
         return Ok(false);
     }
     let (state, is_new) = match look(session, by)? {
-        Some(state) => (state, false),
-        None if mode == CatalogMode::MustExist => return Err(missing()),
-        None => (create(session, by)?, true),
+        Found::Usable(state) => (state, false),
+        _ if mode == CatalogMode::MustExist => return Err(missing()),
+        _ => (create(session, by)?, true),
     };
     // Housekeeping; that it fails, for want of a right, say, is no reason to do without locks.
     if state.has_old_rows {
@@ -89,8 +89,9 @@ pub(crate) fn found(
     by: Instant,
 ) -> std::result::Result<Option<State>, Refusal> {
     match look(session, by)? {
-        None if mode == CatalogMode::MustExist => Err(missing()),
-        state => Ok(state),
+        Found::Usable(state) => Ok(Some(state)),
+        _ if mode == CatalogMode::MustExist => Err(missing()),
+        _ => Ok(None),
     }
 }
 
@@ -109,12 +110,21 @@ pub(crate) struct State {
     has_old_rows: bool,
 }
 
-/// Looks at the catalog; `None` if it is not there, or of an older version. Refuses one that cannot be used.
-fn look(session: &mut Session, by: Instant) -> std::result::Result<Option<State>, Refusal> {
+/// What a look at the catalog finds.
+enum Found {
+    /// There is no schema of that name.
+    Nothing,
+    /// It is of an older version, or not complete.
+    Older,
+    Usable(State),
+}
+
+/// Looks at the catalog. Refuses one that cannot be used.
+fn look(session: &mut Session, by: Instant) -> std::result::Result<Found, Refusal> {
     let is_true = |text: &Option<String>| text.as_deref() == Some("t");
     let [has_schema, is_own] = ask(session, sql::CATALOG_IS_OWN, by)?;
     if !is_true(&has_schema) {
-        return Ok(None);
+        return Ok(Found::Nothing);
     }
     let [problem, about_trust, complete] =
         if is_true(&is_own) { [None, None, is_own] } else { ask(session, sql::CATALOG_CHECK, by)? };
@@ -124,7 +134,7 @@ fn look(session: &mut Session, by: Instant) -> std::result::Result<Option<State>
         return Err(refused(problem));
     }
     if problem.is_none() && !is_true(&complete) {
-        return Ok(None);
+        return Ok(Found::Older);
     }
     // One that has other columns may be of a newer version.
     let version = match ask(session, sql::CATALOG_VERSION, by) {
@@ -142,7 +152,7 @@ fn look(session: &mut Session, by: Instant) -> std::result::Result<Option<State>
         return Err(refused(problem));
     }
     if version < VERSION {
-        return Ok(None);
+        return Ok(Found::Older);
     }
     let [rights, has_era, has_old_rows] = ask(session, sql::CATALOG_STATE, by)?;
     if !is_true(&rights) {
@@ -151,7 +161,7 @@ fn look(session: &mut Session, by: Instant) -> std::result::Result<Option<State>
              dsync.token are needed",
         )));
     }
-    Ok(Some(State { has_era: is_true(&has_era), has_old_rows: is_true(&has_old_rows) }))
+    Ok(Found::Usable(State { has_era: is_true(&has_era), has_old_rows: is_true(&has_old_rows) }))
 }
 
 /// The columns of the row that a statement on the catalog gives, if it gives one.
@@ -175,35 +185,41 @@ fn patience(by: Instant) -> Duration {
 /// Makes the catalog, or brings it up to date, unless another process does so at this moment.
 fn create(session: &mut Session, by: Instant) -> std::result::Result<State, Refusal> {
     session.simple_query(&sql::begin_creation(patience(by)), by).map_err(failed)?;
-    let state = match create_in_transaction(session, by) {
-        Ok(state) => state,
+    let found = match create_in_transaction(session, by) {
+        Ok(found) => found,
         Err(refusal) => {
             // A transaction that failed must not be found open by a claim. A session that is lost has none.
             let _ = session.simple_query("ROLLBACK", by);
             return Err(refusal);
         }
     };
-    if let Some(state) = state {
+    if let Found::Usable(state) = found {
         session.simple_query("COMMIT", by).map_err(failed)?;
         return Ok(state);
     }
     log::info!("made the catalog of locks: schema {}", session.schema().identifier());
-    look(session, by)?.ok_or_else(|| {
-        refused(&format!(
+    if let Found::Nothing = found {
+        // The schema is our own, and all that is in it. To look once more takes three round trips.
+        return Ok(State { has_era: false, has_old_rows: false });
+    }
+    match look(session, by)? {
+        Found::Usable(state) => Ok(state),
+        _ => Err(refused(&format!(
             "the catalog in schema {} cannot be made complete; let an administrator drop the schema, or repair it",
             session.schema().identifier()
-        ))
-    })
+        ))),
+    }
 }
 
-/// Ends the transaction if it makes the catalog; gives its state if that was not needed.
-fn create_in_transaction(session: &mut Session, by: Instant) -> std::result::Result<Option<State>, Refusal> {
-    if let Some(state) = look(session, by)? {
-        return Ok(Some(state));
+/// Ends the transaction if it makes the catalog; gives what was there before.
+fn create_in_transaction(session: &mut Session, by: Instant) -> std::result::Result<Found, Refusal> {
+    let found = look(session, by)?;
+    if let Found::Usable(_) = found {
+        return Ok(found);
     }
     let script = session.schema().apply(sql::CATALOG) + sql::END_CREATION;
     match session.simple_query(&script, by) {
-        Ok(_) => Ok(None),
+        Ok(_) => Ok(found),
         Err(Failure::Refused(error)) if code(&error) == "42501" => Err(refused(&format!(
             "the role may not make the catalog, or bring it up to date ({}); let an administrator run {SCRIPT} \
              in this database and grant what its first lines name, or set the catalog to none",
