@@ -52,7 +52,7 @@ use crate::loss::LossReason;
 ///
 /// - It **must not block**. The thread that calls it has the lock in hand: it may be the one that renews the lease. What takes
 ///   longer than some microseconds belongs on a thread of the observer's, behind a channel.
-/// - It must not take, release or wait for the lock that it is told of. No mutex of the library is held, so it may ask that
+/// - It must not take, release or wait for the lock that it is told of. No mutex is held that another thread waits for, so it may ask that
 ///   lock for its key and its term, ask for a snapshot, and use other locks (which block, so it should not).
 /// - If it panics, the lock goes on as if it had not; the first panic of a manager's observer is logged.
 ///

@@ -23,7 +23,8 @@ use crate::pg::stream::StreamControl;
 
 /// Looks at the server on two sessions of its own, which are no slots of `pool`: where claims have all of these, too.
 ///
-/// It takes three times `connect_timeout` at the most: for the first session, for what is asked on it, and for the other session.
+/// It takes three times `connect_timeout` at the most: for the first session, for what is asked on it, and for the other session. A look at the standbys may take three
+/// times the heartbeat timeout more.
 pub(crate) fn check(pool: &Pool, config: &Config) -> CheckReport {
     let time = config.connect_time();
     let mut lines = Vec::new();

@@ -12,7 +12,7 @@ use crate::pg::stream::{DialError, Knock};
 const SHORTEST: Duration = Duration::from_millis(50);
 const LONGEST: Duration = Duration::from_secs(2);
 
-/// So long nobody else sends a newcomer.
+/// For so long after one has set out, no second newcomer is sent.
 const SETS_OUT_WITHIN: Duration = Duration::from_millis(50);
 
 /// A newcomer that has no answer by then may have been lost on its way, and another one follows.
@@ -36,7 +36,7 @@ pub(crate) struct Knocks(Runs<Door>);
 /// What is known of one run of a server.
 #[derive(Default)]
 struct Door {
-    /// When the newcomer set out that did so last, of those that were answered.
+    /// When the latest newcomer set out that was answered.
     open: Option<Moment>,
     under_way: Vec<(Moment, Knock)>,
     /// When newcomers began to be refused, and when the last one was; `None` if the last one was not.

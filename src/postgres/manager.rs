@@ -24,7 +24,7 @@ use crate::view::{Holder, LockView};
 /// Distributed locks on PostgreSQL advisory locks.
 ///
 /// Each claim has a session of its own, from a pool of the manager's that is apart from the application's, and a thread
-/// that acquires, watches and re-acquires. Dropping the manager [stops](SyncManager::stop) it; handles that live on
+/// that acquires, watches and re-acquires. With [`Config::shared_sessions`] many claims have one session and one thread. Dropping the manager [stops](SyncManager::stop) it; handles that live on
 /// then fail with [`SyncManagerStopped`](ErrorKind::SyncManagerStopped).
 ///
 /// # Threads and async code
@@ -157,8 +157,8 @@ impl PostgresManager {
     ///
     /// It opens two sessions beside those of the manager, so that it works while claims have all of these, and asks on the first. Nothing is
     /// changed: a catalog that is not there is not made. It locks nothing that others wait for, and blocks for three times
-    /// `connect_timeout` at the most; and once more with [`Config::quorum`](crate::Config::quorum), since it has the standbys confirm a record in the log of the
-    /// server, for which they have the time of a heartbeat (a quarter of the lease).
+    /// `connect_timeout` at the most. With [`Config::quorum`](crate::Config::quorum) it also has the standbys confirm a record in the log of the
+    /// server, which may take three times the heartbeat timeout (a quarter of the lease each) more.
     ///
     /// ```no_run
     /// # fn example(manager: &dsync::PostgresManager) {
@@ -197,7 +197,7 @@ impl PostgresManager {
     /// # }
     /// ```
     ///
-    /// A manager that was not started can look, too. It takes no lock, so it agrees on nothing with the other managers of the database
+    /// A manager that was not started can look, too. Who only looks takes no lock, so agrees on nothing with the other managers of the database
     /// ([`Config::takeover`]), and is not refused for a weaker policy.
     ///
     /// # Errors

@@ -59,13 +59,13 @@ pub(crate) struct Pool {
     observing: Option<Arc<Observing>>,
     /// The takeover policy and the lease, as all managers of the database are to agree on them.
     own: Agreed,
-    /// The record of the server's run in which they last did. Taken with no other mutex.
+    /// The record of the server's run in which they last did. Whoever has it takes no other mutex.
     agreed_in: Mutex<Option<String>>,
-    /// Those that sessions have found. Taken with no other mutex.
+    /// Those that sessions have found. Whoever has it takes no other mutex.
     graces: Mutex<Graces>,
-    /// What the standbys have confirmed. Taken with no other mutex.
+    /// What the standbys have confirmed. Whoever has it takes no other mutex.
     confirmations: Mutex<Confirmations>,
-    /// The newcomers that see whether a server stops. Taken with no other mutex.
+    /// The newcomers that see whether a server stops. Whoever has it takes no other mutex but those of their streams.
     knocks: Mutex<Knocks>,
     /// Whether the catalog has been seen to be there, with settings in it that all managers have agreed on, this one among them.
     catalog_ready: AtomicBool,

@@ -12,13 +12,14 @@
 
 use std::time::{Duration, Instant};
 
-/// After what nobody is granted a lock before all terms of before are over: see [`Config::takeover`](crate::Config::takeover).
+/// Which events begin a takeover grace, in which nobody is granted a lock before all terms of before are over: see
+/// [`Config::takeover`](crate::Config::takeover).
 ///
 /// The later ones are the stronger ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum TakeoverPolicy {
-    /// After nothing: locks are granted as soon as the server accepts sessions. A holder that is cut off from a server which is
+    /// None: locks are granted as soon as the server accepts sessions. A holder that is cut off from a server which is
     /// restarted may believe in its lock for up to a lease while another one has it. All that is possible without the catalog.
     Immediate,
     /// After a promotion of a standby. A crash of the server (an immediate shutdown, a backend that is killed) looks like one, so it

@@ -23,9 +23,9 @@ pub(crate) enum Past {
     Pending { id: String, lasts: Duration, seen: Duration },
 }
 
-/// Whether locks may be asked for, as far as a short look tells, which does not tell why not: the number of the record by which all terms
-/// of before are over. Of the `first` session of a manager, also whether all have agreed on its settings. That is all that a manager
-/// asks for which waits for nothing; its record is a number of no meaning.
+/// A short look whether locks may be asked for: the number of the record by which all terms of before are over, or `None` if a full look is
+/// needed. With `first`, it also checks that all managers have agreed on the settings of this one. Under *immediate* that is all, and the number
+/// has no meaning.
 pub(crate) fn may_ask(
     session: &mut Session,
     own: Agreed,
@@ -218,7 +218,7 @@ struct Look {
     has_era: bool,
 }
 
-/// Looks, after the statements of `writes`, in one transaction.
+/// Looks, after the statements of `write`, in one transaction.
 fn look(session: &mut Session, write: Option<String>, by: Instant) -> Result<Look, Failure> {
     // The session is open, so the server of before is gone.
     let here = MachineTime::now();

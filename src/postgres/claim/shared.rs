@@ -154,7 +154,7 @@ enum Phase {
         _term: Alive,
         warning: Warning,
     },
-    /// The application has ended the claim; what must be said to the server must be said by then.
+    /// The claim ends: by the application, or by itself if it is for one term. What must be said to the server must be said by then.
     Ending { reason: EndReason, by: Instant },
     /// All is done.
     Ended { reason: EndReason, outcome: Result<()> },
@@ -400,7 +400,7 @@ impl Claim {
         self.current().last_loss.clone()
     }
 
-    /// Whether the application has ended this claim.
+    /// True if this claim ends, or has ended.
     pub(crate) fn is_ending(&self) -> bool {
         !self.status.lock().is_open()
     }
@@ -415,7 +415,7 @@ impl Claim {
         matches!(self.status.lock().phase, Phase::Ending { reason: known, .. } | Phase::Ended { reason: known, .. } if known == reason)
     }
 
-    /// By when the claim must have ended, if the application has ended it.
+    /// By when the claim must have ended, if it ends.
     pub(crate) fn ends_by(&self) -> Option<Instant> {
         match self.status.lock().phase {
             Phase::Ending { by, .. } => Some(by),

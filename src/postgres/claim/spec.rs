@@ -22,7 +22,7 @@ pub(crate) struct LockSpec {
     pub(crate) plan: LeasePlan,
     pub(crate) wait_slice: Duration,
     pub(crate) release_timeout: Duration,
-    /// The newest term of this lock that is over in this process, with its token and the time of its grant. Taken with no other mutex.
+    /// The newest term of this lock that is over in this process, with its token and the time of its grant. Whoever has it takes no other mutex.
     pub(crate) last_term: Mutex<Option<(i64, Instant)>>,
     pub(crate) pool: Arc<Pool>,
 }

@@ -168,8 +168,8 @@ impl Config {
     }
 
     /// How long one attempt to open a session may take, over all hosts, from 10 ms to 24 days. Defaults to 5 s, or to the
-    /// time that the connection's own `connect_timeout` gives all its hosts, if that is longer. The first session of a
-    /// manager may take as long again for a check of the server, and once more for the catalog.
+    /// time that the connection's own `connect_timeout` gives all its hosts, if that is longer. A session may take as long
+    /// again for a look at the catalog, and the first one of a manager once more for a check of the server.
     ///
     /// Each address of each host has its share: the time that is left, divided by the number of addresses still to be
     /// tried. So of `n` addresses that do not answer the last one is tried after `(n - 1) / n` of this time, and a session

@@ -155,10 +155,10 @@ pub(crate) enum Action {
     Watch { until: Time },
     /// Prove that the session is alive and holds its locks, by then at the latest: `Renewed`, `Lost`.
     Renew { by: Time },
-    /// Have confirmed what waits for that, by then at the latest: what was sent at `sent`, and what was granted until `granted`. Each is the first
-    /// of its kind, since those that come all the time must not move the time from which a confirmation counts; `last` is the last of all:
-    /// `Confirmed` when one of the two
-    /// is, `Unconfirmed`, `TimePassed`, which says nothing, `Lost`.
+    /// Have confirmed what waits for that, by then at the latest. `sent` is when the first statement was sent that waits for the standbys, `granted`
+    /// when the first lock was granted that waits: those that come all the time must not move the time from which a confirmation counts. `last` is when
+    /// the last of all was.
+    /// What follows is `Confirmed` when one of the two is, `Unconfirmed`, `TimePassed`, which says nothing, or `Lost`.
     Confirm { sent: Option<Time>, by: Time, granted: Option<Time>, last: Time },
     /// Close the session without ceremony; if the server has said that it ends it, see whether it has: `Closed`.
     Close,
@@ -175,7 +175,7 @@ pub(crate) enum Event {
     TimePassed,
     /// Somebody wants an attempt now.
     Wanted,
-    /// A claim was told that the lock is taken.
+    /// The server has answered a claim, which does not get the lock now.
     Served,
     /// A claim holds a lock; `sent` is when it was asked for.
     LockTaken { sent: Time },

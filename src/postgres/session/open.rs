@@ -1,4 +1,4 @@
-//! One session on the server, and what a claim asks of it. Every call ends at a deadline.
+//! One session on the server: how it is opened and checked, its heartbeats, and calls in text. Every call ends at a deadline.
 
 use std::io;
 use std::net::SocketAddr;
@@ -376,7 +376,7 @@ impl Session {
         self.wire.call_for(LONGEST_ANSWER, by, |client| client.query(text, parameters))
     }
 
-    /// Runs one of the catalog's statements in text; the first row, if there is one.
+    /// Runs statements in text; the first row, if there is one.
     pub(crate) fn simple_query(
         &mut self,
         text: &str,
