@@ -186,6 +186,12 @@ impl Error {
         Self::new(ErrorKind::LockUnavailable, text)
     }
 
+    /// A claim needs a thread, and the process has none left.
+    pub(crate) fn no_thread(error: std::io::Error) -> Self {
+        let message = "the thread for the lock could not be started; is the limit of threads, or of open files, reached?";
+        Self::new(ErrorKind::SessionUnavailable, message).with_source(error)
+    }
+
     /// The caller has the lock already, as a guard of this thread or a claim of this process: the other way than `wants_shared`.
     pub(crate) fn would_deadlock(key: &str, who: &str, wants_shared: bool) -> Self {
         let text = if wants_shared {

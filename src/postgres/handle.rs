@@ -185,8 +185,7 @@ impl PostgresLock {
                 if !others {
                     drop(self.registry.let_go(&self.key));
                 }
-                let message = "the thread for the lock could not be started; is the limit of threads, or of open files, reached?";
-                Err(Error::new(ErrorKind::SessionUnavailable, message).with_source(error))
+                Err(Error::no_thread(error))
             }
         }
     }

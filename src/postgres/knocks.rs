@@ -12,7 +12,7 @@ use crate::pg::stream::{DialError, Knock};
 const SHORTEST: Duration = Duration::from_millis(50);
 const LONGEST: Duration = Duration::from_secs(2);
 
-/// For so long after one has set out, no second newcomer is sent.
+/// A session that is to send a newcomer has this long to do so. Then another one may.
 const SETS_OUT_WITHIN: Duration = Duration::from_millis(50);
 
 /// A newcomer that has no answer by then may have been lost on its way, and another one follows.

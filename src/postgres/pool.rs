@@ -380,12 +380,13 @@ impl Pool {
             let mut turn = turn;
             for _ in 0..TURNS {
                 // Where slots can be made, nobody waits for another one's.
-                turn = if self.is_full() {
+                let is_full = self.is_full();
+                turn = if is_full {
                     turn.or_else(|| self.line.enter(&Context::timeout(SLOT_WAIT)).ok())
                 } else {
                     None
                 };
-                if turn.is_none() && self.is_full() {
+                if is_full && turn.is_none() {
                     break;
                 }
                 if let Some(slot) = self.await_slot() {
@@ -410,7 +411,7 @@ impl Pool {
         )
     }
 
-    /// A slot that is new or comes back within the pool's patience. For the first in the line.
+    /// A slot that is new or comes back within the pool's patience. For the first in the line, and for whoever finds that there is room.
     ///
     /// r2d2 would wait for it in `parking_lot`, and supervisors take slots whenever they like, so also while the process is being
     /// forked: see [`IdleThread`]. It does so here only for the moment in which it is asked for a new slot.

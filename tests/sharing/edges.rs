@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use crossbeam_channel::Sender;
 use dsync::observer::{Observer, Sessions, TermLost};
@@ -749,6 +749,69 @@ fn an_observer_may_use_a_lock_when_it_is_told_that_the_session_was_given_back() 
     observer.manager.set(Arc::downgrade(&manager)).unwrap();
     lock(&manager, "x").acquire(soon()).unwrap().release().unwrap();
     assert!(is_used.recv_timeout(common::PATIENCE).expect("the observer waits for itself"));
+    begin(move || manager.stop()).get().unwrap();
+}
+
+/// Of a writer on the same session no server need be asked, and no session taken.
+#[test]
+fn a_reader_beside_a_writer_of_its_process_is_told_so_without_a_session() {
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database.url(), 1));
+    let (writer, reader) = (lock(&manager, "x"), manager.shared_lock("x").unwrap());
+    let writing = writer.acquire(soon()).unwrap();
+    for _ in 0..10 {
+        let tried = begin({
+            let reader = Arc::clone(&reader);
+            move || reader.try_acquire().map(|guard| guard.is_none())
+        });
+        assert!(tried.get().unwrap());
+        assert_eq!(manager.snapshot().sessions.unwrap().in_use, 1);
+    }
+    writing.release().unwrap();
+    // Each further reader of one lock has a session of its own, if there is one left.
+    let narrow = started(config(&database.url(), 1).max_sessions(2));
+    let reader = narrow.shared_lock("x").unwrap();
+    let reading = [(); 2].map(|()| reader.acquire(soon()).unwrap());
+    let error = kind(begin(move || reader.try_acquire().map(drop)).get());
+    assert_eq!(error, ErrorKind::PoolExhausted);
+    reading.into_iter().for_each(|guard| guard.release().unwrap());
+}
+
+/// Takes a lock whose end is told, when the session has been given back, and keeps it.
+#[derive(Default)]
+struct KeepsALock {
+    manager: OnceLock<Weak<PostgresManager>>,
+    kept: Mutex<Option<LockGuard>>,
+}
+
+impl Observer for KeepsALock {
+    fn sessions(&self, event: &Sessions) {
+        let Some(manager) = self.manager.get().and_then(Weak::upgrade) else { return };
+        if event.in_use == 0 && self.kept.lock().unwrap().is_none() {
+            let options = LockOptions::new().grace(Duration::from_secs(2));
+            let taken = manager.lock_with("kept", options).and_then(|kept| kept.acquire(soon()));
+            *self.kept.lock().unwrap() = taken.ok();
+        }
+    }
+}
+
+/// The watchdog goes on to look at what comes after a session that was given back.
+#[test]
+fn who_comes_while_the_session_is_given_back_is_warned_of_the_end_of_its_term() {
+    let server = Server::start().unwrap();
+    let observer = Arc::new(KeepsALock::default());
+    let told: Arc<dyn Observer> = observer.clone();
+    let manager = Arc::new(started(config(&server.url(), 1).lease(Duration::from_secs(8)).observer(told)));
+    observer.manager.set(Arc::downgrade(&manager)).unwrap();
+    lock(&manager, "x").acquire(soon()).unwrap().release().unwrap();
+    eventually("the lock", || observer.kept.lock().unwrap().is_some());
+    let term = observer.kept.lock().unwrap().as_ref().unwrap().term().clone();
+    let frozen = server.freeze().unwrap();
+    let warned = term.warned().recv_timeout(common::PATIENCE);
+    assert!(warned.is_err_and(|error| error.is_disconnected()) && term.is_held(), "the term is over");
+    common::hear(term.lost());
+    drop(frozen);
+    drop(observer.kept.lock().unwrap().take());
     begin(move || manager.stop()).get().unwrap();
 }
 

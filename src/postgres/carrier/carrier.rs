@@ -73,6 +73,13 @@ struct Inbox {
     has_stopped: bool,
 }
 
+impl Inbox {
+    /// True if no claim has the carrier, and none is about to.
+    fn is_unwanted(&self) -> bool {
+        self.expected == 0 && self.seats.is_empty()
+    }
+}
+
 /// What the watchdog looks at: all claims of a carrier, and the end of their terms, which is one.
 #[derive(Default)]
 pub(crate) struct CarriedClaims {
@@ -361,27 +368,38 @@ impl Carrier {
 
     /// Until nobody needs the thread any more. A panic, of the application's logger say, costs the claims of that moment, and no later ones.
     fn run(self: Arc<Self>, runs: Sender<Infallible>) {
-        let engine = loop {
-            match catch_unwind(AssertUnwindSafe(|| self.serve())) {
-                Ok(engine) => break engine,
+        let mut gave_back = false;
+        loop {
+            match catch_unwind(AssertUnwindSafe(|| self.serve(gave_back))) {
+                Ok(engine) => {
+                    // Not in the call: the inbox is to be free while the server is told.
+                    let has_stopped = self.inbox.lock().has_stopped;
+                    gave_back = engine.is_some_and(|engine| engine.leave(has_stopped));
+                    if self.ends() {
+                        break;
+                    }
+                }
                 Err(_) => {
                     let engine = self.wait_for_turn().take();
                     drop(engine);
                 }
             }
-        };
-        if let Some(engine) = engine {
-            // By itself, so that the inbox is free while the server is told.
-            let has_stopped = self.inbox.lock().has_stopped;
-            engine.leave(has_stopped);
+        }
+        if gave_back {
+            self.ground.pool.tell_of_sessions();
         }
         drop(runs);
     }
 
-    /// Gives the engine when all is done.
-    fn serve(&self) -> Option<Box<Engine>> {
-        // Whoever had the thread before may be leaving still.
-        self.wait_for_turn().get_or_insert_with(|| self.new_engine());
+    /// Gives the engine when all is done. `gave_back` if the one before has given back a session, and nobody was told.
+    fn serve(&self, gave_back: bool) -> Option<Box<Engine>> {
+        // A thread that had run for this carrier before may be leaving still.
+        let mut turn = self.wait_for_turn();
+        let engine = turn.get_or_insert_with(|| self.new_engine());
+        if gave_back {
+            engine.note_sessions();
+        }
+        drop(turn);
         let mut state = LoopState { nap: SHORTEST_NAP, has_worked: false, idle_since: None, teller: None };
         let (mut woken, mut opened) = (Woken::Called, None);
         loop {
@@ -535,15 +553,21 @@ impl Carrier {
         })
     }
 
-    /// Whether the thread exits: nobody comes any more, or nobody has come for some time.
+    /// Whether the session is to be given back: nobody comes any more, or nobody has come for some time.
     fn leaves(&self, lingered: bool) -> bool {
+        let inbox = self.inbox.lock();
+        inbox.is_unwanted() && (lingered || inbox.has_stopped)
+    }
+
+    /// Whether the thread exits, which has given back the session: nobody has come meanwhile.
+    fn ends(&self) -> bool {
         let mut inbox = self.inbox.lock();
-        let leaves = inbox.expected == 0 && inbox.seats.is_empty() && (lingered || inbox.has_stopped);
+        let ends = inbox.is_unwanted();
         // The next claim has another thread started. After a stop there is none, and somebody waits for this one.
-        if leaves && !inbox.has_stopped {
+        if ends && !inbox.has_stopped {
             inbox.running = None;
         }
-        leaves
+        ends
     }
 
     /// Has a session opened, on which nothing is held.

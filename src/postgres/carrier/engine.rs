@@ -2,7 +2,7 @@
 //! thread may run it, one at a time.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashSet, VecDeque};
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -45,8 +45,8 @@ pub(crate) struct Engine {
     /// By number; `None` where one has left.
     seats: Vec<Option<Seated>>,
     vacant: Vec<usize>,
-    /// The locks that the session has, or is about to ask for. The server counts, and would grant one twice.
-    taken: HashSet<AdvisoryKey>,
+    /// The locks that the session has, or is about to ask for, each with how it is had. The server counts, and would grant one twice.
+    taken: HashMap<AdvisoryKey, Mode>,
     /// The claims that ask for something on the session, first come, first served.
     ready: VecDeque<usize>,
     /// When claims that pause ask again. Some of them may do something else by then.
@@ -162,7 +162,7 @@ impl Engine {
             slot: None,
             seats: Vec::new(),
             vacant: Vec::new(),
-            taken: HashSet::new(),
+            taken: HashMap::new(),
             ready: VecDeque::new(),
             pauses: BinaryHeap::new(),
             waiting: Vec::new(),
@@ -238,6 +238,11 @@ impl Engine {
     /// What is to be told when this thread has left the engine.
     pub(crate) fn take_news(&mut self) -> News {
         std::mem::take(&mut self.news)
+    }
+
+    /// The observer is to be told how many sessions are in use.
+    pub(crate) fn note_sessions(&mut self) {
+        self.news.of_sessions |= self.pool.is_observed();
     }
 
     pub(crate) fn has_news_to_tell(&self) -> bool {
@@ -328,7 +333,7 @@ impl Engine {
 
     /// The session that was to be opened is there, or is not.
     pub(crate) fn opened(&mut self, outcome: Result<PooledSlot, Refusal>) {
-        self.news.of_sessions = self.pool.is_observed();
+        self.note_sessions();
         let event = match outcome {
             Ok(slot) => {
                 (self.slot, self.has_lease, self.asked_at) = (Some(slot), false, Instant::now());
@@ -594,7 +599,7 @@ impl Engine {
 
 impl Drop for Engine {
     /// Only after a panic is there something left to do: nobody must wait for what will not come, and a session whose state is not known must not
-    /// go back to the pool. All losses are announced before the server is let have the locks.
+    /// go back to the pool. All losses are announced before the session is closed.
     fn drop(&mut self) {
         for seated in self.seats.iter().flatten() {
             seated.seat.claim().announce_lost(LossReason::SupervisorFailed);

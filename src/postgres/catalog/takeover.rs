@@ -24,8 +24,8 @@ pub(crate) enum Past {
 }
 
 /// A short look whether locks may be asked for: the number of the record by which all terms of before are over, or `None` if a full look is
-/// needed. With `first`, it also checks that all managers have agreed on the settings of this one. Under *immediate* that is all, and the number
-/// has no meaning.
+/// needed. With `first`, it also checks that all managers have agreed on the settings of this one. Under *immediate* it
+/// checks that each time and nothing else, and the number has no meaning.
 pub(crate) fn may_ask(
     session: &mut Session,
     own: Agreed,

@@ -708,7 +708,7 @@ pub(crate) fn outcome_of(claim: &Claim, end: End, problem: Option<Error>) -> Res
 
 impl Drop for Engine {
     /// Only after a panic is there something left to do: nobody must wait for what will not come, and a session whose state
-    /// is not known must not go back to the pool. The loss is announced before the server is let have the lock.
+    /// is not known must not go back to the pool. The loss is announced before the session is closed.
     fn drop(&mut self) {
         self.claim.announce_lost(LossReason::SupervisorFailed);
         if let Some(mut slot) = self.slot.take() {

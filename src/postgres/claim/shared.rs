@@ -154,7 +154,7 @@ enum Phase {
         _term: Alive,
         warning: Warning,
     },
-    /// The claim ends: by the application, or by itself if it is for one term. What must be said to the server must be said by then.
+    /// The application has ended the claim, or one for one term has ended by itself. What must be said to the server must be said by then.
     Ending { reason: EndReason, by: Instant },
     /// All is done.
     Ended { reason: EndReason, outcome: Result<()> },

@@ -118,7 +118,8 @@ impl Config {
     }
 
     /// How many sessions the manager may open, 1 to 262,143; each claim needs one for as long as it lasts. Defaults to 20.
-    /// Guards that share a lock, or have permits of a semaphore, have one each, unless sessions are [shared](Self::shared_sessions). The server's `max_connections` must allow it for every process.
+    /// Guards that share a lock, or have permits of a semaphore, have one each; where sessions are [shared](Self::shared_sessions), permits have not,
+    /// and of the readers of one lock the first has none of its own. The server's `max_connections` must allow it for every process.
     #[must_use]
     pub fn max_sessions(mut self, sessions: u32) -> Self {
         self.max_sessions = sessions;
@@ -136,6 +137,8 @@ impl Config {
     /// - **A lock that is taken is waited for on a session of its own**, and held there. When there are no more of these
     ///   (`max_sessions` less this number) the claim asks again and again, after 5 to 500 ms, and may be overtaken by those who queue at the
     ///   server. A [snapshot](crate::SyncManager::snapshot) calls that [`TakingTurns`](crate::ClaimState::TakingTurns).
+    /// - **Several readers of one lock have a session each**, but the first. Where there is none, `try_acquire` fails with
+    ///   [`PoolExhausted`](crate::ErrorKind::PoolExhausted), and who waits takes turns.
     /// - **Heartbeats look for one lock**, which the session has taken to that end, and not for each: what lets go of all of them is noticed, a single
     ///   one that something else unlocks on our connection is not.
     /// - [`break_lock`](crate::Lock::break_lock) ends the session of the holder, with all its locks.

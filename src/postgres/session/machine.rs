@@ -118,7 +118,7 @@ enum State {
     BackingOff { until: Time },
     /// It is open, and holds no lock.
     Open,
-    /// It holds a lock; `renewed` is when the last statement was sent that the server has answered, for which it has kept the lease.
+    /// It holds a lock. `renewed` is when the last grant or heartbeat was sent that counts for the term.
     Leased { renewed: Time },
     /// It holds a lock, and a heartbeat is due. Without a time the lock was granted so long ago that its term would be over:
     /// a heartbeat must show that it is held still.

@@ -112,7 +112,7 @@ impl Engine {
             }
             slot.taint();
             drop(slot);
-            self.news.of_sessions |= self.pool.is_observed();
+            self.note_sessions();
         }
         Event::Session(session::Event::Closed { gone })
     }
@@ -136,19 +136,18 @@ impl Engine {
         }
     }
 
-    /// Gives the session back, on which nothing is held, or closes it if the manager `has_stopped`.
-    pub(crate) fn leave(mut self, has_stopped: bool) {
+    /// Gives the session back, on which nothing is held, or closes it if the manager `has_stopped`; true if there was one, of which the observer is
+    /// to be told.
+    pub(crate) fn leave(mut self, has_stopped: bool) -> bool {
         let (by, slice) = (self.soon(), self.pool.plan().slice);
-        if let Some(mut slot) = self.slot.take() {
-            if has_stopped {
-                slot.close(by);
-            } else if let Some(session) = slot.session()
-                && session.set_lease(None, slice, by).and_then(|()| session.settle(&[], by)).is_err()
-            {
-                slot.taint();
-            }
-            drop(slot);
-            self.pool.tell_of_sessions();
+        let Some(mut slot) = self.slot.take() else { return false };
+        if has_stopped {
+            slot.close(by);
+        } else if let Some(session) = slot.session()
+            && session.set_lease(None, slice, by).and_then(|()| session.settle(&[], by)).is_err()
+        {
+            slot.taint();
         }
+        true
     }
 }

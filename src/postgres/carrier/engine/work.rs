@@ -108,16 +108,17 @@ impl Engine {
                     permits.push(number);
                 }
                 claim::Action::Try => {
-                    let request = &seated.seat.spec().request;
+                    let (key, mode) = (seated.seat.spec().request.key, seated.seat.spec().request.mode);
                     // Another claim of this process may have it, on this very session.
-                    if self.taken.insert(request.key) {
-                        seated.lock = Some(request.key);
-                        takes += 1;
-                        batch.push(number);
-                    } else if request.mode == Mode::Shared {
-                        self.share(number);
-                    } else {
-                        self.found_taken(number);
+                    match self.taken.get(&key) {
+                        None => {
+                            self.taken.insert(key, mode);
+                            seated.lock = Some(key);
+                            takes += 1;
+                            batch.push(number);
+                        }
+                        Some(Mode::Shared) if mode == Mode::Shared => self.share(number),
+                        Some(_) => self.found_taken(number),
                     }
                 }
                 claim::Action::Unlock => batch.push(number),
@@ -285,7 +286,7 @@ impl Engine {
             let spec = Arc::clone(seated.seat.spec());
             debug_assert_eq!(spec.request.mode, Mode::Permit, "the number of any other lock is known");
             // The server would grant those once more that the session has.
-            let is_had = |key: &AdvisoryKey| self.taken.contains(key) || seated.missed.contains(key);
+            let is_had = |key: &AdvisoryKey| self.taken.contains_key(key) || seated.missed.contains(key);
             not_these.extend(spec.request.key.permits().filter(is_had));
             wanting.push(number);
             specs.push(spec);
@@ -300,7 +301,10 @@ impl Engine {
         let mut done = Vec::new();
         for (number, found) in wanting.into_iter().zip(found) {
             match (found, self.seats[number].as_mut()) {
-                (Ok(key), Some(seated)) if self.taken.insert(key) => seated.lock = Some(key),
+                (Ok(key), Some(seated)) if !self.taken.contains_key(&key) => {
+                    self.taken.insert(key, Mode::Permit);
+                    seated.lock = Some(key);
+                }
                 // It is about to be another claim's, on this very session.
                 (Ok(_), _) => done.push((number, Done::Missed)),
                 (Err(other), _) => done.push((number, other)),
@@ -394,15 +398,12 @@ impl Engine {
         }
     }
 
-    /// Another claim on this session has a lock that can be shared, and may be a reader, too. The session takes a lock once, so this claim
-    /// asks the server on a session of its own.
+    /// Another reader has the lock, on this session, which takes a lock once. So this one asks the server on a session of its own.
     fn share(&mut self, number: usize) {
-        if self.move_away(number) {
-            return;
-        }
+        let Err(error) = self.move_away(number) else { return };
         let is_tried = self.seats[number].as_ref().is_some_and(|seated| seated.seat.claim().is_for_a_try());
         if is_tried {
-            let event = self.refused(number, false, self.pool.exhausted().into_error());
+            let event = self.refused(number, false, error);
             self.take_in(Event::Claim(number, event));
         } else {
             self.found_taken(number);
@@ -529,28 +530,30 @@ impl Engine {
                 continue;
             }
             let seat = Arc::clone(&seated.seat);
-            if !self.move_away(number) {
+            if self.move_away(number).is_err() {
                 seat.claim().announce_taking_turns();
             }
         }
         self.end_all();
     }
 
-    /// Lets a claim for which the session has nothing go on with one of its own; `false` if there is none.
-    fn move_away(&mut self, number: usize) -> bool {
-        let Some(seated) = self.seats[number].as_ref() else { return false };
+    /// Lets a claim for which the session has nothing go on with one of its own.
+    ///
+    /// # Errors
+    /// If there is none, or no thread for it.
+    fn move_away(&mut self, number: usize) -> Result<(), Error> {
+        let Some(seated) = self.seats[number].as_ref() else { return Ok(()) };
         let seat = Arc::clone(&seated.seat);
-        let moved = self.pool.has_room()
-            && self.elsewhere.take().is_some_and(|own| seat.move_to(own, &self.idle).is_ok());
-        if moved {
-            self.vacate(number);
-            let now = self.now();
-            let notices = self.lifecycle.dismiss(number, now);
-            self.announce_all(notices);
-            // Whoever waits for the claim is to see who works on it now, who may have the lock already.
-            seat.claim().announce_moved();
-        }
-        moved
+        let own = self.elsewhere.take().filter(|_| self.pool.has_room());
+        let own = own.ok_or_else(|| self.pool.exhausted().into_error())?;
+        seat.move_to(own, &self.idle).map_err(Error::no_thread)?;
+        self.vacate(number);
+        let now = self.now();
+        let notices = self.lifecycle.dismiss(number, now);
+        self.announce_all(notices);
+        // Whoever waits for the claim is to see who works on it now, who may have the lock already.
+        seat.claim().announce_moved();
+        Ok(())
     }
 }
 
