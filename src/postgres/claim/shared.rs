@@ -259,9 +259,9 @@ impl Claim {
         self.span != Span::UntilReleased
     }
 
-    /// True if its caller does not wait while another one has the lock.
-    pub(crate) fn is_for_a_try(&self) -> bool {
-        matches!(self.span, Span::OneTerm { waits: false, .. })
+    /// True if a caller wants to know whether the lock can be had, and does not wait for it.
+    pub(crate) fn is_tried(&self) -> bool {
+        self.try_callers.load(SeqCst) > 0
     }
 
     /// True if its caller has other locks, and so does not wait for a session.

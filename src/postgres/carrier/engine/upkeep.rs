@@ -140,12 +140,17 @@ impl Engine {
     /// to be told.
     pub(crate) fn leave(mut self, has_stopped: bool) -> bool {
         let (by, slice) = (self.soon(), self.pool.plan().slice);
+        let rests = match self.session() {
+            Some(session) if !has_stopped => {
+                session.set_lease(None, slice, by).and_then(|()| session.settle(&[], by)).is_ok()
+            }
+            _ => false,
+        };
+        // Not before: if that panics, the session is closed with the engine.
         let Some(mut slot) = self.slot.take() else { return false };
         if has_stopped {
             slot.close(by);
-        } else if let Some(session) = slot.session()
-            && session.set_lease(None, slice, by).and_then(|()| session.settle(&[], by)).is_err()
-        {
+        } else if !rests {
             slot.taint();
         }
         true

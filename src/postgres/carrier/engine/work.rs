@@ -400,8 +400,9 @@ impl Engine {
 
     /// Another reader has the lock, on this session, which takes a lock once. So this one asks the server on a session of its own.
     fn share(&mut self, number: usize) {
-        let Err(error) = self.move_away(number) else { return };
-        let is_tried = self.seats[number].as_ref().is_some_and(|seated| seated.seat.claim().is_for_a_try());
+        let is_tried = self.seats[number].as_ref().is_some_and(|seated| seated.seat.claim().is_tried());
+        // One that does not wait is told by its own session that there is none: it may be one that rests with a supervisor.
+        let Err(error) = self.move_away(number, is_tried || self.pool.has_room()) else { return };
         if is_tried {
             let event = self.refused(number, false, error);
             self.take_in(Event::Claim(number, event));
@@ -530,7 +531,7 @@ impl Engine {
                 continue;
             }
             let seat = Arc::clone(&seated.seat);
-            if self.move_away(number).is_err() {
+            if self.move_away(number, self.pool.has_room()).is_err() {
                 seat.claim().announce_taking_turns();
             }
         }
@@ -541,10 +542,10 @@ impl Engine {
     ///
     /// # Errors
     /// If there is none, or no thread for it.
-    fn move_away(&mut self, number: usize) -> Result<(), Error> {
+    fn move_away(&mut self, number: usize, has_room: bool) -> Result<(), Error> {
         let Some(seated) = self.seats[number].as_ref() else { return Ok(()) };
         let seat = Arc::clone(&seated.seat);
-        let own = self.elsewhere.take().filter(|_| self.pool.has_room());
+        let own = self.elsewhere.take().filter(|_| has_room);
         let own = own.ok_or_else(|| self.pool.exhausted().into_error())?;
         seat.move_to(own, &self.idle).map_err(Error::no_thread)?;
         self.vacate(number);
