@@ -108,8 +108,7 @@ impl Facts {
 }
 
 fn ask(session: &mut Session, config: &Config, by: Instant) -> Result<Facts, Failure> {
-    let patience = by.saturating_duration_since(Instant::now()) * 9 / 10;
-    let statement = session.schema().apply(&sql::check(config.lease, patience));
+    let statement = session.schema().apply(&sql::check(config.lease, catalog::patience(by)));
     match session.simple_query(&statement, by)? {
         Some(row) => {
             let settings = row.try_get("settings").ok().flatten().unwrap_or_default();

@@ -177,9 +177,10 @@ fn ask<const COLUMNS: usize>(
     }))
 }
 
-/// How long the server may wait for somebody else in a call that ends at `by`: less, so that it says so before.
-fn patience(by: Instant) -> Duration {
-    by.saturating_duration_since(Instant::now()) * 9 / 10
+/// How long the server may wait for somebody else in a call that ends at `by`: three quarters of the time, so that its word that it has waited comes before
+/// the end also over a slow link.
+pub(crate) fn patience(by: Instant) -> Duration {
+    by.saturating_duration_since(Instant::now()) * 3 / 4
 }
 
 /// Makes the catalog, or brings it up to date, unless another process does so at this moment.
