@@ -44,7 +44,8 @@ pub(crate) struct Machine {
     retiring: Option<Retirement>,
     /// When the first was sent of what was answered since the last confirmation.
     unconfirmed: Option<Time>,
-    /// When the last statement was sent that showed that all locks are held: the first grant, or a heartbeat. A later grant shows nothing of the others.
+    /// When the last statement was sent that showed that all locks are held: the first grant, or a heartbeat. A later grant
+    /// shows nothing of the others.
     proved: Time,
     /// Seeds the jitter of the back-off.
     seed: u64,
@@ -511,7 +512,7 @@ impl Machine {
 
     /// True if no term is to begin by what was sent at `renewed`: a heartbeat is due.
     fn is_stale(&self, renewed: Time, now: Time) -> bool {
-        self.timing.begins_fresh && now >= self.heartbeat_after(renewed.min(self.proved))
+        self.timing.begins_fresh && now >= self.heartbeat_after(renewed)
     }
 
     fn lose(&mut self, reason: LossReason) -> Option<Notice> {
