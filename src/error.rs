@@ -6,8 +6,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::key::Mode;
 use crate::loss::Loss;
+use crate::mode::Mode;
 
 /// What the library's operations return.
 pub type Result<T> = std::result::Result<T, Error>;

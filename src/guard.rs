@@ -7,10 +7,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result, chain};
-use crate::key::Mode;
 use crate::local_queue::{LocalQueue, Turn};
 use crate::lock::Lock;
 use crate::loss::{Loss, Lost};
+use crate::mode::Mode;
 use crate::once::Successes;
 use crate::process::Origin;
 use crate::telling::Observing;
@@ -168,7 +168,7 @@ impl Taken {
 }
 
 /// Refuses a lock that the caller has already the other way by a guard, since it would wait for itself.
-pub(crate) fn check_way<L: Lock + ?Sized>(lock: &L) -> Result<()> {
+pub(crate) fn check_mode<L: Lock + ?Sized>(lock: &L) -> Result<()> {
     let (owner, place, shared) = (lock.owner(), lock.place(), lock.is_shared());
     let is_other = |taken: &TakenLock| (taken.owner, taken.place) == (owner, place) && taken.shared != shared;
     match Taken::with(|locks| locks.iter().any(is_other)) {
@@ -250,7 +250,7 @@ impl LockGuard {
             Error::new(kind, text)
         };
         Observing::attempt(observing, lock.key(), true, || {
-            check_way(lock)?;
+            check_mode(lock)?;
             let when_taken = when_taken.map_or_else(|| WhenTaken::of(context), Ok)?;
             let tries_once = when_taken == WhenTaken::TriesOnce;
             // Whoever has the turn may wait for a session that somebody has who waits for the caller's other locks.
@@ -288,7 +288,7 @@ impl LockGuard {
     pub(crate) fn try_acquire<L: Lock + ?Sized>(lock: &L) -> Result<Option<Self>> {
         let (begun, queue) = (Instant::now(), lock.queue()?);
         let outcome = Observing::attempt(lock.observing(), lock.key(), true, || {
-            check_way(lock)?;
+            check_mode(lock)?;
             match queue.try_enter() {
                 None if !lock.is_shared() => {
                     Err(Error::new(ErrorKind::LockUnavailable, "another thread of this process holds it"))

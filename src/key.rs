@@ -5,6 +5,7 @@ use std::fmt;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::mode::Mode;
 
 /// What identifies a lock.
 ///
@@ -151,42 +152,6 @@ impl From<(i32, i32)> for Key {
     }
 }
 
-/// How a lock is had.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Mode {
-    #[default]
-    Alone,
-    /// By all that want it so.
-    Shared,
-    /// By as many as there are permits. It is another lock than the one that is had in the other two ways.
-    Permit,
-}
-
-impl Mode {
-    /// True if others may have the lock at the same time.
-    pub(crate) fn is_shared(self) -> bool {
-        self != Self::Alone
-    }
-
-    /// Who keeps others from what they want in this way, for the text of an error. The key follows.
-    pub(crate) fn who_has(self) -> &'static str {
-        match self {
-            Self::Alone => "another session holds",
-            Self::Shared => "a writer has, or waits for,",
-            Self::Permit => "others have, or wait for, all permits of",
-        }
-    }
-
-    /// The same, behind the key.
-    pub(crate) fn which_has(self) -> &'static str {
-        match self {
-            Self::Alone => "which another session holds",
-            Self::Shared => "which a writer has, or waits for",
-            Self::Permit => "of which others have, or wait for, all permits",
-        }
-    }
-}
-
 /// What a manager tells the handles of its locks apart by.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct HandleKey {
@@ -195,17 +160,17 @@ pub(crate) struct HandleKey {
 }
 
 impl HandleKey {
-    /// The same for both ways in which a lock can be had. They exclude each other, and share a queue.
+    /// The same for the exclusive and the shared mode. They exclude each other, and share a queue.
     pub(crate) fn lock(&self) -> Self {
-        let mode = if self.mode == Mode::Permit { Mode::Permit } else { Mode::Alone };
+        let mode = if self.mode == Mode::Permit { Mode::Permit } else { Mode::Exclusive };
         Self { key: self.key.clone(), mode }
     }
 
-    /// That of the same lock, the other way, if there is one.
-    pub(crate) fn other_way(&self) -> Option<Self> {
+    /// That of the same lock in the other mode, if there is one.
+    pub(crate) fn other_mode(&self) -> Option<Self> {
         let mode = match self.mode {
-            Mode::Alone => Mode::Shared,
-            Mode::Shared => Mode::Alone,
+            Mode::Exclusive => Mode::Shared,
+            Mode::Shared => Mode::Exclusive,
             Mode::Permit => return None,
         };
         Some(Self { key: self.key.clone(), mode })
@@ -214,7 +179,7 @@ impl HandleKey {
     /// The key as PostgreSQL's advisory lock functions take it; of a semaphore, that of none of its permits.
     pub(crate) fn advisory(&self, namespace: &str) -> AdvisoryKey {
         match self.mode {
-            Mode::Alone | Mode::Shared => self.key.advisory(namespace),
+            Mode::Exclusive | Mode::Shared => self.key.advisory(namespace),
             Mode::Permit => self.key.semaphore(namespace),
         }
     }

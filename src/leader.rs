@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, unbounded};
 
 use self::back_off::BackOff;
 use self::runner::Runner;
-use self::shared::{Order, Shared};
+use self::shared::{Shared, StopReason};
 use self::teller::Teller;
 use self::watcher::Watcher;
 use crate::error::{Error, ErrorKind, Result, chain};
@@ -174,7 +174,7 @@ impl Leader {
     ///
     /// Those that wait for the lock at that moment have it first. If none does, this process leads again.
     pub fn step_down(&self) -> bool {
-        self.origin.is_here() && self.shared.order(Order::StepDown)
+        self.origin.is_here() && self.shared.end_term(StopReason::StepDown)
     }
 
     /// Stops for good: the closure is told to stop, and the lock is given back when it has returned, or nothing stands for it any

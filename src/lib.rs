@@ -46,6 +46,7 @@ mod manager;
 mod memory;
 #[cfg(feature = "metrics")]
 mod metrics_observer;
+mod mode;
 mod multi_lock;
 pub mod observer;
 mod once;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{RecvTimeoutError, Sender};
 
 use super::back_off::BackOff;
-use super::shared::{Left, Order, Shared};
+use super::shared::{Left, Shared, StopReason};
 use super::teller::Told;
 use super::{LeaderEvent, Tenure};
 use crate::error::{Error, ErrorKind, Result, chain};
@@ -82,7 +82,7 @@ impl Runner {
         self.emit_with(gained, Some(tenure.term().lost().clone()));
         self.look_again();
         let outcome = catch_unwind(AssertUnwindSafe(|| (self.work)(&tenure))).map_err(message_of);
-        let Some(Left { guard, order, lasted, loss_told }) = self.shared.leave() else {
+        let Some(Left { guard, stop, lasted, loss_told }) = self.shared.leave() else {
             return Duration::ZERO;
         };
         self.look_again();
@@ -97,11 +97,11 @@ impl Runner {
             self.emit(LeaderEvent::Panicked(message));
         }
         let was_lost = released.as_ref().is_err_and(|error| error.kind() == ErrorKind::Lost);
-        match order {
+        match stop {
             _ if was_lost => {}
             None if !panicked => self.emit(LeaderEvent::Returned),
-            Some(Order::StepDown) => self.emit(LeaderEvent::SteppedDown),
-            None | Some(Order::Stop) => {}
+            Some(StopReason::StepDown) => self.emit(LeaderEvent::SteppedDown),
+            None | Some(StopReason::Stop) => {}
         }
         if let Err(error) = released
             && !was_lost
@@ -109,7 +109,7 @@ impl Runner {
             self.fail(error);
         }
         if panicked {
-            return self.back_off.pause(lasted).max(if order.is_some() {
+            return self.back_off.pause(lasted).max(if stop.is_some() {
                 self.stand_back
             } else {
                 Duration::ZERO
@@ -117,7 +117,7 @@ impl Runner {
         }
         self.back_off.reset();
         // After a loss others had their chance.
-        if was_lost && order.is_none() { Duration::ZERO } else { self.stand_back }
+        if was_lost && stop.is_none() { Duration::ZERO } else { self.stand_back }
     }
 
     /// Lets time pass, or less if the leader is stopped. Fails if the manager is.

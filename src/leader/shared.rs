@@ -41,26 +41,26 @@ enum Phase {
     /// Waits for the lock, or lets time pass before that.
     Standing,
     /// From the moment before the closure begins to the moment after it has returned; also after a loss.
-    Leading(Box<Office>),
+    Leading(Box<CurrentTerm>),
     GivingBack,
     Ended,
 }
 
 /// What belongs to one term.
-struct Office {
+struct CurrentTerm {
     guard: LockGuard,
     since: SystemTime,
     began: Instant,
     /// Tells the closure to stop.
     signal: Arc<Signal>,
-    order: Option<Order>,
+    stop: Option<StopReason>,
     /// The loss has been told of, or another thread is about to.
     loss_told: bool,
 }
 
-/// Why a closure is told to stop whose term is not lost. A later one takes the place of an earlier one.
+/// Why a closure is told to stop whose term is not lost. `Stop` outranks `StepDown`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Order {
+pub(super) enum StopReason {
     StepDown,
     Stop,
 }
@@ -68,7 +68,7 @@ pub(super) enum Order {
 /// A term whose closure has returned.
 pub(super) struct Left {
     pub(super) guard: LockGuard,
-    pub(super) order: Option<Order>,
+    pub(super) stop: Option<StopReason>,
     pub(super) lasted: Duration,
     /// It was told that the term is lost.
     pub(super) loss_told: bool,
@@ -101,12 +101,12 @@ impl Shared {
         }
         state.terms += 1;
         state.leader = None;
-        state.phase = Phase::Leading(Box::new(Office {
+        state.phase = Phase::Leading(Box::new(CurrentTerm {
             guard,
             since: SystemTime::now(),
             began: Instant::now(),
             signal,
-            order: None,
+            stop: None,
             loss_told: false,
         }));
         Ok(tenure)
@@ -115,9 +115,9 @@ impl Shared {
     /// The closure has returned.
     pub(super) fn leave(&self) -> Option<Left> {
         let phase = std::mem::replace(&mut self.state.lock().phase, Phase::GivingBack);
-        let Phase::Leading(office) = phase else { return None };
-        let Office { guard, began, order, loss_told, .. } = *office;
-        Some(Left { guard, order, lasted: began.elapsed(), loss_told })
+        let Phase::Leading(term) = phase else { return None };
+        let CurrentTerm { guard, began, stop, loss_told, .. } = *term;
+        Some(Left { guard, stop, lasted: began.elapsed(), loss_told })
     }
 
     /// The lock was given back.
@@ -135,19 +135,19 @@ impl Shared {
     /// The loss of the present term, for whoever is to tell of it: once.
     pub(super) fn loss_to_tell(&self) -> Option<Loss> {
         let mut state = self.state.lock();
-        let Phase::Leading(office) = &mut state.phase else { return None };
-        if office.loss_told {
+        let Phase::Leading(term) = &mut state.phase else { return None };
+        if term.loss_told {
             return None;
         }
-        let loss = office.guard.loss()?;
-        office.loss_told = true;
+        let loss = term.guard.loss()?;
+        term.loss_told = true;
         state.last_loss = Some(loss.clone());
         Some(loss)
     }
 
     pub(super) fn stop(&self) {
         self.canceller.cancel();
-        self.order(Order::Stop);
+        self.end_term(StopReason::Stop);
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -155,32 +155,30 @@ impl Shared {
     }
 
     /// Tells the closure to stop; `false` if this process does not lead.
-    pub(super) fn order(&self, order: Order) -> bool {
-        self.order_in(order, |_| true)
+    pub(super) fn end_term(&self, reason: StopReason) -> bool {
+        self.end_term_if(reason, |_| true)
     }
 
-    /// As [`order`](Self::order), if the term is still the one with this token.
+    /// As [`end_term`](Self::end_term), if the term is still the one with this token.
     pub(super) fn resign(&self, token: i64) -> bool {
-        self.order_in(Order::StepDown, |guard| guard.term().token() == Some(token))
+        self.end_term_if(StopReason::StepDown, |guard| guard.term().token() == Some(token))
     }
 
-    fn order_in(&self, order: Order, is_meant: impl FnOnce(&LockGuard) -> bool) -> bool {
+    fn end_term_if(&self, reason: StopReason, is_meant: impl FnOnce(&LockGuard) -> bool) -> bool {
         let mut state = self.state.lock();
-        let Phase::Leading(office) = &mut state.phase else { return false };
-        if !is_meant(&office.guard) || !office.guard.is_held() {
+        let Phase::Leading(term) = &mut state.phase else { return false };
+        if !is_meant(&term.guard) || !term.guard.is_held() {
             return false;
         }
-        office.order = office.order.max(Some(order));
-        office.signal.raise();
+        term.stop = term.stop.max(Some(reason));
+        term.signal.raise();
         true
     }
 
     pub(super) fn duty(&self) -> Duty {
         match &self.state.lock().phase {
             Phase::Standing => Duty::Standing,
-            Phase::Leading(office) if office.order.is_none() => {
-                Duty::Leading { token: office.guard.term().token() }
-            }
+            Phase::Leading(term) if term.stop.is_none() => Duty::Leading { token: term.guard.term().token() },
             Phase::Leading(_) | Phase::GivingBack | Phase::Ended => Duty::Neither,
         }
     }
@@ -221,14 +219,14 @@ impl Shared {
             leader: state.leader.clone(),
             ..LeaderStatus::default()
         };
-        if let Phase::Leading(office) = &state.phase {
+        if let Phase::Leading(term) = &state.phase {
             status.at_work = true;
-            status.leads = office.guard.is_held();
+            status.leads = term.guard.is_held();
             if status.leads {
-                status.token = office.guard.term().token();
-                status.since = Some(office.since);
+                status.token = term.guard.term().token();
+                status.since = Some(term.since);
             } else {
-                status.last_loss = office.guard.loss().or(status.last_loss);
+                status.last_loss = term.guard.loss().or(status.last_loss);
             }
         }
         status
@@ -266,9 +264,9 @@ mod tests {
         assert!(shared.resign(token) && tenure.must_stop());
         assert_eq!(shared.duty(), Duty::Neither);
         shared.stop();
-        shared.order(Order::StepDown);
+        shared.end_term(StopReason::StepDown);
         let left = shared.leave().unwrap();
-        assert_eq!(left.order, Some(Order::Stop));
+        assert_eq!(left.stop, Some(StopReason::Stop));
         left.guard.release().unwrap();
         assert!(shared.begin(guard()).is_err(), "it was stopped");
     }

@@ -12,10 +12,11 @@ use super::state::{Annotated, Sight, State};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{self, Guarded, HeldTerm, Hold};
-use crate::key::{HandleKey, Mode};
+use crate::key::HandleKey;
 use crate::local_queue::LocalQueue;
 use crate::lock::{Lock, LockOptions, annotate};
 use crate::loss::{Loss, LossReason, Lost, lost_already};
+use crate::mode::Mode;
 use crate::once::Successes;
 use crate::telling::{Observing, Story};
 use crate::term::Term;
@@ -59,7 +60,7 @@ impl MemoryLock {
             let claim = match known {
                 Some(claim) => claim,
                 None => {
-                    guard::check_way(self)?;
+                    guard::check_mode(self)?;
                     // Not under the mutex, and before the claim can be given the lock by another thread.
                     let (annotation, story) = (self.annotation(), self.story(false, Instant::now()));
                     let claim = self

@@ -13,8 +13,9 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::lock::MemoryLock;
 use crate::error::{Error, ErrorKind, Result};
-use crate::key::{HandleKey, Key, Mode};
+use crate::key::{HandleKey, Key};
 use crate::loss::{Alive, Loss, LossReason, Lost};
+use crate::mode::Mode;
 use crate::once::Successes;
 use crate::snapshot::{ClaimSnapshot, ClaimState};
 use crate::telling::Story;
@@ -209,7 +210,7 @@ impl State {
         if let Some(claim) = self.claim_or_none(manager, key)? {
             return Ok(claim);
         }
-        if key.other_way().is_some_and(|other| self.claim_of(manager, &other).is_some()) {
+        if key.other_mode().is_some_and(|other| self.claim_of(manager, &other).is_some()) {
             let (text, wants_shared) = (key.key.to_string(), key.mode.is_shared());
             return Err(Error::would_deadlock(&text, "a claim of this process", wants_shared));
         }
@@ -279,7 +280,7 @@ impl State {
 
     /// The queue of the lock with this key; or of the semaphore, if nobody is in the other one.
     pub(super) fn place(&self, key: Key) -> HandleKey {
-        let lock = HandleKey { key, mode: Mode::Alone };
+        let lock = HandleKey { key, mode: Mode::Exclusive };
         if self.queues.contains_key(&lock) { lock } else { HandleKey { mode: Mode::Permit, ..lock } }
     }
 
@@ -577,15 +578,15 @@ impl State {
         let Some(front) = queue.front() else { return };
         let mode = front.lock.key.mode;
         let holders = match mode {
-            Mode::Alone => 1,
+            Mode::Exclusive => 1,
             Mode::Shared => queue.iter().take_while(|claim| claim.is_shared()).count(),
             Mode::Permit => queue.len(),
         };
         let mut token = match mode {
             Mode::Shared => *self.readers.entry(key.key.clone()).or_insert(next),
-            Mode::Alone | Mode::Permit => next,
+            Mode::Exclusive | Mode::Permit => next,
         };
-        if mode == Mode::Alone && matches!(front.stage, Stage::Waiting) {
+        if mode == Mode::Exclusive && matches!(front.stage, Stage::Waiting) {
             self.readers.remove(&key.key);
         }
         let held: Vec<_> = queue.iter().filter_map(|claim| claim.permit()).collect();

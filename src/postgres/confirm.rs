@@ -10,12 +10,12 @@ use serde_json::Value;
 use crate::clock::Moment;
 use crate::error::ErrorKind;
 use crate::loss::LossReason;
-use crate::pg::knocks::{Knocks, Look};
 use crate::pg::quorum::{Confirmations, Follower, Lsn, Part, Unnamed, named_standbys, obstacle};
 use crate::pg::session::open::Session;
 use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::Failure;
 use crate::pg::sql;
+use crate::pg::stop_probe::{Look, StopProbes};
 
 /// Sees that the standbys can confirm on this server, and which they are; refuses with advice where they cannot.
 pub(crate) fn may_confirm(session: &mut Session, by: Instant) -> Result<Vec<String>, Refusal> {
@@ -141,8 +141,8 @@ impl Wanted {
 pub(crate) struct Confirmers<'a> {
     /// The standbys, if they are asked.
     pub(crate) standbys: Option<&'a Mutex<Confirmations>>,
-    /// Newcomers, if they are sent for what was granted.
-    pub(crate) newcomers: Option<&'a Mutex<Knocks>>,
+    /// The probes that see whether the server stops, if they are sent for what was granted.
+    pub(crate) probes: Option<&'a Mutex<StopProbes>>,
     pub(crate) connect_timeout: Duration,
 }
 
@@ -160,12 +160,12 @@ pub(crate) enum Outcome {
 /// Waits until one of the two that are wanted is confirmed, for as long as `wait` says; one session asks for all. The server must answer each
 /// statement within `answer_within`.
 ///
-/// That a server is not stopping is seen by a newcomer at the same address, which it would refuse then. A server that stops ends its sessions one
+/// That a server is not stopping is seen by a probe, a new connection to the same address, which it would refuse then. A server that stops ends its sessions one
 /// after the other, and may grant the lock of one that it has ended to another, which it ends next.
 /// Before it ends the first it refuses new ones: <https://www.postgresql.org/docs/current/server-shutdown.html>. The session must answer
-/// once more after that, since the newcomer may have met a server that has stopped and started meanwhile.
+/// once more after that, since the probe may have met a server that has stopped and started meanwhile.
 ///
-/// A newcomer takes as long as the server takes to let one in, `connect_timeout` at the most. It goes on when the claim has left, for the next look;
+/// A probe takes as long as the server takes to let one in, `connect_timeout` at the most. It goes on when the claim has left, for the next look;
 /// and so does the record that the standbys are to have.
 ///
 /// It waits with short pauses, and not on a condition variable: a process may be forked meanwhile.
@@ -184,7 +184,7 @@ pub(crate) fn confirm(
         let open = confirmers.open(session, &run, wanted.granted);
         let is_confirmed = |at: Option<Moment>, by: Option<Moment>| at.is_some() && by >= at;
         let is_granted = is_confirmed(wanted.granted, followed.min(open));
-        if is_granted && confirmers.newcomers.is_some() {
+        if is_granted && confirmers.probes.is_some() {
             session.heartbeat(wait.answer_by())?;
         }
         if is_granted || is_confirmed(wanted.sent, followed) {
@@ -219,38 +219,38 @@ impl Confirmers<'_> {
         Ok(given())
     }
 
-    /// Sends a newcomer if need be, for whoever waits. When the server is known to have taken one the last time.
+    /// Sends a probe if need be, for whoever waits. When the server is known to have let one in the last time.
     fn open(&self, session: &Session, run: &str, granted: Option<Moment>) -> Option<Moment> {
-        let Some(knocks) = self.newcomers else { return Some(Moment::now()) };
-        let look = knocks.lock().look(run, granted?, Instant::now());
+        let Some(probes) = self.probes else { return Some(Moment::now()) };
+        let look = probes.lock().look(run, granted?, Instant::now());
         match look {
             Look::Open(began) => Some(began),
-            Look::Knock => {
+            Look::Probe => {
                 let began = Moment::now();
-                let outcome = session.knock(Instant::now() + self.connect_timeout);
-                knocks.lock().set_out(run, began, outcome);
+                let outcome = session.probe_stop(Instant::now() + self.connect_timeout);
+                probes.lock().sent(run, began, outcome);
                 None
             }
             Look::Wait => None,
         }
     }
 
-    /// What is in the way of the standbys, or else of newcomers, if it is time to tell.
+    /// What is in the way of the standbys, or else of probes, if it is time to tell.
     fn obstacle(&self, run: &str, lacks_standbys: bool, wait: &Wait<impl Fn() -> bool>) -> Option<String> {
         /// One that was refused may have come in the midst of a crash.
         const WORTH_TELLING: Duration = Duration::from_millis(250);
         let waited = wait.since.elapsed();
         let is_silent = waited >= wait.answer_within;
-        match (self.standbys, self.newcomers) {
+        match (self.standbys, self.probes) {
             (Some(confirmations), _) if lacks_standbys => {
                 let obstacle = is_silent.then(|| confirmations.lock().obstacle(run))?;
                 Some(obstacle.map_or_else(|| NOT_ASKED.to_owned(), |obstacle| {
                     format!("the standbys have not confirmed a heartbeat: {obstacle}; see pg_stat_replication, and {START_IT}")
                 }))
             }
-            (_, Some(knocks)) if is_silent || waited >= WORTH_TELLING => {
-                let said = knocks.lock().said(run);
-                said.or_else(|| is_silent.then(|| SILENT.to_owned()))
+            (_, Some(probes)) if is_silent || waited >= WORTH_TELLING => {
+                let refusal = probes.lock().refusal(run);
+                refusal.or_else(|| is_silent.then(|| SILENT.to_owned()))
             }
             _ => None,
         }
@@ -264,7 +264,7 @@ pub(crate) const START_IT: &str = "start each standby that synchronous_standby_n
 const NOT_ASKED: &str =
     "the standbys have not confirmed a heartbeat: the session that asks them has no answer";
 
-const SILENT: &str = "the server has granted the lock, and does not answer newcomers, by which it would show that it is not stopping";
+const SILENT: &str = "the server has granted the lock, and does not answer new connections, by which it would show that it is not stopping";
 
 /// Which run of the server this is.
 fn run_of(session: &Session) -> Result<String, Failure> {
@@ -272,13 +272,13 @@ fn run_of(session: &Session) -> Result<String, Failure> {
     run.ok_or(Failure::Lost { reason: LossReason::ServerError, cause: None })
 }
 
-fn has_news(session: &Session) -> bool {
-    session.is_over() || session.socket().is_some_and(|socket| socket.has_news())
+fn is_readable(session: &Session) -> bool {
+    session.is_over() || session.socket().is_some_and(|socket| socket.is_readable())
 }
 
 /// Hears what the server has said meanwhile, since nobody else looks at the session.
 fn listen(session: &mut Session, wait: &Wait<impl Fn() -> bool>) -> Result<(), Failure> {
-    if has_news(session) {
+    if is_readable(session) {
         session.listen(wait.answer_by())?;
     }
     Ok(())

@@ -10,19 +10,20 @@ use parking_lot::Mutex;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{self, Guarded, HeldTerm, Hold};
-use crate::key::{AdvisoryKey, HandleKey, Mode};
+use crate::key::{AdvisoryKey, HandleKey};
 use crate::local_queue::LocalQueue;
 use crate::lock::{Lock, LockOptions};
 use crate::loss::{Loss, Lost, lost_already};
+use crate::mode::Mode;
 use crate::once::Successes;
+use crate::pg::active_claim::{ActiveClaim, Worker};
 use crate::pg::carrier::seat::Seat;
 use crate::pg::catalog::fence::RowFence;
-use crate::pg::claim::caller::{ActiveClaim, Worker};
 use crate::pg::claim::shared::{Claim, EndReason, Patience, Span};
 use crate::pg::claim::spec::{LockSpec, uncertainty_window};
 use crate::pg::claim::supervisor::Supervisor;
 use crate::pg::config::CatalogMode;
-use crate::pg::inspect;
+use crate::pg::inspect::{self, Named};
 use crate::pg::pool::Pool;
 use crate::pg::registry::Registry;
 use crate::pg::sql;
@@ -114,7 +115,7 @@ impl PostgresLock {
     /// The claim that goes on, or a new one. Waits for one that is ending, no longer than that takes or `context` allows.
     fn claim(&self, context: &Context) -> Result<ActiveClaim> {
         if self.current().is_none() {
-            self.check_way()?;
+            self.check_mode()?;
         }
         loop {
             let ending = {
@@ -136,9 +137,9 @@ impl PostgresLock {
     }
 
     /// Refuses a claim if this process has the lock the other way by another one, or this thread by a guard: it would wait for itself.
-    fn check_way(&self) -> Result<()> {
-        guard::check_way(self)?;
-        let other = self.key.other_way().and_then(|key| self.registry.claimed(&key)?.current());
+    fn check_mode(&self) -> Result<()> {
+        guard::check_mode(self)?;
+        let other = self.key.other_mode().and_then(|key| self.registry.claimed(&key)?.current());
         // One that is ending is not waited for in vain.
         match other.is_some_and(|active| !active.claim.is_ending()) {
             true => Err(Error::would_deadlock(&self.text, "a claim of this process", self.is_shared())),
@@ -233,6 +234,12 @@ impl PostgresLock {
     fn recorder(&self) -> Result<&Arc<RowFence>> {
         self.check_process()?;
         self.fence.as_ref().ok_or_else(Error::no_record)
+    }
+
+    /// The key as the catalog knows it.
+    fn named(&self) -> Named<'_> {
+        let namespace = self.key.key.namespace(&self.registry.config().namespace);
+        Named { key: self.number, namespace, name: &self.text }
     }
 
     /// What the claims of this lock ask for.
@@ -367,7 +374,8 @@ impl Guarded for PostgresLock {
 
     fn view(&self) -> Result<LockView> {
         self.check_process()?;
-        self.registry.view(&self.key)
+        let has_catalog = self.registry.config().catalog != CatalogMode::None;
+        self.registry.ask(|pool| inspect::view(pool, &self.named(), self.key.mode, has_catalog))
     }
 
     fn is_asked_to_resign(&self, token: i64) -> Result<bool> {
@@ -377,7 +385,7 @@ impl Guarded for PostgresLock {
 
     fn successes(&self) -> Result<Successes> {
         self.recorder()?;
-        self.registry.successes(&self.key.key)
+        self.registry.ask(|pool| inspect::successes(pool, &self.named()))
     }
 
     fn record_success(&self, term: &Term, started: SystemTime) -> Result<bool> {
@@ -532,12 +540,16 @@ impl Lock for PostgresLock {
         if !self.has_row() {
             return Err(Error::no_resignations());
         }
-        self.registry.request_resignation(&self.key.key)
+        self.registry.ask(|pool| inspect::request_resignation(pool, &self.named()))
     }
 
     fn break_lock(&self) -> Result<Option<Holder>> {
         self.check_process()?;
-        self.registry.break_lock(&self.key)
+        let config = self.registry.config();
+        let (has_catalog, at_most) =
+            (config.catalog != CatalogMode::None, config.lease_plan().heartbeat_timeout / 2);
+        self.registry
+            .ask(|pool| inspect::break_lock(pool, &self.named(), self.key.mode, has_catalog, at_most))
     }
 
     fn last_success(&self) -> Result<Option<SystemTime>> {
@@ -546,7 +558,7 @@ impl Lock for PostgresLock {
 
     fn forget_success(&self) -> Result<bool> {
         self.recorder()?;
-        self.registry.forget_success(&self.key.key)
+        self.registry.ask(|pool| inspect::forget_success(pool, &self.named()))
     }
 
     fn set_permits(&self, permits: u32) -> Result<u32> {
@@ -555,7 +567,7 @@ impl Lock for PostgresLock {
             return Err(Error::no_semaphore(&self.text));
         }
         LockOptions::new().permits(permits).validate(&self.key.key)?;
-        self.registry.set_permits(&self.key, self.options.permits, permits)
+        self.registry.ask(|pool| inspect::set_permits(pool, &self.named(), self.options.permits, permits))
     }
 
     fn last_loss(&self) -> Option<Loss> {

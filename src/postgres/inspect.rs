@@ -9,7 +9,8 @@ use postgres::error::SqlState;
 use postgres::types::ToSql;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::key::{AdvisoryKey, Mode};
+use crate::key::AdvisoryKey;
+use crate::mode::Mode;
 use crate::once::Successes;
 use crate::pg::catalog::fence::RowFence;
 use crate::pg::pool::Pool;

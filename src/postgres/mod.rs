@@ -1,5 +1,6 @@
 //! Locks on PostgreSQL. `ARCHITECTURE.md` draws how the rooms fit together.
 
+mod active_claim;
 mod borrowed;
 mod carrier;
 mod catalog;
@@ -9,7 +10,6 @@ mod config;
 mod confirm;
 mod handle;
 mod inspect;
-mod knocks;
 mod manager;
 mod pool;
 mod problem;
@@ -18,6 +18,7 @@ mod registry;
 mod runs;
 mod session;
 mod sql;
+mod stop_probe;
 mod stream;
 mod takeover;
 mod watchdog;

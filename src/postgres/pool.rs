@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 use postgres::Row;
-use postgres::config::TargetSessionAttrs;
 use postgres::types::ToSql;
 use r2d2::{ManageConnection, NopErrorHandler, PooledConnection};
 use scheduled_thread_pool::{OnPoolDropBehavior, ScheduledThreadPool};
@@ -26,13 +25,13 @@ use crate::pg::catalog;
 use crate::pg::catalog::takeover::{self, Past};
 use crate::pg::config::{CatalogMode, Config};
 use crate::pg::confirm::{self, Confirmers, Outcome, Wait, Wanted};
-use crate::pg::knocks::Knocks;
 use crate::pg::quorum::{Confirmations, Quorum};
 use crate::pg::session::machine::{Confirms, Rhythm};
 use crate::pg::session::open::{Session, SessionPlan};
 use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::Failure;
 use crate::pg::sql::Probe;
+use crate::pg::stop_probe::StopProbes;
 use crate::pg::stream::{Dialer, Socket, StreamControl};
 use crate::pg::takeover::{Agreed, GraceLeft, GraceStep, Graces, TakeoverPolicy};
 use crate::pg::watchdog::Watchdog;
@@ -65,8 +64,8 @@ pub(crate) struct Pool {
     graces: Mutex<Graces>,
     /// What the standbys have confirmed. Whoever has it takes no other mutex.
     confirmations: Mutex<Confirmations>,
-    /// The newcomers that see whether a server stops. Whoever has it takes no other mutex but those of their streams.
-    knocks: Mutex<Knocks>,
+    /// The connections that show whether a server is stopping. Whoever has it takes no other mutex but those of their streams.
+    probes: Mutex<StopProbes>,
     /// Whether the catalog has been seen to be there, with settings in it that all managers have agreed on, this one among them.
     catalog_ready: AtomicBool,
     /// Whether it has been seen to be there.
@@ -224,8 +223,8 @@ impl IdleThread {
     }
 }
 
-/// r2d2 makes slots on a thread of its own, which may have to wait for its turn on a busy machine.
-const TURNS: u32 = 10;
+/// A slot is waited for so many times: the thread on which r2d2 makes slots may come late to that on a busy machine.
+const MOST_SLOT_WAITS: u32 = 10;
 
 /// How soon to see whether there is a slot, or work for the thread that makes slots, where somebody waits for one.
 const SLOT_LOOKS_EVERY: Duration = Duration::from_micros(200);
@@ -239,11 +238,6 @@ impl Pool {
         // An idle session must not stand half-open for the two hours that are the usual default.
         if postgres.get_keepalives_idle() == Duration::from_secs(2 * 60 * 60) {
             postgres.keepalives_idle(Duration::from_secs(10));
-        }
-        if postgres.get_target_session_attrs() == TargetSessionAttrs::ReadOnly {
-            let message = "target_session_attrs=read-only leads to standbys, whose locks exclude nobody on the primary; \
-                           set it to read-write, or leave it out";
-            return Err(Error::new(ErrorKind::InvalidConfig, message));
         }
         let dialer = Dialer::new(postgres, config.connector()?).map_err(|error| {
             Error::new(ErrorKind::InvalidConfig, "the connection's settings do not fit together")
@@ -283,7 +277,7 @@ impl Pool {
             agreed_in: Mutex::default(),
             graces: Mutex::default(),
             confirmations: Mutex::default(),
-            knocks: Mutex::default(),
+            probes: Mutex::default(),
             catalog_ready: AtomicBool::new(false),
             catalog_seen: AtomicBool::new(false),
             probed: AtomicBool::new(false),
@@ -334,7 +328,7 @@ impl Pool {
 
     /// Closes the sessions that nobody uses. Several threads may do it at once, each a part of them.
     pub(crate) fn close_idle(&self, by: Instant) {
-        self.knocks.lock().clear();
+        self.probes.lock().clear();
         // A slot without a session does not go back, so there are fewer each time.
         while let Some(mut slot) = self.slots.try_get() {
             slot.close(by);
@@ -350,7 +344,7 @@ impl Pool {
     pub(crate) fn takes_at_most(&self) -> Duration {
         let is_known = self.catalog_ready.load(Ordering::Relaxed) && self.probed.load(Ordering::Relaxed);
         let attempts = if is_known { 2 } else { 3 };
-        SLOT_WAIT * (1 + TURNS) + self.connect_timeout * attempts
+        SLOT_WAIT * (1 + MOST_SLOT_WAITS) + self.connect_timeout * attempts
     }
 
     /// Whether a slot that is free in all but name is to be given back at once, since others want one.
@@ -378,7 +372,7 @@ impl Pool {
         }
         if waits || !self.is_full() {
             let mut turn = turn;
-            for _ in 0..TURNS {
+            for _ in 0..MOST_SLOT_WAITS {
                 // Where slots can be made, nobody waits for another one's.
                 let is_full = self.is_full();
                 turn = if is_full {
@@ -433,11 +427,6 @@ impl Pool {
     /// True if there may be another session.
     pub(crate) fn has_room(&self) -> bool {
         !self.is_full()
-    }
-
-    /// Sees once more that the catalog is there, for a session that has found it missing.
-    pub(crate) fn look_again(&self, session: &mut Session, by: Instant) -> std::result::Result<(), Refusal> {
-        self.look_at_catalog(session, by)
     }
 
     /// True if somebody has taken each slot that there may be.
@@ -513,7 +502,11 @@ impl Pool {
     ///
     /// Each session asks for itself, once: it does not outlive its server, so what it has found stays true. And as long as a takeover grace
     /// goes on, it remembers that.
-    fn look_at_catalog(&self, session: &mut Session, by: Instant) -> std::result::Result<(), Refusal> {
+    pub(crate) fn look_at_catalog(
+        &self,
+        session: &mut Session,
+        by: Instant,
+    ) -> std::result::Result<(), Refusal> {
         if self.catalog == CatalogMode::None {
             self.catalog_ready.store(true, Ordering::Relaxed);
             return Ok(());
@@ -664,7 +657,7 @@ impl Pool {
         let is_strict = self.own.policy == TakeoverPolicy::AfterAnyRestart;
         let confirmers = Confirmers {
             standbys: self.own.quorum.then_some(&self.confirmations),
-            newcomers: is_strict.then_some(&self.knocks),
+            probes: is_strict.then_some(&self.probes),
             connect_timeout: self.connect_timeout,
         };
         confirm::confirm(session, &confirmers, wanted, wait)
@@ -700,7 +693,7 @@ impl Pool {
         })?;
         let session = Session::open(&self.plan, control.clone(), by);
         let other = match &session {
-            Err(refusal) if refusal.is_final() => None,
+            Err(refusal) if refusal.is_refused() => None,
             _ => await_other(&others, control, half_time()),
         };
         let Some(other) = other else {

@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind};
 /// The log is reminded of a problem that goes on, at this distance.
 const REMINDER: Duration = Duration::from_secs(60);
 
-/// It is told at this distance of one that comes and goes.
+/// A problem that comes and goes is logged as a warning at most once in 10 s.
 const RETURN: Duration = Duration::from_secs(10);
 
 /// The problem of a session or of a claim, from the first failure until something succeeds.

@@ -167,7 +167,7 @@ pub(crate) enum Part {
 }
 
 impl Confirmations {
-    /// Another session is waited for as long as it has been heard of that lately.
+    /// A session that began to ask at most 200 ms ago is waited for.
     const ASKED_LASTS: Duration = Duration::from_millis(200);
 
     /// What to do at `now` for things that were sent from `first` to `last`, on this run of a server.

@@ -16,11 +16,10 @@ use crate::check::{CheckLine, CheckReport};
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::key::{AdvisoryKey, HandleKey, Key};
 use crate::lock::{Lock as _, LockOptions};
-use crate::once::Successes;
+use crate::pg::active_claim::ActiveClaim;
 use crate::pg::carrier::carrier::Carrier;
-use crate::pg::carrier::elsewhere::Elsewhere;
+use crate::pg::carrier::dedicated::DedicatedQuota;
 use crate::pg::check;
-use crate::pg::claim::caller::ActiveClaim;
 use crate::pg::claim::idle::IdleSupervisors;
 use crate::pg::claim::shared::EndReason;
 use crate::pg::config::{CatalogMode, Config};
@@ -33,7 +32,7 @@ use crate::pg::stream::StreamControl;
 use crate::process::{Origin, drive, in_parallel, no_thread};
 use crate::snapshot::Snapshot;
 use crate::telling::Observing;
-use crate::view::{Holder, LockView};
+use crate::view::LockView;
 
 /// What a manager's handles share; it outlives the manager where they do.
 pub(crate) struct Registry {
@@ -46,7 +45,7 @@ pub(crate) struct Registry {
     /// Those that have been needed so far, of as many as there may be. Taken under no other mutex but that of a handle.
     carriers: Mutex<Vec<Option<Arc<Carrier>>>>,
     /// How many claims of theirs may go on with sessions of their own.
-    elsewhere: Arc<Elsewhere>,
+    dedicated: Arc<DedicatedQuota>,
 }
 
 struct State {
@@ -85,8 +84,8 @@ impl Start {
     /// Waits for its end, and gives its outcome.
     fn wait(&self, by: Instant) -> Result<()> {
         // A little longer, so that a call that takes all its time can still leave its outcome.
-        const GRACE: Duration = Duration::from_secs(1);
-        let _ = self.over.recv_deadline(by + GRACE);
+        const EXTRA_WAIT: Duration = Duration::from_secs(1);
+        let _ = self.over.recv_deadline(by + EXTRA_WAIT);
         self.outcome.get().cloned().unwrap_or_else(|| {
             let message = "another thread's start(), which this one waited for, came to no end; see its log";
             Err(Error::new(ErrorKind::FailedInitialization, message))
@@ -141,7 +140,7 @@ impl Registry {
         let pool = Arc::new(Pool::new(&config, observing.clone())?);
         let state = Mutex::new(State { stage: Stage::New, pool: Some(pool), locks: HashMap::new() });
         let own_sessions = config.max_sessions.saturating_sub(config.shared_sessions.max(1));
-        let elsewhere = Elsewhere::new(usize::try_from(own_sessions).unwrap_or(usize::MAX));
+        let dedicated = DedicatedQuota::new(usize::try_from(own_sessions).unwrap_or(usize::MAX));
         Ok(Arc::new(Self {
             config,
             origin: Origin::here(),
@@ -149,7 +148,7 @@ impl Registry {
             state,
             idle: Arc::default(),
             carriers: Mutex::default(),
-            elsewhere,
+            dedicated,
         }))
     }
 
@@ -206,10 +205,12 @@ impl Registry {
 
     /// The state, for a `Debug` text.
     pub(crate) fn describe(&self, f: &mut fmt::DebugStruct<'_, '_>) -> fmt::Result {
+        // It has a mutex that comes before that of the state.
+        let idle = self.idle.len();
         let state = self.state.lock();
         f.field("stage", &state.stage)
             .field("locks", &state.locks.len())
-            .field("idle_supervisors", &self.idle.len())
+            .field("idle_supervisors", &idle)
             .field("pool", &state.pool)
             .finish()
     }
@@ -262,7 +263,7 @@ impl Registry {
         }
         let own_name = config.postgres.get_application_name().unwrap_or("dsync");
         let carrier =
-            Carrier::new(Arc::clone(pool), config.lease_plan(), &self.idle, &self.elsewhere, own_name)?;
+            Carrier::new(Arc::clone(pool), config.lease_plan(), &self.idle, &self.dedicated, own_name)?;
         *place = Some(Arc::clone(&carrier));
         Ok(carrier)
     }
@@ -299,49 +300,10 @@ impl Registry {
         }
     }
 
-    /// The view of this lock, or of this semaphore.
-    pub(crate) fn view(&self, key: &HandleKey) -> Result<LockView> {
-        let (catalog, text) = (self.config.catalog != CatalogMode::None, key.key.to_string());
-        self.ask(|pool| inspect::view(pool, &self.named_as(key, &text), key.mode, catalog))
-    }
-
-    /// Ends the session of whoever holds this lock, and tells who that was.
-    pub(crate) fn break_lock(&self, key: &HandleKey) -> Result<Option<Holder>> {
-        let (catalog, text) = (self.config.catalog != CatalogMode::None, key.key.to_string());
-        let at_most = self.config.lease_plan().heartbeat_timeout / 2;
-        self.ask(|pool| inspect::break_lock(pool, &self.named_as(key, &text), key.mode, catalog, at_most))
-    }
-
-    /// Gives the semaphore with this key another number of permits than it has, or than `said`; how many it had.
-    pub(crate) fn set_permits(&self, key: &HandleKey, said: u32, permits: u32) -> Result<u32> {
-        let text = key.key.to_string();
-        self.ask(|pool| inspect::set_permits(pool, &self.named_as(key, &text), said, permits))
-    }
-
-    /// Asks the holder of the lock with this key to resign; `false` if there is none that has a token.
-    pub(crate) fn request_resignation(&self, key: &Key) -> Result<bool> {
-        self.ask(|pool| inspect::request_resignation(pool, &self.named(key, &key.to_string())))
-    }
-
-    /// When the work under this key began that succeeded last, and the server's time.
-    pub(crate) fn successes(&self, key: &Key) -> Result<Successes> {
-        self.ask(|pool| inspect::successes(pool, &self.named(key, &key.to_string())))
-    }
-
-    /// Forgets the last success of the work under this key; `false` if there was none.
-    pub(crate) fn forget_success(&self, key: &Key) -> Result<bool> {
-        self.ask(|pool| inspect::forget_success(pool, &self.named(key, &key.to_string())))
-    }
-
     /// The key, of which `text` is the text, as the catalog knows it.
     fn named<'a>(&'a self, key: &'a Key, text: &'a str) -> Named<'a> {
         let namespace = &self.config.namespace;
         Named { key: key.advisory(namespace), namespace: key.namespace(namespace), name: text }
-    }
-
-    /// As `named`, for what is had in this way.
-    fn named_as<'a>(&'a self, key: &'a HandleKey, text: &'a str) -> Named<'a> {
-        Named { key: key.advisory(&self.config.namespace), ..self.named(&key.key, text) }
     }
 
     /// Asks the server something on a session of the pool. A manager that was not started can ask as well, since it takes no locks.

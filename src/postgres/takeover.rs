@@ -29,10 +29,10 @@ pub enum TakeoverPolicy {
     /// has passed since the beginning of that term: mostly at once.
     ///
     /// Each grant costs a connection: a server that is shut down ends its sessions one after the other, and may grant the lock of one that it has
-    /// ended to another, which it ends next; but it refuses newcomers by then. So a claim has its lock when a newcomer at the same
+    /// ended to another, which it ends next; but it refuses new ones by then. So a claim has its lock when a new connection to the same
     /// address was asked for a password after the grant, or let in, or refused for another reason. Locks that are granted at once share that.
     /// Through a pooler, which answers by itself, or behind an address that has moved to another server, it shows nothing. A proxy that lets
-    /// newcomers wait, since it has as many connections as it may have, keeps the lock back until there is a place.
+    /// new connections wait, since it has as many connections as it may have, keeps the lock back until there is a place.
     AfterAnyRestart,
 }
 

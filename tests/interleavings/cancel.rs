@@ -9,13 +9,13 @@ use crate::alarm::Alarm;
 use crate::bell::{ModelBell, never, now};
 use crate::cancellation::{Child, Node, OnCancel};
 use crate::explore;
-use crate::key::Mode;
+use crate::mode::Mode;
 use crate::pg::stream::StreamControl;
 use crate::shared::{Claim, EndReason, LeaveRequest, Span};
 use crate::sync::{AtomicBool, Ordering::SeqCst};
 
 fn new_claim() -> Arc<Claim> {
-    Claim::new("key".to_owned(), Mode::Alone, Duration::ZERO, Span::UntilReleased, None, None)
+    Claim::new("key".to_owned(), Mode::Exclusive, Duration::ZERO, Span::UntilReleased, None, None)
 }
 
 /// The caller as in `Supervisor::run_engine`, the supervisor as in `Supervisor::leave_to_other`.

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use loom::thread;
 
 use crate::alarm::Alarm;
-use crate::assignment::{AssignmentCell, Orders};
+use crate::assignment::{AssignmentCell, IdleStep};
 use crate::bell::{ModelBell, later, never};
 use crate::explore;
 use crate::idle::IdleSupervisors;
-use crate::key::{AdvisoryKey, Mode};
+use crate::key::AdvisoryKey;
+use crate::mode::Mode;
 use crate::pg::claim::spec::LockSpec;
 use crate::shared::{Claim, Span};
 use crate::sync::Mutex;
@@ -62,15 +63,15 @@ impl Supervisor {
             let orders = {
                 let _turn = self.turn.lock();
                 self.serve();
-                self.assignment.orders(lingered)
+                self.assignment.idle_step(lingered)
             };
             match orders {
-                Orders::TakeUp => {}
-                Orders::Wait => {
+                IdleStep::TakeUp => {}
+                IdleStep::Wait => {
                     self.alarm.sleep(until, None);
                     lingered = until < never();
                 }
-                Orders::Exit | Orders::ExitNow => break,
+                IdleStep::Exit | IdleStep::ExitNow => break,
             }
         }
         assert!(self.assignment.close().is_none(), "a claim was given to a thread that exits");
@@ -79,7 +80,7 @@ impl Supervisor {
 }
 
 fn new_claim() -> Arc<Claim> {
-    Claim::new("key".to_owned(), Mode::Alone, Duration::ZERO, Span::UntilReleased, None, None)
+    Claim::new("key".to_owned(), Mode::Exclusive, Duration::ZERO, Span::UntilReleased, None, None)
 }
 
 /// As `PostgresLock::begin`, then a caller's work, then `PostgresLock::forget`.

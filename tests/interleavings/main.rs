@@ -27,6 +27,8 @@ mod idle;
 mod idle_list;
 #[path = "../../src/loss.rs"]
 mod loss;
+#[path = "../../src/mode.rs"]
+mod mode;
 #[path = "../../src/observer.rs"]
 mod observer;
 #[path = "../../src/postgres/claim/shared.rs"]

@@ -3,25 +3,6 @@
 pub(crate) mod key {
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub(crate) struct AdvisoryKey(pub(crate) i64);
-
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub(crate) enum Mode {
-        Alone,
-    }
-
-    impl Mode {
-        pub(crate) fn is_shared(self) -> bool {
-            false
-        }
-
-        pub(crate) fn who_has(self) -> &'static str {
-            "another session holds"
-        }
-
-        pub(crate) fn which_has(self) -> &'static str {
-            "which another session holds"
-        }
-    }
 }
 
 pub(crate) mod context {

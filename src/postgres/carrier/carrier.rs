@@ -14,12 +14,12 @@ use parking_lot::Mutex;
 
 use crate::expiry::Expiry;
 use crate::key::AdvisoryKey;
-use crate::pg::carrier::elsewhere::Elsewhere;
-use crate::pg::carrier::engine::{Engine, Ground, News};
+use crate::pg::carrier::dedicated::DedicatedQuota;
+use crate::pg::carrier::engine::{CarrierContext, Engine, PendingEvents};
 use crate::pg::carrier::seat::Seat;
 use crate::pg::claim::alarm::Woken;
 use crate::pg::claim::bell::PollBell;
-use crate::pg::claim::engine::Caller;
+use crate::pg::claim::engine::CallKind;
 use crate::pg::claim::idle::IdleSupervisors;
 use crate::pg::claim::shared::Claim;
 use crate::pg::claim::turns::Turns;
@@ -50,7 +50,7 @@ const LONGEST_NAP: Duration = Duration::from_millis(20);
 /// Whoever wants something of it says so in the inbox, and runs the engine if nobody does; what has come in meanwhile goes along in the
 /// next statement. So a thread that is alone waits for nobody, and of many one works for all.
 pub(crate) struct Carrier {
-    ground: Ground,
+    context: CarrierContext,
     /// What its session is called.
     name: String,
     // Lock order: `turns` before `inbox`.
@@ -105,7 +105,7 @@ struct LoopState {
     /// Since when there has been no claim.
     idle_since: Option<Instant>,
     /// The thread that tells the observer; `None` before there has been something to tell.
-    teller: Option<Sender<News>>,
+    teller: Option<Sender<PendingEvents>>,
 }
 
 /// What the thread does next.
@@ -144,7 +144,7 @@ impl CarriedClaims {
         if state.claims.len() <= number {
             state.claims.resize(number + 1, None);
         }
-        state.warned += usize::from(claim.has_grace());
+        state.warned += usize::from(claim.wants_warning());
         state.claims[number] = Some(Arc::clone(claim));
     }
 
@@ -152,7 +152,7 @@ impl CarriedClaims {
         let former = {
             let mut state = self.state.lock();
             let former = state.claims.get_mut(number).and_then(Option::take);
-            state.warned -= usize::from(former.as_ref().is_some_and(|claim| claim.has_grace()));
+            state.warned -= usize::from(former.as_ref().is_some_and(|claim| claim.wants_warning()));
             former
         };
         drop(former);
@@ -192,7 +192,7 @@ impl Watched for CarriedClaims {
                     .claims
                     .iter()
                     .flatten()
-                    .filter(|claim| claim.has_grace())
+                    .filter(|claim| claim.wants_warning())
                     .filter_map(|claim| claim.deadline())
                     .min()
             })
@@ -215,18 +215,18 @@ impl Carrier {
         pool: Arc<Pool>,
         plan: LeasePlan,
         idle: &Arc<IdleSupervisors>,
-        elsewhere: &Arc<Elsewhere>,
+        dedicated: &Arc<DedicatedQuota>,
         own_name: &str,
     ) -> io::Result<Arc<Self>> {
-        let ground = Ground {
+        let context = CarrierContext {
             pool,
             plan,
             idle: Arc::clone(idle),
-            elsewhere: Arc::clone(elsewhere),
-            roll: Arc::default(),
+            dedicated: Arc::clone(dedicated),
+            carried: Arc::default(),
         };
         Ok(Arc::new(Self {
-            ground,
+            context,
             name: sql::application_name(own_name, "(many locks)"),
             turns: Turns::new(None, PollBell::new()?),
             inbox: Mutex::default(),
@@ -244,8 +244,8 @@ impl Carrier {
         let mut inbox = self.inbox.lock();
         if inbox.running.is_none() {
             if !inbox.is_watched {
-                let roll: Weak<CarriedClaims> = Arc::downgrade(&self.ground.roll);
-                self.ground.pool.watchdog().watch(roll as Weak<dyn Watched>)?;
+                let carried: Weak<CarriedClaims> = Arc::downgrade(&self.context.carried);
+                self.context.pool.watchdog().watch(carried as Weak<dyn Watched>)?;
                 inbox.is_watched = true;
             }
             let (runs, running) = bounded(0);
@@ -277,16 +277,16 @@ impl Carrier {
     fn put_in(&self, seat: &Arc<Seat>) {
         if seat.mark_called() {
             self.inbox.lock().seats.push(Arc::clone(seat));
-            self.ground.roll.is_called.store(true, SeqCst);
+            self.context.carried.is_called.store(true, SeqCst);
         }
     }
 
     /// Has the engine look at a claim, and runs it as far as this thread may until the claim has had what it asks for; `false` if it did
     /// nothing.
-    pub(crate) fn run_engine(&self, seat: &Arc<Seat>, caller: Caller) -> bool {
+    pub(crate) fn run_engine(&self, seat: &Arc<Seat>, caller: CallKind) -> bool {
         self.put_in(seat);
         // A claim may end without a statement, while the thread opens a session, which takes its time.
-        if !matches!(caller, Caller::Releases) && !self.allows(seat, caller) {
+        if !matches!(caller, CallKind::Release) && !self.allows(seat, caller) {
             self.turns.wake();
             return false;
         }
@@ -311,7 +311,7 @@ impl Carrier {
         }
         // One that no engine has taken in has asked for nothing. It need not wait while the session is given back.
         if turn.is_none()
-            && matches!(caller, Caller::Releases)
+            && matches!(caller, CallKind::Release)
             && seat.number().is_none()
             && seat.supervisor().is_none()
         {
@@ -326,24 +326,24 @@ impl Carrier {
             None => Some(Instant::now()),
         };
         let socket = turn.as_ref().and_then(|engine| engine.socket());
-        let news = turn.as_mut().map(|engine| engine.take_news());
+        let events = turn.as_mut().map(|engine| engine.take_pending_events());
         self.turns.leave(turn, look_by, socket.as_ref(), LONGEST_NAP);
-        if let Some(news) = news {
-            news.tell(&self.ground.pool);
+        if let Some(events) = events {
+            events.tell(&self.context.pool);
         }
         helped
     }
 
     /// Whether a caller may run short statements, which a server that does not answer may prolong to the heartbeat's timeout, or to the end of the
     /// terms. The session is not to be killed for one caller, so one that may have to leave before does not begin.
-    fn allows(&self, seat: &Seat, caller: Caller) -> bool {
+    fn allows(&self, seat: &Seat, caller: CallKind) -> bool {
         let until = match caller {
-            Caller::Acquires { is_cancellable: true, .. } => return false,
-            Caller::Acquires { until, .. } => until,
-            Caller::Releases if !may_drive() => return false,
-            Caller::Releases => seat.claim().ends_by(),
+            CallKind::Acquire { is_cancellable: true, .. } => return false,
+            CallKind::Acquire { until, .. } => until,
+            CallKind::Release if !may_drive() => return false,
+            CallKind::Release => seat.claim().ends_by(),
         };
-        until.is_none_or(|until| self.ground.roll.answer_by(self.ground.plan.heartbeat_timeout) <= until)
+        until.is_none_or(|until| self.context.carried.answer_by(self.context.plan.heartbeat_timeout) <= until)
     }
 
     /// When there is something to do next if nothing happens.
@@ -397,7 +397,7 @@ impl Carrier {
             }
         }
         if gave_back {
-            self.ground.pool.tell_of_sessions();
+            self.context.pool.tell_of_sessions();
         }
         drop(runs);
     }
@@ -425,10 +425,10 @@ impl Carrier {
                             return turn.take();
                         }
                         next => {
-                            let news = turn.as_mut().map(|engine| engine.take_news());
+                            let events = turn.as_mut().map(|engine| engine.take_pending_events());
                             drop(turn);
-                            if let Some(news) = news.filter(|news| !news.is_empty()) {
-                                self.tell_on_thread(news, &mut state.teller);
+                            if let Some(events) = events.filter(|events| !events.is_empty()) {
+                                self.tell_on_thread(events, &mut state.teller);
                             }
                             next
                         }
@@ -446,7 +446,7 @@ impl Carrier {
     }
 
     fn new_engine(&self) -> Box<Engine> {
-        Box::new(Engine::new(self.ground.clone()))
+        Box::new(Engine::new(self.context.clone()))
     }
 
     fn wait_for_turn(&self) -> MutexGuard<'_, Option<Box<Engine>>> {
@@ -468,7 +468,7 @@ impl Carrier {
             self.take_in(turn);
             guarded(turn, Engine::end_pauses);
             let Some(engine) = turn else { continue };
-            if engine.has_news_to_tell() {
+            if engine.has_pending_events() {
                 return Next::Sleep { until: Instant::now(), watch: None };
             }
             let (action, now) = (engine.session_action(), engine.now());
@@ -497,7 +497,7 @@ impl Carrier {
                     continue;
                 }
                 session::Action::Serve | session::Action::Watch { .. } => {
-                    if mem::take(&mut readable) && engine.has_news() || engine.is_cut_off() {
+                    if mem::take(&mut readable) && engine.is_readable() || engine.is_cut_off() {
                         guarded(turn, Engine::listen);
                         continue;
                     }
@@ -512,7 +512,7 @@ impl Carrier {
             Self::ask_for_annotations(engine);
             if engine.is_empty() {
                 let since = *state.idle_since.get_or_insert_with(Instant::now);
-                let linger = LINGER.min(self.ground.plan.heartbeat);
+                let linger = LINGER.min(self.context.plan.heartbeat);
                 if self.leaves(since.elapsed() >= linger) {
                     return Next::Exit;
                 }
@@ -527,7 +527,7 @@ impl Carrier {
             }
             guarded(turn, Engine::rest);
             let Some(engine) = turn else { continue };
-            let at_most = Instant::now() + self.ground.plan.heartbeat / 2;
+            let at_most = Instant::now() + self.context.plan.heartbeat / 2;
             let until = Self::next_look(engine).map_or(at_most, |until| until.min(at_most));
             if woken == Woken::Readable {
                 // It was an answer to a caller, who has read it.
@@ -539,19 +539,19 @@ impl Carrier {
     }
 
     /// Has the observer told, by a thread that does nothing else: it may want locks of this very carrier.
-    fn tell_on_thread(&self, news: News, teller: &mut Option<Sender<News>>) {
+    fn tell_on_thread(&self, events: PendingEvents, teller: &mut Option<Sender<PendingEvents>>) {
         if teller.is_none() {
-            let (sender, receiver) = unbounded::<News>();
-            let pool = Arc::clone(&self.ground.pool);
-            let tell = move || receiver.iter().for_each(|news| news.tell(&pool));
+            let (sender, receiver) = unbounded::<PendingEvents>();
+            let pool = Arc::clone(&self.context.pool);
+            let tell = move || receiver.iter().for_each(|events| events.tell(&pool));
             match thread::Builder::new().name("dsync:teller".to_owned()).spawn(tell) {
                 Ok(_) => *teller = Some(sender),
                 Err(error) => log::debug!("no thread for what the observer is told: {error}"),
             }
         }
         match teller {
-            Some(teller) => drop(teller.send(news)),
-            None => news.tell(&self.ground.pool),
+            Some(teller) => drop(teller.send(events)),
+            None => events.tell(&self.context.pool),
         }
     }
 
@@ -560,7 +560,7 @@ impl Carrier {
         const YIELDS: usize = 20;
         (0..YIELDS).any(|_| {
             thread::yield_now();
-            self.ground.roll.is_called()
+            self.context.carried.is_called()
         })
     }
 
@@ -594,11 +594,11 @@ impl Carrier {
     }
 
     fn open_with(&self, stream: &StreamControl) -> Result<PooledSlot, Refusal> {
-        let pool = &self.ground.pool;
+        let pool = &self.context.pool;
         let mut slot = pool.take(true)?;
         pool.open(&mut slot, stream)?;
         let witness = nonce().map_err(Refusal::system)?.cast_signed();
-        let by = Instant::now() + self.ground.plan.heartbeat_timeout;
+        let by = Instant::now() + self.context.plan.heartbeat_timeout;
         let session = slot.session().ok_or_else(Refusal::not_postgres)?;
         if let Err(failure) = session.begin_carrying(&self.name, witness, by) {
             slot.taint();
@@ -660,7 +660,7 @@ impl Carrier {
     /// Has the engine look at all that have come in.
     fn take_in(&self, turn: &mut Option<Box<Engine>>) {
         // Where the thread is not ready yet, it looks when it is.
-        if turn.is_none() || !self.ground.roll.is_called.swap(false, SeqCst) {
+        if turn.is_none() || !self.context.carried.is_called.swap(false, SeqCst) {
             return;
         }
         let seats = std::mem::take(&mut self.inbox.lock().seats);

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use crate::clock::Moment;
 use crate::error::{Error, ErrorKind, chain};
 use crate::expiry::Expiry;
-use crate::key::{AdvisoryKey, Mode};
+use crate::key::AdvisoryKey;
 use crate::loss::LossReason;
+use crate::mode::Mode;
 use crate::pg::carrier::carrier::CarriedClaims;
-use crate::pg::carrier::elsewhere::Elsewhere;
+use crate::pg::carrier::dedicated::DedicatedQuota;
 use crate::pg::carrier::seat::Seat;
 use crate::pg::claim::engine::outcome_of;
 use crate::pg::claim::idle::IdleSupervisors;
@@ -36,9 +37,9 @@ pub(crate) struct Engine {
     pool: Arc<Pool>,
     plan: LeasePlan,
     idle: Arc<IdleSupervisors>,
-    elsewhere: Arc<Elsewhere>,
+    dedicated: Arc<DedicatedQuota>,
     /// What the watchdog looks at.
-    roll: Arc<CarriedClaims>,
+    carried: Arc<CarriedClaims>,
     lifecycle: Lifecycle,
     epoch: Moment,
     slot: Option<PooledSlot>,
@@ -46,7 +47,7 @@ pub(crate) struct Engine {
     seats: Vec<Option<Seated>>,
     vacant: Vec<usize>,
     /// The locks that the session has, or is about to ask for, each with how it is had. The server counts, and would grant one twice.
-    taken: HashMap<AdvisoryKey, Mode>,
+    owned: HashMap<AdvisoryKey, Mode>,
     /// The claims that ask for something on the session, first come, first served.
     ready: VecDeque<usize>,
     /// When claims that pause ask again. Some of them may do something else by then.
@@ -57,7 +58,7 @@ pub(crate) struct Engine {
     unannotated: Vec<Arc<Seat>>,
     /// Those that are to end, since what was announced has ended them.
     ending: Vec<usize>,
-    news: News,
+    events: PendingEvents,
     /// When all terms on the session end.
     expiry: Option<Arc<Expiry>>,
     /// As `expiry`, in the time of the machines.
@@ -110,13 +111,13 @@ impl Seated {
 
 /// What the manager's observer is to be told when nobody runs the engine: it may use other locks of the manager.
 #[derive(Default)]
-pub(crate) struct News {
+pub(crate) struct PendingEvents {
     claims: Vec<Arc<Claim>>,
     /// How many sessions are in use has changed.
     of_sessions: bool,
 }
 
-impl News {
+impl PendingEvents {
     pub(crate) fn is_empty(&self) -> bool {
         self.claims.is_empty() && !self.of_sessions
     }
@@ -132,17 +133,17 @@ impl News {
 
 /// What all engines of a carrier have in common.
 #[derive(Clone)]
-pub(crate) struct Ground {
+pub(crate) struct CarrierContext {
     pub(crate) pool: Arc<Pool>,
     pub(crate) plan: LeasePlan,
     pub(crate) idle: Arc<IdleSupervisors>,
-    pub(crate) elsewhere: Arc<Elsewhere>,
-    pub(crate) roll: Arc<CarriedClaims>,
+    pub(crate) dedicated: Arc<DedicatedQuota>,
+    pub(crate) carried: Arc<CarriedClaims>,
 }
 
 impl Engine {
-    pub(crate) fn new(ground: Ground) -> Self {
-        let Ground { pool, plan, idle, elsewhere, roll } = ground;
+    pub(crate) fn new(ground: CarrierContext) -> Self {
+        let CarrierContext { pool, plan, idle, dedicated, carried } = ground;
         let epoch = Moment::now();
         let timing = Timing {
             term: plan.term(),
@@ -155,20 +156,20 @@ impl Engine {
             pool,
             plan,
             idle,
-            elsewhere,
-            roll,
+            dedicated,
+            carried,
             lifecycle: Lifecycle::carrier(timing, fastrand::u64(..)),
             epoch,
             slot: None,
             seats: Vec::new(),
             vacant: Vec::new(),
-            taken: HashMap::new(),
+            owned: HashMap::new(),
             ready: VecDeque::new(),
             pauses: BinaryHeap::new(),
             waiting: Vec::new(),
             unannotated: Vec::new(),
             ending: Vec::new(),
-            news: News::default(),
+            events: PendingEvents::default(),
             expiry: None,
             leased_until: None,
             has_lease: false,
@@ -212,8 +213,8 @@ impl Engine {
     }
 
     /// True if there is something to read on the session.
-    pub(crate) fn has_news(&self) -> bool {
-        self.socket().is_some_and(|socket| socket.has_news())
+    pub(crate) fn is_readable(&self) -> bool {
+        self.socket().is_some_and(|socket| socket.is_readable())
     }
 
     /// True if the session is known to be over.
@@ -236,17 +237,17 @@ impl Engine {
     }
 
     /// What is to be told when this thread has left the engine.
-    pub(crate) fn take_news(&mut self) -> News {
-        std::mem::take(&mut self.news)
+    pub(crate) fn take_pending_events(&mut self) -> PendingEvents {
+        std::mem::take(&mut self.events)
     }
 
     /// The observer is to be told how many sessions are in use.
     pub(crate) fn note_sessions(&mut self) {
-        self.news.of_sessions |= self.pool.is_observed();
+        self.events.of_sessions |= self.pool.is_observed();
     }
 
-    pub(crate) fn has_news_to_tell(&self) -> bool {
-        !self.news.is_empty()
+    pub(crate) fn has_pending_events(&self) -> bool {
+        !self.events.is_empty()
     }
 
     pub(crate) fn now(&self) -> Time {
@@ -270,7 +271,7 @@ impl Engine {
 
     /// As [`soon`](Self::soon), for what would cost all terms if it were not answered.
     fn answer_by(&self) -> Instant {
-        self.roll.answer_by(self.plan.heartbeat_timeout)
+        self.carried.answer_by(self.plan.heartbeat_timeout)
     }
 
     fn session(&mut self) -> Option<&mut Session> {
@@ -296,7 +297,7 @@ impl Engine {
             self.ending.push(number);
         }
         self.end_all();
-        if claim.wants_attempt() {
+        if claim.take_attempt_request() {
             self.take_in(Event::Session(session::Event::Wanted));
         }
     }
@@ -323,7 +324,7 @@ impl Engine {
             None => self.seats.push(Some(seated)),
         }
         seat.set_number(Some(number));
-        self.roll.add(number, claim);
+        self.carried.add(number, claim);
         let spec = seat.spec();
         let machine = claim::Machine::new(spec.uncertainty_window(), spec.request.mode.is_shared());
         self.lifecycle.admit(number, machine, self.now());
@@ -340,9 +341,9 @@ impl Engine {
                 session::Event::Opened
             }
             Err(refusal) => {
-                let patient = refusal.is_patient();
+                let needs_operator = refusal.needs_operator();
                 self.note(refusal.into_error());
-                session::Event::OpenFailed { patient }
+                session::Event::OpenFailed { needs_operator }
             }
         };
         self.take_in(Event::Session(event));
@@ -384,7 +385,7 @@ impl Engine {
         self.forget_lock(number);
         if let Some(seated) = self.seats[number].take() {
             self.vacant.push(number);
-            self.roll.remove(number);
+            self.carried.remove(number);
             seated.seat.set_number(None);
         }
     }
@@ -470,7 +471,7 @@ impl Engine {
 
     /// The session is over, and all that it had.
     fn forget_locks(&mut self, notices: &Notices) {
-        self.taken.clear();
+        self.owned.clear();
         for seated in self.seats.iter_mut().flatten() {
             seated.lock = None;
             seated.missed.clear();
@@ -519,14 +520,14 @@ impl Engine {
         self.leased_until = until;
         let Some(until) = until.map(|until| self.moment(until)) else {
             self.expiry = None;
-            self.roll.set_end(None);
+            self.carried.set_end(None);
             return true;
         };
         if let Some(expiry) = &self.expiry {
             return expiry.move_to(until);
         }
         let expiry = Arc::new(Expiry::new(until));
-        self.roll.set_end(Some(Arc::clone(&expiry)));
+        self.carried.set_end(Some(Arc::clone(&expiry)));
         self.expiry = Some(expiry);
         true
     }
@@ -574,7 +575,7 @@ impl Engine {
             Notice::Failed => claim.announce_problem(seated.problem.last().or(self.problem.last()).cloned()),
         }
         if claim.is_observed() {
-            self.news.claims.push(Arc::clone(claim));
+            self.events.claims.push(Arc::clone(claim));
         }
         if claim.is_ending() {
             self.ending.push(number);
@@ -590,7 +591,7 @@ impl Engine {
         // Before the end is told: whoever claims the lock next finds it free.
         self.vacate(number);
         if seat.claim().is_observed() {
-            self.news.claims.push(Arc::clone(seat.claim()));
+            self.events.claims.push(Arc::clone(seat.claim()));
         }
         let outcome = outcome_of(seat.claim(), end, problem);
         seat.claim().finish(outcome);
@@ -609,7 +610,7 @@ impl Drop for Engine {
             drop(slot);
             self.pool.tell_of_sessions();
         }
-        self.roll.clear();
+        self.carried.clear();
         for seated in self.seats.drain(..).flatten() {
             seated.seat.set_number(None);
             seated.seat.claim().abandon();

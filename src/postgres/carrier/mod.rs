@@ -6,6 +6,6 @@
 
 #[expect(clippy::module_inception, reason = "the room is named after what it is about")]
 pub(crate) mod carrier;
-pub(crate) mod elsewhere;
+pub(crate) mod dedicated;
 pub(crate) mod engine;
 pub(crate) mod seat;

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 
 use crate::pg::carrier::carrier::Carrier;
-use crate::pg::carrier::elsewhere::OwnSession;
+use crate::pg::carrier::dedicated::DedicatedPermit;
 use crate::pg::claim::idle::IdleSupervisors;
 use crate::pg::claim::shared::Claim;
 use crate::pg::claim::spec::LockSpec;
@@ -42,7 +42,7 @@ enum Annotation {
 
 struct Moved {
     supervisor: Arc<Supervisor>,
-    _place: OwnSession,
+    _place: DedicatedPermit,
 }
 
 const NOWHERE: usize = usize::MAX;
@@ -134,13 +134,13 @@ impl Seat {
     /// Makes the annotation of the term to come, which calls the application. To be called after [`mark_asked`](Self::mark_asked).
     pub(crate) fn annotate(&self) {
         /// The logger may panic, which is told that a valuer did.
-        struct Asking<'a>(&'a Seat);
-        impl Drop for Asking<'_> {
+        struct TryCaller<'a>(&'a Seat);
+        impl Drop for TryCaller<'_> {
             fn drop(&mut self) {
                 self.0.unmark_asked();
             }
         }
-        let _asking = Asking(self);
+        let _asking = TryCaller(self);
         let made = self.spec.annotation(self.claim.key()).map(Arc::from);
         *self.annotation.lock() = Annotation::Made(made);
     }
@@ -161,7 +161,7 @@ impl Seat {
     }
 
     /// Lets a supervisor go on with the claim, on a session of its own.
-    pub(crate) fn move_to(&self, place: OwnSession, idle: &Arc<IdleSupervisors>) -> io::Result<()> {
+    pub(crate) fn move_to(&self, place: DedicatedPermit, idle: &Arc<IdleSupervisors>) -> io::Result<()> {
         let supervisor = Supervisor::begin(&self.claim, &self.spec, idle)?;
         // One that was idle is asleep, and there may be no caller that runs its engine.
         supervisor.wake();

@@ -12,23 +12,23 @@ use crate::sync::Mutex;
 pub(crate) struct AssignmentCell(Mutex<Assignment>);
 
 /// A claim, and the spec of its lock.
-type Order = (Arc<Claim>, Arc<LockSpec>);
+type NewClaim = (Arc<Claim>, Arc<LockSpec>);
 
 #[derive(Debug)]
 enum Assignment {
     /// No claim; the thread waits for one.
     Free,
     /// A claim without an engine yet.
-    New(Order),
+    New(NewClaim),
     /// A claim with an engine.
-    Taken(Arc<Claim>),
+    Serving(Arc<Claim>),
     /// The thread takes no more claims.
     Closed,
 }
 
 /// What a supervisor without an engine is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Orders {
+pub(crate) enum IdleStep {
     /// A claim has just come in: look again.
     TakeUp,
     Wait,
@@ -72,45 +72,45 @@ impl AssignmentCell {
     pub(crate) fn close(&self) -> Option<Arc<Claim>> {
         let former = mem::replace(&mut *self.0.lock(), Assignment::Closed);
         match former {
-            Assignment::New((claim, _)) | Assignment::Taken(claim) => Some(claim),
+            Assignment::New((claim, _)) | Assignment::Serving(claim) => Some(claim),
             Assignment::Free | Assignment::Closed => None,
         }
     }
 
     /// Takes the claim that has no engine yet, for the thread that begins one.
-    pub(crate) fn take_up(&self) -> Option<Order> {
+    pub(crate) fn take_up(&self) -> Option<NewClaim> {
         let mut assignment = self.0.lock();
         let Assignment::New(order) = &*assignment else { return None };
         let order = order.clone();
-        *assignment = Assignment::Taken(Arc::clone(&order.0));
+        *assignment = Assignment::Serving(Arc::clone(&order.0));
         Some(order)
     }
 
     /// Makes room for another claim.
     pub(crate) fn free(&self) {
         let mut assignment = self.0.lock();
-        if matches!(*assignment, Assignment::Taken(_)) {
+        if matches!(*assignment, Assignment::Serving(_)) {
             *assignment = Assignment::Free;
         }
     }
 
     /// What a supervisor without an engine is to do; `lingered` if it was idle for long enough to exit.
-    pub(crate) fn orders(&self, lingered: bool) -> Orders {
+    pub(crate) fn idle_step(&self, lingered: bool) -> IdleStep {
         let mut assignment = self.0.lock();
         match *assignment {
             Assignment::Free if lingered => {
                 *assignment = Assignment::Closed;
-                Orders::Exit
+                IdleStep::Exit
             }
-            Assignment::Closed => Orders::ExitNow,
-            Assignment::New(_) => Orders::TakeUp,
-            Assignment::Free | Assignment::Taken(_) => Orders::Wait,
+            Assignment::Closed => IdleStep::ExitNow,
+            Assignment::New(_) => IdleStep::TakeUp,
+            Assignment::Free | Assignment::Serving(_) => IdleStep::Wait,
         }
     }
 
     pub(crate) fn claim(&self) -> Option<Arc<Claim>> {
         match &*self.0.lock() {
-            Assignment::New((claim, _)) | Assignment::Taken(claim) => Some(Arc::clone(claim)),
+            Assignment::New((claim, _)) | Assignment::Serving(claim) => Some(Arc::clone(claim)),
             Assignment::Free | Assignment::Closed => None,
         }
     }

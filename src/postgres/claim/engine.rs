@@ -66,12 +66,12 @@ pub(crate) struct Engine {
 
 /// What a caller's thread may do.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Caller {
+pub(crate) enum CallKind {
     /// What is over, even at a server that does not answer, before `until`; waiting for the lock only if it `waits`. The
     /// supervisor makes a caller leave that `is_cancellable`, but not from code of the application's.
-    Acquires { until: Option<Instant>, waits: bool, is_cancellable: bool },
+    Acquire { until: Option<Instant>, waits: bool, is_cancellable: bool },
     /// Nothing but what ends the claim.
-    Releases,
+    Release,
 }
 
 impl Engine {
@@ -87,7 +87,7 @@ impl Engine {
             term: spec.plan.term(),
             heartbeat: spec.plan.heartbeat,
             rhythm: spec.pool.rhythm(epoch),
-            begins_fresh: claim.has_grace(),
+            begins_fresh: claim.wants_warning(),
             confirms: spec.pool.confirms(),
         };
         // Sessions that it shared with others may have left something behind.
@@ -135,9 +135,9 @@ impl Engine {
     }
 
     /// True if a caller's thread may do `action`.
-    pub(crate) fn allows(&mut self, caller: Caller, action: Action) -> bool {
+    pub(crate) fn prepare_for(&mut self, caller: CallKind, action: Action) -> bool {
         match (action, caller) {
-            (Action::Session(session::Action::Open), Caller::Acquires { until, .. }) => {
+            (Action::Session(session::Action::Open), CallKind::Acquire { until, .. }) => {
                 let by = Instant::now() + self.spec.pool.takes_at_most();
                 if until.is_some_and(|until| until < by)
                     && !self.slot.as_mut().is_some_and(|slot| slot.is_ready())
@@ -152,20 +152,20 @@ impl Engine {
             // A slow valuer must not outlast a caller's patience.
             (
                 Action::Claim(_, claim::Action::Try | claim::Action::Queue),
-                Caller::Acquires { until, is_cancellable, .. },
+                CallKind::Acquire { until, is_cancellable, .. },
             ) if (until.is_some() || is_cancellable) && !self.spec.annotates_fast() => false,
-            (Action::Claim(_, claim::Action::Try), Caller::Acquires { until, waits, .. }) => {
+            (Action::Claim(_, claim::Action::Try), CallKind::Acquire { until, waits, .. }) => {
                 self.may_wait = waits && until.is_none_or(|until| self.spec.after_slice() <= until);
                 until.is_none_or(|until| self.after_try() <= until)
             }
-            (Action::Claim(_, claim::Action::Queue), Caller::Acquires { until, waits, .. }) => {
+            (Action::Claim(_, claim::Action::Queue), CallKind::Acquire { until, waits, .. }) => {
                 waits && until.is_none_or(|until| self.spec.after_slice() <= until)
             }
             (Action::Claim(_, claim::Action::Unlock | claim::Action::Settle), caller)
             | (Action::Session(session::Action::Close), caller) => {
                 // A caller that wants the lock has a context, which does not bound another thread's release.
                 self.release_by.is_some()
-                    && (matches!(caller, Caller::Releases) || self.claim.is_for_one_term())
+                    && (matches!(caller, CallKind::Release) || self.claim.is_for_one_term())
             }
             _ => false,
         }
@@ -227,8 +227,8 @@ impl Engine {
     }
 
     /// True if there is something to read on the session.
-    pub(crate) fn has_news(&self) -> bool {
-        self.socket().is_some_and(|socket| socket.has_news())
+    pub(crate) fn is_readable(&self) -> bool {
+        self.socket().is_some_and(|socket| socket.is_readable())
     }
 
     /// True if there is an open session at hand.
@@ -277,9 +277,9 @@ impl Engine {
             }
             Err(refusal) => {
                 self.claim.announce_no_session();
-                let patient = refusal.is_patient();
+                let needs_operator = refusal.needs_operator();
                 self.note(refusal.into_error());
-                Event::Session(session::Event::OpenFailed { patient })
+                Event::Session(session::Event::OpenFailed { needs_operator })
             }
         }
     }
@@ -297,7 +297,7 @@ impl Engine {
     fn renew(&mut self, by: Time) -> Event {
         let (sent, term_ends) = (self.now(), self.at(by));
         // Who has a grace is to have all of it, from the warning to the end of the lease.
-        let by = if self.claim.has_grace() { term_ends } else { self.spec.soon().min(term_ends) };
+        let by = if self.claim.wants_warning() { term_ends } else { self.spec.soon().min(term_ends) };
         match self.on_session(|session, _, _| session.heartbeat(by)) {
             Ok(()) => {
                 self.claim.note_heartbeat(self.now() - sent);
@@ -405,8 +405,8 @@ impl Engine {
     /// Sees whether the lock may be asked for. It may not while terms may last that began before the server was taken over. Gives what has
     /// happened then.
     fn look_at_past(&mut self, by: Instant) -> Option<Event> {
-        let grace = self.session()?.pending()?.to_owned();
-        let proven_in = match self.proven_in(&grace, by) {
+        let run = self.session()?.pending()?.to_owned();
+        let proven_in = match self.proven_in(&run, by) {
             Ok(Some(Duration::ZERO)) => return None,
             Ok(time) => time.unwrap_or(Duration::MAX),
             Err(event) => return Some(event),
@@ -432,9 +432,9 @@ impl Engine {
     ///
     /// The holder before that one may have lost its session to an operator, or to the very end of the server, where it is ended a moment before
     /// others; and may be cut off. So the term must have begun as long ago as the longest lease.
-    fn proven_in(&mut self, grace: &str, by: Instant) -> Result<Option<Duration>, Event> {
+    fn proven_in(&mut self, run: &str, by: Instant) -> Result<Option<Duration>, Event> {
         let Some((token, began)) = *self.spec.last_term.lock() else { return Ok(None) };
-        let Some(longest_lease) = self.spec.pool.longest_lease(grace) else { return Ok(None) };
+        let Some(longest_lease) = self.spec.pool.longest_lease(run) else { return Ok(None) };
         if self.unproven == Some(token) {
             return Ok(None);
         }
@@ -479,7 +479,7 @@ impl Engine {
     ) -> Event {
         let sent = self.now();
         let outcome = self.on_session(ask);
-        self.has_nothing = matches!(outcome, Ok(Answer::Taken));
+        self.has_nothing = matches!(outcome, Ok(Answer::Busy));
         match outcome {
             Ok(Answer::Granted { token, permit }) => {
                 (self.token, self.permit, self.granted_at) = (token, permit, Instant::now());
@@ -488,7 +488,7 @@ impl Engine {
                 }
                 Event::Claim(CLAIM, claim::Event::Granted { sent })
             }
-            Ok(Answer::NotGranted | Answer::Taken) => Event::Claim(CLAIM, otherwise),
+            Ok(Answer::NotGranted | Answer::Busy) => Event::Claim(CLAIM, otherwise),
             Ok(Answer::Collision { other }) => self.refused(Refusal::collision(self.claim.key(), &other)),
             Ok(Answer::OtherPermits { theirs }) => {
                 self.refused(Refusal::other_permits(self.claim.key(), self.request.permits, theirs))
@@ -573,9 +573,9 @@ impl Engine {
         if refusal.is_about_catalog() {
             self.spec.pool.forget_catalog();
         }
-        let patient = refusal.is_patient();
+        let needs_operator = refusal.needs_operator();
         self.note(refusal.into_error());
-        Event::Claim(CLAIM, claim::Event::Refused { patient })
+        Event::Claim(CLAIM, claim::Event::Refused { needs_operator })
     }
 
     /// Keeps an error for those who ask, and logs it.

@@ -47,15 +47,7 @@ pub(crate) type Notices = Vec<(usize, claim::Notice)>;
 impl Lifecycle {
     /// A session that is wanted by one claim, which has the number 0.
     pub(crate) fn dedicated(timing: Timing, claim: Claim, seed: u64) -> Self {
-        Self {
-            session: Session::new(timing, seed),
-            claims: vec![claim],
-            holding: 0,
-            using: 0,
-            confirming: Vec::new(),
-            confirmed: None,
-            is_carrier: false,
-        }
+        Self { claims: vec![claim], is_carrier: false, ..Self::carrier(timing, seed) }
     }
 
     /// A session that carries claims which [come](Self::admit) later.

@@ -121,8 +121,8 @@ pub(crate) enum Event {
     Granted { sent: Time },
     /// The slice went by; the lock was not granted, or it was without our knowing.
     SliceOver,
-    /// A statement failed, the session did not. `patient` as in [`session::Event::OpenFailed`].
-    Refused { patient: bool },
+    /// A statement failed, the session did not. `needs_operator` as in [`session::Event::OpenFailed`].
+    Refused { needs_operator: bool },
     /// The lock was given back; `held` is whether the server says that it had been held.
     Unlocked { held: bool },
     /// The session is without the lock; `clear` is whether the server also has none of the claim's lost sessions any more.
@@ -137,7 +137,7 @@ pub(crate) enum Obstacle {
     /// The server was taken over, and terms of before may last still, so the lock was not asked for.
     Grace,
     /// Another session holds the lock, or another claim on this one; and this session queues for nobody, since others use it.
-    Taken,
+    Busy,
     /// A statement was refused for this claim, and others use the session.
     Refused,
 }
@@ -219,7 +219,7 @@ impl Machine {
                     Obstacle::Grace => {
                         Effects { notice: Some(Notice::InGrace), session: Some(session::Event::Served) }
                     }
-                    Obstacle::Taken => {
+                    Obstacle::Busy => {
                         Effects { notice: Some(Notice::Busy), session: Some(session::Event::Served) }
                     }
                     Obstacle::Refused => Effects { notice: Some(Notice::Failed), session: None },
@@ -239,13 +239,16 @@ impl Machine {
                     self.uncertain_until = Time::ZERO;
                 }
                 self.state = State::Confirming { granted: now };
-                Effects::tell_session(session::Event::LockTaken { sent })
+                Effects::tell_session(session::Event::LockGranted { sent })
             }
             (State::Queueing, Event::SliceOver) => Effects::NONE,
             // It may have been granted before it was refused; or in a slice before, without our knowing.
-            (State::Trying | State::Queueing, Event::Refused { patient }) => {
+            (State::Trying | State::Queueing, Event::Refused { needs_operator }) => {
                 self.state = State::Settling { then: Next::Retry };
-                Effects { notice: Some(Notice::Failed), session: Some(session::Event::Refused { patient }) }
+                Effects {
+                    notice: Some(Notice::Failed),
+                    session: Some(session::Event::Refused { needs_operator }),
+                }
             }
 
             // A lost session of the claim's may share the lock still: whoever settles asks for it.
@@ -256,11 +259,11 @@ impl Machine {
             (State::Unlocking, Event::Unlocked { held }) => {
                 self.end(if held { End::Released } else { End::NotHeld })
             }
-            (State::Unlocking | State::Settling { .. }, Event::Refused { patient }) => {
+            (State::Unlocking | State::Settling { .. }, Event::Refused { needs_operator }) => {
                 let uncertain_before = self.uncertain_until;
                 self.uncertain_until = now + self.uncertainty_window;
                 self.state = self.without_session(uncertain_before);
-                Effects::tell_session(session::Event::Refused { patient })
+                Effects::tell_session(session::Event::Refused { needs_operator })
             }
             // Whether the lock had been granted in passing is of no interest: this session does not hold it now. But the
             // one that does may be a lost one of ours.

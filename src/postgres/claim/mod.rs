@@ -3,7 +3,6 @@
 pub(crate) mod alarm;
 pub(crate) mod assignment;
 pub(crate) mod bell;
-pub(crate) mod caller;
 pub(crate) mod engine;
 pub(crate) mod idle;
 pub(crate) mod lifecycle;

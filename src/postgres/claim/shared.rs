@@ -11,8 +11,8 @@ use crate::clock::Moment;
 use crate::context::{Context, OnCancel};
 use crate::error::{Error, ErrorKind, Result, in_grace};
 use crate::expiry::Expiry;
-use crate::key::Mode;
 use crate::loss::{Alive, Loss, LossReason, Lost, lost_already};
+use crate::mode::Mode;
 use crate::pg::session::control::SessionControl;
 use crate::pg::session::machine::Confirms;
 use crate::pg::stream::StreamControl;
@@ -31,7 +31,7 @@ pub(crate) struct Claim {
     uncertainty_window: Duration,
     span: Span,
     /// How long before its end a term that is not renewed is warned of.
-    grace: Option<Duration>,
+    warn_before: Option<Duration>,
     /// What the manager's observer is to be told, if there is one.
     story: Option<Story>,
     // Lock order: `caller` before the others, of which no two are held at once; the mutex of a `SessionControl` after any of
@@ -214,7 +214,7 @@ impl Claim {
         mode: Mode,
         uncertainty_window: Duration,
         span: Span,
-        grace: Option<Duration>,
+        warn_before: Option<Duration>,
         story: Option<Story>,
     ) -> Arc<Self> {
         let status = Status {
@@ -237,7 +237,7 @@ impl Claim {
             mode,
             uncertainty_window,
             span,
-            grace,
+            warn_before,
             story,
             status: Mutex::new(status),
             in_flight: Mutex::new(InFlight::Nothing),
@@ -260,7 +260,7 @@ impl Claim {
     }
 
     /// True if a caller wants to know whether the lock can be had, and does not wait for it.
-    pub(crate) fn is_tried(&self) -> bool {
+    pub(crate) fn has_try_callers(&self) -> bool {
         self.try_callers.load(SeqCst) > 0
     }
 
@@ -270,8 +270,8 @@ impl Claim {
     }
 
     /// True if the application wants to be warned before a term ends.
-    pub(crate) fn has_grace(&self) -> bool {
-        self.grace.is_some()
+    pub(crate) fn wants_warning(&self) -> bool {
+        self.warn_before.is_some()
     }
 
     // What application threads do.
@@ -313,15 +313,15 @@ impl Claim {
     }
 
     /// A caller wants to know whether the lock can be had, and not to wait for it, until what this gives is dropped.
-    pub(crate) fn ask(&self) -> impl Drop {
-        struct Asking<'a>(&'a AtomicUsize);
-        impl Drop for Asking<'_> {
+    pub(crate) fn register_try_caller(&self) -> impl Drop {
+        struct TryCaller<'a>(&'a AtomicUsize);
+        impl Drop for TryCaller<'_> {
             fn drop(&mut self) {
                 self.0.fetch_sub(1, SeqCst);
             }
         }
         self.try_callers.fetch_add(1, SeqCst);
-        Asking(&self.try_callers)
+        TryCaller(&self.try_callers)
     }
 
     /// A statement is about to wait for the lock without that the server was asked before; `false` if somebody wants to know.
@@ -347,7 +347,7 @@ impl Claim {
     }
 
     /// True if a caller wants the pause between two attempts to end; clears that wish. For the thread that pauses.
-    pub(crate) fn wants_attempt(&self) -> bool {
+    pub(crate) fn take_attempt_request(&self) -> bool {
         self.hurry.swap(false, SeqCst)
     }
 
@@ -364,9 +364,9 @@ impl Claim {
     pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.status.lock().phase {
             Phase::Held { until, warning, .. } => {
-                let grace = self.grace.filter(|_| warning.calm.is_some()).unwrap_or_default();
+                let early = self.warn_before.filter(|_| warning.calm.is_some()).unwrap_or_default();
                 let ends_at = until.at()?;
-                Some(ends_at.checked_sub(grace).unwrap_or(ends_at).instant())
+                Some(ends_at.checked_sub(early).unwrap_or(ends_at).instant())
             }
             _ => None,
         }
@@ -376,8 +376,8 @@ impl Claim {
     /// application code.
     pub(crate) fn enforce_deadline(&self) {
         let mut status = self.current();
-        if let (Phase::Held { until, warning, .. }, Some(grace)) = (&mut status.phase, self.grace)
-            && until.left() <= grace
+        if let (Phase::Held { until, warning, .. }, Some(early)) = (&mut status.phase, self.warn_before)
+            && until.left() <= early
         {
             warning.calm = None;
         }
@@ -410,7 +410,7 @@ impl Claim {
         matches!(self.status.lock().phase, Phase::Ended { .. })
     }
 
-    /// Whether the claim has ended for this reason.
+    /// True if the claim is ending, or has ended, for this reason.
     pub(crate) fn ends_for(&self, reason: EndReason) -> bool {
         matches!(self.status.lock().phase, Phase::Ending { reason: known, .. } | Phase::Ended { reason: known, .. } if known == reason)
     }
@@ -464,8 +464,8 @@ impl Claim {
     /// that gives it back is still busy.
     pub(crate) fn wait_ended(&self, by: Instant) -> Result<()> {
         // A thread whose session is killed during a call has this long to finish by itself.
-        let grace = by.saturating_duration_since(Instant::now()) / 10;
-        if let Some(outcome) = self.ended_by(by - grace) {
+        let rest = by.saturating_duration_since(Instant::now()) / 10;
+        if let Some(outcome) = self.ended_by(by - rest) {
             return outcome;
         }
         let in_flight = self.in_flight.lock().clone();
@@ -683,16 +683,16 @@ impl Claim {
     }
 
     /// If the caller that runs the engine has been cancelled, ends what its thread waits for: a slice, which takes a cancel
-    /// request and until `by` at most, or an attempt to connect. A slice that does not end, and after `grace` also a short
+    /// request and until `by` at most, or an attempt to connect. A slice that does not end, and after `patience` also a short
     /// statement, is ended with its session. Gives `false` if there is no such caller.
-    pub(crate) fn make_caller_leave(&self, grace: Duration, by: Instant) -> bool {
+    pub(crate) fn make_caller_leave(&self, patience: Duration, by: Instant) -> bool {
         let slice = {
             // Under the mutex, so that no other caller is hit that comes after this one.
             let mut caller = self.caller.lock();
             let Some(caller) = caller.as_mut().filter(|caller| caller.request.is_made()) else {
                 return false;
             };
-            let insist = caller.told_at.get_or_insert_with(Instant::now).elapsed() >= grace;
+            let insist = caller.told_at.get_or_insert_with(Instant::now).elapsed() >= patience;
             let session = match &*self.in_flight.lock() {
                 InFlight::Nothing | InFlight::Carrier => return true,
                 InFlight::Connecting(stream) => {
@@ -730,18 +730,18 @@ impl Claim {
     }
 
     /// True if a caller wants to know whether the lock can be had while a statement waits for it, which does not tell.
-    pub(crate) fn is_asked(&self) -> bool {
+    pub(crate) fn try_caller_needs_answer(&self) -> bool {
         self.waits_unasked.load(SeqCst) && self.try_callers.load(SeqCst) > 0
     }
 
     /// Ends that statement, which takes until `by` at most. The claim goes on to wait.
-    pub(crate) fn find_out(&self, by: Instant) {
+    pub(crate) fn cancel_unasked_wait(&self, by: Instant) {
         let session = match &*self.in_flight.lock() {
             InFlight::Session(control) => Arc::clone(control),
             InFlight::Nothing | InFlight::Connecting(_) | InFlight::Carrier => return,
         };
         if let Some(number) = session.slice()
-            && self.is_asked()
+            && self.try_caller_needs_answer()
         {
             session.cancel_slice(number, by);
         }
@@ -751,17 +751,7 @@ impl Claim {
 
     /// Another session holds the lock.
     pub(crate) fn announce_queueing(&self) {
-        let mut status = self.status.lock();
-        if status.is_open() {
-            status.phase = match status.span {
-                Span::OneTerm { waits: false, at_most, .. } => {
-                    Phase::Ending { reason: EndReason::Unavailable, by: Instant::now() + at_most }
-                }
-                _ => Phase::Queueing { takes_turns: false },
-            };
-            status.problem = None;
-            status.notify();
-        }
+        self.announce_obstacle(EndReason::Unavailable, Phase::Queueing { takes_turns: false });
     }
 
     /// Another session holds the lock, and there is no session by which to queue for it: the claim asks again and again.
@@ -784,13 +774,18 @@ impl Claim {
 
     /// The server was taken over, and nobody is granted a lock before `ends`, or before another process has waited for that long.
     pub(crate) fn announce_in_grace(&self, ends: Instant) {
+        self.announce_obstacle(EndReason::InGrace { ends }, Phase::InGrace { ends });
+    }
+
+    /// The lock cannot be had now: the claim ends for `reason` if it does not wait, and is in `waiting` if it does.
+    fn announce_obstacle(&self, reason: EndReason, waiting: Phase) {
         let mut status = self.status.lock();
         if status.is_open() {
             status.phase = match status.span {
                 Span::OneTerm { waits: false, at_most, .. } => {
-                    Phase::Ending { reason: EndReason::InGrace { ends }, by: Instant::now() + at_most }
+                    Phase::Ending { reason, by: Instant::now() + at_most }
                 }
-                _ => Phase::InGrace { ends },
+                _ => waiting,
             };
             status.problem = None;
             status.notify();
@@ -810,7 +805,7 @@ impl Claim {
                 return false;
             }
             let (term, lost) = Lost::pair();
-            let warning = Warning::new(self.grace.is_some());
+            let warning = Warning::new(self.warn_before.is_some());
             status.phase = Phase::Held { until, _term: term, warning };
             (status.problem, status.unconfirmed) = (None, Confirms::Nothing);
             status.lost = lost;

@@ -8,9 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::pg::claim::alarm::Woken;
-use crate::pg::claim::assignment::{AssignmentCell, Orders};
+use crate::pg::claim::assignment::{AssignmentCell, IdleStep};
 use crate::pg::claim::bell::PollBell;
-use crate::pg::claim::engine::{Caller, Engine};
+use crate::pg::claim::engine::{CallKind, Engine};
 use crate::pg::claim::idle::IdleSupervisors;
 use crate::pg::claim::lifecycle::Action;
 use crate::pg::claim::machine as claim;
@@ -25,7 +25,7 @@ use crate::sync::MutexGuard;
 
 /// A claim that follows within 20 ms on another one is quick: the session is kept for the next. A supervisor that the answers
 /// to callers have woken naps no longer than that.
-const QUICK: Duration = Duration::from_millis(20);
+const QUICK_CLAIM: Duration = Duration::from_millis(20);
 
 /// A supervisor that an answer to a caller has woken watches nothing for 1 ms; for twice as long each time, if callers come and
 /// go.
@@ -166,7 +166,7 @@ impl Supervisor {
     pub(crate) fn run_engine(
         &self,
         claim: &Claim,
-        caller: Caller,
+        caller: CallKind,
         leave: Option<&Arc<LeaveRequest>>,
     ) -> bool {
         let Some(mut runner) = self.turns.take() else { return false };
@@ -188,10 +188,10 @@ impl Supervisor {
                 self.finish(&mut runner);
                 helped = true;
                 // The supervisor gives a session that was kept to the pool then.
-                break runner.slot.is_some().then(|| Instant::now() + QUICK);
+                break runner.slot.is_some().then(|| Instant::now() + QUICK_CLAIM);
             }
             let opens = action == Action::Session(session::Action::Open) && !engine.has_session();
-            if leave.is_some_and(|leave| leave.is_made()) || !engine.allows(caller, action) {
+            if leave.is_some_and(|leave| leave.is_made()) || !engine.prepare_for(caller, action) {
                 break match action {
                     Action::Session(session::Action::Watch { until })
                     | Action::Claim(_, claim::Action::Pause { until }) => Some(engine.at(until)),
@@ -211,7 +211,7 @@ impl Supervisor {
             runner.called_at = Instant::now();
         }
         let socket = runner.engine.as_ref().and_then(Engine::socket);
-        let soon = if runner.has_new_session { Duration::ZERO } else { QUICK };
+        let soon = if runner.has_new_session { Duration::ZERO } else { QUICK_CLAIM };
         self.turns.leave(runner, look_by, socket.as_ref(), soon);
         helped
     }
@@ -271,7 +271,7 @@ impl Supervisor {
                 {
                     self.guarded(&mut runner, Engine::pass_time);
                 }
-                Action::Session(session::Action::Pause { .. }) if engine.claim().wants_attempt() => {
+                Action::Session(session::Action::Pause { .. }) if engine.claim().take_attempt_request() => {
                     self.guarded(&mut runner, Engine::attempt_now);
                 }
                 Action::Claim(_, claim::Action::Pause { until }) if engine.is_due(until) => {
@@ -283,7 +283,7 @@ impl Supervisor {
                 // What woke it may have been an answer that a caller has read meanwhile.
                 Action::Session(session::Action::Watch { .. })
                 | Action::Claim(_, claim::Action::Pause { .. })
-                    if mem::take(&mut readable) && engine.has_news() || engine.is_cut_off() =>
+                    if mem::take(&mut readable) && engine.is_readable() || engine.is_cut_off() =>
                 {
                     self.guarded(&mut runner, Engine::listen);
                 }
@@ -292,7 +292,7 @@ impl Supervisor {
                     let until = engine.at(until);
                     let is_quick = mem::replace(&mut state.called_at, called_at) != called_at;
                     if is_quick && woken == Woken::Readable {
-                        return state.nap(until, QUICK);
+                        return state.nap(until, QUICK_CLAIM);
                     }
                     if !is_quick {
                         state.nap = SHORTEST_NAP;
@@ -311,7 +311,7 @@ impl Supervisor {
     /// Another thread runs the engine.
     fn leave_to_other(&self, woken: Woken, state: &mut LoopState) -> Next {
         /// A caller that was cancelled has this long to end a short statement, before its session is killed.
-        const GRACE: Duration = Duration::from_millis(100);
+        const SHORT_STATEMENT_WAIT: Duration = Duration::from_millis(100);
         /// A cancel request that the server does not heed within this time ends the session.
         const CANCEL_WITHIN: Duration = Duration::from_secs(1);
         /// How soon to look again.
@@ -321,12 +321,15 @@ impl Supervisor {
         // Where one claim follows on another, their threads count on it to look often.
         let follows =
             !ptr::eq(mem::replace(&mut state.claim, Arc::downgrade(&claim)).as_ptr(), &raw const *claim);
-        let longest = if follows || woken == Woken::Readable { QUICK } else { LOOKS_EVERY };
-        if claim.make_caller_leave(GRACE, Instant::now() + CANCEL_WITHIN.min(self.heartbeat_timeout)) {
+        let longest = if follows || woken == Woken::Readable { QUICK_CLAIM } else { LOOKS_EVERY };
+        if claim.make_caller_leave(
+            SHORT_STATEMENT_WAIT,
+            Instant::now() + CANCEL_WITHIN.min(self.heartbeat_timeout),
+        ) {
             return Next::sleep(AGAIN_AFTER);
         }
-        if claim.is_asked() {
-            claim.find_out(Instant::now() + CANCEL_WITHIN.min(self.heartbeat_timeout));
+        if claim.try_caller_needs_answer() {
+            claim.cancel_unasked_wait(Instant::now() + CANCEL_WITHIN.min(self.heartbeat_timeout));
             return Next::sleep(AGAIN_AFTER);
         }
         // The thread that runs the engine sees what is on the socket.
@@ -337,19 +340,19 @@ impl Supervisor {
     fn idle(&self, runner: &mut RunnerState, woken: Woken, state: &mut LoopState) -> Next {
         let since = *runner.ended_at.get_or_insert_with(Instant::now);
         let is_over = woken == Woken::Readable && self.listen_idle(runner);
-        if runner.slot.is_some() && (is_over || since.elapsed() >= QUICK || self.pool.is_crowded()) {
+        if runner.slot.is_some() && (is_over || since.elapsed() >= QUICK_CLAIM || self.pool.is_crowded()) {
             self.give_back(runner);
         }
-        match self.assignment.orders(since.elapsed() >= LINGER) {
-            Orders::TakeUp => Next::sleep(Duration::ZERO),
-            Orders::Wait => match runner.slot.as_mut().map(|slot| slot.socket()) {
-                Some(_) if woken == Woken::Readable => state.nap(since + QUICK, QUICK),
+        match self.assignment.idle_step(since.elapsed() >= LINGER) {
+            IdleStep::TakeUp => Next::sleep(Duration::ZERO),
+            IdleStep::Wait => match runner.slot.as_mut().map(|slot| slot.socket()) {
+                Some(_) if woken == Woken::Readable => state.nap(since + QUICK_CLAIM, QUICK_CLAIM),
                 // Watched, so that the supervisor need not be woken for a term on it.
-                Some(watch) => Next::Sleep { until: since + QUICK, watch },
+                Some(watch) => Next::Sleep { until: since + QUICK_CLAIM, watch },
                 None => Next::Sleep { until: since + LINGER, watch: None },
             },
-            Orders::Exit => Next::Exit,
-            Orders::ExitNow => {
+            IdleStep::Exit => Next::Exit,
+            IdleStep::ExitNow => {
                 if let Some(mut slot) = runner.slot.take() {
                     slot.close(Instant::now() + self.heartbeat_timeout);
                     drop(slot);
@@ -365,7 +368,7 @@ impl Supervisor {
         let by = Instant::now() + self.heartbeat_timeout;
         runner.slot.as_mut().and_then(|slot| slot.session()).is_some_and(|session| {
             session.is_over()
-                || session.socket().is_some_and(|socket| socket.has_news()) && session.listen(by).is_err()
+                || session.socket().is_some_and(|socket| socket.is_readable()) && session.listen(by).is_err()
         })
     }
 
@@ -390,7 +393,7 @@ impl Supervisor {
             return;
         }
         let Some((claim, spec)) = self.assignment.take_up() else { return };
-        let is_quick = runner.ended_at.is_some_and(|at| at.elapsed() < QUICK);
+        let is_quick = runner.ended_at.is_some_and(|at| at.elapsed() < QUICK_CLAIM);
         runner.engine = Some(Engine::begin(&spec, claim, runner.slot.take(), is_quick));
     }
 

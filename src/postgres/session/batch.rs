@@ -5,27 +5,29 @@ use std::time::{Duration, Instant};
 
 use postgres::types::{ToSql, Type};
 
-use crate::key::{AdvisoryKey, Mode};
+use crate::key::AdvisoryKey;
+
 use crate::loss::LossReason;
+use crate::mode::Mode;
 use crate::pg::session::locks::get;
 use crate::pg::session::open::Session;
 use crate::pg::session::wire::Failure;
-use crate::pg::sql::{self, Deed, Entry, Request, Shape, Verb};
+use crate::pg::sql::{self, Entry, OpCode, Request, Shape, Verb};
 
 /// What is to be done with the lock of one claim, whose key is that of its request, or of one permit of that.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Order<'a> {
+pub(crate) enum LockOp<'a> {
     /// Take it, if it is free. The row of its term is written with this annotation.
     Take { key: AdvisoryKey, request: &'a Request, annotation: Option<&'a [u8]> },
     /// Give it back.
     Give { key: AdvisoryKey, request: &'a Request },
 }
 
-/// What has come of an [`Order`].
+/// What has come of a [`LockOp`].
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Done {
     /// The lock is this session's; the token, if there is a catalog.
-    Taken { token: Option<i64> },
+    Granted { token: Option<i64> },
     /// Another session has the lock, or waits for it, or has a fenced transaction open that a former term began. This one has nothing.
     Busy,
     /// The catalog has another key under this number. This session has nothing.
@@ -38,7 +40,7 @@ pub(crate) enum Done {
     Missed,
 }
 
-impl Order<'_> {
+impl LockOp<'_> {
     fn lock(&self) -> (AdvisoryKey, &Request) {
         match self {
             Self::Take { key, request, .. } | Self::Give { key, request } => (*key, request),
@@ -46,17 +48,17 @@ impl Order<'_> {
     }
 
     /// What the statement is told where there is no row to write.
-    fn deed(&self) -> Option<i16> {
+    fn op_code(&self) -> Option<i16> {
         let (key, request) = self.lock();
         let shared = request.mode == Mode::Shared;
-        let deed = match self {
+        let code = match self {
             Self::Take { .. } if request.entry.is_some() => return None,
-            Self::Take { .. } if shared => Deed::TakeShared,
-            Self::Take { .. } => Deed::Take,
-            Self::Give { .. } if shared => Deed::GiveShared,
-            Self::Give { .. } => Deed::Give,
+            Self::Take { .. } if shared => OpCode::TakeShared,
+            Self::Take { .. } => OpCode::Take,
+            Self::Give { .. } if shared => OpCode::GiveShared,
+            Self::Give { .. } => OpCode::Give,
         };
-        Some(deed as i16 + if key.is_pair() { sql::PAIR } else { 0 })
+        Some(code as i16 + if key.is_pair() { sql::PAIR } else { 0 })
     }
 }
 
@@ -92,17 +94,17 @@ impl Session {
     /// Where the era of tokens is gone, it says so to `no_era` and begins a new one, for which it may wait for a standby until `by`.
     pub(crate) fn carry(
         &mut self,
-        orders: &[Order<'_>],
+        ops: &[LockOp<'_>],
         by: Instant,
         no_era: impl FnOnce(),
     ) -> Result<Vec<Done>, Failure> {
-        let Carried { mut done, has_era, mut late } = self.carry_once(orders, by)?;
+        let Carried { mut done, has_era, mut late } = self.carry_once(ops, by)?;
         if !has_era {
             // Somebody has rewritten the catalog. What was to have a token has been given back.
             no_era();
             self.new_era(by)?;
-            let busy = |place: &usize| orders[*place].deed().is_none() && done[*place] == Done::Busy;
-            late = (0..orders.len()).filter(busy).collect();
+            let busy = |place: &usize| ops[*place].op_code().is_none() && done[*place] == Done::Busy;
+            late = (0..ops.len()).filter(busy).collect();
         }
         // Others' statements wait for this.
         const LATE_FOR: Duration = Duration::from_millis(20);
@@ -110,7 +112,7 @@ impl Session {
         while !late.is_empty() && begun.elapsed() < LATE_FOR && Instant::now() + LATE_FOR < by {
             thread::sleep(pause);
             pause *= 2;
-            let again: Vec<_> = late.iter().map(|place| orders[*place]).collect();
+            let again: Vec<_> = late.iter().map(|place| ops[*place]).collect();
             let now = self.carry_once(&again, by)?;
             for (place, now) in late.iter().zip(now.done) {
                 done[*place] = now;
@@ -121,28 +123,28 @@ impl Session {
     }
 
     /// The same, by one statement.
-    fn carry_once(&mut self, orders: &[Order<'_>], by: Instant) -> Result<Carried, Failure> {
-        let (mut ids, mut deeds) = (Vec::new(), Vec::new());
+    fn carry_once(&mut self, ops: &[LockOp<'_>], by: Instant) -> Result<Carried, Failure> {
+        let (mut ids, mut codes) = (Vec::new(), Vec::new());
         let mut terms = TermColumns::default();
-        // Where the answer to each order stands; those with a row come behind the others.
-        let mut places = Vec::with_capacity(orders.len());
-        for order in orders {
-            match order.deed() {
-                Some(deed) => {
+        // Where the answer to each op stands; those with a row come behind the others.
+        let mut places = Vec::with_capacity(ops.len());
+        for op in ops {
+            match op.op_code() {
+                Some(code) => {
                     places.push((false, ids.len()));
-                    ids.push(order.lock().0.id());
-                    deeds.push(deed);
+                    ids.push(op.lock().0.id());
+                    codes.push(code);
                 }
                 None => {
                     places.push((true, terms.ids.len()));
-                    terms.push(order);
+                    terms.push(op);
                 }
             }
         }
         let shape = Shape { catalog: !terms.ids.is_empty(), ..Shape::plain(false) };
         let TermColumns { ids: term_ids, pairs, shared, namespaces, keys, annotations } = &terms;
         let mut parameters: Vec<(&(dyn ToSql + Sync), Type)> =
-            vec![(&ids, Type::INT8_ARRAY), (&deeds, Type::INT2_ARRAY)];
+            vec![(&ids, Type::INT8_ARRAY), (&codes, Type::INT2_ARRAY)];
         if shape.catalog {
             parameters.extend::<[(&(dyn ToSql + Sync), Type); 6]>([
                 (term_ids, Type::INT8_ARRAY),
@@ -154,7 +156,7 @@ impl Session {
             ]);
         }
         let rows = self.run_for(LONGEST_ANSWER, Verb::Batch, shape, &parameters, by)?;
-        let mut answers: Vec<Option<Answered>> = (0..orders.len()).map(|_| None).collect();
+        let mut answers: Vec<Option<Answered>> = (0..ops.len()).map(|_| None).collect();
         let mut has_era = true;
         for row in &rows {
             let place: i64 = row.try_get(0).map_err(Failure::of)?;
@@ -177,17 +179,17 @@ impl Session {
                 *slot = Some(answer);
             }
         }
-        let mut carried = Carried { done: Vec::with_capacity(orders.len()), has_era, late: Vec::new() };
-        for (number, (order, (is_term, place))) in orders.iter().zip(places).enumerate() {
+        let mut carried = Carried { done: Vec::with_capacity(ops.len()), has_era, late: Vec::new() };
+        for (number, (op, (is_term, place))) in ops.iter().zip(places).enumerate() {
             let answer = answers[place + if is_term { ids.len() } else { 0 }].take();
             let Answered { done, token, other, late } = answer.ok_or_else(no_answer)?;
             if late {
                 carried.late.push(number);
             }
-            carried.done.push(match (order, other) {
-                (Order::Give { .. }, _) => Done::Given { held: done },
+            carried.done.push(match (op, other) {
+                (LockOp::Give { .. }, _) => Done::Given { held: done },
                 (_, Some((namespace, key))) => Done::Collision { other: format!("{namespace}:{key}") },
-                (_, None) if done => Done::Taken { token },
+                (_, None) if done => Done::Granted { token },
                 _ => Done::Busy,
             });
         }
@@ -266,7 +268,7 @@ impl Session {
     ) -> Result<Vec<usize>, Failure> {
         let mut asked = TermColumns::default();
         for (request, _) in terms {
-            asked.push(&Order::Take { key: request.key, request, annotation: None });
+            asked.push(&LockOp::Take { key: request.key, request, annotation: None });
         }
         let tokens: Vec<_> = terms.iter().map(|(_, token)| *token).collect();
         let statement = self.schema.apply(sql::ARE_NEWEST_TERMS);
@@ -306,8 +308,8 @@ struct TermColumns<'a> {
 }
 
 impl<'a> TermColumns<'a> {
-    fn push(&mut self, order: &Order<'a>) {
-        let Order::Take { key, request, annotation } = *order else { return };
+    fn push(&mut self, op: &LockOp<'a>) {
+        let LockOp::Take { key, request, annotation } = *op else { return };
         let Some(Entry { namespace, key: name, .. }) = &request.entry else { return };
         self.ids.push(key.id());
         self.pairs.push(key.is_pair());

@@ -6,8 +6,10 @@ use postgres::error::SqlState;
 use postgres::types::{ToSql, Type};
 use postgres::{Row, Statement};
 
-use crate::key::{AdvisoryKey, Mode};
+use crate::key::AdvisoryKey;
+
 use crate::loss::LossReason;
+use crate::mode::Mode;
 use crate::pg::session::batch::Semaphores;
 use crate::pg::session::control::SessionControl;
 use crate::pg::session::open::Session;
@@ -46,7 +48,7 @@ pub(crate) enum Answer {
     /// It is ours; the token, if there is a catalog, and of a semaphore which permit.
     Granted { token: Option<i64>, permit: Option<u32> },
     /// Another session holds it, and this one has nothing.
-    Taken,
+    Busy,
     /// Another session holds it. Or it was granted in the last moment of a slice without our knowing, or a transaction of
     /// the former holder's is open still.
     NotGranted,
@@ -153,7 +155,7 @@ impl Session {
         if request.entry.is_none() {
             let rows = self.run(Verb::Again, request.shape(), &[(&request.key.id(), Type::INT8)], by)?;
             let granted = only(&rows)?.try_get(0).map_err(Failure::of)?;
-            return Ok(if granted { Answer::Granted { token: None, permit: None } } else { Answer::Taken });
+            return Ok(if granted { Answer::Granted { token: None, permit: None } } else { Answer::Busy });
         }
         match self.take_known(Verb::Again, request, by) {
             // Readers have one token for many terms.
@@ -250,7 +252,7 @@ impl Session {
         match outcome {
             Err(Failure::Refused(error)) if is_end_of_wait(&error) => Ok(Answer::NotGranted),
             // There is somebody at the turnstile.
-            Ok(Answer::Taken) => Ok(Answer::NotGranted),
+            Ok(Answer::Busy) => Ok(Answer::NotGranted),
             outcome => outcome,
         }
     }
@@ -282,7 +284,7 @@ impl Session {
             return Ok(Answer::NotGranted);
         }
         let outcome = self.look_for_permit(request, by);
-        if !matches!(outcome, Ok(Answer::Granted { .. } | Answer::Taken)) {
+        if !matches!(outcome, Ok(Answer::Granted { .. } | Answer::Busy)) {
             // It may have been granted one without our knowing. Whoever asks for the turnstile lets go of all first.
             self.memory.begin_anew();
         }
@@ -312,7 +314,7 @@ impl Session {
         if request.entry.is_none() {
             let rows = self.run(verb, request.shape(), &[(&request.key.id(), Type::INT8)], by)?;
             let granted = only(&rows)?.try_get(0).map_err(Failure::of)?;
-            return Ok(if granted { Answer::Granted { token: None, permit: None } } else { Answer::Taken });
+            return Ok(if granted { Answer::Granted { token: None, permit: None } } else { Answer::Busy });
         }
         match self.take_known(verb, request, by)? {
             Some(token) => Ok(Answer::Granted { token: Some(token), permit: None }),
@@ -333,7 +335,7 @@ impl Session {
                     self.memory.leased = Some(Leased { key: request.key, shape, token, permit });
                     return Ok(Answer::Granted { token, permit });
                 }
-                Told::Nothing if request.entry.is_none() => return Ok(Answer::Taken),
+                Told::Nothing if request.entry.is_none() => return Ok(Answer::Busy),
                 Told::Nothing => {}
                 Told::Front => return Err(Failure::Lost { reason: LossReason::ServerError, cause: None }),
             }
@@ -434,7 +436,7 @@ impl Session {
                     Some(Leased { key: request.key, shape: request.shape(), token, permit: None });
                 Answer::Granted { token, permit: None }
             }
-            None => Answer::Taken,
+            None => Answer::Busy,
         }))
     }
 
@@ -452,7 +454,7 @@ impl Session {
                 self.memory.leased = Some(Leased { key: request.key, shape: request.shape(), token, permit });
                 Answer::Granted { token, permit }
             }
-            (None, Some(_), None, _) if has_era == Some(true) => Answer::Taken,
+            (None, Some(_), None, _) if has_era == Some(true) => Answer::Busy,
             (None, Some(_), ..) => return Ok(Answered::Tokenless),
             (None, None, ..) => {
                 self.agree(&[request], by)?;

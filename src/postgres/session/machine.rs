@@ -39,7 +39,7 @@ pub(crate) struct Machine {
     failing_since: Option<Time>,
     /// A claim was told that the lock is free or taken, since this connection was opened.
     has_served: bool,
-    /// The session refused a claim something, and is to be closed when that claim has left it; `patient` as in
+    /// The session refused a claim something, and is to be closed when that claim has left it; `needs_operator` as in
     /// [`Event::OpenFailed`].
     retiring: Option<Retirement>,
     /// When the first was sent of what was answered since the last confirmation.
@@ -135,12 +135,12 @@ enum State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Next {
     Open,
-    BackOff { patient: bool },
+    BackOff { needs_operator: bool },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Retirement {
-    patient: bool,
+    needs_operator: bool,
 }
 
 /// What is to be done next for the session itself. Each is followed by one event.
@@ -170,8 +170,8 @@ pub(crate) enum Action {
 pub(crate) enum Event {
     /// There is a connection.
     Opened,
-    /// There is none. `patient` if the cause will not go away by itself, so that the next attempt need not hurry.
-    OpenFailed { patient: bool },
+    /// There is none. `needs_operator` if the cause will not go away by itself, so that the next attempt need not hurry.
+    OpenFailed { needs_operator: bool },
     /// The time that an action was given has passed.
     TimePassed,
     /// Somebody wants an attempt now.
@@ -179,7 +179,7 @@ pub(crate) enum Event {
     /// The server has answered a claim, which does not get the lock now.
     Served,
     /// A claim holds a lock; `sent` is when it was asked for.
-    LockTaken { sent: Time },
+    LockGranted { sent: Time },
     /// No claim holds a lock any more.
     LastLockLeft,
     /// The heartbeat sent at `sent` was answered.
@@ -191,7 +191,7 @@ pub(crate) enum Event {
     /// The connection is over.
     Lost(LossReason),
     /// A claim was refused something, and is leaving the session.
-    Refused { patient: bool },
+    Refused { needs_operator: bool },
     /// After `Refused`: no claim uses the session any more.
     Retired,
     /// The connection was closed; `gone` is whether the server has let go of all that it held, as far as is known.
@@ -215,6 +215,25 @@ pub(crate) enum Notice {
     Retired,
     /// The lost or retired one was closed.
     Closed { gone: bool },
+}
+
+impl State {
+    /// True if there is a connection, which is not being closed.
+    fn is_connected(self) -> bool {
+        match self {
+            Self::Open | Self::Leased { .. } | Self::Renewing { .. } | Self::Confirming { .. } => true,
+            Self::Opening | Self::BackingOff { .. } | Self::Closing { .. } => false,
+        }
+    }
+
+    /// When what renewed the lease last was sent; `None` if no term may have begun.
+    fn renewed(self) -> Option<Time> {
+        match self {
+            Self::Leased { renewed } => Some(renewed),
+            Self::Renewing { renewed } | Self::Confirming { renewed, .. } => renewed,
+            Self::Opening | Self::BackingOff { .. } | Self::Open | Self::Closing { .. } => None,
+        }
+    }
 }
 
 impl Machine {
@@ -261,26 +280,20 @@ impl Machine {
                 self.state = State::Open;
                 Some(Notice::Ready)
             }
-            (State::Opening, Event::OpenFailed { patient }) => {
-                self.back_off(patient, now);
+            (State::Opening, Event::OpenFailed { needs_operator }) => {
+                self.back_off(needs_operator, now);
                 Some(Notice::Unavailable)
             }
 
             (State::BackingOff { until }, Event::TimePassed) if now >= until => self.go_to(State::Opening),
             (State::BackingOff { .. }, Event::Wanted) => self.go_to(State::Opening),
 
-            (
-                State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
-                Event::Served,
-            ) => {
+            (state, Event::Served) if state.is_connected() => {
                 self.failing_since = None;
                 self.has_served = true;
                 None
             }
-            (
-                State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
-                Event::LockTaken { sent },
-            ) => self.lock_taken(sent, now),
+            (state, Event::LockGranted { sent }) if state.is_connected() => self.lock_granted(sent, now),
             (
                 State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
                 Event::LastLockLeft,
@@ -320,21 +333,12 @@ impl Machine {
             }
             (State::Leased { .. }, Event::Unconfirmed) => Some(Notice::Unconfirmed),
 
-            (
-                State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
-                Event::Lost(reason),
-            ) => self.lose(reason),
-            (
-                State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
-                Event::Refused { patient },
-            ) => {
-                self.retiring = Some(Retirement { patient });
+            (state, Event::Lost(reason)) if state.is_connected() => self.lose(reason),
+            (state, Event::Refused { needs_operator }) if state.is_connected() => {
+                self.retiring = Some(Retirement { needs_operator });
                 None
             }
-            (
-                State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. },
-                Event::Retired,
-            ) => {
+            (state, Event::Retired) if state.is_connected() => {
                 self.state = State::Closing { then: self.after_closing() };
                 Some(Notice::Retired)
             }
@@ -342,7 +346,7 @@ impl Machine {
             (State::Closing { then }, Event::Closed { gone }) => {
                 match then {
                     Next::Open => self.state = State::Opening,
-                    Next::BackOff { patient } => self.back_off(patient, now),
+                    Next::BackOff { needs_operator } => self.back_off(needs_operator, now),
                 }
                 Some(Notice::Closed { gone })
             }
@@ -372,21 +376,12 @@ impl Machine {
 
     /// Whether there is a session that claims may use.
     pub(crate) fn serves(&self) -> bool {
-        self.retiring.is_none()
-            && matches!(
-                self.state,
-                State::Open | State::Leased { .. } | State::Renewing { .. } | State::Confirming { .. }
-            )
+        self.retiring.is_none() && self.state.is_connected()
     }
 
     /// Until when what is held by it is held at least; `None` if no term may have begun.
     pub(crate) fn leased_until(&self) -> Option<Time> {
-        match self.state {
-            State::Leased { renewed }
-            | State::Renewing { renewed: Some(renewed) }
-            | State::Confirming { renewed: Some(renewed), .. } => Some(self.term_end(renewed)),
-            _ => None,
-        }
+        self.state.renewed().map(|renewed| self.term_end(renewed))
     }
 
     /// Until when a term lasts at least that begins now; `None` if none may.
@@ -406,18 +401,12 @@ impl Machine {
 
     /// Whether it is to be closed when no claim uses it any more.
     pub(crate) fn is_retiring(&self) -> bool {
-        self.retiring.is_some()
-            && !matches!(self.state, State::Opening | State::BackingOff { .. } | State::Closing { .. })
+        self.retiring.is_some() && self.state.is_connected()
     }
 
     /// True if the time of a term on this session is over, whatever else has happened.
     pub(crate) fn lease_is_over(&self, now: Time) -> bool {
-        matches!(
-            self.state,
-            State::Leased { renewed }
-            | State::Renewing { renewed: Some(renewed) }
-            | State::Confirming { renewed: Some(renewed), .. } if now >= self.term_end(renewed)
-        )
+        self.leased_until().is_some_and(|until| now >= until)
     }
 
     /// Why the time of a term was not prolonged.
@@ -448,15 +437,10 @@ impl Machine {
     /// A lock was asked for at `sent` and is ours, which renews the lease as a heartbeat does. If that was too long ago (the
     /// wait took its time, the process was frozen before it read the answer) the server may have taken the lock away again:
     /// then a heartbeat must ask first. And so it must if the term is to [begin fresh](Timing::begins_fresh).
-    fn lock_taken(&mut self, sent: Time, now: Time) -> Option<Notice> {
+    fn lock_granted(&mut self, sent: Time, now: Time) -> Option<Notice> {
         self.failing_since = None;
         self.has_served = true;
-        let before = match self.state {
-            State::Leased { renewed }
-            | State::Renewing { renewed: Some(renewed) }
-            | State::Confirming { renewed: Some(renewed), .. } => Some(renewed),
-            _ => None,
-        };
+        let before = self.state.renewed();
         let is_first = self.state == State::Open;
         if is_first {
             self.proved = sent;
@@ -524,20 +508,20 @@ impl Machine {
     /// the pool, or the server is going down.
     fn after_closing(&self) -> Next {
         match self.retiring {
-            Some(Retirement { patient }) => Next::BackOff { patient },
+            Some(Retirement { needs_operator }) => Next::BackOff { needs_operator },
             None if self.has_served => Next::Open,
-            None => Next::BackOff { patient: false },
+            None => Next::BackOff { needs_operator: false },
         }
     }
 
     /// Waits for a fraction of the time that the attempts have been failing: quick after a short outage, considerate in
     /// a long one. That is exponential growth, with a pace that does not depend on how long an attempt takes.
-    fn back_off(&mut self, patient: bool, now: Time) {
+    fn back_off(&mut self, needs_operator: bool, now: Time) {
         const SHORTEST: Duration = Duration::from_millis(5);
-        const SHORTEST_IF_PATIENT: Duration = Duration::from_millis(200);
+        const SHORTEST_FOR_OPERATOR: Duration = Duration::from_millis(200);
         const LONGEST: Duration = Duration::from_secs(2);
         let since = *self.failing_since.get_or_insert(now);
-        let shortest = if patient { SHORTEST_IF_PATIENT } else { SHORTEST };
+        let shortest = if needs_operator { SHORTEST_FOR_OPERATOR } else { SHORTEST };
         let pause = ((now - since) / 8).clamp(shortest, LONGEST);
         // Between one half and the whole of it, so that many sessions do not come back in step.
         let jitter = fastrand::Rng::with_seed(self.seed ^ now.subsec_nanos() as u64).f32();

@@ -17,7 +17,7 @@ use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::{Failure, GOODBYE, Wire};
 use crate::pg::sql::schema::Schema;
 use crate::pg::sql::{self, Probe};
-use crate::pg::stream::{DialError, Dialer, Knock, NotReady, Socket, StreamControl};
+use crate::pg::stream::{DialError, Dialer, NotReady, Socket, StopProbe, StreamControl};
 use crate::pg::watchdog::Watchdog;
 use crate::process::nonce;
 
@@ -75,7 +75,7 @@ impl Session {
         control: StreamControl,
         by: Instant,
     ) -> Result<(Self, Option<Refusal>), Refusal> {
-        Self::open_unless(|refusal| !refusal.is_final(), plan, control, by)
+        Self::open_unless(|refusal| !refusal.is_refused(), plan, control, by)
     }
 
     fn open_unless(
@@ -282,7 +282,7 @@ impl Session {
 
     /// Says of a refusal what the server, or what stands in front of it, probably is. Asks the server only if the refusal is for good.
     pub(crate) fn explain(&mut self, refusal: Refusal, by: Instant) -> Refusal {
-        if !refusal.is_final() {
+        if !refusal.is_refused() {
             return refusal;
         }
         let identity = self.identity(by);
@@ -297,7 +297,7 @@ impl Session {
 
     /// Says of a refusal of two sessions what it probably comes from.
     pub(crate) fn explain_both(&mut self, other: &mut Self, refusal: Refusal, by: Instant) -> Refusal {
-        if refusal.is_final()
+        if refusal.is_refused()
             && let (Some(mine), Some(others)) = (self.identity(by), other.identity(by))
             && mine.started != others.started
         {
@@ -307,8 +307,8 @@ impl Session {
     }
 
     /// Sees whether its server takes new sessions.
-    pub(crate) fn knock(&self, by: Instant) -> Result<Knock, DialError> {
-        self.dialer.knock(self.stream(), by)
+    pub(crate) fn probe_stop(&self, by: Instant) -> Result<StopProbe, DialError> {
+        self.dialer.probe_stop(self.stream(), by)
     }
 
     fn identity(&mut self, by: Instant) -> Option<Identity> {

@@ -67,8 +67,8 @@ impl Refusal {
         Self { cause: Some(cause.into()), ..self }
     }
 
-    /// Whether trying again does not help, whatever another session is told.
-    pub(crate) fn is_final(&self) -> bool {
+    /// True if the server refuses this session, whatever another one is told.
+    pub(crate) fn is_refused(&self) -> bool {
         self.kind == ErrorKind::SessionRefused
     }
 
@@ -83,8 +83,8 @@ impl Refusal {
         self.kind == ErrorKind::PoolExhausted && self.cause.is_none()
     }
 
-    /// Whether the next attempt need not hurry.
-    pub(crate) fn is_patient(&self) -> bool {
+    /// True if somebody must change something first, so that the next attempt need not hurry.
+    pub(crate) fn needs_operator(&self) -> bool {
         matches!(self.kind, ErrorKind::SessionRefused | ErrorKind::InvalidKey | ErrorKind::InvalidConfig)
     }
 

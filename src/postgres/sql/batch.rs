@@ -5,7 +5,7 @@ use super::{FENCE_LOCK, READERS_FENCE_LOCK, TURNSTILE, era};
 
 /// What is to be done with one lock. The number is what the statement knows it by; a key that is a pair has [`PAIR`] added to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Deed {
+pub(crate) enum OpCode {
     Take = 0,
     TakeShared = 1,
     Give = 2,
@@ -16,7 +16,7 @@ pub(crate) enum Deed {
 /// statement runs.
 pub(crate) const MOST_TAKEN: usize = 256;
 
-/// Is added to the number of a [`Deed`].
+/// Is added to the number of an [`OpCode`].
 pub(crate) const PAIR: i16 = 4;
 
 /// The two numbers of a pair.
@@ -42,7 +42,7 @@ fn take_shared(numbers: &str, turnstile: &str) -> String {
     )
 }
 
-/// Does what `$1` and `$2` say, which are numbers of keys and [deeds](Deed), and with `rows` also takes the locks that `$3` to `$8` tell: key,
+/// Does what `$1` and `$2` say, which are numbers of keys and [operations](OpCode), and with `rows` also takes the locks that `$3` to `$8` tell: key,
 /// whether it is a pair, whether the lock is to be shared, namespace and name of the key, annotation. Gives a row for each: its place in
 /// the order, first those of `$1`; whether the lock was taken, or had been held; and with `rows` the token; namespace and name of another key that the catalog has
 /// under this number; whether the era has begun; and whether a reader that has nothing is late.
@@ -57,30 +57,30 @@ fn take_shared(numbers: &str, turnstile: &str) -> String {
 /// becoming it, since this statement began to look is late: its next statement finds the row. Each row is looked up by itself, in a subquery that
 /// the planner leaves alone: it knows nothing of how many keys there are, and would read the whole table.
 pub(crate) fn batch(rows: bool) -> String {
-    let turnstile = format!("deed.id # {TURNSTILE}::int8");
-    let deeds = format!(
-        "SELECT deed.place, CASE deed.deed \
-             WHEN 0 THEN pg_try_advisory_lock(deed.id) \
+    let turnstile = format!("op.id # {TURNSTILE}::int8");
+    let ops = format!(
+        "SELECT op.place, CASE op.code \
+             WHEN 0 THEN pg_try_advisory_lock(op.id) \
              WHEN 1 THEN {share} \
-             WHEN 2 THEN pg_advisory_unlock(deed.id) \
-             WHEN 3 THEN pg_advisory_unlock_shared(deed.id) \
+             WHEN 2 THEN pg_advisory_unlock(op.id) \
+             WHEN 3 THEN pg_advisory_unlock_shared(op.id) \
              WHEN 4 THEN pg_try_advisory_lock({halves}) \
              WHEN 5 THEN {share_pair} \
              WHEN 6 THEN pg_advisory_unlock({halves}) \
              WHEN 7 THEN pg_advisory_unlock_shared({halves}) \
          END AS done{} \
-         FROM unnest($1::int8[], $2::int2[]) WITH ORDINALITY AS deed (id, deed, place)",
+         FROM unnest($1::int8[], $2::int2[]) WITH ORDINALITY AS op (id, code, place)",
         if rows {
             ", NULL::int8 AS token, NULL::text AS namespace, NULL::text AS key, true AS era, false AS late"
         } else {
             ""
         },
-        share = take_shared("deed.id", &turnstile),
-        share_pair = take_shared(&halves("deed.id"), &halves(&turnstile)),
-        halves = halves("deed.id"),
+        share = take_shared("op.id", &turnstile),
+        share_pair = take_shared(&halves("op.id"), &halves(&turnstile)),
+        halves = halves("op.id"),
     );
     if !rows {
-        return deeds;
+        return ops;
     }
     let turnstile = format!("wanted.id # {TURNSTILE}::int8");
     let take = either(
@@ -169,7 +169,7 @@ pub(crate) fn batch(rows: bool) -> String {
                  UNION ALL \
                  SELECT attempt.id, attempt.pair, joined.token FROM joined JOIN attempt ON attempt.place = joined.place \
              ) AS term ON term.id = attempt.id AND term.pair = attempt.pair) \
-         {deeds} UNION ALL \
+         {ops} UNION ALL \
          SELECT kept.place + coalesce(array_length($1::int8[], 1), 0), kept.done, kept.token, kept.other_namespace, kept.other_key, {era}, kept.late \
          FROM kept"
     )

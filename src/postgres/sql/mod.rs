@@ -38,7 +38,9 @@ pub(crate) use takeover::*;
 
 use std::time::Duration;
 
-use crate::key::{AdvisoryKey, Mode};
+use crate::key::AdvisoryKey;
+
+use crate::mode::Mode;
 
 /// What a claim asks for.
 #[derive(Clone, Debug)]

@@ -257,21 +257,28 @@ impl Dialer {
         to
     }
 
-    /// Sees, on a thread of its own, whether the server of the session with this control takes new sessions: whether it has asked a newcomer for
+    /// Sees, on a thread of its own, whether the server of the session with this control takes new sessions: whether it has asked a new connection for
     /// a password, has let one in, or has refused it for another reason than that it stops. No password is given.
     ///
     /// # Errors
     /// When no thread could be started, or no socket opened.
-    pub(crate) fn knock(&self, session: &StreamControl, deadline: Instant) -> Result<Knock, DialError> {
+    pub(crate) fn probe_stop(
+        &self,
+        session: &StreamControl,
+        deadline: Instant,
+    ) -> Result<StopProbe, DialError> {
         let (index, address) = (session.route(), session.peer());
         let Some(route) = self.plan.routes.get(index) else {
-            return Err(DialError::one(KNOCK, DRIVER_PANICKED));
+            return Err(DialError::one(STOP_PROBE, DRIVER_PANICKED));
         };
         let at = route.at(address);
         let decoy = self.plan.decoy.address();
-        let decoy = decoy.map_err(|error| DialError::one(KNOCK, Local::Loopback(error.into())))?;
-        let turn =
-            self.plan.decoy.reserve().map_err(|error| DialError::one(KNOCK, Local::Descriptors(error)))?;
+        let decoy = decoy.map_err(|error| DialError::one(STOP_PROBE, Local::Loopback(error.into())))?;
+        let turn = self
+            .plan
+            .decoy
+            .reserve()
+            .map_err(|error| DialError::one(STOP_PROBE, Local::Descriptors(error)))?;
         let control = StreamControl::new();
         control.set_deadline(Some(deadline));
         let connector =
@@ -284,7 +291,7 @@ impl Dialer {
         let (done, outcome) = mpsc::sync_channel(1);
         let ended = control.clone();
         thread::Builder::new()
-            .name("dsync-knock".into())
+            .name("dsync-stopping".into())
             .spawn(move || {
                 let manager = PostgresConnectionManager::new(config, connector);
                 let opened = catch_unwind(AssertUnwindSafe(|| manager.connect().map(drop)));
@@ -299,8 +306,8 @@ impl Dialer {
                 // Nobody listens any more if it is not wanted.
                 let _ = done.send(outcome);
             })
-            .map_err(|error| DialError::one(KNOCK, error))?;
-        Ok(Knock { control, outcome })
+            .map_err(|error| DialError::one(STOP_PROBE, error))?;
+        Ok(StopProbe { control, outcome })
     }
 
     /// Cancels the statement that the session with this control and token is running; done when the server has sent the
@@ -349,32 +356,32 @@ impl Dialer {
     }
 }
 
-const KNOCK: &str = "a look at whether the server stops";
+const STOP_PROBE: &str = "a look at whether the server stops";
 
-/// A [knock](Dialer::knock) that is under way. It is given up when this is dropped.
-pub(crate) struct Knock {
+/// A [probe](Dialer::probe_stop) that is under way. It is given up when this is dropped.
+pub(crate) struct StopProbe {
     control: StreamControl,
     outcome: mpsc::Receiver<Result<(), DialError>>,
 }
 
-impl Knock {
+impl StopProbe {
     /// What came of it, if that is known.
     pub(crate) fn outcome(&self) -> Option<Result<(), DialError>> {
         match self.outcome.try_recv() {
             Ok(outcome) => Some(outcome),
             Err(TryRecvError::Empty) => None,
-            Err(TryRecvError::Disconnected) => Some(Err(DialError::one(KNOCK, DRIVER_PANICKED))),
+            Err(TryRecvError::Disconnected) => Some(Err(DialError::one(STOP_PROBE, DRIVER_PANICKED))),
         }
     }
 }
 
-impl Drop for Knock {
+impl Drop for StopProbe {
     fn drop(&mut self) {
         self.control.kill();
     }
 }
 
-/// Whether the server has shown that it does not stop: it says no more than that to a newcomer while it does.
+/// Whether the server has shown that it does not stop: it says no more than that to a new connection while it does.
 fn is_answer(error: &postgres::Error, progress: &Progress) -> bool {
     match error.as_db_error() {
         Some(refused) => *refused.code() != SqlState::CANNOT_CONNECT_NOW,

@@ -35,7 +35,7 @@ mod tests;
 
 pub(crate) use connector::{HookError, Route};
 pub(crate) use control::{Ended, SHORT_ANSWER, StreamControl};
-pub(crate) use dialer::{DialError, Dialer, Knock, Local, NotReady, TimedOut, lacks_password};
+pub(crate) use dialer::{DialError, Dialer, Local, NotReady, StopProbe, TimedOut, lacks_password};
 pub(crate) use password::{Password, PasswordError, Passwords};
 pub(crate) use session_stream::is_alert;
 pub use socket::Socket;

@@ -32,7 +32,7 @@ impl Engine {
                     let claim = seated.seat.claim();
                     claim.note_heartbeat(round_trip);
                     if claim.is_observed() {
-                        self.news.claims.push(Arc::clone(claim));
+                        self.events.claims.push(Arc::clone(claim));
                     }
                 }
                 Event::Session(session::Event::Renewed { sent })
@@ -46,14 +46,14 @@ impl Engine {
     fn confirm(&mut self, sent: Option<Time>, by: Time, granted: Option<Time>, last: Time) -> Event {
         self.asked_at = Instant::now();
         let pool = Arc::clone(&self.pool);
-        let roll = Arc::clone(&self.roll);
+        let carried = Arc::clone(&self.carried);
         let (answer_within, by) = (self.plan.heartbeat_timeout, self.at(by));
         // However often it was called away.
         let first = sent.into_iter().chain(granted).min().unwrap_or_default();
         let since = self.at(first).max(self.told_at);
         // What came while this engine was at work has been taken in, and calls nobody any more.
         let has_work = self.has_work();
-        let wait = Wait { since, by, leaves: || has_work || roll.is_called(), answer_within };
+        let wait = Wait { since, by, leaves: || has_work || carried.is_called(), answer_within };
         // Where grants alone are to be confirmed, most of the claims wait for none.
         if sent.is_some() {
             self.announce_unconfirmed(Confirms::All);

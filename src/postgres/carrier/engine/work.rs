@@ -8,11 +8,12 @@ use postgres::error::SqlState;
 
 use super::Engine;
 use crate::error::{Error, chain};
-use crate::key::{AdvisoryKey, Mode};
+use crate::key::AdvisoryKey;
 use crate::loss::LossReason;
+use crate::mode::Mode;
 use crate::pg::claim::lifecycle::Event;
 use crate::pg::claim::machine::{self as claim, Obstacle};
-use crate::pg::session::batch::{Done, Order};
+use crate::pg::session::batch::{Done, LockOp};
 use crate::pg::session::machine::{self as session, Time};
 use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::Failure;
@@ -40,7 +41,7 @@ enum GraceState {
     /// A takeover grace goes on, for whose end those that are `proven` need not wait.
     Grace { left: GraceLeft, proven: HashSet<usize> },
     /// It could not be asked.
-    Unknown { patient: bool, error: Error },
+    Unknown { needs_operator: bool, error: Error },
 }
 
 impl GraceState {
@@ -90,8 +91,8 @@ impl Engine {
                             let until = self.epoch.elapsed() + left.look_again;
                             claim::Event::Later { until, obstacle: Obstacle::Grace }
                         }
-                        GraceState::Unknown { patient, error } => {
-                            self.refused(number, *patient, error.clone())
+                        GraceState::Unknown { needs_operator, error } => {
+                            self.refused(number, *needs_operator, error.clone())
                         }
                         GraceState::Over => continue,
                     };
@@ -110,15 +111,15 @@ impl Engine {
                 claim::Action::Try => {
                     let (key, mode) = (seated.seat.spec().request.key, seated.seat.spec().request.mode);
                     // Another claim of this process may have it, on this very session.
-                    match self.taken.get(&key) {
+                    match self.owned.get(&key) {
                         None => {
-                            self.taken.insert(key, mode);
+                            self.owned.insert(key, mode);
                             seated.lock = Some(key);
                             takes += 1;
                             batch.push(number);
                         }
                         Some(Mode::Shared) if mode == Mode::Shared => self.share(number),
-                        Some(_) => self.found_taken(number),
+                        Some(_) => self.found_busy(number),
                     }
                 }
                 claim::Action::Unlock => batch.push(number),
@@ -233,14 +234,14 @@ impl Engine {
             self.pool.forget_catalog();
             let pool = Arc::clone(&self.pool);
             if let Some(session) = self.session()
-                && let Err(refusal) = pool.look_again(session, by)
+                && let Err(refusal) = pool.look_at_catalog(session, by)
             {
                 self.note(refusal.into_error());
             }
         }
-        let (patient, error) = (refused.is_patient(), refused.into_error());
+        let (needs_operator, error) = (refused.needs_operator(), refused.into_error());
         for number in left {
-            events.push((number, Some(self.refused(number, patient, error.clone()))));
+            events.push((number, Some(self.refused(number, needs_operator, error.clone()))));
         }
         Ok(events)
     }
@@ -264,8 +265,8 @@ impl Engine {
             .map(|((number, key, seat), annotation)| {
                 let (key, request) = (*key, &seat.spec().request);
                 match lifecycle.claim_action(*number) {
-                    claim::Action::Unlock => Order::Give { key, request },
-                    _ => Order::Take { key, request, annotation: annotation.as_deref() },
+                    claim::Action::Unlock => LockOp::Give { key, request },
+                    _ => LockOp::Take { key, request, annotation: annotation.as_deref() },
                 }
             })
             .collect();
@@ -286,7 +287,7 @@ impl Engine {
             let spec = Arc::clone(seated.seat.spec());
             debug_assert_eq!(spec.request.mode, Mode::Permit, "the number of any other lock is known");
             // The server would grant those once more that the session has.
-            let is_had = |key: &AdvisoryKey| self.taken.contains_key(key) || seated.missed.contains(key);
+            let is_had = |key: &AdvisoryKey| self.owned.contains_key(key) || seated.missed.contains(key);
             not_these.extend(spec.request.key.permits().filter(is_had));
             wanting.push(number);
             specs.push(spec);
@@ -301,8 +302,8 @@ impl Engine {
         let mut done = Vec::new();
         for (number, found) in wanting.into_iter().zip(found) {
             match (found, self.seats[number].as_mut()) {
-                (Ok(key), Some(seated)) if !self.taken.contains_key(&key) => {
-                    self.taken.insert(key, Mode::Permit);
+                (Ok(key), Some(seated)) if !self.owned.contains_key(&key) => {
+                    self.owned.insert(key, Mode::Permit);
                     seated.lock = Some(key);
                 }
                 // It is about to be another claim's, on this very session.
@@ -327,7 +328,7 @@ impl Engine {
             })
             .collect();
         let orders: Vec<_> =
-            locks.iter().map(|(key, spec)| Order::Give { key: *key, request: &spec.request }).collect();
+            locks.iter().map(|(key, spec)| LockOp::Give { key: *key, request: &spec.request }).collect();
         match self.session().map(|session| session.carry(&orders, by, || {})) {
             Some(Ok(_)) => {}
             // A server that does not take back a lock is of no use.
@@ -349,7 +350,7 @@ impl Engine {
     fn event_of(&mut self, number: usize, done: Done, sent: Time) -> Option<claim::Event> {
         let seated = self.seats[number].as_mut()?;
         Some(match done {
-            Done::Taken { token } => {
+            Done::Granted { token } => {
                 (seated.token, seated.granted_at) = (token, Instant::now());
                 seated.seat.claim().announce_unconfirmed(self.pool.confirms());
                 seated.pause = Duration::ZERO;
@@ -377,14 +378,14 @@ impl Engine {
             }
             Done::Collision { other } => {
                 let refusal = Refusal::collision(seated.seat.claim().key(), &other);
-                let patient = refusal.is_patient();
-                self.refused(number, patient, refusal.into_error())
+                let needs_operator = refusal.needs_operator();
+                self.refused(number, needs_operator, refusal.into_error())
             }
             Done::OtherPermits { theirs } => {
                 let ours = seated.seat.spec().request.permits;
                 let refusal = Refusal::other_permits(seated.seat.claim().key(), ours, theirs);
-                let patient = refusal.is_patient();
-                self.refused(number, patient, refusal.into_error())
+                let needs_operator = refusal.needs_operator();
+                self.refused(number, needs_operator, refusal.into_error())
             }
         })
     }
@@ -394,25 +395,26 @@ impl Engine {
         if let Some(seated) = self.seats[number].as_mut()
             && let Some(key) = seated.lock.take()
         {
-            self.taken.remove(&key);
+            self.owned.remove(&key);
         }
     }
 
     /// Another reader has the lock, on this session, which takes a lock once. So this one asks the server on a session of its own.
     fn share(&mut self, number: usize) {
-        let is_tried = self.seats[number].as_ref().is_some_and(|seated| seated.seat.claim().is_tried());
+        let is_tried =
+            self.seats[number].as_ref().is_some_and(|seated| seated.seat.claim().has_try_callers());
         // One that does not wait is told by its own session that there is none: it may be one that rests with a supervisor.
         let Err(error) = self.move_away(number, is_tried || self.pool.has_room()) else { return };
         if is_tried {
             let event = self.refused(number, false, error);
             self.take_in(Event::Claim(number, event));
         } else {
-            self.found_taken(number);
+            self.found_busy(number);
         }
     }
 
     /// Another session has the lock, or another claim on this one.
-    fn found_taken(&mut self, number: usize) {
+    fn found_busy(&mut self, number: usize) {
         let event = self.later(number);
         self.take_in(Event::Claim(number, event));
     }
@@ -421,13 +423,13 @@ impl Engine {
     fn later(&mut self, number: usize) -> claim::Event {
         self.waiting.push(number);
         let pause = self.pause(number, SHORTEST_PAUSE, LONGEST_PAUSE);
-        claim::Event::Later { until: self.now() + pause, obstacle: Obstacle::Taken }
+        claim::Event::Later { until: self.now() + pause, obstacle: Obstacle::Busy }
     }
 
     /// A statement was refused for this claim alone.
-    fn refused(&mut self, number: usize, patient: bool, error: Error) -> claim::Event {
+    fn refused(&mut self, number: usize, needs_operator: bool, error: Error) -> claim::Event {
         self.forget_lock(number);
-        let shortest = SHORTEST_PAUSE_OF_REFUSED * if patient { 5 } else { 1 };
+        let shortest = SHORTEST_PAUSE_OF_REFUSED * if needs_operator { 5 } else { 1 };
         let pause = self.pause(number, shortest, LONGEST_PAUSE_OF_REFUSED);
         if let Some(seated) = self.seats[number].as_mut() {
             let text = chain(&error);
@@ -483,7 +485,7 @@ impl Engine {
             Some(Err(failure @ Failure::Lost { .. })) => return Err(self.lost(failure)),
             Some(Err(refused)) => Refusal::from_failure(refused),
         };
-        Ok(GraceState::Unknown { patient: refusal.is_patient(), error: refusal.into_error() })
+        Ok(GraceState::Unknown { needs_operator: refusal.needs_operator(), error: refusal.into_error() })
     }
 
     /// The claims that ask for their locks, and of which nobody else can believe in the lock any more since the newest term of the key was one of
@@ -545,7 +547,7 @@ impl Engine {
     fn move_away(&mut self, number: usize, has_room: bool) -> Result<(), Error> {
         let Some(seated) = self.seats[number].as_ref() else { return Ok(()) };
         let seat = Arc::clone(&seated.seat);
-        let own = self.elsewhere.take().filter(|_| has_room);
+        let own = self.dedicated.take().filter(|_| has_room);
         let own = own.ok_or_else(|| self.pool.exhausted().into_error())?;
         seat.move_to(own, &self.idle).map_err(Error::no_thread)?;
         self.vacate(number);

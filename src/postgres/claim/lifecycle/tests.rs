@@ -12,7 +12,7 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 const UNCERTAINTY_WINDOW: Duration = Duration::from_secs(15);
 
 const OPENED: Event = Event::Session(SessionEvent::Opened);
-const OPEN_FAILED: Event = Event::Session(SessionEvent::OpenFailed { patient: false });
+const OPEN_FAILED: Event = Event::Session(SessionEvent::OpenFailed { needs_operator: false });
 const TIME_PASSED: Event = Event::Session(SessionEvent::TimePassed);
 const WANTED: Event = Event::Session(SessionEvent::Wanted);
 const CUT: Event = Event::Session(SessionEvent::Lost(LossReason::ConnectionClosed));
@@ -25,7 +25,7 @@ const BUSY: Event = of(0, ClaimEvent::Busy);
 const IN_GRACE: Event = of(0, ClaimEvent::Later { until: Duration::from_secs(3), obstacle: Obstacle::Grace });
 const GRACE_LOOKED: Event = of(0, ClaimEvent::TimePassed);
 const SLICE_OVER: Event = of(0, ClaimEvent::SliceOver);
-const REFUSED: Event = of(0, ClaimEvent::Refused { patient: false });
+const REFUSED: Event = of(0, ClaimEvent::Refused { needs_operator: false });
 const UNLOCKED: Event = of(0, ClaimEvent::Unlocked { held: true });
 const NOT_HELD: Event = of(0, ClaimEvent::Unlocked { held: false });
 const SETTLED: Event = of(0, ClaimEvent::Settled { clear: true });
@@ -45,7 +45,7 @@ const fn of(claim: usize, event: ClaimEvent) -> Event {
     Event::Claim(claim, event)
 }
 
-/// The standbys followed, and the server took newcomers, at these seconds.
+/// The standbys followed, and the server let new connections in, at these seconds.
 const fn confirmed(followed: u64, open: u64) -> Event {
     let (followed, open) = (Some(Duration::from_secs(followed)), Some(Duration::from_secs(open)));
     Event::Session(SessionEvent::Confirmed { followed, open })
@@ -537,7 +537,7 @@ fn when(state: &str) -> u64 {
 fn each_event_that_fits_its_state_leads_on() {
     let failed = Some(Notice::Failed);
     let held = watch(s(5));
-    let patiently = Event::Session(SessionEvent::OpenFailed { patient: true });
+    let patiently = Event::Session(SessionEvent::OpenFailed { needs_operator: true });
     let heard = [
         ("open", OPENED, 0, TRY, None),
         ("open", WANTED, 0, OPEN, None),
@@ -819,12 +819,12 @@ fn a_refusal_where_the_lock_is_held_leaves_it_uncertain() {
 }
 
 /// The pauses of a session whose attempts fail at once, from when the first failed.
-fn pauses(seed: u64, patient: bool, outage: Duration) -> Vec<(Time, Duration)> {
+fn pauses(seed: u64, needs_operator: bool, outage: Duration) -> Vec<(Time, Duration)> {
     let mut lifecycle = Lifecycle::dedicated(timing(), Claim::new(UNCERTAINTY_WINDOW, false), seed);
     let begun = s(100);
     let (mut now, mut pauses) = (begun, Vec::new());
     while now < begun + outage {
-        lifecycle.handle(Event::Session(SessionEvent::OpenFailed { patient }), now);
+        lifecycle.handle(Event::Session(SessionEvent::OpenFailed { needs_operator }), now);
         let Action::Session(SessionAction::Pause { until }) = lifecycle.action() else {
             panic!("{lifecycle:?}")
         };
@@ -839,8 +839,8 @@ fn pauses(seed: u64, patient: bool, outage: Duration) -> Vec<(Time, Duration)> {
 fn a_back_off_grows_with_the_outage_within_bounds() {
     let ms = Duration::from_millis;
     for seed in 0..100 {
-        for (patient, shortest) in [(false, ms(5)), (true, ms(200))] {
-            for (failing, pause) in pauses(seed, patient, s(60)) {
+        for (needs_operator, shortest) in [(false, ms(5)), (true, ms(200))] {
+            for (failing, pause) in pauses(seed, needs_operator, s(60)) {
                 let longest = (failing / 8).clamp(shortest, s(2));
                 // A nanosecond for the rounding.
                 let bounds = longest / 2..=longest + Duration::from_nanos(1);

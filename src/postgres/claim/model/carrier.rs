@@ -2,9 +2,9 @@
 //!
 //! As there, one statement serves all that ask for something, the lease is put on before the first lock is asked for, and a statement that is
 //! refused is put right and asked again by halves. What has come of it is told to the machines when all is answered, claim by claim. All
-//! terms have one end. A claim whose lock is taken pauses and asks again, or goes on as a process of its own in the place of a third one.
+//! terms have one end. A claim whose lock is owned pauses and asks again, or goes on as a process of its own in the place of a third one.
 //!
-//! A claim that is admitted has been taken out of the inbox. What waits there still is as if it had not come, or not been released.
+//! A claim that is admitted has been owned out of the inbox. What waits there still is as if it had not come, or not been released.
 //!
 //! Left out: locks that are shared; a release that is given up, which goes on at a carrier; a number that two names share; what is asked of
 //! the application for annotations; and a session that lingers on the chance that a claim comes.
@@ -21,8 +21,8 @@ pub(super) const CARRIER: u8 = u8::MAX;
 pub(super) struct Carrier {
     /// A claim has the number of its seat.
     pub(super) seats: [Seat; SEATS],
-    /// The locks that the session has, or is about to ask for: see `Engine::taken`.
-    taken: [bool; KEYS],
+    /// The locks that the session has, or is about to ask for: see `Engine::owned`.
+    owned: [bool; KEYS],
     has_lease: bool,
     expiry: Option<Expiry>,
     /// What this run of the engine has still to ask for, the last first.
@@ -52,7 +52,7 @@ pub(super) struct Carried {
     pub(super) heard: bool,
     /// The session has its lock, or is about to ask for it.
     has_lock: bool,
-    /// Its lock was found taken, and it pauses.
+    /// Its lock was found owned, and it pauses.
     waits: bool,
     /// The token of the term that was announced. It lasts until the [`Expiry`].
     pub(super) term: Option<u8>,
@@ -79,23 +79,23 @@ pub(super) enum Statement {
     /// Puts the lease on, or takes it off.
     Lease(bool),
     /// What is to be done for each claim.
-    Carry([Option<Deed>; SEATS]),
+    Carry([Option<LockOp>; SEATS]),
     /// Gives back what a refused statement was about.
-    PutRight([Option<Deed>; SEATS]),
+    PutRight([Option<LockOp>; SEATS]),
     /// Leaves the session as the pool wants it.
     Settle,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Deed {
+pub(super) enum LockOp {
     Take { key: usize, claim: u8 },
     Give { key: usize },
 }
 
-/// What has come of a [`Deed`].
+/// What has come of a [`LockOp`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Done {
-    Taken { token: u8 },
+    Granted { token: u8 },
     Busy,
     InGrace,
     Given { held: bool },
@@ -117,7 +117,7 @@ impl Reply {
     pub(super) fn tokens_mut(&mut self) -> Vec<&mut u8> {
         let Self::Done(done) = self else { return Vec::new() };
         let tokens = done.iter_mut().flatten().filter_map(|done| match done {
-            Done::Taken { token } => Some(token),
+            Done::Granted { token } => Some(token),
             _ => None,
         });
         tokens.collect()
@@ -132,8 +132,8 @@ impl Statement {
 
     /// Whether it takes a lock for this claim.
     pub(super) fn takes_for(self, number: usize) -> bool {
-        let Self::Carry(deeds) = self else { return false };
-        matches!(deeds[number], Some(Deed::Take { .. }))
+        let Self::Carry(ops) = self else { return false };
+        matches!(ops[number], Some(LockOp::Take { .. }))
     }
 }
 
@@ -141,7 +141,7 @@ impl Carrier {
     pub(super) fn new(claims: [u8; SEATS]) -> Self {
         Self {
             seats: claims.map(|claims_left| Seat { claims_left, claim: None }),
-            taken: [false; KEYS],
+            owned: [false; KEYS],
             has_lease: false,
             expiry: None,
             statements: Vec::new(),
@@ -215,20 +215,20 @@ impl Carrier {
 
     /// Whether another claim of the process has the lock, or is about to ask for it.
     fn is_taken(&self, model: &Model, number: usize) -> bool {
-        self.taken[model.keys[number]] && !model.has(Flaw::AskedTwice)
+        self.owned[model.keys[number]] && !model.has(Flaw::AskedTwice)
     }
 
     /// The session has not the lock of this claim.
     fn forget_lock(&mut self, model: &Model, number: usize) {
         let claim = self.seats[number].claim.as_mut();
         if claim.is_some_and(|claim| std::mem::take(&mut claim.has_lock)) && !model.has(Flaw::NumberKept) {
-            self.taken[model.keys[number]] = false;
+            self.owned[model.keys[number]] = false;
         }
     }
 
     /// The session is over, and all that it had.
     fn forget_locks(&mut self) {
-        self.taken = [false; KEYS];
+        self.owned = [false; KEYS];
         self.claims_mut().for_each(|claim| claim.has_lock = false);
     }
 
@@ -243,7 +243,7 @@ impl Carrier {
     /// What has happened to a claim: see `Engine::event_of`.
     fn event_of(&mut self, model: &Model, number: usize, done: Done, sent: u8, now: u8) -> claim::Event {
         let later = |obstacle| claim::Event::Later { until: tick(now + 1), obstacle };
-        if let Done::Taken { token } = done {
+        if let Done::Granted { token } = done {
             if let Some(claim) = &mut self.seats[number].claim {
                 claim.token = token;
                 claim.lost.clear();
@@ -254,13 +254,13 @@ impl Carrier {
         match done {
             Done::Given { held } => claim::Event::Unlocked { held },
             Done::InGrace => later(Obstacle::Grace),
-            _ => later(Obstacle::Taken),
+            _ => later(Obstacle::Busy),
         }
     }
 
     /// Those of a refused statement are asked for by halves, or the one that is left pauses.
-    fn ask_again(&mut self, model: &Model, deeds: [Option<Deed>; SEATS], now: u8) {
-        let left: Vec<_> = (0..SEATS).filter(|number| deeds[*number].is_some()).collect();
+    fn ask_again(&mut self, model: &Model, ops: [Option<LockOp>; SEATS], now: u8) {
+        let left: Vec<_> = (0..SEATS).filter(|number| ops[*number].is_some()).collect();
         if let [number] = left[..] {
             self.forget_lock(model, number);
             let (until, obstacle) = (tick(now + 1), Obstacle::Refused);
@@ -269,7 +269,7 @@ impl Carrier {
         }
         for number in left.into_iter().rev() {
             let mut half = [None; SEATS];
-            half[number] = deeds[number];
+            half[number] = ops[number];
             self.statements.push(Statement::Carry(half));
         }
     }
@@ -405,7 +405,7 @@ impl Model {
         for (number, _) in carrier.claims().filter(|_| serves) {
             match asks(number) {
                 claim::Action::Try if carrier.is_taken(self, number) => {
-                    let (until, obstacle) = (tick(now + 1), Obstacle::Taken);
+                    let (until, obstacle) = (tick(now + 1), Obstacle::Busy);
                     let later = claim::Event::Later { until, obstacle };
                     steps.extend(awake.first().map(|_| Step::Look(who, Event::Claim(number, later))));
                 }
@@ -544,27 +544,27 @@ impl Model {
         let (Some(carrier), Some(lifecycle)) = (&mut process.carrier, &process.lifecycle) else {
             return Ok(());
         };
-        let mut deeds = [None; SEATS];
-        for (number, deed) in deeds.iter_mut().enumerate() {
+        let mut ops = [None; SEATS];
+        for (number, op) in ops.iter_mut().enumerate() {
             let key = self.keys[number];
             let Some(claim) = &mut carrier.seats[number].claim else { continue };
-            *deed = match lifecycle.claim_action(number) {
-                claim::Action::Try if !carrier.taken[key] || self.has(Flaw::AskedTwice) => {
+            *op = match lifecycle.claim_action(number) {
+                claim::Action::Try if !carrier.owned[key] || self.has(Flaw::AskedTwice) => {
                     claim.has_lock = true;
-                    carrier.taken[key] = true;
-                    Some(Deed::Take { key, claim: claim.id })
+                    carrier.owned[key] = true;
+                    Some(LockOp::Take { key, claim: claim.id })
                 }
-                claim::Action::Unlock => Some(Deed::Give { key }),
+                claim::Action::Unlock => Some(LockOp::Give { key }),
                 claim::Action::Settle => return Err("a lock that is not shared is settled".to_owned()),
                 _ => None,
             };
         }
         if self.has(Flaw::WrongOneGiven)
-            && let [Some(Deed::Give { .. }), None] = deeds
+            && let [Some(LockOp::Give { .. }), None] = ops
         {
-            deeds[0] = Some(Deed::Give { key: self.keys[1] });
+            ops[0] = Some(LockOp::Give { key: self.keys[1] });
         }
-        let statement = Statement::Carry(deeds);
+        let statement = Statement::Carry(ops);
         carrier.statements = vec![statement];
         if statement.takes() > 0 && !carrier.has_lease {
             carrier.statements.push(Statement::Lease(true));
@@ -629,20 +629,20 @@ impl Model {
                     carrier.events.extend(event.map(|event| (number, event)));
                 }
             }
-            (Statement::Carry(deeds), Reply::Refused) if self.has(Flaw::NotPutRight) => {
-                carrier.ask_again(self, deeds, now);
+            (Statement::Carry(ops), Reply::Refused) if self.has(Flaw::NotPutRight) => {
+                carrier.ask_again(self, ops, now);
             }
-            (Statement::Carry(deeds), Reply::Refused) => {
-                carrier.statements.push(Statement::PutRight(deeds));
+            (Statement::Carry(ops), Reply::Refused) => {
+                carrier.statements.push(Statement::PutRight(ops));
             }
-            (Statement::PutRight(mut deeds), Reply::Done(_)) => {
-                for (number, deed) in deeds.iter_mut().enumerate() {
-                    if lifecycle.claim_action(number) == claim::Action::Unlock && deed.take().is_some() {
+            (Statement::PutRight(mut ops), Reply::Done(_)) => {
+                for (number, op) in ops.iter_mut().enumerate() {
+                    if lifecycle.claim_action(number) == claim::Action::Unlock && op.take().is_some() {
                         let event = carrier.event_of(self, number, Done::Given { held: true }, sent, now);
                         carrier.events.push((number, event));
                     }
                 }
-                carrier.ask_again(self, deeds, now);
+                carrier.ask_again(self, ops, now);
             }
             (Statement::Settle, Reply::Done(_)) => {
                 // Back in the pool, where it is of no interest any more.
@@ -708,7 +708,7 @@ impl Model {
             if event == claim::Event::Release {
                 (claim.heard, claim.in_term) = (true, false);
             }
-            claim.waits = matches!(event, claim::Event::Later { obstacle: Obstacle::Taken, .. });
+            claim.waits = matches!(event, claim::Event::Later { obstacle: Obstacle::Busy, .. });
         }
         for (number, notice) in &notices {
             let claim = carrier.seats.get_mut(*number).and_then(|seat| seat.claim.as_mut());

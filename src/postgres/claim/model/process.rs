@@ -380,7 +380,7 @@ impl Model {
     pub(super) fn outcomes(&self, world: &World, who: usize, action: Action, by: u8) -> Vec<Event> {
         let process = &world.processes[who];
         let lost = |reason| Event::Session(session::Event::Lost(reason));
-        let failed = Event::Session(session::Event::OpenFailed { patient: false });
+        let failed = Event::Session(session::Event::OpenFailed { needs_operator: false });
         let closed = |gone| Event::Session(session::Event::Closed { gone });
         match action {
             // Its attempt is killed.

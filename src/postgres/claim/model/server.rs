@@ -1,6 +1,6 @@
 //! The server: its sessions, the queues for the locks, the rows of the newest terms, and the fenced transactions.
 
-use super::carrier::{Deed, Done, Reply, Statement};
+use super::carrier::{Done, LockOp, Reply, Statement};
 use super::process::{Connection, Request};
 use super::*;
 
@@ -51,7 +51,7 @@ pub(super) struct Waiter {
     sent: u8,
     until: u8,
     /// It has the lock, and waits for fenced transactions.
-    at_gate: bool,
+    at_fence_lock: bool,
 }
 
 impl Waiter {
@@ -83,7 +83,7 @@ impl Model {
             session.id == id || Some(session.owner) != owner && !lost.contains(&session.id)
         };
         let clear = server.sessions.iter().all(is_clear);
-        let (is_free, gate_is_free) = (server.is_free(id, key), self.gate_is_free(server, key));
+        let (is_free, fence_lock_is_free) = (server.is_free(id, key), self.fence_lock_is_free(server, key));
         let Some(session) = server.session_mut(id) else { return Ok(()) };
         let claim = Some(session.owner.1);
         let is_free = is_free || session.held[key].is_some();
@@ -94,7 +94,7 @@ impl Model {
             Request::Try => {
                 session.leased = true;
                 session.held[key] = claim.filter(|_| is_free);
-                if is_free && gate_is_free {
+                if is_free && fence_lock_is_free {
                     self.begin_term(world, id, key, sent);
                     return Ok(());
                 }
@@ -102,11 +102,11 @@ impl Model {
             }
             Request::Queue => {
                 session.held[key] = claim.filter(|_| is_free);
-                if is_free && gate_is_free {
+                if is_free && fence_lock_is_free {
                     self.begin_term(world, id, key, sent);
                     return Ok(());
                 }
-                server.queue.push(Waiter { id, key, sent, until: now + SLICE, at_gate: is_free });
+                server.queue.push(Waiter { id, key, sent, until: now + SLICE, at_fence_lock: is_free });
                 return Ok(());
             }
             Request::Renew => {
@@ -155,14 +155,14 @@ impl Model {
                 }
                 session.leased = false;
             }
-            Statement::Carry(deeds) | Statement::PutRight(deeds) => {
+            Statement::Carry(ops) | Statement::PutRight(ops) => {
                 let takes = matches!(statement, Statement::Carry(_));
-                for (number, deed) in deeds.into_iter().enumerate() {
-                    done[number] = match deed {
-                        Some(Deed::Take { key, claim }) if takes => {
+                for (number, op) in ops.into_iter().enumerate() {
+                    done[number] = match op {
+                        Some(LockOp::Take { key, claim }) if takes => {
                             Some(self.carry_one(world, who, id, key, claim)?)
                         }
-                        Some(Deed::Take { key, .. } | Deed::Give { key }) => {
+                        Some(LockOp::Take { key, .. } | LockOp::Give { key }) => {
                             let session = world.server.session_mut(id);
                             let held = session.and_then(|session| session.held[key].take()).is_some();
                             Some(Done::Given { held })
@@ -190,7 +190,7 @@ impl Model {
             return Ok(Done::InGrace);
         }
         let server = &mut world.server;
-        let (is_free, gate_is_free) = (server.is_free(id, key), self.gate_is_free(server, key));
+        let (is_free, fence_lock_is_free) = (server.is_free(id, key), self.fence_lock_is_free(server, key));
         let Some(session) = server.session_mut(id) else { return Ok(Done::Busy) };
         if session.held[key].is_some() {
             return Err("a session was asked twice for one lock".to_owned());
@@ -198,11 +198,11 @@ impl Model {
         if !session.leased {
             return Err("a lock was asked for before the lease was on".to_owned());
         }
-        if !is_free || !gate_is_free {
+        if !is_free || !fence_lock_is_free {
             session.held[key] = Some(claim).filter(|_| is_free && self.has(Flaw::BusyKept));
             return Ok(Done::Busy);
         }
-        Ok(Done::Taken { token: self.take_lock(world, id, key, claim) })
+        Ok(Done::Granted { token: self.take_lock(world, id, key, claim) })
     }
 
     /// The statement of a session that has the lock writes the row, and is answered.
@@ -234,7 +234,7 @@ impl Model {
         token
     }
 
-    fn gate_is_free(&self, server: &Server, key: usize) -> bool {
+    fn fence_lock_is_free(&self, server: &Server, key: usize) -> bool {
         server.transactions.iter().all(|transaction| transaction.key != key) || self.has(Flaw::GateIgnored)
     }
 
@@ -248,7 +248,7 @@ impl Model {
     fn grant_one(&self, world: &mut World, key: usize) {
         let now = world.now;
         let server = &mut world.server;
-        let gate_is_free = self.gate_is_free(server, key);
+        let fence_lock_is_free = self.fence_lock_is_free(server, key);
         for before in [false, true] {
             let is_next = |waiter: &Waiter| waiter.key == key && server.is_before(waiter.id) == before;
             let first = server.queue.iter().position(is_next);
@@ -256,14 +256,14 @@ impl Model {
             let is_held = server.sessions.iter().any(holds);
             if let Some(waiter) = first.filter(|_| !is_held).map(|first| &mut server.queue[first]) {
                 let id = waiter.id;
-                (waiter.at_gate, waiter.until) = (true, now + SLICE);
+                (waiter.at_fence_lock, waiter.until) = (true, now + SLICE);
                 if let Some(session) = server.session_mut(id) {
                     session.held[key] = Some(session.owner.1);
                 }
             }
         }
-        let passes = |waiter: &Waiter| waiter.key == key && waiter.at_gate;
-        if gate_is_free && let Some(position) = server.queue.iter().position(passes) {
+        let passes = |waiter: &Waiter| waiter.key == key && waiter.at_fence_lock;
+        if fence_lock_is_free && let Some(position) = server.queue.iter().position(passes) {
             let Waiter { id, sent, .. } = server.queue.remove(position);
             self.begin_term(world, id, key, sent);
         }
@@ -310,7 +310,7 @@ impl World {
                     let id = connection.session;
                     return self.refuse_carrier(id, statement);
                 }
-                _ => Event::Claim(CLAIM, claim::Event::Refused { patient: false }),
+                _ => Event::Claim(CLAIM, claim::Event::Refused { needs_operator: false }),
             };
             let id = connection.session;
             self.end_statement(id, refused);
@@ -319,9 +319,9 @@ impl World {
 
     /// A statement for many claims fails. What it took before, the session keeps; a row that was written is taken back.
     fn refuse_carrier(&mut self, id: u8, statement: Statement) {
-        if let Statement::Carry(deeds) = statement {
-            for deed in deeds.into_iter().flatten() {
-                if let Deed::Take { key, claim } = deed
+        if let Statement::Carry(ops) = statement {
+            for op in ops.into_iter().flatten() {
+                if let LockOp::Take { key, claim } = op
                     && self.server.is_free(id, key)
                     && let Some(session) = self.server.session_mut(id)
                 {

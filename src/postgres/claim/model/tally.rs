@@ -124,7 +124,7 @@ impl Tally {
         let in_grace = matches!(connection.answer, Some(Event::Claim(_, claim::Event::Later { .. })))
             || replied().any(|done| done == Done::InGrace);
         let is_granted = matches!(connection.answer, Some(Event::Claim(_, claim::Event::Granted { .. })))
-            || replied().any(|done| matches!(done, Done::Taken { .. }));
+            || replied().any(|done| matches!(done, Done::Granted { .. }));
         self.graces += usize::from(in_grace);
         if is_granted && before.server.past.is_pending() {
             match after.server.past.is_pending() {

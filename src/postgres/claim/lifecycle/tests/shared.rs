@@ -21,7 +21,7 @@ fn granted_to(claim: usize, sent: u64) -> Event {
 }
 
 fn refused(claim: usize) -> Event {
-    of(claim, ClaimEvent::Refused { patient: false })
+    of(claim, ClaimEvent::Refused { needs_operator: false })
 }
 
 fn unlocked(claim: usize) -> Event {
@@ -311,7 +311,7 @@ fn a_carrier_counts_its_claims_and_tells_each_of_its_loss_whatever_happens() {
                     ClaimAction::Wait => continue,
                     ClaimAction::Try if rng.u8(..3) > 0 => of(ClaimEvent::Granted { sent: now }),
                     ClaimAction::Try => {
-                        let all = [Obstacle::Grace, Obstacle::Taken, Obstacle::Refused];
+                        let all = [Obstacle::Grace, Obstacle::Busy, Obstacle::Refused];
                         let obstacle = all[rng.usize(..all.len())];
                         of(ClaimEvent::Later { until: now + s(1), obstacle })
                     }

@@ -8,7 +8,7 @@ use crossbeam_channel::{at, never, select};
 use crate::context::{Context, OnCancel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::carrier::seat::Seat;
-use crate::pg::claim::engine::Caller;
+use crate::pg::claim::engine::CallKind;
 use crate::pg::claim::shared::{Claim, EndReason, LeaveRequest, Patience, Progress};
 use crate::pg::claim::supervisor::Supervisor;
 use crate::process::{Origin, may_drive};
@@ -47,15 +47,15 @@ impl Worker {
     }
 
     /// Runs the engine of the claim as far as this thread may; `false` if it did nothing.
-    fn run_engine(&self, claim: &Claim, caller: Caller, leave: Option<&Arc<LeaveRequest>>) -> bool {
+    fn run_engine(&self, claim: &Claim, caller: CallKind, leave: Option<&Arc<LeaveRequest>>) -> bool {
         match (self, self.supervisor()) {
             (_, Some(supervisor)) => may_drive() && supervisor.run_engine(claim, caller, leave),
             (Self::Seat(seat), None) => {
                 // Here, so that an application that takes its time is in nobody else's way. A slow valuer must not outlast a caller's patience.
                 let annotates = match caller {
-                    Caller::Acquires { until: None, is_cancellable: false, .. } => true,
-                    Caller::Acquires { .. } => seat.spec().annotates_fast(),
-                    Caller::Releases => false,
+                    CallKind::Acquire { until: None, is_cancellable: false, .. } => true,
+                    CallKind::Acquire { .. } => seat.spec().annotates_fast(),
+                    CallKind::Release => false,
                 };
                 if annotates && seat.mark_asked() {
                     seat.annotate();
@@ -81,13 +81,13 @@ impl ActiveClaim {
             claim.hurry();
             worker.wake();
         }
-        let caller = may_drive().then(|| Caller::Acquires {
+        let caller = may_drive().then(|| CallKind::Acquire {
             until: context.expires_at(),
             waits: patience == Patience::Lock,
             is_cancellable: context.can_be_cancelled(),
         });
         let leave = caller.and_then(|_| self.leave_request(context));
-        let asking = (patience != Patience::Lock).then(|| claim.ask());
+        let asking = (patience != Patience::Lock).then(|| claim.register_try_caller());
         // At first nobody else is likely to be at work, so there is no change to wait for.
         let mut subscribe = false;
         loop {
@@ -112,7 +112,7 @@ impl ActiveClaim {
                 subscribe = true;
                 continue;
             };
-            if asking.is_some() && claim.is_asked() {
+            if asking.is_some() && claim.try_caller_needs_answer() {
                 worker.wake();
             }
             select! {
@@ -148,7 +148,7 @@ impl ActiveClaim {
 
     /// Gives the lock of an ended claim back, or makes the thread that runs the engine do so.
     pub(crate) fn give_back(&self, by: Instant) {
-        let done = self.worker.run_engine(&self.claim, Caller::Releases, None);
+        let done = self.worker.run_engine(&self.claim, CallKind::Release, None);
         if !done {
             self.worker.wake();
             self.claim.interrupt(by);
@@ -185,15 +185,15 @@ mod tests {
     use crate::clock::Moment;
     use crate::clock::tests::pretend_suspend;
     use crate::expiry::Expiry;
-    use crate::key::Mode;
     use crate::loss::LossReason;
+    use crate::mode::Mode;
     use crate::pg::claim::shared::Span;
 
     #[test]
     fn a_term_whose_time_is_over_is_lost_and_not_released() {
         let at_most = Duration::from_secs(2);
         for span in [Span::UntilReleased, Span::OneTerm { waits: true, has_others: false, at_most }] {
-            let claim = Claim::new("k".to_owned(), Mode::Alone, at_most, span, None, None);
+            let claim = Claim::new("k".to_owned(), Mode::Exclusive, at_most, span, None, None);
             assert!(claim.announce_acquired(Arc::new(Expiry::new(Moment::now())), None, None));
             // As in a process that was frozen, whose watchdog has not looked yet.
             let begins = claim.end(EndReason::Released, Instant::now() + at_most);
@@ -208,7 +208,7 @@ mod tests {
         const TERM: Duration = Duration::from_secs(600);
         let ends = || Moment::now().checked_add(TERM).unwrap();
         for watchdog_is_first in [false, true] {
-            let claim = Claim::new("k".to_owned(), Mode::Alone, TERM, Span::UntilReleased, None, None);
+            let claim = Claim::new("k".to_owned(), Mode::Exclusive, TERM, Span::UntilReleased, None, None);
             assert!(
                 claim.announce_acquired(Arc::new(Expiry::new(ends())), None, None)
                     && claim.announce_renewed(ends())
