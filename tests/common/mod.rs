@@ -99,7 +99,7 @@ pub(crate) fn count_locks(operator: &mut Client, column: &str, shared_sessions: 
     let witness = match shared_sessions {
         0 => "false",
         _ => {
-            "NOT EXISTS (SELECT FROM dsync.lock WHERE id >> 10 IN (of.id >> 10, (of.id # 7238262541130953845) >> 10))"
+            "NOT EXISTS (SELECT FROM dsync.lock WHERE id >> 10 IN (of.id >> 10, (of.id # 1614237451651786676) >> 10))"
         }
     };
     let query = format!(

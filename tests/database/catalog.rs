@@ -97,11 +97,11 @@ fn a_newer_catalog_is_refused_and_an_older_one_brought_up_to_date() {
     client.batch_execute(CATALOG_SQL).unwrap();
 
     // Whatever columns it has.
-    for change in ["UPDATE dsync.version SET version = 7", "ALTER TABLE dsync.lock ADD COLUMN more int4"] {
+    for change in ["UPDATE dsync.version SET version = 8", "ALTER TABLE dsync.lock ADD COLUMN more int4"] {
         client.batch_execute(change).unwrap();
         let error = PostgresManager::new(config(&database)).unwrap().start().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FailedInitialization);
-        assert!(error.to_string().contains("version 7, this library needs 6"), "{error}");
+        assert!(error.to_string().contains("version 8, this library needs 7"), "{error}");
     }
 
     client.batch_execute("ALTER TABLE dsync.lock DROP COLUMN more").unwrap();
@@ -109,7 +109,7 @@ fn a_newer_catalog_is_refused_and_an_older_one_brought_up_to_date() {
     let strict = config(&database).catalog(CatalogMode::MustExist);
     assert_eq!(kind(PostgresManager::new(strict).unwrap().start()), ErrorKind::FailedInitialization);
     one_term(&lock(&started(config(&database)), "x"));
-    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 6);
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 7);
     assert_eq!(count(&mut client, "SELECT count(*) FROM dsync.waiters"), 0);
 }
 
@@ -241,7 +241,7 @@ fn a_catalog_of_version_3_is_brought_up_to_date_with_the_rights_on_its_locks() {
     let error = PostgresManager::new(modest.clone()).unwrap().start().unwrap_err();
     assert!(error.to_string().contains("CATALOG_SQL"), "{error}");
     make_catalog(config(&database));
-    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 6);
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 7);
     one_term(&lock(&started(modest), "x"));
     let rights = |client: &mut Client, role: &str| -> (bool, Vec<bool>) {
         let query = "SELECT has_function_privilege($1, 'dsync.fence(text)', 'EXECUTE'),
@@ -282,7 +282,7 @@ fn a_catalog_of_version_4_is_brought_up_to_date_under_its_locks() {
     let manager = started(config(&database));
     let readers = manager.shared_lock(7).unwrap();
     assert!(readers.try_acquire().unwrap().is_none());
-    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 6);
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 7);
     client.batch_execute("SELECT pg_advisory_unlock(7)").unwrap();
     let token = readers.acquire(common::PATIENCE).unwrap().term().token().unwrap();
     assert!(token > 1 && token == count(&mut client, "SELECT readers FROM dsync.lock"));
@@ -306,7 +306,7 @@ fn a_catalog_of_version_5_is_brought_up_to_date_and_whoever_could_lock_has_semap
         ))
         .unwrap();
     make_catalog(config(&database));
-    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 6);
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 7);
     let url = database.url().replace("postgres@", &format!("{role}@"));
     let manager = started(Config::from_url(&url).unwrap());
     let gpus = manager.semaphore("gpu", 2).unwrap();
@@ -328,12 +328,35 @@ fn a_catalog_of_version_5_is_brought_up_to_date_and_whoever_could_lock_has_semap
     one_term(&lock(&manager, "gpu"));
 }
 
+/// As version 6 made it.
+const VERSION_6: &str = include_str!("fixtures/catalog-version-6.sql");
+
+/// Its function and its views know other numbers of the locks beside a key.
+#[test]
+fn a_catalog_of_version_6_is_brought_up_to_date_and_fences_readers() {
+    let database = Database::fresh().unwrap();
+    let mut client = database.client().unwrap();
+    client.batch_execute(VERSION_6).unwrap();
+    make_catalog(config(&database));
+    assert_eq!(count(&mut client, "SELECT version::int8 FROM dsync.version"), 7);
+    let manager = started(config(&database));
+    let reader = manager.shared_lock("x").unwrap().acquire(PATIENCE).unwrap();
+    let mut transaction = client.transaction().unwrap();
+    transaction.execute("SELECT dsync.fence($1)", &[&reader.term().fence_text().unwrap()]).unwrap();
+    reader.release().unwrap();
+    let other = started(config(&database));
+    let writer = other.lock("x").unwrap();
+    assert!(writer.try_acquire().unwrap().is_none(), "a transaction that a reader's term fences is open");
+    transaction.commit().unwrap();
+    drop(writer.try_acquire().unwrap().expect("it is over"));
+}
+
 /// Who brings it up to date may be one of several roles that the owner trusts, or an administrator. Else the other roles would not trust
 /// what that one has made, and the owner could not use it.
 #[test]
 fn what_an_older_catalog_lacks_belongs_to_the_owner_of_its_locks() {
     let server = Server::start().unwrap();
-    for (older, by_administrator) in [VERSION_2, VERSION_3, VERSION_4, VERSION_5]
+    for (older, by_administrator) in [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6]
         .into_iter()
         .flat_map(|older| [(older, false), (older, true)])
     {

@@ -1,6 +1,7 @@
 //! Locks among other users of the server: waiters hold up neither vacuum nor index builds for longer than a slice, take no
 //! more sessions than they were given, and are served in their order.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -316,4 +317,51 @@ fn locks_are_kept_beside_another_application_s_fifty_thousand() {
         assert!(lost.recv_timeout(left).is_err_and(|error| error.is_timeout()), "a lock was lost");
     }
     manager.stop().unwrap();
+}
+
+/// A lock has others beside it: the turnstile, which whoever has waited for a slice has, and the fence locks of writers and of readers. If those of two
+/// keys were one, a set of the two could wait for itself, and a transaction fenced by the one would keep the other.
+#[test]
+fn the_locks_beside_a_key_are_far_from_those_of_keys_near_it() {
+    const KEY: i64 = 100;
+    let database = Database::fresh().unwrap();
+    let mut operator = database.client().unwrap();
+    let mut ids = || -> BTreeSet<i64> {
+        let query =
+            "SELECT classid::int8 << 32 | objid::int8 FROM pg_locks WHERE locktype = 'advisory' AND granted
+             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+        operator.query(query, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+    };
+    let manager = started(config(&database, "holder"));
+    let waiting = started(config(&database, "waiter").wait_slice(Duration::from_millis(50)));
+    let mut client = database.client().unwrap();
+
+    let writer = manager.lock(KEY).unwrap().acquire(PATIENCE).unwrap();
+    let waiter = wait_in_thread(&waiting.lock(KEY).unwrap());
+    becomes("the key, and the turnstile", &2, || ids().len());
+    let mut transaction = client.transaction().unwrap();
+    writer.term().fence(&mut transaction).unwrap();
+    let mut beside = ids();
+    assert_eq!(beside.len(), 3, "and the fence lock: {beside:?}");
+    transaction.commit().unwrap();
+    waiting.stop().unwrap();
+    assert!(waiter.get().is_err());
+    writer.release().unwrap();
+
+    let reader = manager.shared_lock(KEY).unwrap().acquire(PATIENCE).unwrap();
+    let mut transaction = client.transaction().unwrap();
+    reader.term().fence(&mut transaction).unwrap();
+    beside.extend(ids());
+    assert_eq!(beside.len(), 4, "and that of readers: {beside:?}");
+    transaction.commit().unwrap();
+    reader.release().unwrap();
+
+    // Of a pair, each half is a number.
+    for one in &beside {
+        for other in beside.iter().filter(|other| *other != one) {
+            let distance = (one ^ other).cast_unsigned();
+            let halves = [distance >> 32, distance & u64::from(u32::MAX)];
+            assert!(halves.iter().all(|half| *half >= 1 << 28), "{one:x} and {other:x}");
+        }
+    }
 }

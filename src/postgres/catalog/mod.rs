@@ -15,7 +15,7 @@ use crate::pg::sql;
 use crate::pg::sql::schema::Schema;
 
 /// The version of the catalog that this library works with.
-const VERSION: i32 = 6;
+const VERSION: i32 = 7;
 
 /// The SQL that makes the catalog, for an administrator to run where the role of the locks may not.
 ///

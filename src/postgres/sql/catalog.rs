@@ -62,7 +62,7 @@ pub(crate) const CATALOG: &str = concat!(
      SELECT gen_random_uuid(), base.oid, pg_postmaster_start_time(), true FROM pg_database AS base\n    \
      WHERE base.datname = current_database() AND NOT EXISTS (SELECT FROM dsync.version AS known WHERE known.version >= 6)\n    \
      ON CONFLICT (sole) DO NOTHING;\n    \
-     INSERT INTO dsync.version (version) VALUES (6)\n    \
+     INSERT INTO dsync.version (version) VALUES (7)\n    \
      ON CONFLICT (sole) DO UPDATE SET version = excluded.version WHERE version.version < excluded.version;\n\
      END $check$;\n\nRESET search_path;\n"
 );

@@ -1,4 +1,4 @@
--- The catalog of locks, version 6: fencing tokens, who holds which lock, who is asked to resign, when work succeeded last, how
+-- The catalog of locks, version 7: fencing tokens, who holds which lock, who is asked to resign, when work succeeded last, how
 -- many permits a semaphore has, and what a takeover of the server costs.
 --
 -- The library runs this itself where its role may create a schema. Where it may not, an administrator runs it, in the database
@@ -153,7 +153,7 @@ SELECT lock.namespace, lock.key, waiter.pid, activity.usename AS role, activity.
 FROM pg_locks AS waiter
 CROSS JOIN (VALUES (false), (true)) AS at (turnstile)
 JOIN dsync.lock AS lock
-  ON lock.id = (waiter.classid::int8 << 32 | waiter.objid::int8) # CASE WHEN turnstile THEN 7238262541130953845 ELSE 0 END
+  ON lock.id = (waiter.classid::int8 << 32 | waiter.objid::int8) # CASE WHEN turnstile THEN 1614237451651786676 ELSE 0 END
  AND lock.pair = (waiter.objsubid = 2)
 LEFT JOIN pg_stat_activity AS activity ON activity.pid = waiter.pid
 WHERE waiter.locktype = 'advisory' AND NOT waiter.granted
@@ -171,7 +171,7 @@ LEFT JOIN (
     FROM pg_locks AS locks
     CROSS JOIN LATERAL (SELECT locks.classid::int8 << 32 | locks.objid::int8 AS id) AS number
     CROSS JOIN LATERAL (SELECT number.id & ~1023::int8 AS id, number.id & 1023 AS permit WHERE locks.granted
-                        UNION ALL SELECT number.id # 7238262541130953845, NULL) AS place
+                        UNION ALL SELECT number.id # 1614237451651786676, NULL) AS place
     WHERE locks.locktype = 'advisory' AND locks.objsubid = 1 AND locks.mode = 'ExclusiveLock'
       AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 ) AS found ON found.id = semaphore.id
@@ -202,7 +202,7 @@ BEGIN
     END IF;
     PERFORM FROM dsync.lock AS lock
     CROSS JOIN LATERAL (                -- the fence lock's key, which is another one for readers
-        SELECT of_id # CASE WHEN lock.readers = lock.token THEN 7238262541130950514 ELSE 7238262541130950497 END AS key
+        SELECT of_id # CASE WHEN lock.readers = lock.token THEN 3348558819048214481 ELSE 7238262541130950497 END AS key
     ) AS gate
     WHERE lock.id = of_id AND lock.pair = is_pair
       AND CASE WHEN lock.token <> of_term THEN false

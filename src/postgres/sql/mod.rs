@@ -158,7 +158,7 @@ impl Shape {
     /// The fence lock: an advisory lock that a fenced transaction shares, and that a term takes for itself for a moment at its beginning.
     /// So a term knows at once, without a look at its row, whether it has to wait for fenced transactions.
     ///
-    /// That a key of the application's has this number is as unlikely as that two names have one hash.
+    /// That a key of the application's has this number, or that those of two keys are one, is as unlikely as that two names have one hash.
     pub(crate) fn fence_lock(self) -> String {
         self.numbers(&format!("$1::pg_catalog.int8 OPERATOR(pg_catalog.#) {FENCE_LOCK}::pg_catalog.int8"))
     }
@@ -205,11 +205,12 @@ macro_rules! era {
 /// "dsync ga" in ASCII, of no meaning. The function `fence` of the catalog has it, too.
 const FENCE_LOCK: i64 = 0x6473_796e_6320_6761;
 
-/// "dsync gr" in ASCII, of no meaning. The function `fence` has it, too.
-const READERS_FENCE_LOCK: i64 = 0x6473_796e_6320_6772;
+/// By lot, as [`TURNSTILE`]: two keys that differ by what two of these three differ by would have a lock in common. The keys that applications
+/// choose, 1 and 18 say, differ in some of their last bits. The function `fence` has it, too.
+const READERS_FENCE_LOCK: i64 = 0x2e78_7881_26de_cfd1;
 
-/// "dsync tu" in ASCII, of no meaning.
-pub(crate) const TURNSTILE: i64 = 0x6473_796e_6320_7475;
+/// By lot. The views of the catalog have it, too.
+pub(crate) const TURNSTILE: i64 = 0x1666_ec68_e0d6_27b4;
 
 use era;
 
@@ -228,5 +229,17 @@ mod tests {
         assert!(CATALOG.contains(&format!("ELSE {FENCE_LOCK} END")));
         assert!(CATALOG.contains(&format!("THEN {READERS_FENCE_LOCK} ELSE")));
         assert!(CATALOG.contains(&format!("THEN {TURNSTILE} ELSE")));
+        assert!(CATALOG.contains(&format!("number.id # {TURNSTILE}, NULL")));
+    }
+
+    /// Keys that are numbers are mostly small, and so are the two halves of pairs.
+    #[test]
+    fn the_locks_beside_a_key_are_far_from_it_and_from_each_other() {
+        let numbers = [0, FENCE_LOCK, READERS_FENCE_LOCK, TURNSTILE];
+        for (one, other) in (0..4).flat_map(|one| (0..one).map(move |other| (numbers[one], numbers[other]))) {
+            let difference = (one ^ other).cast_unsigned();
+            let halves = [difference >> 32, difference & u64::from(u32::MAX)];
+            assert!(halves.iter().all(|half| *half >= 1 << 28), "{difference:x}");
+        }
     }
 }
