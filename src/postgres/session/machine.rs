@@ -42,7 +42,7 @@ pub(crate) struct Machine {
     /// The session refused a claim something, and is to be closed when that claim has left it; `needs_operator` as in
     /// [`Event::OpenFailed`].
     retiring: Option<Retirement>,
-    /// When the first was sent of what was answered since the last confirmation.
+    /// When the first was sent of what was answered since the last confirmation; where that confirmed a part of it, the last.
     unconfirmed: Option<Time>,
     /// When the last statement was sent that showed that all locks are held: the first grant, or a heartbeat. A later grant
     /// shows nothing of the others.
@@ -61,8 +61,8 @@ pub(crate) struct Timing {
     pub(crate) heartbeat: Duration,
     /// The times at which heartbeats are sent.
     pub(crate) rhythm: Rhythm,
-    /// No term begins whose first heartbeat is due already, after a long wait: a heartbeat comes first. For an application
-    /// that is warned of one that is overdue.
+    /// No term begins by an answer after which a heartbeat would be due already, after a long wait: a heartbeat comes first. For an
+    /// application that is warned of one that is overdue.
     pub(crate) begins_fresh: bool,
     pub(crate) confirms: Confirms,
 }
@@ -313,7 +313,9 @@ impl Machine {
                 }
             }
             (State::Confirming { renewed, sent }, Event::Confirmed { followed, .. }) => {
-                self.confirmed(renewed, sent, followed, now)
+                let notice = self.confirmed(renewed, sent, followed, now);
+                self.renew_if_due(now);
+                notice
             }
             // Where locks are granted all the time, there is always one more to be confirmed.
             (State::Confirming { renewed, .. }, Event::TimePassed) if now >= self.heartbeat_due() => {
@@ -325,10 +327,8 @@ impl Machine {
                 Some(Notice::Unconfirmed)
             }
             // A lock that was granted is confirmed, or is not, on a session whose heartbeats need none, or have theirs.
-            (State::Leased { renewed }, Event::Confirmed { .. }) => {
-                if self.is_stale(renewed, now) {
-                    self.state = State::Renewing { renewed: Some(renewed) };
-                }
+            (State::Leased { .. }, Event::Confirmed { .. }) => {
+                self.renew_if_due(now);
                 None
             }
             (State::Leased { .. }, Event::Unconfirmed) => Some(Notice::Unconfirmed),
@@ -494,9 +494,18 @@ impl Machine {
         Some(Notice::LeasedUntil(self.term_end(renewed)))
     }
 
-    /// True if no term is to begin by what was sent at `renewed`: a heartbeat is due.
+    /// True if no term is to begin by what was sent at `renewed`: a heartbeat would be due that follows on it.
     fn is_stale(&self, renewed: Time, now: Time) -> bool {
         self.timing.begins_fresh && now >= self.heartbeat_after(renewed)
+    }
+
+    /// Sees after a confirmation whether a heartbeat is due: another confirmation may follow at once, and no time pass between the two.
+    fn renew_if_due(&mut self, now: Time) {
+        if let State::Leased { .. } | State::Confirming { .. } = self.state
+            && now >= self.heartbeat_due()
+        {
+            self.state = State::Renewing { renewed: self.state.renewed() };
+        }
     }
 
     fn lose(&mut self, reason: LossReason) -> Option<Notice> {
