@@ -1,6 +1,7 @@
 //! The contract of a lock, and its options.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -438,20 +439,16 @@ pub const MAX_ANNOTATION: usize = 64 * 1024;
 
 /// The annotation of a term that begins. A valuer is an application's code, and must not harm the lock.
 pub(crate) fn annotate(key: &str, valuer: &LockValuer) -> Option<Vec<u8>> {
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| valuer())) {
-        Ok(bytes) if bytes.len() <= MAX_ANNOTATION => Some(bytes),
+    let problem = match catch_unwind(AssertUnwindSafe(|| valuer())) {
+        Ok(bytes) if bytes.len() <= MAX_ANNOTATION => return Some(bytes),
         Ok(bytes) => {
-            let length = bytes.len();
-            log::warn!(
-                "lock {key:?}: its annotation has {length} bytes, the limit is {MAX_ANNOTATION}; left out"
-            );
-            None
+            format!("its annotation has {} bytes, the limit is {MAX_ANNOTATION}; left out", bytes.len())
         }
-        Err(_) => {
-            log::warn!("lock {key:?}: its valuer panicked; the term goes without annotation");
-            None
-        }
-    }
+        Err(_) => "its valuer panicked; the term goes without annotation".to_owned(),
+    };
+    // The logger is the application's code, too.
+    let _ = catch_unwind(|| log::warn!("lock {key:?}: {problem}"));
+    None
 }
 
 /// The default valuer: `value` as JSON.

@@ -41,7 +41,12 @@ impl Observing {
     fn call(&self, tell: impl FnOnce(&dyn Observer)) {
         let outcome = catch_unwind(AssertUnwindSafe(|| tell(&*self.observer)));
         if outcome.is_err() && !self.has_panicked.swap(true, Relaxed) {
-            log::warn!("the observer of the locks panicked; locks go on, and further panics are not logged");
+            // The logger is the application's code, too.
+            let _ = catch_unwind(|| {
+                log::warn!(
+                    "the observer of the locks panicked; locks go on, and further panics are not logged"
+                );
+            });
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use crossbeam_channel::Sender;
-use dsync::observer::{Observer, Sessions, TermLost};
+use dsync::observer::{Acquired, Observer, Sessions, TermLost};
 use dsync::{CatalogMode, Context, ErrorKind, LockGuard, LockOptions, LossReason, Lost, Quorum};
 use support::process::{Signal, signal};
 use support::{Database, Replication, Server};
@@ -106,6 +106,51 @@ fn announcing() {
 }
 
 #[test]
+fn a_valuer_and_an_observer_that_panic_cost_no_lock_where_the_logger_panics_at_that() {
+    Process::start(&mut process("edges::panicking_twice", "panic twice")).succeeds();
+}
+
+/// Panics once.
+#[derive(Default)]
+struct PanicsOnce {
+    acquired: AtomicU64,
+}
+
+impl Observer for PanicsOnce {
+    fn acquired(&self, _: &Acquired<'_>) {
+        assert!(self.acquired.fetch_add(1, SeqCst) > 0, "as it is meant to");
+    }
+}
+
+#[test]
+fn panicking_twice() {
+    if role().as_deref() != Some("panic twice") {
+        return;
+    }
+    let bomb = Bomb::set_at("panicked");
+    let database = Database::fresh().unwrap();
+    for shared in [0, 1] {
+        let observer = Arc::new(PanicsOnce::default());
+        let told: Arc<dyn Observer> = observer.clone();
+        let manager = started(config(&database.url(), shared).max_sessions(4).observer(told));
+        bomb.arm(true);
+        lock(&manager, "x").acquire(LONG).unwrap().release().unwrap();
+        eventually("the bomb", || !bomb.is_armed());
+        for number in 2..5 {
+            lock(&manager, "x").acquire(LONG).unwrap().release().unwrap();
+            becomes("what was told", &number, || observer.acquired.load(SeqCst));
+        }
+        bomb.arm(true);
+        let options = LockOptions::new().valuer(Arc::new(|| panic!("as it is meant to")));
+        let annotated = manager.lock_with("y", options).unwrap();
+        let guard = annotated.acquire(soon().with_cancel().0).unwrap();
+        assert!(!bomb.is_armed() && annotated.holder().unwrap().unwrap().annotation.is_none());
+        guard.release().unwrap();
+        manager.stop().unwrap();
+    }
+}
+
+#[test]
 fn a_logger_that_panics_while_the_session_is_given_back_leaves_the_locks_usable() {
     Process::start(&mut process("edges::giving_back", "give back")).succeeds();
 }
@@ -154,6 +199,25 @@ fn a_call_ends_with_its_context_while_the_valuer_takes_its_time() {
     assert_eq!(kind(cancelled.get_within(Duration::from_secs(10))), ErrorKind::Cancelled);
     drop(hold);
     slow.lock(&soon()).unwrap();
+}
+
+/// The claim is over by then, and no thread runs that would look at it.
+#[test]
+fn a_valuer_that_returns_after_the_stop_keeps_nothing_of_the_manager() {
+    let database = Database::fresh().unwrap();
+    let manager = sharing(&database.url(), 1);
+    let (hold, held_up) = crossbeam_channel::bounded::<()>(0);
+    let (kept, gone) = crossbeam_channel::bounded::<()>(0);
+    let valuer = move || {
+        let (_, _) = (&kept, held_up.recv());
+        b"slow".to_vec()
+    };
+    let slow = manager.lock_with("slow", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
+    assert_eq!(kind(slow.acquire(Duration::from_millis(200))), ErrorKind::TimedOut);
+    manager.stop().unwrap();
+    drop((slow, manager));
+    drop(hold);
+    assert_eq!(gone.recv_timeout(PATIENCE), Err(crossbeam_channel::RecvTimeoutError::Disconnected));
 }
 
 #[test]

@@ -275,9 +275,16 @@ impl Carrier {
     }
 
     fn put_in(&self, seat: &Arc<Seat>) {
-        if seat.mark_called() {
-            self.inbox.lock().seats.push(Arc::clone(seat));
+        if !seat.mark_called() {
+            return;
+        }
+        let mut inbox = self.inbox.lock();
+        // For one that has left there may be no thread that takes it out again, and it would keep the carrier.
+        if seat.is_expected() {
+            inbox.seats.push(Arc::clone(seat));
             self.context.carried.is_called.store(true, SeqCst);
+        } else {
+            seat.unmark_called();
         }
     }
 

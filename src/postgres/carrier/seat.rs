@@ -103,6 +103,11 @@ impl Seat {
         }
     }
 
+    /// True until it has left: the carrier's thread runs for it. Under the mutex of the inbox that stays so.
+    pub(crate) fn is_expected(&self) -> bool {
+        self.counts.load(SeqCst)
+    }
+
     /// Marks that it waits in the inbox; `false` if it did already.
     pub(crate) fn mark_called(&self) -> bool {
         !self.is_called.swap(true, SeqCst)
@@ -123,24 +128,8 @@ impl Seat {
         is_due
     }
 
-    /// It was not made after all.
-    pub(crate) fn unmark_asked(&self) {
-        let mut annotation = self.annotation.lock();
-        if matches!(*annotation, Annotation::Asked) {
-            *annotation = Annotation::Due;
-        }
-    }
-
     /// Makes the annotation of the term to come, which calls the application. To be called after [`mark_asked`](Self::mark_asked).
     pub(crate) fn annotate(&self) {
-        /// The logger may panic, which is told that a valuer did.
-        struct TryCaller<'a>(&'a Seat);
-        impl Drop for TryCaller<'_> {
-            fn drop(&mut self) {
-                self.0.unmark_asked();
-            }
-        }
-        let _asking = TryCaller(self);
         let made = self.spec.annotation(self.claim.key()).map(Arc::from);
         *self.annotation.lock() = Annotation::Made(made);
     }
