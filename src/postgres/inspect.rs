@@ -151,7 +151,7 @@ pub(crate) fn break_lock(
             return Err(Error::new(ErrorKind::SessionRefused, text));
         }
         log::warn!("lock {:?}: ending the session of its holder: {holder:?}", named.name);
-        let rows = pool.ask(sql::END_HOLDER, &[&key.id(), &key.is_pair(), &holder.pid, &millis]);
+        let rows = pool.ask_once(sql::END_HOLDER, &[&key.id(), &key.is_pair(), &holder.pid, &millis]);
         match rows.map_err(|error| not_ended(error, &holder))?.first().map(|row| get(row, 0)).transpose()? {
             Some(true) => return Ok(Some(holder)),
             Some(false) => {
@@ -185,7 +185,7 @@ fn not_ended(error: Error, holder: &Holder) -> Error {
 /// Gives a semaphore another number of permits; how many it had, or was `said` to have if nobody has asked for one yet.
 pub(crate) fn set_permits(pool: &Pool, named: &Named<'_>, said: u32, permits: u32) -> Result<u32> {
     let (id, permits, said) = (named.key.id(), permits.cast_signed(), said.cast_signed());
-    let rows = pool.ask(sql::SET_PERMITS, &[&id, &named.namespace, &named.name, &permits, &said])?;
+    let rows = pool.ask_once(sql::SET_PERMITS, &[&id, &named.namespace, &named.name, &permits, &said])?;
     let former = rows.first().map(|row| get::<i32>(row, 0)).transpose()?;
     former
         .map(i32::cast_unsigned)

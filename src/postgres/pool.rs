@@ -344,7 +344,7 @@ impl Pool {
     pub(crate) fn takes_at_most(&self) -> Duration {
         let is_known = self.catalog_ready.load(Ordering::Relaxed) && self.probed.load(Ordering::Relaxed);
         let attempts = if is_known { 2 } else { 3 };
-        SLOT_WAIT * (1 + MOST_SLOT_WAITS) + self.connect_timeout * attempts
+        SLOT_WAIT * (2 + MOST_SLOT_WAITS) + self.connect_timeout * attempts
     }
 
     /// Whether a slot that is free in all but name is to be given back at once, since others want one.
@@ -361,7 +361,7 @@ impl Pool {
 
     /// Takes a slot; if `waits`, also one that comes back within the pool's patience.
     pub(crate) fn take(&self, waits: bool) -> std::result::Result<PooledSlot, Refusal> {
-        let turn = self.line.try_enter();
+        let mut turn = self.line.try_enter();
         if turn.is_some()
             && let Some(slot) = self.slots.try_get()
         {
@@ -370,25 +370,18 @@ impl Pool {
         if self.is_full() {
             self.crowded_at.store(self.now(), Ordering::Relaxed);
         }
-        if waits || !self.is_full() {
-            let mut turn = turn;
-            for _ in 0..MOST_SLOT_WAITS {
-                // Where slots can be made, nobody waits for another one's.
-                let is_full = self.is_full();
-                turn = if is_full {
-                    turn.or_else(|| self.line.enter(&Context::timeout(SLOT_WAIT)).ok())
-                } else {
-                    None
-                };
-                if is_full && turn.is_none() {
-                    break;
-                }
-                if let Some(slot) = self.await_slot() {
-                    return Ok(slot);
-                }
-                if self.is_full() {
-                    break;
-                }
+        let by = Instant::now() + SLOT_WAIT * MOST_SLOT_WAITS;
+        while waits || !self.is_full() {
+            // One that comes back is for the first in the line. Where there is room for all in it, and one more, nobody waits for them.
+            let may_look = self.has_room_beside(1 + self.line.waiting()) || {
+                turn = turn.or_else(|| self.line.enter(&Context::timeout(SLOT_WAIT)).ok());
+                turn.is_some()
+            };
+            if may_look && let Some(slot) = self.await_slot() {
+                return Ok(slot);
+            }
+            if self.is_full() || Instant::now() >= by {
+                break;
             }
         }
         Err(self.exhausted())
@@ -411,17 +404,18 @@ impl Pool {
     /// forked: see [`IdleThread`]. It does so here only for the moment in which it is asked for a new slot.
     fn await_slot(&self) -> Option<PooledSlot> {
         let (begun, mut nap) = (Instant::now(), SLOT_LOOKS_EVERY);
-        let mut slot = self.slots.try_get();
-        if slot.is_none() && !self.is_full() {
-            self.idle_thread.call();
-            slot = self.slots.get_timeout(Duration::ZERO).ok();
-        }
-        while slot.is_none() && begun.elapsed() < SLOT_WAIT {
+        loop {
+            let mut slot = self.slots.try_get();
+            if slot.is_none() && self.has_room_beside(0) {
+                self.idle_thread.call();
+                slot = self.slots.get_timeout(Duration::ZERO).ok();
+            }
+            if slot.is_some() || begun.elapsed() >= SLOT_WAIT {
+                return slot;
+            }
             thread::sleep(nap);
             nap = (2 * nap).min(SLOT_LOOKS_EVERY * 10);
-            slot = self.slots.try_get();
         }
-        slot
     }
 
     /// True if there may be another session.
@@ -433,6 +427,12 @@ impl Pool {
     fn is_full(&self) -> bool {
         let Sessions { in_use, limit } = self.sessions();
         in_use >= limit
+    }
+
+    /// True if another slot can be made, also when so many others have been.
+    fn has_room_beside(&self, others: usize) -> bool {
+        let (made, limit) = (self.slots.state().connections, self.slots.max_size());
+        u32::try_from(others).is_ok_and(|others| made.saturating_add(others) < limit)
     }
 
     /// Opens the slot's session, if there is none that may take locks. `control` can end the attempt.
@@ -457,7 +457,7 @@ impl Pool {
     }
 
     /// Opens the slot's session, if there is none, for a question. It may take no lock: who only looks agrees on nothing for all managers of
-    /// the database, is not refused for what it would agree on, and does not wait for a standby.
+    /// the database, is not refused for what it would agree on, and waits for a standby only if the catalog has to be made.
     fn open_to_ask(&self, slot: &mut Slot) -> std::result::Result<(), Refusal> {
         if slot.is_open() {
             return Ok(());
@@ -781,6 +781,20 @@ impl Pool {
     /// Asks something on a session of the pool, which goes back there. The statement is written for the schema `dsync`, and may be run
     /// twice: where a session has died while it rested in the pool, a new one is asked.
     pub(crate) fn ask(&self, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
+        self.ask_on_session(statement, parameters, true)
+    }
+
+    /// As [`ask`](Self::ask), for a statement that must not be run twice: an empty one before it finds a session that has died.
+    pub(crate) fn ask_once(&self, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
+        self.ask_on_session(statement, parameters, false)
+    }
+
+    fn ask_on_session(
+        &self,
+        statement: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+        may_repeat: bool,
+    ) -> Result<Vec<Row>> {
         let patience = self.heartbeat_timeout;
         let mut slot = self.take(true).map_err(Refusal::into_error)?;
         let refusal = loop {
@@ -788,7 +802,14 @@ impl Pool {
             self.open_to_ask(&mut slot).map_err(Refusal::into_error)?;
             let Some(session) = slot.session() else { return Err(Refusal::not_postgres().into_error()) };
             let statement = session.schema().apply(statement);
-            let failure = match session.query(&statement, parameters, Instant::now() + patience) {
+            let seen = if has_rested && !may_repeat {
+                session.simple_query("", Instant::now() + patience).map(drop)
+            } else {
+                Ok(())
+            };
+            let is_repeated = has_rested && (may_repeat || seen.is_err());
+            let asked = seen.and_then(|()| session.query(&statement, parameters, Instant::now() + patience));
+            let failure = match asked {
                 Ok(rows) => return Ok(rows),
                 Err(failure) => failure,
             };
@@ -804,7 +825,7 @@ impl Pool {
                          of the catalog is locked by another session"
                     ),
                 ),
-                Failure::Lost { .. } if has_rested => continue,
+                Failure::Lost { .. } if is_repeated => continue,
                 failure => Refusal::from_failure(failure),
             };
         };
@@ -871,6 +892,28 @@ mod tests {
                 Rhythm::of(Duration::from_secs(2), late),
                 "{late:?}"
             );
+        }
+    }
+
+    /// Whoever gives one back and wants one again is quicker than whoever waits and looks now and then.
+    #[test]
+    fn a_slot_that_comes_back_is_for_the_first_in_the_line() {
+        let config = Config::from_url("postgres://nobody@localhost").unwrap().max_sessions(1);
+        let pool = Pool::new(&config, None).unwrap();
+        for round in 0..20 {
+            let slot = pool.take(true).unwrap();
+            thread::scope(|scope| {
+                let waits = scope.spawn(|| pool.take(true).map(drop));
+                while pool.line.try_enter().is_some() {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                drop(slot);
+                let again = pool.take(true);
+                // For longer than the other one waits.
+                thread::sleep(2 * SLOT_WAIT);
+                drop(again);
+                assert!(waits.join().unwrap().is_ok(), "overtaken in round {round}");
+            });
         }
     }
 }

@@ -622,7 +622,10 @@ impl Engine {
                 if !claim.announce_acquired(Arc::new(Expiry::new(until)), self.token, self.permit) {
                     return Err(LossReason::ConnectionClosed);
                 }
-                log::debug!("lock {key:?}: acquired");
+                match claim.last_loss().and_then(|loss| loss.at.elapsed().ok()) {
+                    Some(since) => log::info!("lock {key:?}: acquired again, {since:.1?} after its loss"),
+                    None => log::debug!("lock {key:?}: acquired"),
+                }
                 self.spec.pool.watchdog().look_by(claim.deadline().unwrap_or_else(|| until.instant()));
                 self.problem.end();
             }
@@ -658,6 +661,12 @@ impl Engine {
         self.spec.note_term_end(self.token, self.granted_at);
         // Before the end is told: whoever claims the lock next finds the session.
         let mut slot = self.slot.take();
+        if let Some(slot) = &mut slot
+            && !self.lifecycle.serves()
+        {
+            // It refused something, or is lost, and was to be closed next.
+            slot.taint();
+        }
         // A stop closes the sessions when they are all in the pool.
         let stays = !self.claim.ends_for(EndReason::Stopped)
             && slot.as_mut().is_some_and(|slot| slot.session().is_some_and(|session| session.is_leased()));
