@@ -84,26 +84,6 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    /// All of them, in their order, each at the index that its number is.
-    #[cfg(feature = "metrics")]
-    pub(crate) const ALL: [Self; 15] = [
-        Self::LockUnavailable,
-        Self::TimedOut,
-        Self::Cancelled,
-        Self::Released,
-        Self::SyncManagerStopped,
-        Self::FailedInitialization,
-        Self::SessionUnavailable,
-        Self::SessionRefused,
-        Self::PoolExhausted,
-        Self::Lost,
-        Self::UnlockFailed,
-        Self::InvalidKey,
-        Self::InvalidConfig,
-        Self::WouldDeadlock,
-        Self::OtherProcess,
-    ];
-
     /// Its name in a label of a metric.
     #[cfg(feature = "metrics")]
     pub(crate) fn label(self) -> &'static str {
@@ -170,20 +150,25 @@ impl Error {
     }
 
     pub(crate) fn lock_unavailable(key: &str, mode: Mode) -> Self {
-        let text = format!(
-            "{} {key:?}; without a guard, the claim goes on in the background until release()",
-            mode.who_has()
-        );
-        Self::new(ErrorKind::LockUnavailable, text)
+        Self::new(ErrorKind::LockUnavailable, format!("{} {key:?}", mode.who_has()))
     }
 
     /// The server was taken over a moment ago.
     pub(crate) fn in_grace(key: &str, left: Duration) -> Self {
-        let text = format!(
-            "a holder of before may believe in {key:?} still: {}; without a guard, the claim goes on in the background until release()",
-            in_grace(left)
-        );
+        let text = format!("a holder of before may believe in {key:?} still: {}", in_grace(left));
         Self::new(ErrorKind::LockUnavailable, text)
+    }
+
+    /// Of a claim that its caller does not wait for, and which goes on.
+    pub(crate) fn in_background(self) -> Self {
+        let message =
+            format!("{}; without a guard, the claim goes on in the background until release()", self.message);
+        Self { message: message.into(), ..self }
+    }
+
+    /// The same for a caller whose time was over, and who got one attempt.
+    pub(crate) fn into_timed_out(self) -> Self {
+        Self { kind: ErrorKind::TimedOut, ..self }
     }
 
     /// A claim needs a thread, and the process has none left.

@@ -184,8 +184,8 @@ pub(crate) fn check_mode<L: Lock + ?Sized>(lock: &L) -> Result<()> {
 ///
 /// - It excludes the other threads of this process, too. They take turns, first come, first served, each with a term and a
 ///   token of its own, and other processes are served in between. All that wait use one session of the server.
-/// - If the lock is [shared](crate::PostgresManager::shared_lock), it excludes those only who want the lock alone. Each guard has a term and a
-///   session of its own then, and one token with the others. All that wait in this process use one session beside those.
+/// - If the lock is [shared](crate::PostgresManager::shared_lock), it excludes those only who want the lock alone. Each guard has a term of its own
+///   then, and a session (but for one of them, where [sessions are shared](crate::Config::shared_sessions)), and one token with the others. All that wait in this process use one session beside those.
 /// - Of a [semaphore](crate::PostgresManager::semaphore) it is one permit. Each guard has a term and a token of its own then, and a session, unless
 ///   [sessions are shared](crate::Config::shared_sessions). All that wait in this process use one session beside those.
 /// - It is one term. When that is [lost](Self::lost), it does not come back, [`release`](Self::release) says so, and others
@@ -275,10 +275,7 @@ impl LockGuard {
             }
             match Self::begin(lock, turn, (!tries_once).then_some(context), begun, has_others) {
                 // The one attempt of a context that had ended.
-                Err(error) if error.kind() == ErrorKind::LockUnavailable => {
-                    let text = format!("{} {:?}", lock.mode().who_has(), lock.key());
-                    Err(Error::new(ErrorKind::TimedOut, text))
-                }
+                Err(error) if error.kind() == ErrorKind::LockUnavailable => Err(error.into_timed_out()),
                 outcome => outcome,
             }
         })

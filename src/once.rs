@@ -87,7 +87,8 @@ pub enum Once<T> {
         /// How long it takes until it is due again.
         due_in: Duration,
     },
-    /// Another process, or another thread of this one, had the lock until `context` ended.
+    /// Another process, or another thread of this one, had the lock until `context` ended; or nobody was granted it, since a
+    /// [takeover grace](crate::Config::takeover) went on.
     Busy,
 }
 

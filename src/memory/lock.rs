@@ -319,7 +319,7 @@ impl Lock for MemoryLock {
         // There is one attempt whatever the time, which here takes none, unless nobody can be asked.
         let once = ended == Some(ErrorKind::TimedOut);
         self.acquire(context, ended.filter(|_| !once), |sight| match sight {
-            Sight::Queued(_) => Some(Error::lock_unavailable(&self.text, self.key.mode)),
+            Sight::Queued(_) => Some(Error::lock_unavailable(&self.text, self.key.mode).in_background()),
             Sight::Unknown(_) if once => Some(self.context_ended(ErrorKind::TimedOut, Instant::now(), sight)),
             Sight::Unknown(_) | Sight::Held | Sight::Gone => None,
         })

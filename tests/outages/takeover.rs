@@ -295,6 +295,7 @@ fn show_with_a_clock(index: usize, policy: TakeoverPolicy, rounds: usize) {
 
 /// The body of the process; as a test of its own it does nothing.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn with_a_clock_of_its_own() {
     let Some(role) = role() else { return };
     let [index, is_immediate, rounds, _] = role.splitn(4, ' ').collect::<Vec<_>>()[..] else {
@@ -780,6 +781,7 @@ fn what_waits_says_why_and_for_how_long(shared_sessions: u32) {
 
 /// The body of [`what_waits_says_why_and_for_how_long`], in a process of its own, for its logger.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn saying_why() {
     let Some(shared_sessions) = role() else { return };
     log::set_logger(&Logger).unwrap();
@@ -810,6 +812,8 @@ fn saying_why() {
         "{text}"
     );
     assert!(x.try_acquire().unwrap().is_none());
+    let error = x.acquire(Duration::ZERO).unwrap_err();
+    assert!(error.kind() == ErrorKind::TimedOut && error.to_string().contains("for another "), "{error}");
     let error = x.lock(&Context::timeout(Duration::from_millis(50))).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     assert!(error.to_string().contains("no lock is granted for another "), "{error}");
@@ -948,6 +952,7 @@ const FLEET: usize = 20;
 
 /// The body of a process of the fleet, until it is killed; as a test of its own it does nothing.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn one_of_the_fleet() {
     let Some(role) = role() else { return };
     let [number, policy, url] = role.splitn(3, ' ').collect::<Vec<_>>()[..] else { panic!("{role}") };

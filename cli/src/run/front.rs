@@ -21,7 +21,7 @@ use super::signals::{self, ENDING, Signals};
 use super::terminal::Terminal;
 use super::wire::{Frames, Moment, ToFront, ToKeeper};
 use super::{BECOME, KEEP};
-use crate::exit::{CONFLICT, Failure, LOST, UNAVAILABLE, USAGE, say};
+use crate::exit::{Failure, LOST, UNAVAILABLE, USAGE, say};
 
 /// How long after the end of a term the keeper may be silent. It tells of the end itself, unless it stands still. Shorter than what the
 /// margin has beside the command's time to end, which is a second at the least.
@@ -37,7 +37,6 @@ const SILENT_FOR: Duration = Duration::from_secs(1);
 pub(super) struct Plan<'a> {
     pub(super) command: &'a [OsString],
     pub(super) watch: &'a Watch,
-    pub(super) conflict_exit_code: Option<u8>,
     /// The command runs again in the next term.
     pub(super) leads: bool,
 }
@@ -375,7 +374,6 @@ impl<'a> Front<'a> {
         }
         if let Some((code, message)) = self.keeper.done.take() {
             let code = match code {
-                Some(CONFLICT) => self.plan.conflict_exit_code.unwrap_or(CONFLICT),
                 Some(code) => code,
                 None if self.is_lost && !self.plan.leads => LOST,
                 None => self.code,

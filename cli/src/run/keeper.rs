@@ -215,7 +215,7 @@ impl Keeper {
             let set = self.manager.multi_lock(keys.iter().map(|key| key.key.clone()))?;
             self.acquire(keys, wait, || set.try_acquire(), |context| set.acquire(context))?.map(Held::Several)
         };
-        let Some(held) = held else { return Ok(self.conflict(keys, arguments.permits)) };
+        let Some(held) = held else { return Ok(self.conflict(arguments, keys)) };
         let terms = held.terms(keys);
         let attended = self.attend(&terms, held.lost(), &never());
         match held.release() {
@@ -269,17 +269,19 @@ impl Keeper {
         Progress::start(&self.manager, keys, &self.name, move || group::is_in_the_foreground(front))
     }
 
-    /// The exit code where a lock is not to be had, and why. That another has it, `flock` would be silent about.
-    fn conflict(&self, keys: &[Written], permits: Option<u32>) -> (Option<u8>, String) {
+    /// The exit code where a lock is not to be had, and why. That another has it, `flock` would be silent about. In a takeover grace nobody has it,
+    /// and a job that nobody does must not pass for one that another does.
+    fn conflict(&self, arguments: &RunArguments, keys: &[Written]) -> (Option<u8>, String) {
         let grace = self.manager.inspect(keys[0].key.clone()).ok().and_then(|view| view.grace_left);
-        let text = grace.map(look::grace_text).unwrap_or_else(|| {
-            self.aside(|| match (keys, permits) {
-                ([key], None) => format!("another has {}", key.text),
-                ([key], Some(permits)) => format!("others have the {permits} permits of {}", key.text),
-                _ => format!("another has one of {}", names(keys)),
-            })
+        if let Some(left) = grace {
+            return (Some(CONFLICT), look::grace_text(left));
+        }
+        let text = self.aside(|| match (keys, arguments.permits) {
+            ([key], None) => format!("another has {}", key.text),
+            ([key], Some(permits)) => format!("others have the {permits} permits of {}", key.text),
+            _ => format!("another has one of {}", names(keys)),
         });
-        (Some(CONFLICT), text)
+        (Some(arguments.conflict_exit_code.unwrap_or(CONFLICT)), text)
     }
 
     fn run_every(&self, arguments: &RunArguments, period: Duration) -> Done {
@@ -313,7 +315,7 @@ impl Keeper {
                     || format!("it has been done; due again in {}", humantime::format_duration(due_in));
                 Ok((Some(arguments.done_exit_code), self.aside(text)))
             }
-            Ok(Once::Busy) => Ok(self.conflict(keys, None)),
+            Ok(Once::Busy) => Ok(self.conflict(arguments, keys)),
             Err(Ended::Unsuccessful(attended)) => Ok((attended.lost.then_some(LOST), String::new())),
             Err(Ended::Failed(error)) => Err(failure(error)),
         }

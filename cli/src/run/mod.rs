@@ -45,18 +45,12 @@ pub(crate) fn inner(arguments: &[OsString]) -> Option<ExitCode> {
 /// `run`.
 pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     arguments.check()?;
-    let plan = Plan {
-        command: &arguments.command,
-        watch: &arguments.watch,
-        conflict_exit_code: arguments.conflict_exit_code,
-        leads: false,
-    };
+    let plan = Plan { command: &arguments.command, watch: &arguments.watch, leads: false };
     Front::start(plan)?.watch()
 }
 
 /// `lead`.
 pub(crate) fn lead(arguments: &LeadArguments) -> Result<u8, Failure> {
-    let plan =
-        Plan { command: &arguments.command, watch: &arguments.watch, conflict_exit_code: None, leads: true };
+    let plan = Plan { command: &arguments.command, watch: &arguments.watch, leads: true };
     Front::start(plan)?.watch()
 }

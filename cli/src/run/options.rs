@@ -41,8 +41,9 @@ Exit codes:
   the command's own; 128 + N if signal N ended it
   64   the command line or a setting is wrong
   69   the server cannot be reached, or refuses the session
-  75   another has the lock, the time to wait is over, or the server was
-       restarted a moment ago; or what --conflict-exit-code says
+  75   another has the lock, or the time to wait is over (or what
+       --conflict-exit-code says); or a takeover grace goes on: the server
+       was restarted, and nobody is granted a lock yet
   79   the lock was lost, and the command was ended
   126  the command cannot be executed; 127 it is not there
 ",
@@ -86,7 +87,7 @@ pub(crate) struct RunArguments {
         value_parser = clap::value_parser!(u32).range(1..=1023)
     )]
     pub(crate) permits: Option<u32>,
-    /// The exit code where another has the lock, or the time to wait is over. [default: 75]
+    /// The exit code where another has the lock, or the time to wait is over; not in a takeover grace, when nobody does the work. [default: 75]
     #[arg(short = 'E', long, value_name = "N")]
     pub(crate) conflict_exit_code: Option<u8>,
     /// Run the command only if it has not succeeded within this time, wherever: `24h`, `1h`. Success is exit code 0, and counts from

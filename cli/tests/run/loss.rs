@@ -98,7 +98,7 @@ impl Scene {
 }
 
 #[test]
-fn a_frozen_server() {
+fn a_frozen_server_ends_the_command_before_another_has_the_lock() {
     let server = Server::start().unwrap();
     let scene = Scene::set(&server, &mut pgdsync(&server.url()));
     let frozen = server.freeze().unwrap();
@@ -111,7 +111,7 @@ fn a_frozen_server() {
 }
 
 #[test]
-fn a_frozen_keeper() {
+fn a_frozen_keeper_ends_the_command_in_time() {
     let server = Server::start().unwrap();
     let scene = Scene::set(&server, &mut pgdsync(&server.url()));
     let keeper = scene.holder.keeper();
@@ -129,7 +129,7 @@ fn a_frozen_keeper() {
 }
 
 #[test]
-fn a_frozen_front_beside_a_frozen_server() {
+fn a_frozen_front_beside_a_frozen_server_ends_the_command_before_another_has_the_lock() {
     let server = Server::start().unwrap();
     let scene = Scene::set(&server, &mut pgdsync(&server.url()));
     scene.holder.signal(Signal::Stop);
@@ -175,7 +175,7 @@ fn both_frozen_for_longer_than_the_lease_end_the_command_when_they_go_on() {
 }
 
 #[test]
-fn a_session_that_an_operator_ends() {
+fn a_session_that_an_operator_ends_ends_the_command_in_time() {
     let server = Server::start().unwrap();
     let scene = Scene::set(&server, &mut pgdsync(&server.url()));
     let since = Instant::now();
@@ -186,7 +186,7 @@ fn a_session_that_an_operator_ends() {
 }
 
 #[test]
-fn a_front_that_is_killed() {
+fn a_front_that_is_killed_ends_the_command_before_another_has_the_lock() {
     let server = Server::start().unwrap();
     let scene = Scene::set(&server, &mut pgdsync(&server.url()));
     scene.holder.signal(Signal::Kill);
@@ -196,7 +196,7 @@ fn a_front_that_is_killed() {
 }
 
 #[test]
-fn a_keeper_that_is_killed() {
+fn a_keeper_that_is_killed_ends_the_command_in_time() {
     let server = Server::start().unwrap();
     let scene = Scene::set(&server, &mut pgdsync(&server.url()));
     let since = Instant::now();

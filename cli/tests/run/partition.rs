@@ -9,12 +9,12 @@ use crate::common::clean;
 use crate::loss::Scene;
 
 #[test]
-fn a_network_that_is_cut() {
+fn a_network_that_is_cut_ends_the_command_before_another_has_the_lock() {
     pull_the_cable(Direction::Both);
 }
 
 #[test]
-fn a_network_that_lets_nothing_in() {
+fn a_network_that_lets_nothing_in_ends_the_command_before_another_has_the_lock() {
     pull_the_cable(Direction::Inward);
 }
 

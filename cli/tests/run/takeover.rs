@@ -20,7 +20,8 @@ fn who_does_not_wait_is_told_why_and_for_how_long() {
         (&["-n", "--every=1h"], 75),
         (&["-n", "--permits=2"], 75),
         (&["-n", "j"], 75),
-        (&["-n", "-E", "0"], 0),
+        (&["-n", "-E", "0"], 75),
+        (&["-w", "0.2", "-E", "0", "--every=1h"], 75),
     ] {
         let output = go(words);
         let said = text(&output.stderr);

@@ -286,10 +286,10 @@ impl Claim {
                 return Err(self.ended(*reason, status.last_loss.as_ref()));
             }
             Phase::Queueing { .. } if patience != Patience::Lock => {
-                return Err(Error::lock_unavailable(&self.key, self.mode));
+                return Err(Error::lock_unavailable(&self.key, self.mode).in_background());
             }
             Phase::InGrace { ends } if patience != Patience::Lock => {
-                return Err(Error::in_grace(&self.key, left_until(*ends)));
+                return Err(Error::in_grace(&self.key, left_until(*ends)).in_background());
             }
             Phase::Queueing { .. } | Phase::InGrace { .. } | Phase::Acquiring => {}
         }
