@@ -87,6 +87,7 @@ impl log::Log for Blocking {
 
 /// Not a test: a process whose logger blocks.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn scene() {
     if common::role().is_none() {
         return;

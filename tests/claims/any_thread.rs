@@ -32,6 +32,7 @@ fn play(name: &str) {
 /// Not a test: the body of the processes that the others start. A panic anywhere in the process makes it fail, since with
 /// `panic = "abort"` that would be its end.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn scene() {
     let Some(role) = common::role() else { return };
     static PANICS: AtomicUsize = AtomicUsize::new(0);

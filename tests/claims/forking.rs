@@ -29,6 +29,7 @@ struct Inherited {
 
 /// Not a test: the body of the processes that the others start.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn scene() {
     let Some(role) = common::role() else { return };
     let url = std::env::var("DATABASE_URL").unwrap();

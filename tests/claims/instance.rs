@@ -35,6 +35,7 @@ fn play(name: &str) {
 
 /// Not a test: the body of the processes that the others start. It plays the scene that it is told.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn scene() {
     let Some(role) = common::role() else { return };
     if role == "a logger that shuts down" {

@@ -248,6 +248,7 @@ fn number_after(text: &str, mark: &str) -> i64 {
 
 /// Not a test: the body of the processes that the one above starts. It is told its number and a server.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn worker() {
     let Some(role) = common::role() else { return };
     let (index, url) = role.split_once(' ').unwrap();
@@ -298,6 +299,7 @@ fn the_locks_of_a_process_that_dies_with_a_set_are_free() {
 
 /// Not a test: a process that takes a set and is killed.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn holder() {
     let Some(url) = common::role() else { return };
     let manager = started(Config::from_url(&url).unwrap());

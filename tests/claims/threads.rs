@@ -16,6 +16,7 @@ fn play(name: &str, stack: &str) {
 
 /// Not a test: the body of the processes that the others start.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn scene() {
     let Some(role) = common::role() else { return };
     match &*role {

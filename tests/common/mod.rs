@@ -260,7 +260,7 @@ pub(crate) fn role() -> Option<String> {
 /// This very program again, as a process that runs the test `body` only, with an environment that is of no influence.
 pub(crate) fn process(body: &str, role: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", body, "--nocapture", "--test-threads=1"]).env(ROLE, role);
+    command.args(["--exact", body, "--include-ignored", "--nocapture", "--test-threads=1"]).env(ROLE, role);
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
         if text.starts_with("PG")

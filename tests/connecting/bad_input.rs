@@ -148,6 +148,7 @@ fn settings_that_cannot_work_are_refused_before_anything_is_connected() {
 /// Not a test: the body of the processes that [`variables_that_cannot_be_understood_are_named`] starts, each with another
 /// environment. What the environment gives is told by a line on the standard output.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn reader_of_the_environment() {
     if common::role().is_some() {
         match Config::from_env() {

@@ -184,6 +184,7 @@ fn no_error_no_debug_text_and_no_log_gives_a_password_away() {
 
 /// Not a test: the body of processes that take a lock on the server that their environment leads to, and say what came of it.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn locker_of_the_environment() {
     if common::role().is_none() {
         return;

@@ -937,6 +937,7 @@ fn two_hundred_processes_make_one_catalog() {
 
 /// Not a test: the body of the processes that other tests start.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn worker() {
     let Some(role) = common::role() else { return };
     let words: Vec<_> = role.split(' ').collect();

@@ -156,6 +156,7 @@ fn a_writer_that_is_frozen_in_its_transaction_holds_up_nobody_for_longer_than_th
 
 /// Not a test: the body of the processes that other tests start.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn worker() {
     let Some(role) = common::role() else { return };
     let words: Vec<_> = role.split(' ').collect();
@@ -473,6 +474,7 @@ fn a_successor_that_freezes_while_it_waits_for_a_fenced_transaction_is_replaced(
 
 /// Not a test: the body of a process that other tests start.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn worker_waits() {
     let Some(url) = common::role() else { return };
     let config = Config::from_url(&url).unwrap().lease(LEASE).wait_slice(Duration::from_millis(100));

@@ -421,6 +421,7 @@ impl Picture {
 
 /// Not a test: the body of the process that puts a load on the server.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn worker() {
     let Some(url) = common::role() else { return };
     let config = Config::from_url(&url).unwrap().lease(PATIENCE).wait_slice(PATIENCE);

@@ -66,6 +66,7 @@ const WORK: i64 = 4711;
 
 /// A process that works with a permit, for some milliseconds at a time, until it is killed.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn worker() {
     let Some(url) = role() else { return };
     let manager = started(Config::from_url(&url).unwrap().lease(Duration::from_secs(3)).max_sessions(4));
@@ -133,6 +134,7 @@ fn processes_that_are_killed_never_leave_more_holders_than_permits_and_no_permit
 
 /// A process that takes a permit and keeps it.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn keeper() {
     let Some(url) = role() else { return };
     let manager = started(Config::from_url(&url).unwrap().lease(Duration::from_secs(3)));
@@ -823,6 +825,7 @@ fn a_role_that_may_not_say_how_many_permits_there_are_is_told_and_goes_by_what_o
         begin(move || theirs.acquire(PATIENCE).unwrap())
     };
     wait_for_waiters(&manager, 1);
+    // The wait itself: longer than the time-outs that the role has for its statements.
     thread::sleep(Duration::from_millis(1_500));
     assert!(!waiting.is_ready());
     ours.release().unwrap();

@@ -32,6 +32,7 @@ fn no_two_are_inside_at_once() {
 
 /// Not a test: the body of the processes that [`no_two_are_inside_at_once`] starts. It is told a server and a folder.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn worker() {
     let Some(role) = common::role() else { return };
     let (url, folder) = role.split_once(' ').unwrap();

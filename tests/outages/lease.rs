@@ -334,6 +334,7 @@ fn releasing_and_stopping_end_in_time_on_a_frozen_server(shared_sessions: u32) {
 
 /// The body of the processes below; as a test of its own it does nothing.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn a_witness() {
     if let Some(role) = role() {
         testify(&role);
@@ -760,6 +761,7 @@ fn the_handle_tells_why_the_lock_was_lost_and_the_log_tells_it_once(shared_sessi
 
 /// The body of [`the_handle_tells_why_the_lock_was_lost_and_the_log_tells_it_once`], in a process of its own, for its logger.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn telling_why() {
     let Some(shared_sessions) = role().map(|role| role.parse().unwrap()) else { return };
     log::set_logger(&Logger).unwrap();

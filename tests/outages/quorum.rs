@@ -216,6 +216,7 @@ fn without_quorum(rounds: usize) {
 
 /// The body of the processes below; as a test of its own it does nothing.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn a_witness() {
     if let Some(role) = role() {
         testify(&role);
@@ -412,6 +413,7 @@ fn the_log_tells_of_a_standby_that_is_away_for_a_short_time(shared_sessions: u32
 
 /// The body of [`the_log_tells_of_a_standby_that_is_away_for_a_short_time`], in a process of its own, for its logger.
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn telling_the_log() {
     let Some(shared_sessions) = role() else { return };
     log::set_logger(&Logger).unwrap();

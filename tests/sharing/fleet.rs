@@ -11,6 +11,7 @@ const LOCKS: usize = 500;
 
 /// The body of a process of [`ten_processes_with_500_locks_each_work_on_a_server_with_20_connections`].
 #[test]
+#[ignore = "the body of a process, which another test starts"]
 fn one_of_the_fleet() {
     let Some(role) = common::role() else { return };
     let (name, url) = role.split_once(' ').unwrap();

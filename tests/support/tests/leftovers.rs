@@ -87,21 +87,21 @@ fn processes_naming(folder: &Path) -> Result<Vec<String>, Box<dyn std::error::Er
 }
 
 #[test]
-fn after_a_kill() -> Outcome {
+fn nothing_is_left_after_a_kill() -> Outcome {
     let mut holder = Holder::start("")?;
     holder.process.kill()?;
     holder.leaves_nothing()
 }
 
 #[test]
-fn after_a_kill_with_the_server_frozen() -> Outcome {
+fn nothing_is_left_after_a_kill_with_the_server_frozen() -> Outcome {
     let mut holder = Holder::start("frozen")?;
     holder.process.kill()?;
     holder.leaves_nothing()
 }
 
 #[test]
-fn after_ctrl_c() -> Outcome {
+fn nothing_is_left_after_ctrl_c() -> Outcome {
     let holder = Holder::start("")?;
     // A terminal signals the whole group.
     let group = format!("-{}", holder.process.id());
@@ -110,17 +110,17 @@ fn after_ctrl_c() -> Outcome {
 }
 
 #[test]
-fn after_an_exit_without_destructors() -> Outcome {
+fn nothing_is_left_after_an_exit_without_destructors() -> Outcome {
     Holder::start("exit")?.leaves_nothing()
 }
 
 #[test]
-fn after_an_ordinary_end() -> Outcome {
+fn nothing_is_left_after_an_ordinary_end() -> Outcome {
     Holder::start("")?.leaves_nothing()
 }
 
 #[test]
-fn after_a_kill_in_the_middle_of_the_start() -> Outcome {
+fn nothing_is_left_after_a_kill_in_the_middle_of_the_start() -> Outcome {
     // At several moments: before there's anything, in initdb, while the postmaster begins, and after it.
     let mut seen = 0;
     for after in [3, 5, 7, 10, 15, 20, 150, 400, 700] {
@@ -166,7 +166,7 @@ fn a_network_namespace_goes_after_a_kill() -> Outcome {
 }
 
 #[test]
-fn after_a_drop_and_a_drop_in_every_state() -> Outcome {
+fn nothing_is_left_after_a_drop_and_a_drop_in_every_state() -> Outcome {
     let running = Server::start()?;
     let folder = running.folder().to_owned();
     let processes = running.processes();
