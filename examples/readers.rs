@@ -4,7 +4,8 @@
 //! cargo run --example readers
 //! ```
 //!
-//! With `DATABASE_URL` set, run it in two terminals at once. Without, it starts a PostgreSQL server of its own.
+//! With `DATABASE_URL` set, run it in two terminals at once; the table `dsync_demo_page` stays in that database. Without, it starts a PostgreSQL
+//! server of its own.
 
 use std::env;
 use std::error::Error;
@@ -60,8 +61,8 @@ fn run() -> Outcome<()> {
     let (manager, mut client) = machine(&url)?;
     manager.lock("prices")?.with_lock(PATIENCE, |_| {
         client.batch_execute(&format!(
-            "CREATE TABLE IF NOT EXISTS page (number int PRIMARY KEY, version bigint NOT NULL);
-             INSERT INTO page SELECT number, 0 FROM generate_series(1, {PAGES}) AS number ON CONFLICT DO NOTHING"
+            "CREATE TABLE IF NOT EXISTS dsync_demo_page (number int PRIMARY KEY, version bigint NOT NULL);
+             INSERT INTO dsync_demo_page SELECT number, 0 FROM generate_series(1, {PAGES}) AS number ON CONFLICT DO NOTHING"
         ))
     })??;
     let outcomes: Vec<Outcome<()>> = thread::scope(|scope| {
@@ -123,7 +124,8 @@ fn publish(manager: &PostgresManager, client: &mut Client, shop: &Shop) -> Outco
             let mut transaction = client.transaction()?;
             // Fails if the lock was lost and somebody has it, a reader say.
             guard.term().fence(&mut transaction)?;
-            transaction.execute("UPDATE page SET version = $2 WHERE number = $1", &[&number, &version])?;
+            transaction
+                .execute("UPDATE dsync_demo_page SET version = $2 WHERE number = $1", &[&number, &version])?;
             transaction.commit()?;
         }
         guard.release()?;
@@ -135,5 +137,5 @@ fn publish(manager: &PostgresManager, client: &mut Client, shop: &Shop) -> Outco
 }
 
 fn version_of(client: &mut Client, page: i32) -> Result<i64, postgres::Error> {
-    client.query_one("SELECT version FROM page WHERE number = $1", &[&page])?.try_get(0)
+    client.query_one("SELECT version FROM dsync_demo_page WHERE number = $1", &[&page])?.try_get(0)
 }

@@ -4,7 +4,8 @@
 //! cargo run --example semaphore
 //! ```
 //!
-//! With `DATABASE_URL` set, run it in two terminals at once. Without, it starts a PostgreSQL server of its own.
+//! With `DATABASE_URL` set, run it in two terminals at once; the table `dsync_demo_card` stays in that database. Without, it starts a PostgreSQL
+//! server of its own.
 
 use std::env;
 use std::error::Error;
@@ -59,8 +60,8 @@ fn run() -> Outcome<()> {
     let mut client = Client::connect(&url, NoTls)?;
     manager.lock("cards")?.with_lock(PATIENCE, |_| {
         client.batch_execute(&format!(
-            "CREATE TABLE IF NOT EXISTS card (number int PRIMARY KEY, picture text, done bigint NOT NULL DEFAULT 0);
-             INSERT INTO card SELECT number FROM generate_series(1, {CARDS}) AS number ON CONFLICT DO NOTHING"
+            "CREATE TABLE IF NOT EXISTS dsync_demo_card (number int PRIMARY KEY, picture text, done bigint NOT NULL DEFAULT 0);
+             INSERT INTO dsync_demo_card SELECT number FROM generate_series(1, {CARDS}) AS number ON CONFLICT DO NOTHING"
         ))
     })??;
     let used = Use::default();
@@ -94,12 +95,14 @@ fn paint(url: &str, manager: &PostgresManager, number: usize, used: &Use) -> Out
         let mut transaction = client.transaction()?;
         // Fails if the permit was lost and somebody has it.
         guard.term().fence(&mut transaction)?;
-        transaction.execute("UPDATE card SET picture = $2 WHERE number = $1", &[&card, &picture])?;
+        transaction
+            .execute("UPDATE dsync_demo_card SET picture = $2 WHERE number = $1", &[&card, &picture])?;
         transaction.commit()?;
         thread::sleep(RENDERING);
         let mut transaction = client.transaction()?;
         guard.term().fence(&mut transaction)?;
-        let done = "UPDATE card SET picture = NULL, done = done + 1 WHERE number = $1 AND picture = $2";
+        let done =
+            "UPDATE dsync_demo_card SET picture = NULL, done = done + 1 WHERE number = $1 AND picture = $2";
         if transaction.execute(done, &[&card, &picture])? != 1 {
             return Err(format!("card {card} was given to another picture than {picture}").into());
         }

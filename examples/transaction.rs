@@ -4,7 +4,8 @@
 //! cargo run --example transaction
 //! ```
 //!
-//! With `DATABASE_URL` set, run it in two terminals at once. Without, it starts a PostgreSQL server of its own.
+//! With `DATABASE_URL` set, run it in two terminals at once; the table `dsync_demo_invoice` stays in that database. Without, it starts a PostgreSQL
+//! server of its own.
 
 use std::env;
 use std::error::Error;
@@ -43,7 +44,9 @@ fn run() -> Result<(), Box<dyn Error>> {
     // One machine at a time makes the table. A session lock, since migrations may be several transactions.
     let mut migrating =
         manager.session_lock("invoices/migrations")?.acquire(&mut client, Duration::from_secs(60))?;
-    migrating.batch_execute("CREATE TABLE IF NOT EXISTS invoice (number int8 NOT NULL, customer text)")?;
+    migrating.batch_execute(
+        "CREATE TABLE IF NOT EXISTS dsync_demo_invoice (number int8 NOT NULL, customer text)",
+    )?;
     migrating.release()?;
 
     let lock = manager.transaction_lock("invoices")?;
@@ -59,8 +62,7 @@ fn run() -> Result<(), Box<dyn Error>> {
             }
             Err(error) => return Err(error.into()),
         }
-        let statement =
-            "INSERT INTO invoice SELECT coalesce(max(number), 0) + 1, $1 FROM invoice RETURNING number";
+        let statement = "INSERT INTO dsync_demo_invoice SELECT coalesce(max(number), 0) + 1, $1 FROM dsync_demo_invoice RETURNING number";
         let row = transaction.query_one(statement, &[&"Ada"])?;
         // The next one reads this number: the lock goes to others when the commit is visible to them.
         transaction.commit()?;

@@ -4,7 +4,8 @@
 //! cargo run --example transfer
 //! ```
 //!
-//! With `DATABASE_URL` set, run it in several terminals at once. Without, it starts a PostgreSQL server of its own.
+//! With `DATABASE_URL` set, run it in several terminals at once; the table `dsync_demo_account` stays in that database. Without, it starts a PostgreSQL
+//! server of its own.
 
 use std::env;
 use std::error::Error;
@@ -46,8 +47,8 @@ fn run() -> Outcome<()> {
     // Two processes that create one table at once would get in each other's way.
     manager.lock("transfer/tables")?.with_lock(Duration::from_secs(60), |_| {
         client.batch_execute(&format!(
-            "CREATE TABLE IF NOT EXISTS account (id int PRIMARY KEY, balance bigint NOT NULL CHECK (balance >= 0));
-             INSERT INTO account SELECT id, 100 FROM generate_series(0, {ACCOUNTS} - 1) AS id ON CONFLICT DO NOTHING"
+            "CREATE TABLE IF NOT EXISTS dsync_demo_account (id int PRIMARY KEY, balance bigint NOT NULL CHECK (balance >= 0));
+             INSERT INTO dsync_demo_account SELECT id, 100 FROM generate_series(0, {ACCOUNTS} - 1) AS id ON CONFLICT DO NOTHING"
         ))
     })??;
     let outcomes: Vec<Outcome<()>> = thread::scope(|scope| {
@@ -56,7 +57,7 @@ fn run() -> Outcome<()> {
         joined.map(|outcome| outcome.unwrap_or_else(|_| Err("a thread panicked".into()))).collect()
     });
     outcomes.into_iter().collect::<Outcome<()>>()?;
-    let sum: i64 = client.query_one("SELECT sum(balance)::bigint FROM account", &[])?.get(0);
+    let sum: i64 = client.query_one("SELECT sum(balance)::bigint FROM dsync_demo_account", &[])?.get(0);
     println!("all done: the accounts have {sum} together");
     Ok(())
 }
@@ -86,7 +87,7 @@ fn transfers(manager: &PostgresManager, url: &str) -> Outcome<()> {
 }
 
 fn balance(transaction: &mut Transaction<'_>, account: i32) -> Result<i64, postgres::Error> {
-    transaction.query_one("SELECT balance FROM account WHERE id = $1", &[&account])?.try_get(0)
+    transaction.query_one("SELECT balance FROM dsync_demo_account WHERE id = $1", &[&account])?.try_get(0)
 }
 
 fn set_balance(
@@ -94,5 +95,5 @@ fn set_balance(
     account: i32,
     balance: i64,
 ) -> Result<u64, postgres::Error> {
-    transaction.execute("UPDATE account SET balance = $2 WHERE id = $1", &[&account, &balance])
+    transaction.execute("UPDATE dsync_demo_account SET balance = $2 WHERE id = $1", &[&account, &balance])
 }

@@ -70,7 +70,7 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     fn key(&self) -> &str;
 
     /// Gives a guard if the lock is free now, and `None` if another session, or another thread of this process, has it or waits for it
-    /// here. A shared lock is free for those who share it if no writer has it or waits for it, and a semaphore if one of its permits is
+    /// here, or while a [takeover grace](crate::Config::takeover) goes on. A shared lock is free for those who share it if no writer has it or waits for it, and a semaphore if one of its permits is
     /// free and nobody waits for one. It makes one attempt, with the time that an attempt has (`connect_timeout` and `heartbeat_timeout`
     /// together at the most), and leaves nothing behind if that fails.
     ///
@@ -168,8 +168,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// share it, or have permits, it is the first; [`inspect`](crate::PostgresManager::inspect) shows them all. It is news of the past when
     /// it arrives: show it to people, and decide nothing by it.
     ///
-    /// It takes one round trip on a session of the pool. If the server does not answer, it takes up to `connect_timeout` (three
-    /// times that, for the manager's first session) plus the heartbeat timeout.
+    /// It takes one round trip on a session of the pool. If the server does not answer, it takes up to twice `connect_timeout`
+    /// (three times that, for the manager's first session) plus the heartbeat timeout; if claims have all the sessions, 1.2 s more.
     ///
     /// # Errors
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped), [`OtherProcess`](ErrorKind::OtherProcess).
@@ -439,15 +439,20 @@ pub const MAX_ANNOTATION: usize = 64 * 1024;
 
 /// The annotation of a term that begins. A valuer is an application's code, and must not harm the lock.
 pub(crate) fn annotate(key: &str, valuer: &LockValuer) -> Option<Vec<u8>> {
-    let problem = match catch_unwind(AssertUnwindSafe(|| valuer())) {
-        Ok(bytes) if bytes.len() <= MAX_ANNOTATION => return Some(bytes),
-        Ok(bytes) => {
-            format!("its annotation has {} bytes, the limit is {MAX_ANNOTATION}; left out", bytes.len())
-        }
-        Err(_) => "its valuer panicked; the term goes without annotation".to_owned(),
-    };
     // The logger is the application's code, too.
-    let _ = catch_unwind(|| log::warn!("lock {key:?}: {problem}"));
+    let quietly = |write: &dyn Fn()| drop(catch_unwind(AssertUnwindSafe(write)));
+    match catch_unwind(AssertUnwindSafe(|| valuer())) {
+        Ok(bytes) if bytes.len() <= MAX_ANNOTATION => return Some(bytes),
+        Ok(bytes) => quietly(&|| {
+            let length = bytes.len();
+            log::warn!(
+                "lock {key:?}: its annotation has {length} bytes, the limit is {MAX_ANNOTATION}; left out"
+            );
+        }),
+        Err(_) => {
+            quietly(&|| log::warn!("lock {key:?}: its valuer panicked; the term goes without annotation"))
+        }
+    }
     None
 }
 

@@ -222,25 +222,6 @@ pub enum LossReason {
 }
 
 impl LossReason {
-    /// All of them, in their order, each at the index that its number is.
-    #[cfg(feature = "metrics")]
-    pub(crate) const ALL: [Self; 14] = [
-        Self::Terminated,
-        Self::ServerCrashed,
-        Self::DatabaseDropped,
-        Self::LeaseExpired,
-        Self::LeaseNotRenewed,
-        Self::HeartbeatTimedOut,
-        Self::NotConfirmed,
-        Self::ConnectionClosed,
-        Self::SessionChanged,
-        Self::Unlocked,
-        Self::ServerIsStandby,
-        Self::ServerError,
-        Self::Revoked,
-        Self::SupervisorFailed,
-    ];
-
     /// Its name in a label of a metric.
     #[cfg(feature = "metrics")]
     pub(crate) fn label(self) -> &'static str {

@@ -37,7 +37,8 @@ use crate::view::LockView;
 /// ```
 ///
 /// Each lock of the set is a lock like any other, made as [`lock`](crate::PostgresManager::lock) of the manager makes it: it excludes guards
-/// and claims of its key, those that share the lock too, has a term with a token of its own, and takes a session of the manager. None of them can
+/// and claims of its key, those that share the lock too, has a term with a token of its own, and takes a session of the manager (but for those that a
+/// [shared session](crate::Config::shared_sessions) carries). None of them can
 /// be [shared](crate::PostgresManager::shared_lock). Each may be lost by itself. All methods may be called from any thread.
 ///
 /// A set has to find sessions for all its locks. While other locks use them it may wait long: set

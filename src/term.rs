@@ -164,7 +164,8 @@ impl Term {
     /// transaction may be on any connection to the database that the lock is in, at any isolation level, but not read-only;
     /// its role needs `USAGE` on the schema `dsync`, `SELECT` and `UPDATE` on `dsync.lock`, and to see its rows if row security
     /// is on. What [`CatalogMode`](crate::CatalogMode) says of trust is not looked at once more here. Rolling back to a
-    /// savepoint from before the fence takes the fence away. It takes one round trip.
+    /// savepoint from before the fence takes the fence away. It takes one round trip, and blocks for as long as the connection of the
+    /// transaction lets it: that is the application's, and on a server that stands still it has no bound but its own (`tcp_user_timeout`).
     ///
     /// While the transaction is open the next holder waits that does not share the lock. So that a frozen process cannot keep it
     /// waiting for ever, the server is told to end the transaction's session when it pauses for longer than the lease between two statements

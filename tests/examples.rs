@@ -109,7 +109,7 @@ fn invoices_of_two_machines_have_numbers_without_gaps() {
         machine.says("done");
         machine.succeeds();
     }
-    let query = "SELECT count(*), count(DISTINCT number), max(number) FROM invoice";
+    let query = "SELECT count(*), count(DISTINCT number), max(number) FROM dsync_demo_invoice";
     let row = database.client().unwrap().query_one(query, &[]).unwrap();
     assert_eq!([0, 1, 2].map(|column| row.get::<_, i64>(column)), [200; 3]);
 }
@@ -157,7 +157,7 @@ fn readers_of_two_machines_see_whole_versions_and_writers_get_their_turns() {
         machine.says("none was of two versions");
         machine.succeeds();
     }
-    let query = "SELECT min(version), max(version) FROM page";
+    let query = "SELECT min(version), max(version) FROM dsync_demo_page";
     let row = database.client().unwrap().query_one(query, &[]).unwrap();
     assert_eq!([0, 1].map(|column| row.get::<_, i64>(column)), [16; 2]);
 }
@@ -173,7 +173,7 @@ fn two_machines_share_three_cards_and_no_card_has_two_pictures() {
         machine.says("no card had two");
         machine.succeeds();
     }
-    let query = "SELECT count(*), sum(done)::int8, count(picture) FROM card";
+    let query = "SELECT count(*), sum(done)::int8, count(picture) FROM dsync_demo_card";
     let row = database.client().unwrap().query_one(query, &[]).unwrap();
     assert_eq!([0, 1, 2].map(|column| row.get::<_, i64>(column)), [3, 80, 0]);
 }

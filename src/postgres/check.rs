@@ -246,7 +246,7 @@ fn takeover(pool: &Pool, session: &mut Session, facts: &Facts, by: Instant) -> O
         format!(
             "{until}: the server was restarted, or another one took its place, and a holder of before may be cut off"
         ),
-        "wait; shorter leases, of all managers of the database, make it shorter",
+        "ask for a lock and wait; shorter leases, of all managers of the database, make it shorter, with UPDATE dsync.policy SET lease = … (milliseconds)",
     ))
 }
 

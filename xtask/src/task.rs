@@ -59,7 +59,7 @@ pub(crate) const ALL_TESTS: [&str; 3] = ["test", "--workspace", "--all-features"
 const QUICK: [&[&str]; 3] = [
     &["test", "--lib"],
     &["test", "--test", "claims", "--", "contract::", "stepping_down::"],
-    &["test", "--test", "limits", "--test", "bench_figures"],
+    &["test", "--test", "limits", "--test", "bench_figures", "--test", "public_api"],
 ];
 
 /// The features for TLS that come after `tls-native-tls`, which the tests use that have all of them.
@@ -156,9 +156,9 @@ impl<'a> Task<'a> {
             Self::Check => check(),
             Self::Lint => lint(&Cargo::default()),
             Self::Test => test(&Cargo::default()),
-            Self::Versions(majors) => majors
-                .iter()
-                .try_for_each(|major| on_version(*major, &Cargo::default(), &["test", "--workspace"])),
+            Self::Versions(majors) => {
+                majors.iter().try_for_each(|major| on_version(*major, &Cargo::default(), &ALL_TESTS))
+            }
             Self::Ci => ci(),
             Self::Gates => gates::all(&Cargo::default()),
             Self::Torture { minutes, seed } => {

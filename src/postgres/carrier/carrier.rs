@@ -33,7 +33,7 @@ use crate::pg::watchdog::Watched;
 use crate::process::{may_drive, nonce};
 use crate::sync::{AtomicBool, AtomicUsize, MutexGuard, Ordering::SeqCst};
 
-/// A carrier without a claim gives its session back after 1 s, and its thread exits.
+/// A carrier without a claim gives its session back after 1 s, or after the time between two heartbeats if that is shorter, and its thread exits.
 const LINGER: Duration = Duration::from_secs(1);
 
 /// While a thread of the application runs the engine, the carrier's looks at least this often; whoever runs it wakes the thread when there is

@@ -47,12 +47,12 @@ impl Config {
     /// locks are granted again when the longest lease that any manager of this database has had (15 s by default) has passed since
     /// the first session on the new server. Meanwhile [`lock`](crate::Lock::lock) waits, and [`try_lock`](crate::Lock::try_lock) fails with
     /// [`LockUnavailable`](crate::ErrorKind::LockUnavailable) and a text that says so; the log, [`ClaimSnapshot::grace_left`](crate::ClaimSnapshot),
-    /// [`LockView::grace_left`](crate::LockView) and [`check`](Self::check) tell of it too. A shorter [`lease`](Self::lease) makes it shorter.
+    /// [`LockView::grace_left`](crate::LockView) and [`check`](Self::check) tell of it too. It lasts 15 s by default, 45 s where `pgdsync run` was used: a wait should be longer.
     ///
     /// The policy and the longest lease belong to the *database*: they are in the catalog (`dsync.policy`), and committed before a manager's
     /// first term. A manager with a stronger policy or a longer lease raises them, one with a weaker policy is
-    /// [refused](crate::ErrorKind::SessionRefused), since its locks would be granted while terms of others last. An operator lowers them,
-    /// by an `UPDATE` of that row, when no manager wants more any longer.
+    /// [refused](crate::ErrorKind::SessionRefused), since its locks would be granted while terms of others last. An operator lowers them
+    /// when no manager wants more any longer: `UPDATE dsync.policy SET lease = 15000`, in milliseconds.
     ///
     /// A database that was made from a copy or a dump of another one counts as taken over, too: its locks come after one lease.
     ///
