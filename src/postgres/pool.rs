@@ -403,10 +403,12 @@ impl Pool {
     /// r2d2 would wait for it in `parking_lot`, and supervisors take slots whenever they like, so also while the process is being
     /// forked: see [`IdleThread`]. It does so here only for the moment in which it is asked for a new slot.
     fn await_slot(&self) -> Option<PooledSlot> {
-        let (begun, mut nap) = (Instant::now(), SLOT_LOOKS_EVERY);
+        let (begun, mut nap, mut is_asked) = (Instant::now(), SLOT_LOOKS_EVERY, false);
         loop {
             let mut slot = self.slots.try_get();
-            if slot.is_none() && self.has_room_beside(0) {
+            // Each time that r2d2 is asked it makes another one.
+            if slot.is_none() && !is_asked && self.has_room_beside(0) {
+                is_asked = true;
                 self.idle_thread.call();
                 slot = self.slots.get_timeout(Duration::ZERO).ok();
             }
@@ -914,6 +916,18 @@ mod tests {
                 drop(again);
                 assert!(waits.join().unwrap().is_ok(), "overtaken in round {round}");
             });
+        }
+    }
+
+    /// Each is a session of the server, which one that is not needed costs until it has rested for long.
+    #[test]
+    fn no_more_slots_are_made_than_are_wanted() {
+        let config = Config::from_url("postgres://nobody@localhost").unwrap().max_sessions(10);
+        for _ in 0..50 {
+            let pool = Pool::new(&config, None).unwrap();
+            let slots = [(), ()].map(|()| pool.take(true).unwrap());
+            assert_eq!(pool.slots.state().connections, 2);
+            drop(slots);
         }
     }
 }

@@ -48,6 +48,73 @@ fn panicking() {
     manager.stop().unwrap();
 }
 
+#[test]
+fn who_comes_in_with_another_whose_look_panics_gets_its_lock() {
+    Process::start(&mut process("edges::panicking_at_the_inbox", "inbox")).succeeds();
+}
+
+/// Blocks at the news that the lock `slow` was acquired, and panics at those that the session was lost.
+#[derive(Default)]
+struct BlocksAndPanics {
+    is_blocked: AtomicBool,
+    goes_on: AtomicBool,
+    has_panicked: AtomicBool,
+}
+
+impl log::Log for BlocksAndPanics {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        let text = record.args().to_string();
+        if text.contains("\"slow\": acquired") && !self.is_blocked.swap(true, SeqCst) {
+            eventually("the end of the block", || self.goes_on.load(SeqCst));
+        }
+        if text.contains("a session was lost with all the locks") && !self.has_panicked.swap(true, SeqCst) {
+            panic!("as it is meant to");
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+#[test]
+#[ignore = "the body of a process, which another test starts"]
+fn panicking_at_the_inbox() {
+    if role().as_deref() != Some("inbox") {
+        return;
+    }
+    let logger: &BlocksAndPanics = Box::leak(Box::default());
+    log::set_logger(logger).unwrap();
+    log::set_max_level(log::LevelFilter::Debug);
+    let database = Database::fresh().unwrap();
+    let lease = Duration::from_secs(2);
+    let manager = started(config(&database.url(), 1).lease(lease));
+    let come = |key: &str, context: Context| {
+        let (lock, claims) = (lock(&manager, key), manager.snapshot().claims.len());
+        let came = begin(move || lock.lock(&context));
+        eventually("the claim", || manager.snapshot().claims.len() > claims);
+        came
+    };
+    let slow = lock(&manager, "slow");
+    thread::spawn(move || slow.lock(&Context::background()));
+    eventually("the block", || logger.is_blocked.load(SeqCst));
+    // It wants an attempt at once, at which the engine sees that the lease is over.
+    let hurried = lock(&manager, "hurried");
+    let hurried = begin(move || hurried.try_lock(&Context::timeout(Duration::ZERO)));
+    eventually("its claim", || manager.snapshot().claims.len() == 2);
+    let others = ["x", "y", "z"].map(|key| come(key, Context::background()));
+    thread::sleep(lease);
+    logger.goes_on.store(true, SeqCst);
+    // The panic may cost the one or the other, which is told.
+    others.into_iter().for_each(|other| println!("{:?}", other.get()));
+    lock(&manager, "w").acquire(LONG).unwrap().release().unwrap();
+    assert!(logger.has_panicked.load(SeqCst));
+    // It tells of the claim that the panic has cost.
+    let _ = (hurried, manager.stop());
+}
+
 /// Sees whether all losses are announced when it is told of the first, or that the session is gone.
 #[derive(Default)]
 struct LostFirst {

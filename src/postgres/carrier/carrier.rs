@@ -1,5 +1,6 @@
 //! A carrier: the thread of a session that many claims share, and what application threads do with it.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
 use std::io;
@@ -62,7 +63,7 @@ pub(crate) struct Carrier {
 
 #[derive(Default)]
 struct Inbox {
-    seats: Vec<Arc<Seat>>,
+    seats: VecDeque<Arc<Seat>>,
     /// How many claims it is kept up for: those that it has or is about to have.
     expected: usize,
     /// Disconnects when its thread has exited.
@@ -281,7 +282,7 @@ impl Carrier {
         let mut inbox = self.inbox.lock();
         // For one that has left there may be no thread that takes it out again, and it would keep the carrier.
         if seat.is_expected() {
-            inbox.seats.push(Arc::clone(seat));
+            inbox.seats.push_back(Arc::clone(seat));
             self.context.carried.is_called.store(true, SeqCst);
         } else {
             seat.unmark_called();
@@ -670,8 +671,8 @@ impl Carrier {
         if turn.is_none() || !self.context.carried.is_called.swap(false, SeqCst) {
             return;
         }
-        let seats = std::mem::take(&mut self.inbox.lock().seats);
-        for seat in seats {
+        let mut untaken = Untaken { carrier: self, seats: std::mem::take(&mut self.inbox.lock().seats) };
+        while let Some(seat) = untaken.seats.pop_front() {
             seat.unmark_called();
             guarded(turn, |engine| engine.attend(&seat));
         }
@@ -683,6 +684,22 @@ impl Carrier {
         // end with ten zeros.
         let id = key.id().cast_unsigned();
         usize::try_from((id ^ id >> 10) % (count.max(1) as u64)).unwrap_or(0)
+    }
+}
+
+/// Those that came in and have not been looked at. Where the engine panics they are for the next one, and back in the inbox.
+struct Untaken<'a> {
+    carrier: &'a Carrier,
+    seats: VecDeque<Arc<Seat>>,
+}
+
+impl Drop for Untaken<'_> {
+    fn drop(&mut self) {
+        if !self.seats.is_empty() {
+            self.carrier.inbox.lock().seats.append(&mut self.seats);
+            self.carrier.context.carried.is_called.store(true, SeqCst);
+            self.carrier.turns.wake();
+        }
     }
 }
 

@@ -205,7 +205,12 @@ fn create(session: &mut Session, by: Instant) -> std::result::Result<State, Refu
     }
     match look(session, by)? {
         Found::Usable(state) => Ok(state),
-        _ => Err(refused(&format!(
+        Found::Nothing => {
+            let text = "somebody has dropped the schema of the catalog while it was made; it is made again"
+                .to_owned();
+            Err(Refusal::new(ErrorKind::SessionUnavailable, text))
+        }
+        Found::Older => Err(refused(&format!(
             "the catalog in schema {} cannot be made complete; let an administrator drop the schema, or repair it",
             session.schema().identifier()
         ))),

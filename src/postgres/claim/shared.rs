@@ -188,6 +188,8 @@ pub(crate) enum EndReason {
     InGrace {
         ends: Instant,
     },
+    /// The thread that worked on it panicked.
+    Failed,
 }
 
 /// How far a claim has come.
@@ -578,6 +580,7 @@ impl Claim {
             EndReason::Unavailable => Error::lock_unavailable(&self.key, self.mode),
             EndReason::InGrace { ends } => Error::in_grace(&self.key, left_until(ends)),
             EndReason::Lost => Error::lost(&self.key, loss),
+            EndReason::Failed => Error::new(ErrorKind::SessionUnavailable, self.failure()),
         }
     }
 
@@ -922,8 +925,14 @@ impl Claim {
             return;
         }
         self.announce_lost(LossReason::SupervisorFailed);
-        let message = format!("the work on {:?} failed; its session was closed", self.key);
-        self.finish(Err(Error::new(ErrorKind::UnlockFailed, message)));
+        self.finish(Err(Error::new(ErrorKind::UnlockFailed, self.failure())));
+    }
+
+    fn failure(&self) -> String {
+        format!(
+            "the work on {:?} failed by a panic, of the logger say; its session was closed, and a new claim has another one",
+            self.key
+        )
     }
 
     /// How long the server may keep a lock whose session was lost.
@@ -937,7 +946,7 @@ impl Claim {
         let reason = match status.phase {
             Phase::Ended { .. } => return,
             Phase::Ending { reason, .. } => reason,
-            _ => EndReason::Released,
+            _ => EndReason::Failed,
         };
         status.phase = Phase::Ended { reason, outcome };
         status.notify();
