@@ -6,7 +6,7 @@ use crate::text::harmless;
 
 /// There is nothing to do it to: nobody has the lock. Or the answer to a question was no.
 pub(crate) const NOTHING: u8 = 1;
-/// Another has the lock, or the time to wait is over (`EX_TEMPFAIL` of `sysexits.h`). `--conflict-exit-code` sets another.
+/// Another has the lock, or the time to wait is over (`EX_TEMPFAIL` of `sysexits.h`). `--conflict-exit-code` sets another, but not for a takeover grace.
 pub(crate) const CONFLICT: u8 = 75;
 /// The output cannot be written (`EX_IOERR`).
 pub(crate) const OUTPUT: u8 = 74;

@@ -380,8 +380,13 @@ impl Pool {
             if may_look && let Some(slot) = self.await_slot() {
                 return Ok(slot);
             }
-            if self.is_full() || Instant::now() >= by {
+            if self.is_full() {
                 break;
+            }
+            if Instant::now() >= by {
+                let text =
+                    "this process has not made room for another session in time: its machine is too busy";
+                return Err(Refusal::new(ErrorKind::SessionUnavailable, text.to_owned()));
             }
         }
         Err(self.exhausted())
@@ -411,6 +416,8 @@ impl Pool {
                 is_asked = true;
                 self.idle_thread.call();
                 slot = self.slots.get_timeout(Duration::ZERO).ok();
+                // It may have looked before there was something to do.
+                self.idle_thread.call();
             }
             if slot.is_some() || begun.elapsed() >= SLOT_WAIT {
                 return slot;
@@ -905,16 +912,20 @@ mod tests {
         for round in 0..20 {
             let slot = pool.take(true).unwrap();
             thread::scope(|scope| {
+                let begun = Instant::now();
                 let waits = scope.spawn(|| pool.take(true).map(drop));
-                while pool.line.try_enter().is_some() {
+                while !waits.is_finished() && pool.line.try_enter().is_some() {
                     thread::sleep(Duration::from_millis(1));
                 }
                 drop(slot);
+                // On a busy machine it may have given up.
+                let waits_still = begun.elapsed() < SLOT_WAIT;
                 let again = pool.take(true);
                 // For longer than the other one waits.
                 thread::sleep(2 * SLOT_WAIT);
                 drop(again);
-                assert!(waits.join().unwrap().is_ok(), "overtaken in round {round}");
+                let outcome = waits.join().unwrap();
+                assert!(outcome.is_ok() || !waits_still, "overtaken in round {round}");
             });
         }
     }
@@ -925,8 +936,11 @@ mod tests {
         let config = Config::from_url("postgres://nobody@localhost").unwrap().max_sessions(10);
         for _ in 0..50 {
             let pool = Pool::new(&config, None).unwrap();
+            let begun = Instant::now();
             let slots = [(), ()].map(|()| pool.take(true).unwrap());
-            assert_eq!(pool.slots.state().connections, 2);
+            let made = pool.slots.state().connections;
+            // Whoever has waited for long asks again.
+            assert!(made == 2 || begun.elapsed() >= SLOT_WAIT, "{made}");
             drop(slots);
         }
     }

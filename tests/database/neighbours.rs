@@ -326,7 +326,7 @@ fn the_locks_beside_a_key_are_far_from_those_of_keys_near_it() {
     const KEY: i64 = 100;
     let database = Database::fresh().unwrap();
     let mut operator = database.client().unwrap();
-    let mut ids = || -> BTreeSet<i64> {
+    let ids = |operator: &mut Client| -> BTreeSet<i64> {
         let query =
             "SELECT classid::int8 << 32 | objid::int8 FROM pg_locks WHERE locktype = 'advisory' AND granted
              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
@@ -338,7 +338,11 @@ fn the_locks_beside_a_key_are_far_from_those_of_keys_near_it() {
 
     let writer = manager.lock(KEY).unwrap().acquire(PATIENCE).unwrap();
     let waiter = wait_in_thread(&waiting.lock(KEY).unwrap());
-    becomes("the key, and the turnstile", &2, || ids().len());
+    // Whoever passes it shares it for a moment.
+    let turnstile = "SELECT count(*) FROM pg_locks AS one JOIN pg_locks AS other USING (pid) WHERE one.locktype = 'advisory' AND NOT one.granted
+         AND other.locktype = 'advisory' AND other.granted AND other.mode = 'ExclusiveLock'";
+    becomes("the turnstile", &1_i64, || operator.query_one(turnstile, &[]).unwrap().get(0));
+    let mut ids = || ids(&mut operator);
     let mut transaction = client.transaction().unwrap();
     writer.term().fence(&mut transaction).unwrap();
     let mut beside = ids();

@@ -272,8 +272,10 @@ impl Keeper {
     /// The exit code where a lock is not to be had, and why. That another has it, `flock` would be silent about. In a takeover grace nobody has it,
     /// and a job that nobody does must not pass for one that another does.
     fn conflict(&self, arguments: &RunArguments, keys: &[Written]) -> (Option<u8>, String) {
-        let grace = self.manager.inspect(keys[0].key.clone()).ok().and_then(|view| view.grace_left);
-        if let Some(left) = grace {
+        let view = self.manager.inspect(keys[0].key.clone()).ok();
+        // Somebody may have it all the same: whose term was the last one has it back earlier.
+        let is_free = |view: &dsync::LockView| view.holder.is_none() && view.sharers.is_empty();
+        if let Some(left) = view.filter(is_free).and_then(|view| view.grace_left) {
             return (Some(CONFLICT), look::grace_text(left));
         }
         let text = self.aside(|| match (keys, arguments.permits) {

@@ -15,13 +15,13 @@ fn who_does_not_wait_is_told_why_and_for_how_long() {
     // As a crash.
     server.restart(Shutdown::Immediate).unwrap();
     for (words, code) in [
-        (&["-n"][..], 75),
+        (&["-n", "-E", "0"][..], 75),
+        (&["-w", "0.2", "-E", "0", "--every=1h"], 75),
+        (&["-n"], 75),
         (&["-w", "0.2"], 75),
         (&["-n", "--every=1h"], 75),
         (&["-n", "--permits=2"], 75),
         (&["-n", "j"], 75),
-        (&["-n", "-E", "0"], 75),
-        (&["-w", "0.2", "-E", "0", "--every=1h"], 75),
     ] {
         let output = go(words);
         let said = text(&output.stderr);

@@ -284,8 +284,13 @@ impl Carrier {
         if seat.is_expected() {
             inbox.seats.push_back(Arc::clone(seat));
             self.context.carried.is_called.store(true, SeqCst);
-        } else {
-            seat.unmark_called();
+            return;
+        }
+        seat.unmark_called();
+        drop(inbox);
+        // It may have moved a moment ago.
+        if let Some(supervisor) = seat.supervisor() {
+            supervisor.wake();
         }
     }
 

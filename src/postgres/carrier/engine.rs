@@ -142,8 +142,8 @@ pub(crate) struct CarrierContext {
 }
 
 impl Engine {
-    pub(crate) fn new(ground: CarrierContext) -> Self {
-        let CarrierContext { pool, plan, idle, dedicated, carried } = ground;
+    pub(crate) fn new(context: CarrierContext) -> Self {
+        let CarrierContext { pool, plan, idle, dedicated, carried } = context;
         let epoch = Moment::now();
         let timing = Timing {
             term: plan.term(),

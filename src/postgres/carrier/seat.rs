@@ -103,7 +103,7 @@ impl Seat {
         }
     }
 
-    /// True until it has left: the carrier's thread runs for it. Under the mutex of the inbox that stays so.
+    /// True until it has left. Whoever finds that while it has the mutex of the inbox may put it in: the thread stays until it has taken it out.
     pub(crate) fn is_expected(&self) -> bool {
         self.counts.load(SeqCst)
     }

@@ -662,9 +662,9 @@ impl Engine {
         // Before the end is told: whoever claims the lock next finds the session.
         let mut slot = self.slot.take();
         if let Some(slot) = &mut slot
-            && !self.lifecycle.serves()
+            && self.lifecycle.session_action() == session::Action::Close
         {
-            // It refused something, or is lost, and was to be closed next.
+            // It has refused something.
             slot.taint();
         }
         // A stop closes the sessions when they are all in the pool.

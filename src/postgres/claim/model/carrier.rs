@@ -2,9 +2,9 @@
 //!
 //! As there, one statement serves all that ask for something, the lease is put on before the first lock is asked for, and a statement that is
 //! refused is put right and asked again by halves. What has come of it is told to the machines when all is answered, claim by claim. All
-//! terms have one end. A claim whose lock is owned pauses and asks again, or goes on as a process of its own in the place of a third one.
+//! terms have one end. A claim whose lock is taken pauses and asks again, or goes on as a process of its own in the place of a third one.
 //!
-//! A claim that is admitted has been owned out of the inbox. What waits there still is as if it had not come, or not been released.
+//! A claim that is admitted has been taken out of the inbox. What waits there still is as if it had not come, or not been released.
 //!
 //! Left out: locks that are shared; a release that is given up, which goes on at a carrier; a number that two names share; what is asked of
 //! the application for annotations; and a session that lingers on the chance that a claim comes.
@@ -52,7 +52,7 @@ pub(super) struct Carried {
     pub(super) heard: bool,
     /// The session has its lock, or is about to ask for it.
     has_lock: bool,
-    /// Its lock was found owned, and it pauses.
+    /// Its lock was found busy, and it pauses.
     waits: bool,
     /// The token of the term that was announced. It lasts until the [`Expiry`].
     pub(super) term: Option<u8>,
