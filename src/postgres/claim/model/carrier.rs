@@ -763,7 +763,9 @@ impl Model {
                         return Err("a term began in another".to_owned());
                     }
                     let token = claim.token;
-                    self.begin_with(world, self.keys[number], token)?;
+                    if world.processes[who].believes(number, world.now) {
+                        self.begin_with(world, self.keys[number], token)?;
+                    }
                 }
                 Notice::Lost(_) => claim.term = None,
                 _ => {}

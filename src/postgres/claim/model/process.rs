@@ -549,7 +549,10 @@ impl Model {
                 if process.term.replace(term).is_some() {
                     return Err("a term began in another".to_owned());
                 }
-                self.begin_with(world, key, term.token)?;
+                // One that is over by now is told to nobody: see `Claim::current`.
+                if now < term.until {
+                    self.begin_with(world, key, term.token)?;
+                }
             }
             Notice::Renewed { until } => match &mut process.term {
                 Some(term) if now < term.until => term.until = ticks(until),
