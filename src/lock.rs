@@ -70,7 +70,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     fn key(&self) -> &str;
 
     /// Gives a guard if the lock is free now, and `None` if another session, or another thread of this process, has it or waits for it
-    /// here, or while a [takeover grace](crate::Config::takeover) goes on. A shared lock is free for those who share it if no writer has it or waits for it, and a semaphore if one of its permits is
+    /// here, or while a [takeover grace](crate::Config::takeover) goes on. A shared lock is free for those who share it if no writer has it or
+    /// waits for it, and a semaphore if one of its permits is
     /// free and nobody waits for one. It makes one attempt, with the time that an attempt has (`connect_timeout` and `heartbeat_timeout`
     /// together at the most), and leaves nothing behind if that fails.
     ///

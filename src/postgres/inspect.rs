@@ -209,7 +209,7 @@ pub(crate) fn record_success(pool: &Pool, fence: &RowFence, token: i64, started:
 
 /// Forgets the last success; `false` if there was none.
 pub(crate) fn forget_success(pool: &Pool, named: &Named<'_>) -> Result<bool> {
-    Ok(!pool.ask(sql::FORGET_SUCCESS, &[&named.namespace, &named.name])?.is_empty())
+    Ok(!pool.ask_once(sql::FORGET_SUCCESS, &[&named.namespace, &named.name])?.is_empty())
 }
 
 /// Adds a holder or a waiter.

@@ -223,8 +223,8 @@ impl IdleThread {
     }
 }
 
-/// A slot is waited for so many times: the thread on which r2d2 makes slots may come late to that on a busy machine.
-const MOST_SLOT_WAITS: u32 = 10;
+/// How long a slot is waited for where there is room for one: the thread on which r2d2 makes slots may come late to that on a busy machine.
+const MAKES_ROOM_WITHIN: Duration = Duration::from_secs(1);
 
 /// How soon to see whether there is a slot, or work for the thread that makes slots, where somebody waits for one.
 const SLOT_LOOKS_EVERY: Duration = Duration::from_micros(200);
@@ -344,7 +344,7 @@ impl Pool {
     pub(crate) fn takes_at_most(&self) -> Duration {
         let is_known = self.catalog_ready.load(Ordering::Relaxed) && self.probed.load(Ordering::Relaxed);
         let attempts = if is_known { 2 } else { 3 };
-        SLOT_WAIT * (2 + MOST_SLOT_WAITS) + self.connect_timeout * attempts
+        MAKES_ROOM_WITHIN + 2 * SLOT_WAIT + self.connect_timeout * attempts
     }
 
     /// Whether a slot that is free in all but name is to be given back at once, since others want one.
@@ -370,7 +370,7 @@ impl Pool {
         if self.is_full() {
             self.crowded_at.store(self.now(), Ordering::Relaxed);
         }
-        let by = Instant::now() + SLOT_WAIT * MOST_SLOT_WAITS;
+        let by = Instant::now() + MAKES_ROOM_WITHIN;
         while waits || !self.is_full() {
             // One that comes back is for the first in the line. Where there is room for all in it, and one more, nobody waits for them.
             let may_look = self.has_room_beside(1 + self.line.waiting()) || {
