@@ -19,8 +19,10 @@ pub(crate) struct SessionStream {
     transport: Transport,
     role: Role,
     frames: Frames,
-    /// Why a write failed, while it is read what the server had to say.
-    failed: Option<io::Error>,
+    /// A write has found the connection over, and what the server has said before may not have been read yet.
+    is_cut: bool,
+    /// How the connection ended, which the driver is not told in the same poll as what came before.
+    end: Option<io::Result<()>>,
 }
 
 /// Where the messages of the server begin, to know how long one will be before the driver makes room for it: it believes
@@ -116,7 +118,7 @@ impl Transport {
 
 impl SessionStream {
     pub(super) fn new(watch: Watch, transport: Transport, role: Role) -> Self {
-        Self { watch, transport, role, frames: Frames::default(), failed: None }
+        Self { watch, transport, role, frames: Frames::default(), is_cut: false, end: None }
     }
 
     /// One poll of the transport under the watch.
@@ -133,33 +135,32 @@ impl SessionStream {
         }
     }
 
-    /// One poll of a write. A server that does not take the client's certificate says so and closes; with TLS 1.3 that is when the first
-    /// message is written. So if that fails, the reason is read.
+    /// One poll of a write, which gives `done` also if it has found the connection over.
+    ///
+    /// A server that ends a session says why and closes; so does one that does not take the client's certificate. A write may find
+    /// that out before the next read, and the driver reads no more after a failure. So such a write counts as done: the driver
+    /// then reads why, or that there is no more to come.
     fn written<T>(
         &mut self,
         cx: &mut Context<'_>,
+        done: T,
         poll: impl FnOnce(Pin<&mut dyn Duplex>, &mut Context<'_>) -> Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
         use io::ErrorKind::{BrokenPipe, ConnectionReset};
-        if self.failed.is_none() {
-            match ready!(self.watched(cx, poll)) {
-                Err(error) if matches!(error.kind(), BrokenPipe | ConnectionReset) && self.is_tls() => {
-                    self.failed = Some(error);
-                }
-                outcome => return Poll::Ready(outcome),
-            }
+        if self.is_cut {
+            return Poll::Ready(self.watch.check(cx).map(|()| done));
         }
-        // The connection is over, so there is something to read, if only that.
-        let mut space = [0; 1];
-        let mut buf = ReadBuf::new(&mut space);
-        let outcome = ready!(self.watched(cx, |stream, cx| stream.poll_read(cx, &mut buf)));
-        let failed = self.failed.take().unwrap_or_else(|| BrokenPipe.into());
-        let is_reason = |error: &io::Error| is_alert(error) || Ended::find(error).is_some();
-        Poll::Ready(Err(outcome.err().filter(is_reason).unwrap_or(failed)))
-    }
-
-    fn is_tls(&self) -> bool {
-        matches!(self.transport, Transport::Tls(_))
+        match ready!(self.watched(cx, poll)) {
+            Err(error)
+                if self.role == Role::Session
+                    && matches!(error.kind(), BrokenPipe | ConnectionReset)
+                    && Ended::find(&error).is_none() =>
+            {
+                self.is_cut = true;
+                Poll::Ready(Ok(done))
+            }
+            outcome => Poll::Ready(outcome),
+        }
     }
 
     /// Reads until the server has closed the connection.
@@ -181,8 +182,21 @@ impl SessionStream {
 impl AsyncRead for SessionStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        this.watch.check(cx)?;
+        if let Some(end) = this.end.take() {
+            return Poll::Ready(end);
+        }
         let before = buf.filled().len();
-        ready!(this.watched(cx, |stream, cx| stream.poll_read(cx, buf)))?;
+        let outcome = ready!(this.watched(cx, |stream, cx| stream.poll_read(cx, buf)));
+        let is_ended = |error: &io::Error| Ended::find(error).is_some();
+        if outcome.as_ref().map_or_else(|error| !is_ended(error), |()| buf.filled().len() == before) {
+            // The driver forgets why the server ended the session, if that and the end come to it at once: the statement that is
+            // under way is given the reason, and nobody asks it any more.
+            this.end = Some(outcome);
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        outcome?;
         let new = &buf.filled()[before..];
         this.watch.count(new.len())?;
         if this.frames.longest(new) > this.watch.allowance().saturating_add(new.len() as u64) {
@@ -194,11 +208,11 @@ impl AsyncRead for SessionStream {
 
 impl AsyncWrite for SessionStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.get_mut().written(cx, |stream, cx| stream.poll_write(cx, buf))
+        self.get_mut().written(cx, buf.len(), |stream, cx| stream.poll_write(cx, buf))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.get_mut().written(cx, |stream, cx| stream.poll_flush(cx))
+        self.get_mut().written(cx, (), |stream, cx| stream.poll_flush(cx))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -314,14 +328,18 @@ mod tests {
         }
     }
 
-    /// A server that has gone, after it has sent an alert if `alert` is one.
+    /// A server that has gone, after it has said why.
     struct Gone {
-        alert: &'static str,
+        said: Option<io::Result<&'static [u8]>>,
     }
 
     impl AsyncRead for Gone {
-        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Err(io::Error::other(self.alert)))
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Poll::Ready(self.said.take().unwrap_or(Ok(&[])).map(|said| buf.put_slice(said)))
         }
     }
 
@@ -344,22 +362,51 @@ mod tests {
     }
 
     #[test]
-    fn what_the_server_objected_to_is_told_though_the_write_failed_first() {
-        for (alert, told) in [("received fatal alert: UnknownCA", "UnknownCA"), ("reset", "broken pipe")] {
-            let control = StreamControl::new();
-            control.establish();
-            let transport = Transport::Tls(Box::new(Gone { alert }));
-            let watch = Watch::new(control, Instant::now());
-            let mut stream = SessionStream::new(watch, transport, Role::Session);
-            let mut cx = Context::from_waker(Waker::noop());
-            for outcome in [
-                Pin::new(&mut stream).poll_write(&mut cx, b"x").map_ok(|_| ()),
-                Pin::new(&mut stream).poll_flush(&mut cx),
-            ] {
-                let Poll::Ready(Err(error)) = outcome else { panic!("{outcome:?}") };
-                assert!(error.to_string().contains(told), "{error}");
-            }
+    fn what_the_server_has_said_is_read_though_a_write_found_it_gone_first() {
+        let alert = || Err(io::Error::other("received fatal alert: UnknownCA"));
+        let mut cx = Context::from_waker(Waker::noop());
+        for said in [Ok(FROM_SERVER), alert()] {
+            let told = said.as_ref().map(|said| said.to_vec()).map_err(ToString::to_string);
+            let (mut stream, control) = gone(said, Role::Session);
+            let mut writes = || {
+                let mut pinned = Pin::new(&mut stream);
+                let outcomes = [
+                    pinned.as_mut().poll_write(&mut cx, b"x").map_ok(|_| ()),
+                    pinned.as_mut().poll_flush(&mut cx),
+                ];
+                outcomes.map(|outcome| matches!(outcome, Poll::Ready(Ok(()))))
+            };
+            assert_eq!(writes(), [true; 2]);
+            assert_eq!(writes(), [true; 2], "nothing has been read yet");
+            let mut next = || read(&mut stream, 64).map(|outcome| outcome.map_err(|error| error.to_string()));
+            let (first, second) = (next(), next());
+            // How it ended is told in a poll of its own.
+            let is_end = told.is_err();
+            assert_eq!((first.is_none(), second.is_none()), (is_end, !is_end));
+            assert_eq!(first.or(second), Some(told));
+            let end = [next(), next()].into_iter().flatten().next();
+            assert_eq!(end, Some(Ok(Vec::new())), "that was all");
+            control.kill();
+            let mut after = Context::from_waker(Waker::noop());
+            let outcome = Pin::new(&mut stream).poll_write(&mut after, b"x");
+            assert!(matches!(outcome, Poll::Ready(Err(_))), "a kill ends it all the same");
         }
+    }
+
+    /// It has not hit what it was meant for, and there is no answer to a cancel request.
+    #[test]
+    fn a_cancel_request_that_could_not_be_written_has_failed() {
+        let (mut stream, _) = gone(Ok(&[]), Role::Cancel);
+        let outcome = Pin::new(&mut stream).poll_write(&mut Context::from_waker(Waker::noop()), b"x");
+        assert!(matches!(outcome, Poll::Ready(Err(_))), "{outcome:?}");
+    }
+
+    fn gone(said: io::Result<&'static [u8]>, role: Role) -> (SessionStream, StreamControl) {
+        let control = StreamControl::new();
+        control.establish();
+        let watch = Watch::new(control.clone(), Instant::now());
+        let transport = Transport::Tls(Box::new(Gone { said: Some(said) }));
+        (SessionStream::new(watch, transport, role), control)
     }
 
     const FROM_SERVER: &[u8] = b"1\0\0\0\x04Z\0\0\0\x05I";

@@ -126,6 +126,31 @@ fn the_loss_of_the_session_ends_a_wait() {
     }
 }
 
+/// The reason and the end of the connection mostly come to the driver at once, since a server closes as soon as it has told the one.
+#[test]
+fn why_the_server_ends_a_session_in_the_midst_of_a_statement_is_told() {
+    const ROUNDS: usize = 200;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("host=127.0.0.1 port={} user=x", listener.local_addr().unwrap().port());
+    let server = thread::spawn(move || {
+        for _ in 0..ROUNDS {
+            let (mut socket, _) = listener.accept().unwrap();
+            let mut words = [0; 512];
+            assert!(socket.read(&mut words).unwrap() > 0, "a startup message");
+            socket.write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").unwrap();
+            assert!(socket.read(&mut words).unwrap() > 0, "a statement");
+            socket.write_all(b"E\0\0\0\x1dSFATAL\0C57P01\0Mover now\0\0").unwrap();
+        }
+    });
+    let dialer = dialer(&url, None);
+    for round in 0..ROUNDS {
+        let (mut client, _control) = open(&dialer);
+        let error = client.simple_query("SELECT 1").unwrap_err();
+        assert_eq!(error.code(), Some(&SqlState::ADMIN_SHUTDOWN), "round {round}: {error:?}");
+    }
+    server.join().unwrap();
+}
+
 /// What a supervisor does: it sleeps on the socket of a session that another thread has.
 #[test]
 fn the_end_of_a_session_wakes_a_thread_that_watches_its_socket() {
