@@ -75,7 +75,8 @@ impl log::Log for Blocking {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        let of_a_lock = std::thread::current().name().is_some_and(|name| name.starts_with("dsync:"));
+        let of_locks = |name: &str| name.starts_with("dsync:") || name == "dsync-carrier";
+        let of_a_lock = std::thread::current().name().is_some_and(of_locks);
         let text = record.args().to_string();
         while of_a_lock && BLOCKED.load(SeqCst) && !text.is_empty() {
             std::thread::park_timeout(Duration::from_millis(5));

@@ -185,7 +185,8 @@ fn fill_pool(manager: &PostgresManager) {
         lock.release().unwrap();
     }
     // The end of a claim is told a moment before its thread ends.
-    becomes("the supervisors", &0, || own_threads().iter().filter(|name| name.starts_with("dsync:")).count());
+    let of_locks = |name: &&String| name.starts_with("dsync:") || name.starts_with("dsync-carrier");
+    becomes("the threads of locks", &0, || own_threads().iter().filter(of_locks).count());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ use crossbeam_channel::{at, never, select};
 use crate::context::{Context, OnCancel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::carrier::seat::Seat;
+use crate::pg::claim::claim::{Claim, Patience, Progress};
 use crate::pg::claim::engine::CallKind;
-use crate::pg::claim::shared::{Claim, EndReason, LeaveRequest, Patience, Progress};
+use crate::pg::claim::interrupt::LeaveRequest;
+use crate::pg::claim::status::EndReason;
 use crate::pg::claim::supervisor::Supervisor;
 use crate::process::{Origin, may_drive};
 
@@ -187,7 +189,7 @@ mod tests {
     use crate::expiry::Expiry;
     use crate::loss::LossReason;
     use crate::mode::Mode;
-    use crate::pg::claim::shared::Span;
+    use crate::pg::claim::status::Span;
 
     #[test]
     fn a_term_whose_time_is_over_is_lost_and_not_released() {

@@ -324,7 +324,7 @@ fn connections(facts: &Facts, wanted: u32, pool: &Pool) -> CheckLine {
     const TOPIC: &str = "connections";
     let wanted = i64::from(wanted);
     // The sessions of this manager, and the one that asks, are among the used ones.
-    let own = i64::from(pool.opened()) + 1;
+    let own = i64::from(pool.slots().opened()) + 1;
     let most = facts.count("max_connections");
     let mut limits = Vec::new();
     if facts.is("superuser") {

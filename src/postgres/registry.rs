@@ -21,7 +21,7 @@ use crate::pg::carrier::carrier::Carrier;
 use crate::pg::carrier::dedicated::DedicatedQuota;
 use crate::pg::check;
 use crate::pg::claim::idle::IdleSupervisors;
-use crate::pg::claim::shared::EndReason;
+use crate::pg::claim::status::EndReason;
 use crate::pg::config::{CatalogMode, Config};
 use crate::pg::handle::PostgresLock;
 use crate::pg::inspect::{self, Named};
@@ -172,7 +172,7 @@ impl Registry {
             }
         };
         let _ending = StartGuard { registry: self, start: &start, _under_way: under_way };
-        let look = || pool.open(&mut pool.take(true)? as &mut Slot, &start.control);
+        let look = || pool.open(&mut pool.slots().take(true)? as &mut Slot, &start.control);
         let refusal = match drive(look) {
             Ok(outcome) => outcome.err(),
             Err(error) => Some(Refusal::system(no_thread(error))),
@@ -225,7 +225,7 @@ impl Registry {
         // Not under the mutex: one of the locks may be gone by now but for this.
         let mut claims: Vec<_> = claimed.iter().flat_map(|lock| lock.snapshots()).collect();
         claims.sort_by(|a, b| a.key.cmp(&b.key));
-        let sessions = pool.map(|pool| pool.sessions());
+        let sessions = pool.map(|pool| pool.slots().usage());
         Snapshot { is_running, claims, sessions, idle_supervisors: self.idle.len() }
     }
 
@@ -420,7 +420,7 @@ impl Registry {
         // Not before: the server is busy with each session that ends, and the last locks would wait for it.
         let close_idle = || {
             if let Some(pool) = &pool {
-                in_parallel(pool.idle(), || pool.close_idle(by));
+                in_parallel(pool.slots().idle(), || pool.close_idle(by));
             }
         };
         close_idle();

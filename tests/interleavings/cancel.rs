@@ -8,10 +8,12 @@ use loom::thread;
 use crate::alarm::Alarm;
 use crate::bell::{ModelBell, never, now};
 use crate::cancellation::{Child, Node, OnCancel};
+use crate::claim::Claim;
 use crate::explore;
+use crate::interrupt::LeaveRequest;
 use crate::mode::Mode;
 use crate::pg::stream::StreamControl;
-use crate::shared::{Claim, EndReason, LeaveRequest, Span};
+use crate::status::{EndReason, Span};
 use crate::sync::{AtomicBool, Ordering::SeqCst};
 
 fn new_claim() -> Arc<Claim> {

@@ -10,12 +10,13 @@ use loom::thread;
 use crate::alarm::Alarm;
 use crate::assignment::{AssignmentCell, IdleStep};
 use crate::bell::{ModelBell, later, never};
+use crate::claim::Claim;
 use crate::explore;
 use crate::idle::IdleSupervisors;
 use crate::key::AdvisoryKey;
 use crate::mode::Mode;
 use crate::pg::claim::spec::LockSpec;
-use crate::shared::{Claim, Span};
+use crate::status::Span;
 use crate::sync::Mutex;
 
 const KEY: AdvisoryKey = AdvisoryKey(1);

@@ -9,12 +9,16 @@
 
 #[path = "../../src/postgres/claim/alarm.rs"]
 mod alarm;
+#[path = "../../src/postgres/claim/announce.rs"]
+mod announce;
 #[path = "../../src/postgres/claim/assignment.rs"]
 mod assignment;
 mod bell;
 mod cancel;
 #[path = "../../src/cancellation.rs"]
 mod cancellation;
+#[path = "../../src/postgres/claim/claim.rs"]
+mod claim;
 #[path = "../../src/clock.rs"]
 mod clock;
 #[path = "../../src/error.rs"]
@@ -25,17 +29,19 @@ mod hand_over;
 #[path = "../../src/postgres/claim/idle.rs"]
 mod idle;
 mod idle_list;
+#[path = "../../src/postgres/claim/interrupt.rs"]
+mod interrupt;
 #[path = "../../src/loss.rs"]
 mod loss;
 #[path = "../../src/mode.rs"]
 mod mode;
 #[path = "../../src/observer.rs"]
 mod observer;
-#[path = "../../src/postgres/claim/shared.rs"]
-mod shared;
 #[path = "../../src/snapshot.rs"]
 mod snapshot;
 mod stand_in;
+#[path = "../../src/postgres/claim/status.rs"]
+mod status;
 mod sync;
 #[path = "../../src/telling.rs"]
 mod telling;
@@ -52,7 +58,7 @@ mod pg {
     pub(crate) mod claim {
         pub(crate) use crate::idle_list as supervisor;
         pub(crate) use crate::stand_in::spec;
-        pub(crate) use crate::{alarm, assignment, idle, shared};
+        pub(crate) use crate::{alarm, assignment, claim, idle, interrupt, status};
     }
 }
 pub(crate) use stand_in::{context, key, term};

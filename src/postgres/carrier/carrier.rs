@@ -20,9 +20,9 @@ use crate::pg::carrier::engine::{CarrierContext, Engine, PendingEvents};
 use crate::pg::carrier::seat::Seat;
 use crate::pg::claim::alarm::Woken;
 use crate::pg::claim::bell::PollBell;
+use crate::pg::claim::claim::Claim;
 use crate::pg::claim::engine::CallKind;
 use crate::pg::claim::idle::IdleSupervisors;
-use crate::pg::claim::shared::Claim;
 use crate::pg::claim::turns::Turns;
 use crate::pg::config::LeasePlan;
 use crate::pg::pool::{Pool, PooledSlot};
@@ -251,7 +251,7 @@ impl Carrier {
             }
             let (runs, running) = bounded(0);
             let body = Arc::clone(self);
-            thread::Builder::new().name("dsync:carrier".to_owned()).spawn(move || body.run(runs))?;
+            thread::Builder::new().name("dsync-carrier".to_owned()).spawn(move || body.run(runs))?;
             inbox.running = Some(running);
         }
         inbox.expected += 1;
@@ -557,7 +557,7 @@ impl Carrier {
             let (sender, receiver) = unbounded::<PendingEvents>();
             let pool = Arc::clone(&self.context.pool);
             let tell = move || receiver.iter().for_each(|events| events.tell(&pool));
-            match thread::Builder::new().name("dsync:teller".to_owned()).spawn(tell) {
+            match thread::Builder::new().name("dsync-teller".to_owned()).spawn(tell) {
                 Ok(_) => *teller = Some(sender),
                 Err(error) => log::debug!("no thread for what the observer is told: {error}"),
             }
@@ -608,7 +608,7 @@ impl Carrier {
 
     fn open_with(&self, stream: &StreamControl) -> Result<PooledSlot, Refusal> {
         let pool = &self.context.pool;
-        let mut slot = pool.take(true)?;
+        let mut slot = pool.slots().take(true)?;
         pool.open(&mut slot, stream)?;
         let witness = nonce().map_err(Refusal::system)?.cast_signed();
         let by = Instant::now() + self.context.plan.heartbeat_timeout;
@@ -634,7 +634,7 @@ impl Carrier {
             seat.wake();
         };
         let spawn = |body: Box<dyn FnOnce() + Send>| {
-            let spawned = thread::Builder::new().name("dsync:valuer".to_owned()).spawn(body);
+            let spawned = thread::Builder::new().name("dsync-valuer".to_owned()).spawn(body);
             spawned.map(drop).map_err(|error| log::warn!("no thread for the annotations of locks: {error}"))
         };
         // Those that took their time before wait for themselves only.

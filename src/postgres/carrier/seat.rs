@@ -8,8 +8,8 @@ use parking_lot::Mutex;
 
 use crate::pg::carrier::carrier::Carrier;
 use crate::pg::carrier::dedicated::DedicatedPermit;
+use crate::pg::claim::claim::Claim;
 use crate::pg::claim::idle::IdleSupervisors;
-use crate::pg::claim::shared::Claim;
 use crate::pg::claim::spec::LockSpec;
 use crate::pg::claim::supervisor::Supervisor;
 use crate::sync::{AtomicBool, AtomicUsize, Ordering::SeqCst};

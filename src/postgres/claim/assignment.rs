@@ -3,7 +3,7 @@
 use std::mem;
 use std::sync::Arc;
 
-use crate::pg::claim::shared::Claim;
+use crate::pg::claim::claim::Claim;
 use crate::pg::claim::spec::LockSpec;
 use crate::sync::Mutex;
 

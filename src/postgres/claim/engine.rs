@@ -8,10 +8,11 @@ use crate::clock::Moment;
 use crate::error::{Error, ErrorKind, chain};
 use crate::expiry::Expiry;
 use crate::loss::LossReason;
+use crate::pg::claim::claim::Claim;
 use crate::pg::claim::lifecycle::{Action, Event, Lifecycle};
 use crate::pg::claim::machine::{self as claim, End, Notice, Obstacle};
-use crate::pg::claim::shared::{Claim, EndReason};
 use crate::pg::claim::spec::LockSpec;
+use crate::pg::claim::status::EndReason;
 use crate::pg::confirm::{Outcome, Wait, Wanted};
 use crate::pg::pool::PooledSlot;
 use crate::pg::problem::Problem;
@@ -142,7 +143,7 @@ impl Engine {
                 if until.is_some_and(|until| until < by)
                     && !self.slot.as_mut().is_some_and(|slot| slot.is_ready())
                 {
-                    let open = self.spec.pool.take_open();
+                    let open = self.spec.pool.slots().take_open();
                     let is_open = open.is_some();
                     self.slot = open.or(self.slot.take());
                     return is_open;
@@ -288,7 +289,7 @@ impl Engine {
         let pool = &self.spec.pool;
         let slot = match &mut self.slot {
             Some(slot) => slot,
-            None => self.slot.insert(pool.take(!self.claim.has_others())?),
+            None => self.slot.insert(pool.slots().take(!self.claim.has_others())?),
         };
         pool.open(slot, stream)?;
         slot.session().map(|session| session.control()).ok_or_else(Refusal::not_postgres)
@@ -519,7 +520,7 @@ impl Engine {
 
     /// True if the session is kept for the next claim.
     fn stays(&self) -> bool {
-        self.is_quick && !self.spec.pool.is_crowded() && !self.claim.ends_for(EndReason::Stopped)
+        self.is_quick && !self.spec.pool.slots().is_crowded() && !self.claim.ends_for(EndReason::Stopped)
     }
 
     /// Makes the annotation of the term to come.

@@ -2,7 +2,7 @@
 //! those who run them, shown by exhaustion.
 //!
 //! A [`World`] is a server with PostgreSQL's advisory locks and the rows of the newest terms, two processes with an engine of a
-//! claim each on the same lock (what `engine.rs`, `supervisor.rs`, `active_claim.rs`, `shared.rs` and `open.rs` do, step by step), the connections
+//! claim each on the same lock (what `engine.rs`, `supervisor.rs`, `active_claim.rs`, `claim.rs`, `announce.rs` and `open.rs` do, step by step), the connections
 //! between them, and the fenced transactions of the processes. [`Model::explore`] visits every world that can come about, in
 //! breadth, and [checks](check) each. Any step may be put off for as long as the clock goes: that is a frozen thread, a late
 //! answer, a slow network. The clock has coarse [ticks](tick), so that all that a back-off can do is to wait for the next

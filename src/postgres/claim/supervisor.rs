@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 use crate::pg::claim::alarm::Woken;
 use crate::pg::claim::assignment::{AssignmentCell, IdleStep};
 use crate::pg::claim::bell::PollBell;
+use crate::pg::claim::claim::Claim;
 use crate::pg::claim::engine::{CallKind, Engine};
 use crate::pg::claim::idle::IdleSupervisors;
+use crate::pg::claim::interrupt::LeaveRequest;
 use crate::pg::claim::lifecycle::Action;
 use crate::pg::claim::machine as claim;
-use crate::pg::claim::shared::{Claim, LeaveRequest};
 use crate::pg::claim::spec::LockSpec;
 use crate::pg::claim::turns::Turns;
 use crate::pg::pool::{Pool, PooledSlot};
@@ -340,7 +341,9 @@ impl Supervisor {
     fn idle(&self, runner: &mut RunnerState, woken: Woken, state: &mut LoopState) -> Next {
         let since = *runner.ended_at.get_or_insert_with(Instant::now);
         let is_over = woken == Woken::Readable && self.listen_idle(runner);
-        if runner.slot.is_some() && (is_over || since.elapsed() >= QUICK_CLAIM || self.pool.is_crowded()) {
+        if runner.slot.is_some()
+            && (is_over || since.elapsed() >= QUICK_CLAIM || self.pool.slots().is_crowded())
+        {
             self.give_back(runner);
         }
         match self.assignment.idle_step(since.elapsed() >= LINGER) {

@@ -404,7 +404,7 @@ impl Engine {
         let is_tried =
             self.seats[number].as_ref().is_some_and(|seated| seated.seat.claim().has_try_callers());
         // One that does not wait is told by its own session that there is none: it may be one that rests with a supervisor.
-        let Err(error) = self.move_away(number, is_tried || self.pool.has_room()) else { return };
+        let Err(error) = self.move_away(number, is_tried || self.pool.slots().has_room()) else { return };
         if is_tried {
             let event = self.refused(number, false, error);
             self.take_in(Event::Claim(number, event));
@@ -533,7 +533,7 @@ impl Engine {
                 continue;
             }
             let seat = Arc::clone(&seated.seat);
-            if self.move_away(number, self.pool.has_room()).is_err() {
+            if self.move_away(number, self.pool.slots().has_room()).is_err() {
                 seat.claim().announce_taking_turns();
             }
         }
@@ -548,7 +548,7 @@ impl Engine {
         let Some(seated) = self.seats[number].as_ref() else { return Ok(()) };
         let seat = Arc::clone(&seated.seat);
         let own = self.dedicated.take().filter(|_| has_room);
-        let own = own.ok_or_else(|| self.pool.exhausted().into_error())?;
+        let own = own.ok_or_else(|| self.pool.slots().exhausted().into_error())?;
         seat.move_to(own, &self.idle).map_err(Error::no_thread)?;
         self.vacate(number);
         let now = self.now();
