@@ -440,15 +440,14 @@ impl Machine {
     fn lock_granted(&mut self, sent: Time, now: Time) -> Option<Notice> {
         self.failing_since = None;
         self.has_served = true;
-        let before = self.state.renewed();
-        let is_first = self.state == State::Open;
-        if is_first {
+        if self.state == State::Open {
             self.proved = sent;
         }
+        let before = self.state.renewed();
         if self.timing.confirms == Confirms::All {
             return self.await_confirmation(before, sent);
         }
-        self.lease_from(before.map_or(sent, |before| before.max(sent)), is_first, now)
+        self.lease_from(before.map_or(sent, |before| before.max(sent)), before.is_none(), now)
     }
 
     /// What was sent at `sent` counts when it is confirmed.

@@ -56,6 +56,20 @@ fn a_lock_that_is_taken_beside_another_renews_the_lease_of_both() {
     assert_eq!(lifecycle.handle(renewed(8), s(9)), both);
 }
 
+/// One statement took both, and its answer came late: the grant of the second does not make the first one fresh.
+#[test]
+fn terms_that_begin_together_and_fresh_have_their_first_heartbeat_before_them() {
+    let timing = Timing { begins_fresh: true, ..timing() };
+    let mut lifecycle = Lifecycle::shared(timing, UNCERTAINTY_WINDOW, 1, 2);
+    lifecycle.handle(OPENED, s(0));
+    for claim in [0, 1] {
+        assert_eq!(lifecycle.handle(granted_to(claim, 0), s(5)), []);
+        assert_eq!(lifecycle.session_action(), SessionAction::Renew { by: Time::MAX });
+    }
+    let both = [0, 1].map(|claim| (claim, Notice::Acquired { until: s(19) }));
+    assert_eq!(lifecycle.handle(renewed(5), s(6)), both);
+}
+
 /// The first was let back at once, the second waits for the end of the takeover grace.
 #[test]
 fn of_a_heartbeat_and_the_end_of_a_pause_the_earlier_comes_first() {
