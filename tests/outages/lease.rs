@@ -480,8 +480,15 @@ fn a_killed_waiter_leaves_the_queue() {
 // The network is cut
 // ---------------------------------------------------------------------------------------------------------------------
 
-/// Cuts `count` holders off at one moment, and checks each of them.
+/// Cuts `count` holders off at one moment, and checks each of them. On a machine that is too busy for their heartbeats they may all have lost
+/// their locks before: then it begins anew.
 fn cut_off(direction: Direction, lease: Duration, count: usize, shared_sessions: u32) {
+    let are_put_to_the_test = (0..5).any(|_| are_cut_off(direction, lease, count, shared_sessions));
+    assert!(are_put_to_the_test, "no holder was put to the test");
+}
+
+/// `false` if no holder believed to have its lock when it was to be cut off.
+fn are_cut_off(direction: Direction, lease: Duration, count: usize, shared_sessions: u32) -> bool {
     let connections = u32::try_from(4 * count + 20).unwrap();
     let server = Server::builder().max_connections(connections).start().unwrap();
     let operator = &mut server.client().unwrap();
@@ -495,13 +502,14 @@ fn cut_off(direction: Direction, lease: Duration, count: usize, shared_sessions:
             });
     let terms = holder.lock_all();
     let had = competitor.wait_for_all();
-    // On a machine that is too busy for its heartbeats the holder may have lost a lock before it is cut off.
     becomes("those that wait", &count, || queues(operator, "competitor") + competitor.held());
     let before = granted(operator, count);
     // Anywhere between two heartbeats.
     thread::sleep(Duration::from_micros(now().unsigned_abs() % 700_000));
     let believed: Vec<_> = (0..count).filter(|index| is_open(&terms[*index])).collect();
-    assert!(!believed.is_empty(), "no holder was put to the test");
+    if believed.is_empty() {
+        return false;
+    }
 
     let late = Lateness::watch();
     proxy.cut(direction);
@@ -540,6 +548,7 @@ fn cut_off(direction: Direction, lease: Duration, count: usize, shared_sessions:
     competitor.release_all();
     gets_all_back(operator, &holder);
     nothing_is_left(operator);
+    true
 }
 
 fn a_hundred_holders_cut_off_in_both_directions_lose_before_another_gets(shared_sessions: u32) {
@@ -625,12 +634,14 @@ fn a_waiter_that_is_cut_off_is_passed_over_and_queues_again_when_the_cut_ends() 
         let had = next.wait_for_all();
         all_queue(operator, &next);
 
+        let late = Lateness::watch();
         proxy.cut(direction);
         let released_at = now();
         holder.release_all();
         let last = last_of(&had, COUNT);
         println!("{direction:?}: passed over within {:.0} ms", ms(released_at, last));
-        assert!(last - released_at <= length(LEASE + GRACE), "{:.0} ms", ms(released_at, last));
+        let bound = length(LEASE + GRACE) + late.of_a_take_over();
+        assert!(last - released_at <= bound, "{:.0} ms of {:.0} ms", ms(released_at, last), ms(0, bound));
         assert_eq!(waiter.held(), 0);
         let lost = |lock: &Arc<dyn Lock>| lock.last_loss().map(|loss| micros(loss.at));
         let losses: Vec<_> = waiter.locks.iter().map(lost).collect();
@@ -694,10 +705,12 @@ fn a_lock_that_was_had_after_a_fenced_transaction_is_under_the_lease_too() {
     let competitor = Party::new("competitor", &server.url(), 1);
     let had = competitor.wait_for_all();
     all_queue(operator, &competitor);
+    let late = Lateness::watch();
     proxy.cut(Direction::Both);
     let cut_at = now();
-    let (_, at) = had.recv_timeout(LEASE + GRACE + SLACK).expect("the lease ends");
-    assert!(at - cut_at <= length(LEASE + GRACE), "{:.0} ms", ms(cut_at, at));
+    let (_, at) = had.recv_timeout(PATIENCE).expect("the lease ends");
+    let bound = length(LEASE + GRACE) + late.of_a_take_over();
+    assert!(at - cut_at <= bound, "{:.0} ms of {:.0} ms", ms(cut_at, at), ms(0, bound));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
