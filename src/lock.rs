@@ -183,8 +183,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// lock, a guard say, does not listen.
     ///
     /// The leader hears of it within a heartbeat (by default a quarter of the lease), and a term that begins after this call
-    /// is not meant. It takes one round trip on a session of the pool, and as long as [`holder`](Self::holder) if the server does not
-    /// answer.
+    /// is not meant. It takes one or two round trips on a session of the pool, and as long as [`holder`](Self::holder) if the server does not
+    /// answer. If the connection is lost before the answer, the error says that it is not known whether the leader was asked.
     ///
     /// # Errors
     /// Those of `holder`, and [`InvalidConfig`](ErrorKind::InvalidConfig): this manager does without the catalog, or this lock without
@@ -218,7 +218,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// all. Do not call it until it gives `None`: one that has waited, and has got the lock meanwhile, would lose it too.
     ///
     /// It takes some round trips on a session of the pool, and waits for the end of the holder's session for up to half the heartbeat timeout. If the
-    /// server does not answer, it takes as long as [`holder`](Self::holder).
+    /// server does not answer, it takes as long as [`holder`](Self::holder). If the connection is lost before the answer, the error says that it is
+    /// not known whether the session was ended.
     ///
     /// # Errors
     /// Those of `holder`, and
@@ -250,7 +251,7 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
 
     /// Forgets the last success, so that the work is due at once. `true` if there was one. Work that is being done now is recorded all
     /// the same when it succeeds. It takes as long as [`holder`](Self::holder), or longer where the server waits for a standby. If the
-    /// connection is lost before the answer, it asks again, and may say `false` of a success that it has forgotten.
+    /// connection is lost before the answer, the error says that it is not known whether it was done.
     ///
     /// # Errors
     /// As [`last_success`](Self::last_success).
@@ -262,8 +263,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// comes free may still go to who waits.
     ///
     /// Processes that say the former number go on, by the new one; so those that run can be given the new number one after the other. The
-    /// number before that is refused from now on. It takes as long as [`holder`](Self::holder). If the connection is lost before the answer, it
-    /// asks again, and may give the new number as the one before.
+    /// number before that is refused from now on. It takes as long as [`holder`](Self::holder). If the connection is lost before the answer, the
+    /// error says that it is not known whether it was done.
     ///
     /// # Errors
     /// Those of `holder`, and [`InvalidConfig`](ErrorKind::InvalidConfig): this is no semaphore, or it cannot have that many permits.
@@ -336,8 +337,9 @@ impl dyn Lock + '_ {
     /// clock of the server alone. The clocks of those who call play no part. If it has not succeeded yet, it is due; so it is if
     /// the server's clock was set back to before the last success, which the log tells of.
     ///
-    /// `context` says how long to wait for another process that does the work now: a `Duration`, an `Instant`, a [`Context`]. With
-    /// `Duration::ZERO` nobody is waited for. Who has waited looks again, and does the work if the other one has failed.
+    /// `context` says how long to wait for another process that does the work now, or for the end of a takeover grace: a `Duration`, an
+    /// `Instant`, a [`Context`]. With `Duration::ZERO` neither is waited for. Who has waited looks again, and does the work if the other one has
+    /// failed.
     ///
     /// # How often the work is done
     ///
@@ -407,6 +409,8 @@ impl dyn Lock + '_ {
     /// Those of `work`, as they are; nothing is recorded then, but what `Run::record` has. Errors of the library come as the same `E`, by `E: From<Error>`:
     /// - [`InvalidConfig`](ErrorKind::InvalidConfig): this manager does without the catalog, or this lock without a token; or others may share
     ///   it; or the period cannot be. The work was not done.
+    /// - [`LockUnavailable`](ErrorKind::LockUnavailable): a [takeover grace](crate::Config::takeover) went on until `context` ended, so nobody
+    ///   does the work. A longer wait outlasts it: 15 s by default, 45 s where `pgdsync run` was used.
     /// - Those of `acquire`, but for another holder; [`SessionUnavailable`](ErrorKind::SessionUnavailable),
     ///   [`PoolExhausted`](ErrorKind::PoolExhausted), [`SessionRefused`](ErrorKind::SessionRefused): the server could not be asked whether the
     ///   work is due, or told that it is done; the text says which.

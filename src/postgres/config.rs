@@ -315,6 +315,11 @@ impl Config {
         }
     }
 
+    /// What the sessions call themselves in front of the key.
+    pub(crate) fn own_name(&self) -> &str {
+        self.postgres.get_application_name().unwrap_or("dsync")
+    }
+
     /// How long an attempt to connect may take, over all hosts.
     pub(crate) fn connect_time(&self) -> Duration {
         const USUAL: Duration = Duration::from_secs(5);

@@ -252,11 +252,10 @@ impl PostgresLock {
             key: self.text.clone(),
             annotation: None,
         });
-        let own_name = config.postgres.get_application_name().unwrap_or("dsync");
         Request {
             key: self.number,
             lease: config.lease,
-            application_name: sql::application_name(own_name, &self.text),
+            application_name: sql::application_name(config.own_name(), &self.text),
             mode: self.key.mode,
             permits: self.options.permits.cast_signed(),
             entry,

@@ -118,7 +118,7 @@ fn all_of(
 /// Asks the holder to resign; `false` if there is none whose term has a token.
 pub(crate) fn request_resignation(pool: &Pool, named: &Named<'_>) -> Result<bool> {
     let (id, pair) = (named.key.id(), named.key.is_pair());
-    let rows = pool.ask(sql::REQUEST_RESIGNATION, &[&id, &pair, &named.namespace, &named.name])?;
+    let rows = pool.ask_once(sql::REQUEST_RESIGNATION, &[&id, &pair, &named.namespace, &named.name])?;
     Ok(!rows.is_empty())
 }
 

@@ -82,9 +82,7 @@ const LOOKS_EVERY: Duration = Duration::from_millis(500);
 impl Pool {
     pub(crate) fn new(config: &Config, observing: Option<Arc<Observing>>) -> Result<Self> {
         let mut postgres = config.postgres.clone();
-        if postgres.get_application_name().is_none() {
-            postgres.application_name("dsync");
-        }
+        postgres.application_name(config.own_name());
         // An idle session must not stand half-open for the two hours that are the usual default.
         if postgres.get_keepalives_idle() == Duration::from_secs(2 * 60 * 60) {
             postgres.keepalives_idle(Duration::from_secs(10));
@@ -412,7 +410,8 @@ impl Pool {
         self.ask_on_session(statement, parameters, true)
     }
 
-    /// As [`ask`](Self::ask), for a statement that must not be run twice: an empty one before it finds a session that has died.
+    /// As [`ask`](Self::ask), for a statement that must not be run twice: an empty one before it finds a session that has died. If the answer
+    /// is lost, the error says that nobody knows whether it was done.
     pub(crate) fn ask_once(&self, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
         self.ask_on_session(statement, parameters, false)
     }
@@ -436,6 +435,12 @@ impl Pool {
                 Ok(())
             };
             let is_repeated = has_rested && (may_repeat || seen.is_err());
+            // Of what may be repeated it is no matter whether it was done.
+            let unknown = if may_repeat {
+                ""
+            } else {
+                "; it is not known whether it was done, so look before you repeat it"
+            };
             let asked = seen.and_then(|()| session.query(&statement, parameters, Instant::now() + patience));
             let failure = match asked {
                 Ok(rows) => return Ok(rows),
@@ -450,10 +455,18 @@ impl Pool {
                     ErrorKind::SessionUnavailable,
                     format!(
                         "the server has not answered within {patience:?}; see whether it runs, and in pg_locks whether a table \
-                         of the catalog is locked by another session"
+                         of the catalog is locked by another session{unknown}"
                     ),
                 ),
                 Failure::Lost { .. } if is_repeated => continue,
+                Failure::Lost { reason, cause } => {
+                    let text = format!("the session has ended before the answer: {reason}{unknown}");
+                    let refusal = Refusal::new(ErrorKind::SessionUnavailable, text);
+                    match cause {
+                        Some(cause) => refusal.because(cause),
+                        None => refusal,
+                    }
+                }
                 failure => Refusal::from_failure(failure),
             };
         };

@@ -261,9 +261,13 @@ impl Registry {
         if let Some(carrier) = place {
             return Ok(Arc::clone(carrier));
         }
-        let own_name = config.postgres.get_application_name().unwrap_or("dsync");
-        let carrier =
-            Carrier::new(Arc::clone(pool), config.lease_plan(), &self.idle, &self.dedicated, own_name)?;
+        let carrier = Carrier::new(
+            Arc::clone(pool),
+            config.lease_plan(),
+            &self.idle,
+            &self.dedicated,
+            config.own_name(),
+        )?;
         *place = Some(Arc::clone(&carrier));
         Ok(carrier)
     }

@@ -570,3 +570,51 @@ fn a_lock_of_a_prepared_transaction_can_be_seen_and_not_broken() {
     client.batch_execute("ROLLBACK PREPARED 'x'").unwrap();
     assert!(manager.inspect("x").unwrap().holder.is_none());
 }
+
+/// A statement whose answer is lost may have been run. The trap counts how often it is, also where the transaction fails.
+#[test]
+fn what_must_not_be_done_twice_is_asked_once_and_the_error_says_that_nobody_knows() {
+    let database = Database::fresh().unwrap();
+    let (manager, holder) = (started(config(&database)), started(config(&database)));
+    let held = lock(&holder, "x").acquire(soon()).unwrap();
+    let semaphore = manager.semaphore("s", 2).unwrap();
+    let x = lock(&manager, "x");
+    semaphore.set_permits(3).unwrap();
+    let mut client = database.client().unwrap();
+    client
+        .batch_execute(
+            "INSERT INTO dsync.success (namespace, key, started) VALUES ('dsync', 'x', now());
+             CREATE SEQUENCE public.runs;
+             CREATE FUNCTION public.trap() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 PERFORM nextval('public.runs'); PERFORM pg_terminate_backend(pg_backend_pid()); PERFORM pg_sleep(60);
+             END $$",
+        )
+        .unwrap();
+    type Ask<'a> = &'a dyn Fn() -> dsync::Result<()>;
+    let asks: [(&str, Ask<'_>); 3] = [
+        ("semaphore", &|| semaphore.set_permits(4).map(drop)),
+        ("success", &|| x.forget_success().map(drop)),
+        ("resignation", &|| x.request_resignation().map(drop)),
+    ];
+    for (table, ask) in asks {
+        // A session that has rested is the one that might have died before.
+        x.last_success().unwrap();
+        client
+            .batch_execute(&format!(
+                "ALTER SEQUENCE public.runs RESTART;
+                 CREATE TRIGGER trap BEFORE INSERT OR UPDATE OR DELETE ON dsync.{table} FOR EACH ROW EXECUTE FUNCTION public.trap()"
+            ))
+            .unwrap();
+        let error = ask().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::SessionUnavailable, "{table}: {error}");
+        let text = error.to_string();
+        assert!(
+            text.contains("terminated") && text.contains("it is not known whether it was done"),
+            "{text}"
+        );
+        let runs: i64 = client.query_one("SELECT nextval('public.runs') - 1", &[]).unwrap().get(0);
+        assert_eq!(runs, 1, "{table}");
+        client.batch_execute(&format!("DROP TRIGGER trap ON dsync.{table}")).unwrap();
+    }
+    held.release().unwrap();
+}
