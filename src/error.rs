@@ -38,6 +38,7 @@ pub struct Error {
     kind: ErrorKind,
     message: Cow<'static, str>,
     source: Option<Arc<dyn StdError + Send + Sync>>,
+    grace_left: Option<Duration>,
 }
 
 /// The kinds of [`Error`].
@@ -130,7 +131,7 @@ impl ErrorKind {
 
 impl Error {
     pub(crate) fn new(kind: ErrorKind, message: impl Into<Cow<'static, str>>) -> Self {
-        Self { kind, message: message.into(), source: None }
+        Self { kind, message: message.into(), source: None, grace_left: None }
     }
 
     pub(crate) fn with_source(self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
@@ -156,7 +157,12 @@ impl Error {
     /// The server was taken over a moment ago.
     pub(crate) fn in_grace(key: &str, left: Duration) -> Self {
         let text = format!("a holder of before may believe in {key:?} still: {}", in_grace(left));
-        Self::new(ErrorKind::LockUnavailable, text)
+        Self::new(ErrorKind::LockUnavailable, text).with_grace(Some(left))
+    }
+
+    /// The lock was not had for want of this, if it is a takeover grace.
+    pub(crate) fn with_grace(self, grace_left: Option<Duration>) -> Self {
+        Self { grace_left, ..self }
     }
 
     /// Of a claim that its caller does not wait for, and which goes on.
@@ -256,6 +262,13 @@ impl Error {
     /// What sort of failure this is.
     pub fn kind(&self) -> ErrorKind {
         self.kind
+    }
+
+    /// How long the takeover grace lasts at the most in which the lock was not to be had; `None` if it was for anything else. It tells the
+    /// [`LockUnavailable`](ErrorKind::LockUnavailable) or [`TimedOut`](ErrorKind::TimedOut) of a lock that another has from that of one
+    /// that nobody is granted yet. See [`Config::takeover`](crate::Config::takeover).
+    pub fn grace_left(&self) -> Option<Duration> {
+        self.grace_left
     }
 
     /// The SQLSTATE that PostgreSQL gave, if the failure began with an error of the server.

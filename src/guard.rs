@@ -281,8 +281,16 @@ impl LockGuard {
         })
     }
 
-    /// Takes the lock if it is free.
+    /// Takes the lock if it is free; `None` if it is not, or a takeover grace goes on.
     pub(crate) fn try_acquire<L: Lock + ?Sized>(lock: &L) -> Result<Option<Self>> {
+        match Self::acquire_if_free(lock) {
+            Err(error) if error.kind() == ErrorKind::LockUnavailable => Ok(None),
+            outcome => outcome.map(Some),
+        }
+    }
+
+    /// Takes the lock if it is free.
+    pub(crate) fn acquire_if_free<L: Lock + ?Sized>(lock: &L) -> Result<Self> {
         let (begun, queue) = (Instant::now(), lock.queue()?);
         let outcome = Observing::attempt(lock.observing(), lock.key(), true, || {
             check_mode(lock)?;
@@ -293,17 +301,15 @@ impl LockGuard {
                 turn => Self::begin(lock, turn, None, begun, false),
             }
         });
-        match outcome {
-            Ok(guard) => Ok(Some(guard)),
-            Err(error) if error.kind() == ErrorKind::LockUnavailable => Ok(None),
-            // The caller has set no time.
-            Err(error) if error.kind() == ErrorKind::TimedOut => {
-                let why = std::error::Error::source(&error).map(|why| format!(": {why}")).unwrap_or_default();
-                let text = format!("whether {:?} is free was not to be found out{why}", lock.key());
-                Err(Error::new(ErrorKind::SessionUnavailable, text).with_source(error))
+        // The caller has set no time.
+        outcome.map_err(|error| {
+            if error.kind() != ErrorKind::TimedOut {
+                return error;
             }
-            Err(error) => Err(error),
-        }
+            let why = std::error::Error::source(&error).map(|why| format!(": {why}")).unwrap_or_default();
+            let text = format!("whether {:?} is free was not to be found out{why}", lock.key());
+            Error::new(ErrorKind::SessionUnavailable, text).with_source(error)
+        })
     }
 
     /// Runs `work` while the lock is held.

@@ -104,7 +104,7 @@ impl Leader {
     ///
     /// # Errors
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped), [`OtherProcess`](ErrorKind::OtherProcess).
-    /// - [`FailedInitialization`](ErrorKind::FailedInitialization): a thread could not be started.
+    /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): a thread could not be started.
     /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the lock is shared.
     pub fn start(lock: Arc<dyn Lock>, work: impl FnMut(&Tenure) + Send + 'static) -> Result<Self> {
         Self::start_with(lock, LeaderOptions::new(), work)
@@ -252,7 +252,7 @@ fn spawn(
     });
     let thread = thread.map_err(|error| {
         let message = "a thread of the leader could not be started; is the limit of threads reached?";
-        Error::new(ErrorKind::FailedInitialization, message).with_source(error)
+        Error::new(ErrorKind::SessionUnavailable, message).with_source(error)
     })?;
     Ok((thread.thread().id(), ended))
 }

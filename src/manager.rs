@@ -17,7 +17,8 @@ use crate::view::Holder;
 /// [`SyncManagerExt`] gives them to all others.
 macro_rules! conveniences {
     ($($visibility:tt)?) => {
-        /// The lock with this key, which is whatever can be a [`Key`]: a name, a number, a pair of numbers.
+        /// A handle of the lock with this key, which is whatever can be a [`Key`]: a name, a number, a pair of numbers. **It locks nothing** and
+        /// asks no server: call `acquire` or [`try_acquire`](crate::Lock::try_acquire) on it.
         ///
         /// # Errors
         /// As [`lock_with_key`](crate::SyncManager::lock_with_key).

@@ -87,8 +87,7 @@ pub enum Once<T> {
         /// How long it takes until it is due again.
         due_in: Duration,
     },
-    /// Another process, or another thread of this one, had the lock until `context` ended; or nobody was granted it, since a
-    /// [takeover grace](crate::Config::takeover) went on.
+    /// Another process, or another thread of this one, had the lock until `context` ended.
     Busy,
 }
 
@@ -207,14 +206,23 @@ fn not_due<T>(period: &Period, seen: &Successes) -> Option<Once<T>> {
 
 /// A guard; `None` if another session or thread has the lock when the time is over.
 fn acquire<L: Lock + ?Sized>(lock: &L, context: &Context) -> Result<Option<LockGuard>> {
-    if context.ended() == Some(ErrorKind::TimedOut) {
-        return LockGuard::try_acquire(lock);
-    }
-    match LockGuard::acquire(lock, context) {
-        Ok(guard) => Ok(Some(guard)),
+    let mut outcome = match context.ended() {
+        Some(ErrorKind::TimedOut) => LockGuard::acquire_if_free(lock),
+        _ => LockGuard::acquire(lock, context),
+    };
+    if let Err(error) = &outcome
+        && error.kind() == ErrorKind::TimedOut
+    {
         // A try tells whether that was because of another holder, or of the server.
-        Err(error) if error.kind() == ErrorKind::TimedOut => LockGuard::try_acquire(lock).map_err(|_| error),
-        Err(error) => Err(error),
+        outcome = match LockGuard::acquire_if_free(lock) {
+            Err(why) if why.kind() != ErrorKind::LockUnavailable => outcome,
+            tried => tried,
+        };
+    }
+    match outcome {
+        // Work that nobody does must not pass for work that another one does.
+        Err(error) if error.kind() == ErrorKind::LockUnavailable && error.grace_left().is_none() => Ok(None),
+        outcome => outcome.map(Some),
     }
 }
 

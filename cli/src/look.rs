@@ -22,10 +22,11 @@ pub(crate) struct Interval {
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(time) if time >= Duration::from_millis(10) => Ok(time),
-        _ => Err("it should be 10ms at least, like 500ms or 5s".to_owned()),
+    let time = text::duration(text)?;
+    if time < Duration::from_millis(10) {
+        return Err("it should be 10ms at least, like 500ms or 5s".to_owned());
     }
+    Ok(time)
 }
 
 /// What is looked at, and by whom.

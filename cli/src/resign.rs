@@ -12,8 +12,8 @@ use crate::text::harmless;
 
 /// Asks the leader of a lock to step down.
 ///
-/// A leader of the library, or a `lead`, hears of it within its watch interval, ends its work, and gives the lock back. Others that
-/// have a lock do not listen.
+/// A leader of the library, or a `lead`, hears of it with its next heartbeat (a quarter of its lease by default; a fifth, 9 s, for
+/// `lead`), ends its work, and gives the lock back. Others that have a lock do not listen.
 #[derive(Args, Debug)]
 pub(crate) struct Resign {
     /// The lock of the leadership.

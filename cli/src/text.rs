@@ -27,6 +27,19 @@ pub(crate) fn annotation(bytes: &[u8]) -> String {
     }
 }
 
+/// A time with a unit, or a number of seconds as `flock` takes it. Not so long that a sum of some of them could not be told.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    const LONGEST: Duration = Duration::from_secs(1_000_000_000);
+    let time = match text.parse::<f64>() {
+        Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
+        Err(_) => humantime::parse_duration(text).ok(),
+    };
+    time.filter(|time| *time <= LONGEST).ok_or_else(|| {
+        "it is no time from 0 to 30 years; write seconds, or a unit behind a number: 10, 10s, 5m, 24h"
+            .to_owned()
+    })
+}
+
 /// How many columns the text takes.
 pub(crate) fn width(text: &str) -> usize {
     text.width()

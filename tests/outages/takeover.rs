@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use dsync::crossbeam_channel::{RecvTimeoutError, TryRecvError, bounded};
 use dsync::{
-    CatalogMode, ClaimState, Config, Context, ErrorKind, Lock, LockOptions, PostgresManager,
+    CatalogMode, ClaimState, Config, Context, Error, ErrorKind, Lock, LockOptions, PostgresManager,
     SyncManager as _, TakeoverPolicy, Verdict,
 };
 use parking_lot::Mutex;
@@ -812,11 +812,20 @@ fn saying_why() {
         "{text}"
     );
     assert!(x.try_acquire().unwrap().is_none());
+    let says_so = |error: &Error| error.grace_left().is_some_and(|left| left <= LEASE);
+    assert!(says_so(&error), "{error}");
     let error = x.acquire(Duration::ZERO).unwrap_err();
     assert!(error.kind() == ErrorKind::TimedOut && error.to_string().contains("for another "), "{error}");
+    assert!(says_so(&error), "{error}");
     let error = x.lock(&Context::timeout(Duration::from_millis(50))).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut);
-    assert!(error.to_string().contains("no lock is granted for another "), "{error}");
+    assert!(error.to_string().contains("no lock is granted for another ") && says_so(&error), "{error}");
+    // Work that nobody does is no work that another one does.
+    for wait in [0, 50].map(Duration::from_millis) {
+        let outcome = manager.once("nightly", 24 * LEASE, wait, |_| Ok::<_, Error>(()));
+        let error = outcome.unwrap_err();
+        assert!(error.kind() == ErrorKind::LockUnavailable && says_so(&error), "{wait:?}: {error}");
+    }
     // A claim may end in the midst of it. What its lost session had is not known to be gone.
     let begun = Instant::now();
     assert_eq!(kind(locks[3].release()), ErrorKind::UnlockFailed);

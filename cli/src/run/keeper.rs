@@ -204,7 +204,8 @@ impl Keeper {
                 None => options,
             };
             let lock = self.manager.lock_with(key.key.clone(), options)?;
-            self.acquire(keys, wait, || lock.try_acquire(), |context| lock.acquire(context))?.map(Held::One)
+            let acquire = |context: &Context| lock.acquire(context);
+            Held::One(self.acquire(arguments, keys, wait, || lock.try_acquire(), acquire)?)
         } else {
             // The set takes these handles, and with them their options.
             let handles: Result<Vec<Arc<dyn Lock>>, Error> = keys
@@ -213,9 +214,9 @@ impl Keeper {
                 .collect();
             let _handles = handles?;
             let set = self.manager.multi_lock(keys.iter().map(|key| key.key.clone()))?;
-            self.acquire(keys, wait, || set.try_acquire(), |context| set.acquire(context))?.map(Held::Several)
+            let acquire = |context: &Context| set.acquire(context);
+            Held::Several(self.acquire(arguments, keys, wait, || set.try_acquire(), acquire)?)
         };
-        let Some(held) = held else { return Ok(self.conflict(arguments, keys)) };
         let terms = held.terms(keys);
         let attended = self.attend(&terms, held.lost(), &never());
         match held.release() {
@@ -237,29 +238,33 @@ impl Keeper {
         }
     }
 
-    /// The lock, or the set; `None` where another one has it until the time is over.
+    /// The lock, or the set.
     ///
-    /// A first try tells at once whether the server can be reached: to wait would go on trying for ever.
+    /// A first try tells at once whether the server can be reached: to wait would go on trying for ever. A last one tells why the lock was not
+    /// to be had, and takes it if it has come free since.
     fn acquire<G>(
         &self,
+        arguments: &RunArguments,
         keys: &[Written],
         wait: Option<Duration>,
         try_once: impl FnOnce() -> Result<Option<G>, Error>,
-        acquire: impl FnOnce(&Context) -> Result<G, Error>,
-    ) -> Result<Option<G>, Failure> {
+        acquire: impl Fn(&Context) -> Result<G, Error>,
+    ) -> Result<G, Failure> {
         let context = wait.map_or_else(|| self.context.clone(), |wait| self.context.with_timeout(wait));
         if let Some(held) = try_once().map_err(failure)? {
-            return Ok(Some(held));
+            return Ok(held);
         }
-        if wait == Some(Duration::ZERO) {
-            return Ok(None);
+        if wait != Some(Duration::ZERO) {
+            let _progress = self.progress(keys);
+            match acquire(&context) {
+                Err(error) if is_over(&error) => {}
+                outcome => return outcome.map_err(failure),
+            }
         }
-        let _progress = self.progress(keys);
-        match acquire(&context) {
-            Ok(held) => Ok(Some(held)),
-            Err(error) if error.kind() == ErrorKind::TimedOut && trouble(&error).is_none() => Ok(None),
-            Err(error) => Err(failure(error)),
-        }
+        acquire(&self.context.with_timeout(Duration::ZERO)).map_err(|error| match is_over(&error) {
+            true => self.conflict(arguments, keys, error.grace_left()),
+            false => failure(error),
+        })
     }
 
     /// Shows on the terminal who has these locks, until the value is dropped. Not where the front has been put into the background.
@@ -269,21 +274,18 @@ impl Keeper {
         Progress::start(&self.manager, keys, &self.name, move || group::is_in_the_foreground(front))
     }
 
-    /// The exit code where a lock is not to be had, and why. That another has it, `flock` would be silent about. In a takeover grace nobody has it,
-    /// and a job that nobody does must not pass for one that another does.
-    fn conflict(&self, arguments: &RunArguments, keys: &[Written]) -> (Option<u8>, String) {
-        let view = self.manager.inspect(keys[0].key.clone()).ok();
-        // Somebody may have it all the same: whose term was the last one has it back earlier.
-        let is_free = |view: &dsync::LockView| view.holder.is_none() && view.sharers.is_empty();
-        if let Some(left) = view.filter(is_free).and_then(|view| view.grace_left) {
-            return (Some(CONFLICT), look::grace_text(left));
+    /// That a lock is not to be had, and why. That another has it, `flock` would be silent about. In a takeover grace nobody is granted it, and a
+    /// job that nobody does must not pass for one that another does.
+    fn conflict(&self, arguments: &RunArguments, keys: &[Written], grace_left: Option<Duration>) -> Failure {
+        if let Some(left) = grace_left {
+            return Failure::new(CONFLICT, look::grace_text(left));
         }
         let text = self.aside(|| match (keys, arguments.permits) {
             ([key], None) => format!("another has {}", key.text),
             ([key], Some(permits)) => format!("others have the {permits} permits of {}", key.text),
             _ => format!("another has one of {}", names(keys)),
         });
-        (Some(arguments.conflict_exit_code.unwrap_or(CONFLICT)), text)
+        Failure::new(arguments.conflict_exit_code.unwrap_or(CONFLICT), text)
     }
 
     fn run_every(&self, arguments: &RunArguments, period: Duration) -> Done {
@@ -317,8 +319,11 @@ impl Keeper {
                     || format!("it has been done; due again in {}", humantime::format_duration(due_in));
                 Ok((Some(arguments.done_exit_code), self.aside(text)))
             }
-            Ok(Once::Busy) => Ok(self.conflict(arguments, keys)),
+            Ok(Once::Busy) => Err(self.conflict(arguments, keys, None)),
             Err(Ended::Unsuccessful(attended)) => Ok((attended.lost.then_some(LOST), String::new())),
+            Err(Ended::Failed(error)) if is_over(&error) || error.grace_left().is_some() => {
+                Err(self.conflict(arguments, keys, error.grace_left()))
+            }
             Err(Ended::Failed(error)) => Err(failure(error)),
         }
     }
@@ -538,9 +543,14 @@ fn trouble(error: &Error) -> Option<&Error> {
     causes.filter(is_trouble).last()
 }
 
+/// True if the time is over, and nothing was in the way at the server.
+fn is_over(error: &Error) -> bool {
+    error.kind() == ErrorKind::TimedOut && trouble(error).is_none()
+}
+
 /// A failure to get the lock. A wait that went by since the server could not be reached is not another's lock.
 fn failure(error: Error) -> Failure {
-    let trouble = trouble(&error).cloned();
+    let trouble = trouble(&error).filter(|_| error.kind() == ErrorKind::TimedOut).cloned();
     Failure::from(trouble.unwrap_or(error))
 }
 

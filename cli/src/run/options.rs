@@ -11,6 +11,7 @@ use rustix::process::Signal;
 
 use crate::exit::{Failure, USAGE};
 use crate::key::Written;
+use crate::text;
 
 /// What happens at a loss, as the help and the man page have it, below the exit codes.
 macro_rules! after_help {
@@ -56,6 +57,7 @@ Exit codes, when a signal or an error ends it:
   the command's own; 128 + N if signal N ended it
   64   the command line or a setting is wrong
   69   the server cannot be reached at the start, or refuses the session
+  79   the process that watches the lock was killed or stood still
   126  the command cannot be executed; 127 it is not there
 ",
     "."
@@ -74,7 +76,7 @@ pub(crate) struct RunArguments {
     #[arg(short, long, visible_alias = "nb", conflicts_with = "wait")]
     pub(crate) nonblock: bool,
     /// Fail if the lock is not had within this time: `10` or `10s`, `5m`. Without it there is no limit.
-    #[arg(short, long, visible_alias = "timeout", value_name = "DUR", value_parser = duration)]
+    #[arg(short, long, visible_alias = "timeout", value_name = "DUR", value_parser = text::duration)]
     pub(crate) wait: Option<Duration>,
     /// Take the lock together with others that share it; nobody has it alone meanwhile.
     #[arg(short, long, conflicts_with = "every")]
@@ -92,7 +94,7 @@ pub(crate) struct RunArguments {
     pub(crate) conflict_exit_code: Option<u8>,
     /// Run the command only if it has not succeeded within this time, wherever: `24h`, `1h`. Success is exit code 0, and counts from
     /// when the command began; it is due again after nine tenths of the time, so that cron may start a little early.
-    #[arg(long, value_name = "DUR", value_parser = duration)]
+    #[arg(long, value_name = "DUR", value_parser = text::duration)]
     pub(crate) every: Option<Duration>,
     /// The exit code where `--every` finds the work done already.
     #[arg(long, value_name = "N", default_value_t = 0, requires = "every")]
@@ -140,14 +142,14 @@ pub(crate) struct LeadArguments {
 #[derive(Args, Debug)]
 pub(crate) struct Watch {
     /// How long the server keeps the lock for a holder that it does not hear. [default: 4.5 times --kill-after, 15 s at least: 45 s]
-    #[arg(long, value_name = "DUR", env = "DSYNC_LEASE", hide_env_values = true, value_parser = duration)]
+    #[arg(long, value_name = "DUR", env = "DSYNC_LEASE", hide_env_values = true, value_parser = text::duration)]
     lease: Option<Duration>,
     /// Hold the lock only while each standby that the server's `synchronous_standby_names` names confirms it: where one is promoted and the
     /// old primary lives on, the command is ended before another may begin. All who take locks in the database must say so.
     #[arg(long)]
     quorum: bool,
     /// How long the command has between TERM and KILL when it must end. 0 kills it at once.
-    #[arg(long, value_name = "DUR", default_value = "10s", value_parser = duration)]
+    #[arg(long, value_name = "DUR", default_value = "10s", value_parser = text::duration)]
     pub(super) kill_after: Duration,
     /// The signal that tells the command to end when the lock is lost.
     #[arg(long, value_name = "SIGNAL", default_value = "TERM", value_parser = signal)]
@@ -200,19 +202,6 @@ impl Watch {
     pub(super) fn fits(&self) -> bool {
         self.lease() * 3 / 5 + self.margin() < self.lease()
     }
-}
-
-/// A time with a unit, or a number of seconds as `flock` takes it. Not so long that a sum of some of them could not be told.
-fn duration(text: &str) -> Result<Duration, String> {
-    const LONGEST: Duration = Duration::from_secs(1_000_000_000);
-    let time = match text.parse::<f64>() {
-        Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
-        Err(_) => humantime::parse_duration(text).ok(),
-    };
-    time.filter(|time| *time <= LONGEST).ok_or_else(|| {
-        "it is no time from 0 to 30 years; write seconds, or a unit behind a number: 10, 10s, 5m, 24h"
-            .to_owned()
-    })
 }
 
 /// A signal by its name, with or without SIG, or by its number.
@@ -269,12 +258,12 @@ mod tests {
 
     #[test]
     fn times_are_numbers_of_seconds_or_have_a_unit() {
-        assert_eq!(duration("1.5"), Ok(Duration::from_millis(1500)));
-        assert_eq!(duration("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(text::duration("1.5"), Ok(Duration::from_millis(1500)));
+        assert_eq!(text::duration("5m"), Ok(Duration::from_secs(300)));
         for wrong in ["-1", "soon", "NaN", "inf", "1e19", "1000000001", "40years"] {
-            assert!(duration(wrong).is_err(), "{wrong}");
+            assert!(text::duration(wrong).is_err(), "{wrong}");
         }
-        let longest = Watch { kill_after: duration("1e9").unwrap(), ..watch(None, 0) };
+        let longest = Watch { kill_after: text::duration("1e9").unwrap(), ..watch(None, 0) };
         assert!(longest.fits(), "the library refuses it, in words");
     }
 

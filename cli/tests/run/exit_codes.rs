@@ -107,6 +107,27 @@ fn a_quorum_where_no_standby_is_named_is_69_and_the_command_does_not_run() {
     assert!(told.contains("--quorum") && output.stdout.is_empty(), "{told}");
 }
 
+/// A program that runs the job again when the server was not to be had must be told that it was done.
+#[test]
+fn a_success_that_cannot_be_recorded_is_69_and_says_that_the_work_was_done() {
+    let database = Server::shared().database().unwrap();
+    let url = database.url();
+    let file = new_file("go-on");
+    let script = format!("echo begun; while [ ! -e {} ]; do sleep 0.05; done", file.display());
+    let mut words = vec!["run", "--every", "1h"];
+    words.extend(SHORT);
+    words.extend(["k", "--", "sh", "-c", &script]);
+    let mut job = Process::start(pgdsync(&url).args(words));
+    job.says("begun");
+    let mut client = database.client().unwrap();
+    client.batch_execute("BEGIN; LOCK TABLE dsync.success IN ACCESS EXCLUSIVE MODE").unwrap();
+    std::fs::write(&file, "").unwrap();
+    job.says("has been done, but it is not known whether that could be recorded");
+    assert_eq!(job.child.wait().unwrap().code(), Some(69));
+    client.batch_execute("ROLLBACK").unwrap();
+    std::fs::remove_file(&file).unwrap();
+}
+
 #[test]
 fn a_lock_that_another_has_is_75_or_what_was_asked_for() {
     let database = Server::shared().database().unwrap();

@@ -16,12 +16,14 @@ fn who_does_not_wait_is_told_why_and_for_how_long() {
     server.restart(Shutdown::Immediate).unwrap();
     for (words, code) in [
         (&["-n", "-E", "0"][..], 75),
+        (&["-n", "-E", "0", "-s"], 75),
+        (&["-n", "-E", "0", "j"], 75),
         (&["-w", "0.2", "-E", "0", "--every=1h"], 75),
         (&["-n"], 75),
         (&["-w", "0.2"], 75),
         (&["-n", "--every=1h"], 75),
         (&["-n", "--permits=2"], 75),
-        (&["-n", "j"], 75),
+        (&["-w", "0.2", "-E", "0", "j"], 75),
     ] {
         let output = go(words);
         let said = text(&output.stderr);

@@ -90,7 +90,8 @@ fn every_error_names_what_to_change_and_has_the_exit_code_for_it() {
         (&["show", "#x"], 64, "##x"),
         (&["show", ""], 64, "the key is empty"),
         (&["show", "a", "--namespace", "a\tb", "--schema="], 64, "choose another name"),
-        (&["watch", "--interval=never"], 64, "500ms"),
+        (&["watch", "--interval=never"], 64, "a unit behind a number"),
+        (&["watch", "--interval=5ms"], 64, "10ms at least"),
         (&["dance"], 64, "dance"),
         (&["list", "--output=xml"], 64, "json"),
     ] {

@@ -415,7 +415,11 @@ impl Claim {
             _ => String::new(),
         };
         let message = format!("waited {:.1?} for lock {:?}{obstacle}", begun.elapsed(), self.key);
-        let error = Error::new(kind, message);
+        let grace_left = match status.phase {
+            Phase::InGrace { ends } => Some(left_until(ends)),
+            _ => None,
+        };
+        let error = Error::new(kind, message).with_grace(grace_left);
         match &status.problem {
             Some(problem) => error.with_source(problem.clone()),
             None => error,

@@ -45,7 +45,7 @@ impl Config {
     ///
     /// Advisory locks vanish with a restart of the server, and a promoted standby never had them. So with one of the other two policies
     /// locks are granted again when the longest lease that any manager of this database has had (15 s by default) has passed since
-    /// the first session on the new server. Meanwhile [`lock`](crate::Lock::lock) waits, and [`try_lock`](crate::Lock::try_lock) fails with
+    /// the first session for locks on the new server: the start of a manager, or the next attempt of one that runs. Meanwhile [`lock`](crate::Lock::lock) waits, and [`try_lock`](crate::Lock::try_lock) fails with
     /// [`LockUnavailable`](crate::ErrorKind::LockUnavailable) and a text that says so; the log, [`ClaimSnapshot::grace_left`](crate::ClaimSnapshot),
     /// [`LockView::grace_left`](crate::LockView) and [`check`](Self::check) tell of it too. It lasts 15 s by default, 45 s where `pgdsync run` was used: a wait should be longer.
     ///
@@ -202,7 +202,7 @@ impl Config {
     /// slice, who came first is served first. At the end of its slice a session goes to the end of the line of those that have waited for a
     /// slice, and the first of these is served before all that come newly.
     ///
-    /// At default settings the server logs nothing of a wait, where the role may use PL/pgSQL. With `log_lock_waits` or
+    /// At default settings the server logs nothing of the wait of a claim or a guard, where the role may use PL/pgSQL. With `log_lock_waits` or
     /// `log_min_duration_statement` it logs every slice; a superuser turns them off for the role of the locks by
     /// `ALTER ROLE … SET log_lock_waits = off` and `ALTER ROLE … SET log_min_duration_statement = -1`.
     #[must_use]
