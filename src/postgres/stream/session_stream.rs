@@ -182,14 +182,16 @@ impl SessionStream {
 impl AsyncRead for SessionStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        this.watch.check(cx)?;
         if let Some(end) = this.end.take() {
-            return Poll::Ready(end);
+            return Poll::Ready(this.watch.check(cx).and(end));
         }
         let before = buf.filled().len();
         let outcome = ready!(this.watched(cx, |stream, cx| stream.poll_read(cx, buf)));
-        let is_ended = |error: &io::Error| Ended::find(error).is_some();
-        if outcome.as_ref().map_or_else(|error| !is_ended(error), |()| buf.filled().len() == before) {
+        let is_end = match &outcome {
+            Ok(()) => buf.filled().len() == before,
+            Err(error) => Ended::find(error).is_none(),
+        };
+        if is_end {
             // The driver forgets why the server ended the session, if that and the end come to it at once: the statement that is
             // under way is given the reason, and nobody asks it any more.
             this.end = Some(outcome);
