@@ -1,8 +1,7 @@
 //! The process that has the lock, in a session of its own, so that what ends the front's does not end it.
 
 use std::convert::Infallible;
-use std::error::Error as _;
-use std::io::{self, IsTerminal as _};
+use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
@@ -13,20 +12,16 @@ use std::time::Duration;
 use clap::Parser as _;
 use dsync::crossbeam_channel::{Receiver, Sender, after, bounded, never, select, unbounded};
 use dsync::observer::TermLost;
-use dsync::{
-    ClaimState, Context, Error, ErrorKind, Lock, LockGuard, LockOptions, LossReason, MultiGuard, Observer,
-    Once, Period, PostgresManager, Term,
-};
+use dsync::{ClaimState, Context, Lock, LockOptions, LossReason, Observer, PostgresManager, Term};
 use rustix::process::{Signal, getppid, setsid};
 
-use super::group::{self, Group};
-use super::options::{RunArguments, Watch};
+use super::group::Group;
+use super::options::Watch;
 use super::wire::{Frames, Moment, ToFront, ToKeeper};
 use crate::args::{Arguments, Connection, Verb};
-use crate::exit::{CONFLICT, Failure, LOST, UNAVAILABLE, USAGE, say};
+use crate::exit::{Failure, UNAVAILABLE, USAGE, say};
 use crate::key::Written;
-use crate::progress::Progress;
-use crate::{connect, logging, look};
+use crate::{connect, logging};
 
 /// What comes of a run, beside a failure: the exit code, if it is not the command's own; and what to tell the user.
 pub(crate) type Done = Result<(Option<u8>, String), Failure>;
@@ -80,17 +75,17 @@ pub(crate) struct Keeper {
     front: Receiver<Infallible>,
     losses: Receiver<LossReason>,
     /// Ends with the front.
-    context: Context,
+    pub(super) context: Context,
     pub(crate) manager: Arc<PostgresManager>,
     /// Until when all locks are held at least.
     deadline: Arc<Mutex<Option<Moment>>>,
     kill_after: Duration,
     stop_signal: Signal,
-    options: LockOptions,
+    pub(super) options: LockOptions,
     pub(crate) is_verbose: bool,
     /// The front, and what the sessions are called in front of the key: by its name, since that is whom an operator would end.
-    front_process: i32,
-    name: String,
+    pub(super) front_process: i32,
+    pub(super) name: String,
 }
 
 /// How the command's time under the lock ended.
@@ -185,149 +180,6 @@ impl Keeper {
         })
     }
 
-    /// `run`.
-    fn run(&self, arguments: &RunArguments) -> Done {
-        match arguments.every {
-            Some(period) => self.run_every(arguments, period),
-            None => self.run_now(arguments),
-        }
-    }
-
-    fn run_now(&self, arguments: &RunArguments) -> Done {
-        let (keys, wait) =
-            (&arguments.keys, if arguments.nonblock { Some(Duration::ZERO) } else { arguments.wait });
-        let held = if let [key] = keys.as_slice() {
-            let options = self.options.clone();
-            let options = match arguments.permits {
-                Some(permits) => options.permits(permits),
-                None if arguments.shared => options.shared(),
-                None => options,
-            };
-            let lock = self.manager.lock_with(key.key.clone(), options)?;
-            let acquire = |context: &Context| lock.acquire(context);
-            Held::One(self.acquire(arguments, keys, wait, || lock.try_acquire(), acquire)?)
-        } else {
-            // The set takes these handles, and with them their options.
-            let handles: Result<Vec<Arc<dyn Lock>>, Error> = keys
-                .iter()
-                .map(|key| self.manager.lock_with(key.key.clone(), self.options.clone()))
-                .collect();
-            let _handles = handles?;
-            let set = self.manager.multi_lock(keys.iter().map(|key| key.key.clone()))?;
-            let acquire = |context: &Context| set.acquire(context);
-            Held::Several(self.acquire(arguments, keys, wait, || set.try_acquire(), acquire)?)
-        };
-        let terms = held.terms(keys);
-        let attended = self.attend(&terms, held.lost(), &never());
-        match held.release() {
-            Ok(()) if attended.lost => Ok((Some(LOST), String::new())),
-            Ok(()) => Ok((None, String::new())),
-            Err(error) if attended.lost || error.kind() == ErrorKind::Lost => {
-                let message = if attended.lost { String::new() } else { Failure::from(error).message };
-                Ok((Some(LOST), message))
-            }
-            Err(error) => {
-                let text = Failure::from(error).message;
-                Ok((
-                    None,
-                    format!(
-                        "the command ran under the lock to its end, but its release is not confirmed: {text}"
-                    ),
-                ))
-            }
-        }
-    }
-
-    /// The lock, or the set.
-    ///
-    /// A first try tells at once whether the server can be reached: to wait would go on trying for ever. A last one tells why the lock was not
-    /// to be had, and takes it if it has come free since.
-    fn acquire<G>(
-        &self,
-        arguments: &RunArguments,
-        keys: &[Written],
-        wait: Option<Duration>,
-        try_once: impl FnOnce() -> Result<Option<G>, Error>,
-        acquire: impl Fn(&Context) -> Result<G, Error>,
-    ) -> Result<G, Failure> {
-        let context = wait.map_or_else(|| self.context.clone(), |wait| self.context.with_timeout(wait));
-        if let Some(held) = try_once().map_err(failure)? {
-            return Ok(held);
-        }
-        if wait != Some(Duration::ZERO) {
-            let _progress = self.progress(keys);
-            match acquire(&context) {
-                Err(error) if is_over(&error) => {}
-                outcome => return outcome.map_err(failure),
-            }
-        }
-        acquire(&self.context.with_timeout(Duration::ZERO)).map_err(|error| match is_over(&error) {
-            true => self.conflict(arguments, keys, error.grace_left()),
-            false => failure(error),
-        })
-    }
-
-    /// Shows on the terminal who has these locks, until the value is dropped. Not where the front has been put into the background.
-    fn progress(&self, keys: &[Written]) -> Option<Progress> {
-        let keys = keys.iter().map(|key| key.key.clone()).collect();
-        let front = self.front_process;
-        Progress::start(&self.manager, keys, &self.name, move || group::is_in_the_foreground(front))
-    }
-
-    /// That a lock is not to be had, and why. That another has it, `flock` would be silent about. In a takeover grace nobody is granted it, and a
-    /// job that nobody does must not pass for one that another does.
-    fn conflict(&self, arguments: &RunArguments, keys: &[Written], grace_left: Option<Duration>) -> Failure {
-        if let Some(left) = grace_left {
-            return Failure::new(CONFLICT, look::grace_text(left));
-        }
-        let text = self.aside(|| match (keys, arguments.permits) {
-            ([key], None) => format!("another has {}", key.text),
-            ([key], Some(permits)) => format!("others have the {permits} permits of {}", key.text),
-            _ => format!("another has one of {}", names(keys)),
-        });
-        Failure::new(arguments.conflict_exit_code.unwrap_or(CONFLICT), text)
-    }
-
-    fn run_every(&self, arguments: &RunArguments, period: Duration) -> Done {
-        enum Ended {
-            Unsuccessful(Attended),
-            Failed(Error),
-        }
-        impl From<Error> for Ended {
-            fn from(error: Error) -> Self {
-                Self::Failed(error)
-            }
-        }
-        let keys = &arguments.keys[..1];
-        let lock = self.lock(&keys[0])?;
-        // As for a run that waits: a server that is out of reach is told at once.
-        lock.last_success()?;
-        let wait = if arguments.nonblock { Some(Duration::ZERO) } else { arguments.wait };
-        let context = wait.map_or_else(|| self.context.clone(), |wait| self.context.with_timeout(wait));
-        let progress = if wait == Some(Duration::ZERO) { None } else { self.progress(keys) };
-        let outcome = lock.once(Period::every(period), &context, move |run| {
-            drop(progress);
-            let terms = [(keys[0].text.as_str(), run.term().clone())];
-            let attended = self.attend(&terms, run.lost(), &never());
-            if attended.succeeded { Ok(()) } else { Err(Ended::Unsuccessful(attended)) }
-        });
-        match outcome {
-            Ok(Once::Ran(())) => Ok((None, String::new())),
-            Ok(Once::NotDue { due_in, .. }) => {
-                let due_in = Duration::from_secs(due_in.as_secs());
-                let text =
-                    || format!("it has been done; due again in {}", humantime::format_duration(due_in));
-                Ok((Some(arguments.done_exit_code), self.aside(text)))
-            }
-            Ok(Once::Busy) => Err(self.conflict(arguments, keys, None)),
-            Err(Ended::Unsuccessful(attended)) => Ok((attended.lost.then_some(LOST), String::new())),
-            Err(Ended::Failed(error)) if is_over(&error) || error.grace_left().is_some() => {
-                Err(self.conflict(arguments, keys, error.grace_left()))
-            }
-            Err(Ended::Failed(error)) => Err(failure(error)),
-        }
-    }
-
     /// A lock that one has alone.
     pub(crate) fn lock(&self, key: &Written) -> Result<Arc<dyn Lock>, Failure> {
         Ok(self.manager.lock_with(key.key.clone(), self.options.clone())?)
@@ -340,11 +192,6 @@ impl Keeper {
 
     pub(crate) fn say(&self, text: &str) {
         let _ = ToFront::Say(text.to_owned()).send(&self.stream);
-    }
-
-    /// What `flock` would be silent about: scripts ask for it, people want to know.
-    fn aside(&self, text: impl FnOnce() -> String) -> String {
-        if self.is_verbose || io::stderr().is_terminal() { text() } else { String::new() }
     }
 
     /// Lets the front run the command under these terms, and returns when its group is gone. Ends the group when the lock is lost, or must be
@@ -481,37 +328,6 @@ impl Watched {
     }
 }
 
-/// What is held for `run`.
-enum Held {
-    One(LockGuard),
-    Several(MultiGuard),
-}
-
-impl Held {
-    /// The terms of these keys, in their order.
-    fn terms<'k>(&self, keys: &'k [Written]) -> Vec<(&'k str, Term)> {
-        let term = |key: &Written| match self {
-            Self::One(guard) => Some(guard.term().clone()),
-            Self::Several(guard) => guard.term(key.key.clone()).cloned(),
-        };
-        keys.iter().filter_map(|key| Some((key.text.as_str(), term(key)?))).collect()
-    }
-
-    fn lost(&self) -> &Receiver<Infallible> {
-        match self {
-            Self::One(guard) => guard.lost().channel(),
-            Self::Several(guard) => guard.lost().channel(),
-        }
-    }
-
-    fn release(self) -> Result<(), Error> {
-        match self {
-            Self::One(guard) => guard.release(),
-            Self::Several(guard) => guard.release(),
-        }
-    }
-}
-
 /// Until when all that is held is held at least. The clock is read first, so that it errs to the early side.
 fn until(manager: &PostgresManager) -> Option<Moment> {
     let now = Moment::now();
@@ -530,32 +346,6 @@ fn variables(terms: &[(&str, Term)]) -> Vec<(String, String)> {
         variables.extend(term.permit().map(|permit| (format!("PGDSYNC_PERMIT{number}"), permit.to_string())));
     }
     variables
-}
-
-/// What was in the way at the server, if that is why the time went by.
-fn trouble(error: &Error) -> Option<&Error> {
-    let causes = std::iter::successors(error.source(), |&cause| cause.source());
-    let causes = causes.filter_map(|cause| cause.downcast_ref::<Error>());
-    let is_trouble = |cause: &&Error| {
-        use ErrorKind as Kind;
-        matches!(cause.kind(), Kind::SessionUnavailable | Kind::SessionRefused | Kind::PoolExhausted)
-    };
-    causes.filter(is_trouble).last()
-}
-
-/// True if the time is over, and nothing was in the way at the server.
-fn is_over(error: &Error) -> bool {
-    error.kind() == ErrorKind::TimedOut && trouble(error).is_none()
-}
-
-/// A failure to get the lock. A wait that went by since the server could not be reached is not another's lock.
-fn failure(error: Error) -> Failure {
-    let trouble = trouble(&error).filter(|_| error.kind() == ErrorKind::TimedOut).cloned();
-    Failure::from(trouble.unwrap_or(error))
-}
-
-fn names(keys: &[Written]) -> String {
-    keys.iter().map(|key| key.text.as_str()).collect::<Vec<_>>().join(", ")
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), Failure> {

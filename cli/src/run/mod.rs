@@ -12,6 +12,7 @@
 mod front;
 mod gate;
 mod group;
+mod job;
 pub(crate) mod keeper;
 pub(crate) mod options;
 mod signals;
