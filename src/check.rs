@@ -38,7 +38,7 @@ pub struct CheckLine {
     /// | `primary` | whether it is the primary, and no standby |
     /// | `role` | rights that have nothing to do with the catalog |
     /// | `catalog` | whether tokens and annotations can be kept |
-    /// | `takeover` | for how long no lock is granted yet, since the server was taken over ([`Config::takeover`](crate::Config::takeover)), a warning while that lasts; or that the managers of the database have agreed on more than this one's settings |
+    /// | `takeover` | for how long no lock is granted yet, since the server was taken over ([`Config::takeover`](crate::Config::takeover)), a warning while that lasts; how long it will be after a crash, if another's lease makes that longer than this one's; or that the managers of the database have agreed on more than this one's settings |
     /// | `lease` | whether the server ends the session of a silent holder |
     /// | `clients` | how the server notices clients that are gone |
     /// | `timeouts` | the role's own timeouts; only if there are any |

@@ -138,6 +138,11 @@ impl Error {
         Self { source: Some(Arc::from(source.into())), ..self }
     }
 
+    /// With the source of another one.
+    pub(crate) fn because_of(self, other: Self) -> Self {
+        Self { source: other.source, ..self }
+    }
+
     // What every implementation says alike.
 
     pub(crate) fn stopped() -> Self {

@@ -308,7 +308,7 @@ impl LockGuard {
             }
             let why = std::error::Error::source(&error).map(|why| format!(": {why}")).unwrap_or_default();
             let text = format!("whether {:?} is free was not to be found out{why}", lock.key());
-            Error::new(ErrorKind::SessionUnavailable, text).with_source(error)
+            Error::new(ErrorKind::SessionUnavailable, text).because_of(error)
         })
     }
 

@@ -350,7 +350,7 @@ impl fmt::Display for LeaderEvent {
             Self::SteppedDown => f.write_str("this process has stepped down"),
             Self::Returned => f.write_str("the work has returned, and the leadership was given back"),
             Self::Panicked(message) => write!(f, "the work has panicked: {message}"),
-            Self::AnotherLeads(holder) => write!(f, "another process leads: {holder:?}"),
+            Self::AnotherLeads(holder) => write!(f, "another process leads: {holder}"),
             Self::Error(error) => f.write_str(&chain(error)),
             Self::Stopped => f.write_str("the leader was stopped"),
         }

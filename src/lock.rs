@@ -593,7 +593,10 @@ impl LockOptions {
         } else {
             return Ok(());
         };
-        Err(Error::new(ErrorKind::InvalidConfig, format!("the semaphore {key:?} has {problem}")))
+        Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!("the semaphore {:?} has {problem}", key.to_string()),
+        ))
     }
 
     /// Refuses a semaphore of which the manager has a handle with another number of permits.

@@ -252,7 +252,9 @@ impl LossReason {
 impl fmt::Display for LossReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Terminated => "the session was terminated by an operator or a shutdown of the server",
+            Self::Terminated => {
+                "the session was terminated by an operator, or by a shutdown or crash of the server"
+            }
             Self::ServerCrashed => "the server crashed or was shut down at once",
             Self::DatabaseDropped => "the database was dropped",
             Self::LeaseExpired => "the server heard nothing for the length of the lease",

@@ -90,6 +90,25 @@ impl fmt::Debug for Holder {
     }
 }
 
+/// Who that is, for a person: `"billing leader" at 10.0.0.7 (backend 4711, token 42)`.
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.application_name {
+            // What comes from another process must not break a line.
+            Some(name) => write!(f, "{name:?}")?,
+            None => f.write_str("a session")?,
+        }
+        if let Some(address) = self.client_addr {
+            write!(f, " at {address}")?;
+        }
+        write!(f, " (backend {}", self.pid)?;
+        if let Some(token) = self.token {
+            write!(f, ", token {token}")?;
+        }
+        f.write_str(")")
+    }
+}
+
 /// A text that is shown as it is.
 struct Shown(Option<String>);
 
@@ -139,6 +158,7 @@ mod tests {
         };
         let shown = r#"Holder { annotation: Some("{\"pid\":7}"), token: Some(42), pid: 7, client_addr: Some(127.0.0.1), application_name: Some("app"), since: Some(1970-01-01T00:00:01.500Z) }"#;
         assert_eq!(format!("{holder:?}"), shown);
+        assert_eq!(holder.to_string(), r#""app" at 127.0.0.1 (backend 7, token 42)"#);
         holder.annotation = Some(vec![0xff, b'x', b'\n']);
         assert!(format!("{holder:?}").contains(r#"annotation: Some(b"\xffx\n")"#), "{holder:?}");
     }

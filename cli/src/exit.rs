@@ -50,7 +50,13 @@ impl Failure {
 
 /// A text of the library's, where it names what only a program that uses the library has at hand, in our words.
 pub(crate) fn in_our_words(text: &str) -> String {
-    const WORDS: [(&str, &str); 7] = [
+    const WORDS: [(&str, &str); 8] = [
+        (
+            "the server asks for a password: put one into the connection string, or have PGPASSWORD and the password file looked at, by \
+             Config::from_env",
+            "the server asks for a password, and neither PGPASSWORD nor the password file has one: set PGPASSWORD, or write a line for this \
+             host, port, database and user to ~/.pgpass (or what PGPASSFILE names), which nobody else may read (chmod 0600)",
+        ),
         (
             "dsync::CATALOG_SQL (for another schema than dsync: dsync::catalog_sql)",
             "the SQL that `pgdsync catalog --grant ROLE` prints",

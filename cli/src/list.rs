@@ -4,7 +4,7 @@ use clap::Args;
 use dsync::LockView;
 
 use crate::args::{Arguments, Output};
-use crate::exit::Failure;
+use crate::exit::{Failure, say};
 use crate::key::Wanted;
 use crate::look::{self, Interval, Looker};
 use crate::out::{self, Style};
@@ -40,21 +40,33 @@ impl List {
                     let grace = looker
                         .grace_left(&views)
                         .map(|left| text::cut(&look::grace_text(left), out::columns()));
-                    grace.into_iter().chain(table(&views, &looker.usual)).collect()
+                    let none = if grace.is_none() {
+                        "no lock is held or waited for"
+                    } else {
+                        "no lock is held; who waits is not seen before that ends"
+                    };
+                    grace.into_iter().chain(table(&views, &looker.usual, none)).collect()
                 }
             }
         };
         if self.watch {
             return looker.keep_looking(self.interval, |views| out::replace(&lines(views)));
         }
-        out::print(lines(looker.look()?))?;
+        let views = looker.look()?;
+        // There may be no lock that could say so.
+        if arguments.output == Output::Json
+            && let Some(left) = looker.grace_left(&views)
+        {
+            say(&look::grace_text(left));
+        }
+        out::print(lines(views))?;
         Ok(0)
     }
 }
 
-fn table(views: &[LockView], usual: &str) -> Vec<String> {
+fn table(views: &[LockView], usual: &str, none: &str) -> Vec<String> {
     if views.is_empty() {
-        return vec!["no lock is held or waited for".to_owned()];
+        return vec![none.to_owned()];
     }
     let columns = [
         Column { title: "KEY", is_number: false },

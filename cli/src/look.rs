@@ -135,14 +135,19 @@ pub(crate) fn client(
     if pid == 0 {
         return "a prepared transaction".to_owned();
     }
-    let address = address.map_or_else(|| "local".to_owned(), |address| address.to_string());
     let name = name.unwrap_or_default();
     // The server keeps the beginning of the key where it is long, in ASCII.
     let key: String =
         view.key.chars().map(|letter| if (' '..='~').contains(&letter) { letter } else { '?' }).collect();
     let mut parts = name.match_indices(' ').map(|(space, _)| (&name[..space], &name[space + 1..]));
     let own = parts.find(|(_, behind)| key.starts_with(behind)).map_or(name, |(own, _)| own);
-    if own.is_empty() { address } else { format!("{address} {}", harmless(own)) }
+    // None for a Unix socket, and where the server shows us none of other roles.
+    match (address, own) {
+        (None, "") => format!("backend {pid}"),
+        (None, own) => harmless(own),
+        (Some(address), "") => address.to_string(),
+        (Some(address), own) => format!("{address} {}", harmless(own)),
+    }
 }
 
 pub(crate) fn holder_text(view: &LockView, holder: &Holder) -> String {

@@ -140,7 +140,9 @@ fn place(view: &LockView, own: &str) -> Option<usize> {
 fn describe(view: &LockView, own: &str) -> String {
     let key = look::key_text(view, &view.namespace);
     if let Some(left) = view.grace_left {
-        return format!("waiting for {key}: {}", look::grace_text(left));
+        // The time first, since the line may be cut.
+        let left = text::lasting(left + Duration::from_millis(999));
+        return format!("waiting for {left} at most, since the server was restarted or replaced: {key}");
     }
     let holder = match (&view.holder, look::count_text(view)) {
         (_, Some(count)) => count,

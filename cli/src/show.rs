@@ -66,7 +66,11 @@ pub(crate) fn describe(view: &LockView, usual: &str) -> Vec<String> {
     for holder in view.holders() {
         lines.extend(describe_holder(view, holder, columns));
     }
-    lines.extend(row("waiting", &view.waiters.len().to_string(), columns));
+    let waiting = match view.grace_left {
+        Some(_) if view.waiters.is_empty() => "not seen before that ends".to_owned(),
+        _ => view.waiters.len().to_string(),
+    };
+    lines.extend(row("waiting", &waiting, columns));
     for (place, waiter) in (1..).zip(&view.waiters) {
         let shared = if waiter.is_shared == Some(true) { ", to share it" } else { "" };
         let client = look::waiter_text(view, waiter);

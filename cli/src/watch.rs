@@ -1,6 +1,7 @@
 //! `watch`: a line for each change of holder.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::IsTerminal as _;
 use std::time::SystemTime;
 
 use clap::Args;
@@ -136,6 +137,9 @@ fn free((namespace, key, permits): &Id, output: Output, usual: &str) -> String {
 fn text_line(key: &str, what: &str) -> String {
     const SHORTEST_KEY: usize = 16;
     let now = text::date(SystemTime::now());
+    if !std::io::stdout().is_terminal() {
+        return format!("{now} {key}: {what}");
+    }
     // A blank behind the time, and a colon and a blank behind the key.
     let left = out::columns().saturating_sub(text::width(&now) + 3);
     let key = text::cut(key, left.saturating_sub(text::width(what)).max(SHORTEST_KEY));

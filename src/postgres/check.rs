@@ -58,7 +58,7 @@ pub(crate) fn check(pool: &Pool, config: &Config) -> CheckReport {
             lines.push(role(&facts));
             lines.push(catalog(&mut session, &facts, config.catalog, by));
             if config.catalog != CatalogMode::None && facts.is("has_schema") {
-                lines.extend(takeover(pool, &mut session, &facts, by));
+                lines.extend(takeover(pool, &mut session, &facts, config.lease, by));
             }
             lines.push(lease(&facts, config));
             lines.push(clients(&facts, config));
@@ -231,11 +231,26 @@ fn catalog(session: &mut Session, facts: &Facts, mode: CatalogMode, by: Instant)
 }
 
 /// What cannot be asked here, the line on the catalog tells of.
-fn takeover(pool: &Pool, session: &mut Session, facts: &Facts, by: Instant) -> Option<CheckLine> {
-    if let Some(refusal) = pool.objection(session, waits_for_standby(facts), by).ok()? {
-        return Some(refusal.into_line("takeover"));
-    }
-    let (left, is_counted) = pool.grace_on(session, by).ok()??;
+fn takeover(
+    pool: &Pool,
+    session: &mut Session,
+    facts: &Facts,
+    own_lease: Duration,
+    by: Instant,
+) -> Option<CheckLine> {
+    let longest = match pool.objection(session, waits_for_standby(facts), by).ok()? {
+        Ok(longest) => longest,
+        Err(refusal) => return Some(refusal.into_line("takeover")),
+    };
+    let Some((left, is_counted)) = pool.grace_on(session, by).ok()? else {
+        let longest = longest.filter(|longest| *longest > own_lease)?;
+        let advice = session.schema().apply("UPDATE dsync.policy SET lease = … (milliseconds)");
+        let text = format!(
+            "after a crash of the server nobody is granted a lock for {longest:?}, the longest lease that was used in this database; where no \
+             manager has it any longer, an operator makes that shorter: {advice}"
+        );
+        return Some(CheckLine::good("takeover", text));
+    };
     let until = if is_counted {
         format!("no lock is granted for another {left:.1?} at the most")
     } else {

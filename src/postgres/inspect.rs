@@ -176,7 +176,7 @@ fn not_ended(error: Error, holder: &Holder) -> Error {
         return error;
     }
     let text = format!(
-        "the role may not end the session of {holder:?}; grant it pg_signal_backend or the holder's role, or break the lock as a role that \
+        "the role may not end the session of {holder}; grant it pg_signal_backend or the holder's role, or break the lock as a role that \
          has one of them (a superuser's session is ended by superusers only)"
     );
     Error::new(ErrorKind::SessionRefused, text).with_source(error)

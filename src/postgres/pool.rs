@@ -348,14 +348,14 @@ impl Pool {
         self.graces.lock().of_newest(Instant::now())
     }
 
-    /// Why the managers of the database would not have this one among them, if they would not; or cannot be told of it, where commits wait for a
+    /// How long a takeover grace would last, as the managers of the database have agreed; or why they would not have this one among them, if they would not; or cannot be told of it, where commits wait for a
     /// standby that is away.
     pub(crate) fn objection(
         &self,
         session: &mut Session,
         standby_is_away: bool,
         by: Instant,
-    ) -> std::result::Result<Option<Refusal>, Failure> {
+    ) -> std::result::Result<std::result::Result<Option<Duration>, Refusal>, Failure> {
         takeover::objection(session, self.own, standby_is_away, by)
     }
 

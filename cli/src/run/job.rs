@@ -150,7 +150,9 @@ impl Keeper {
             Err(Ended::Failed(error)) if is_over(&error) || error.grace_left().is_some() => {
                 Err(self.conflict(arguments, keys, error.grace_left()))
             }
-            Err(Ended::Failed(error)) => Err(failure(error)),
+            Err(Ended::Failed(error)) if error.kind() == ErrorKind::TimedOut => Err(failure(error)),
+            // That the work was done comes before why it is not recorded.
+            Err(Ended::Failed(error)) => Err(error.into()),
         }
     }
 
@@ -216,7 +218,7 @@ fn is_over(error: &Error) -> bool {
 
 /// A failure to get the lock. A wait that went by since the server could not be reached is not another's lock.
 fn failure(error: Error) -> Failure {
-    let trouble = trouble(&error).filter(|_| error.kind() == ErrorKind::TimedOut).cloned();
+    let trouble = trouble(&error).cloned();
     Failure::from(trouble.unwrap_or(error))
 }
 

@@ -114,8 +114,8 @@ impl Keeper {
         let config = watch.apply(config).observer(Losses(tell_loss));
         let manager = PostgresManager::connect(config).map_err(|error| {
             let failure = Failure::from(error);
-            let advice = if watch.fits() { String::new() } else { format!("{}; ", watch.advice()) };
-            Failure { message: format!("{advice}{}", failure.message), ..failure }
+            // The library would name settings of which nobody has heard.
+            if watch.fits() { failure } else { Failure { message: watch.advice(), ..failure } }
         })?;
         let manager = Arc::new(manager);
         let (context, canceller) = Context::background().with_cancel();
@@ -265,7 +265,7 @@ impl Keeper {
                 let end = self.deadline.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or(deadline);
                 job.end(self.stop_signal, end.min(Moment::now()).after(self.kill_after));
                 let _ = ToFront::Lost(self.loss()).send(&self.stream);
-            } else if is_stopping && !has_ended {
+            } else if is_stopping && !has_ended && !attended.lost {
                 job.end(self.stop_signal, Moment::now().after(self.kill_after));
                 self.say("asked to give the lock back; the command is being ended");
             }

@@ -75,7 +75,8 @@ pub(crate) struct RunArguments {
     /// Fail at once if another has the lock, instead of waiting.
     #[arg(short, long, visible_alias = "nb", conflicts_with = "wait")]
     pub(crate) nonblock: bool,
-    /// Fail if the lock is not had within this time: `10` or `10s`, `5m`. Without it there is no limit.
+    /// Fail if the lock is not had within this time: `10` or `10s`, `5m`. Without it there is no limit. A server that cannot be reached at the start is
+    /// not waited for.
     #[arg(short, long, visible_alias = "timeout", value_name = "DUR", value_parser = text::duration)]
     pub(crate) wait: Option<Duration>,
     /// Take the lock together with others that share it; nobody has it alone meanwhile.
@@ -141,7 +142,8 @@ pub(crate) struct LeadArguments {
 /// How the command is watched.
 #[derive(Args, Debug)]
 pub(crate) struct Watch {
-    /// How long the server keeps the lock for a holder that it does not hear. [default: 4.5 times --kill-after, 15 s at least: 45 s]
+    /// How long the server keeps the lock for a holder that it does not hear. The longest one that was used in the database is also how long
+    /// nobody is granted a lock after a crash of the server. [default: 4.5 times --kill-after, 15 s at least: 45 s]
     #[arg(long, value_name = "DUR", env = "DSYNC_LEASE", hide_env_values = true, value_parser = text::duration)]
     lease: Option<Duration>,
     /// Hold the lock only while each standby that the server's `synchronous_standby_names` names confirms it: where one is promoted and the

@@ -37,6 +37,8 @@ fn who_does_not_wait_is_told_why_and_for_how_long() {
         assert!(shown.contains(WHY.split(';').next().unwrap()), "{words:?}: {shown}");
         assert!(shown.lines().all(|line| line.len() <= 80), "{shown}");
     }
+    let output = run(&url, ["list", "--output=json"]);
+    assert!(text(&output.stderr).contains(WHY), "{}", text(&output.stderr));
     let output = run(&url, ["doctor"]);
     let shown = text(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{shown}");
@@ -50,4 +52,12 @@ fn who_does_not_wait_is_told_why_and_for_how_long() {
     let output = run(&url, ["show", "k", "--output=json"]);
     assert!(text(&output.stdout).contains("\"grace_seconds\":null"), "{}", text(&output.stdout));
     assert!(!text(&run(&url, ["doctor"]).stdout).contains("takeover"));
+    // The next one would last longer, for all.
+    assert!(run(&url, ["run", "--lease=1h", "k", "--", "true"]).status.success());
+    let output = run(&url, ["doctor"]);
+    let shown = text(&output.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(
+        shown.contains("good takeover after a crash of the server nobody is granted a lock for 3600s"),
+        "{shown}"
+    );
 }

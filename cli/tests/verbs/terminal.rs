@@ -159,6 +159,24 @@ fn the_picture_of_a_lock_is_renewed_in_its_place_and_fits_the_terminal() {
 }
 
 #[test]
+fn a_change_of_holder_fits_the_terminal() {
+    let database = Database::fresh().unwrap();
+    let url = database.url();
+    let key = "a".to_owned() + &"鍵".repeat(60);
+    let manager = started(&url);
+    let guard = hold(&manager, &key);
+    let terminal = Terminal::open();
+    let mut child = terminal.give_to(pgdsync(&["watch"]).env("DATABASE_URL", &url)).spawn().unwrap();
+    terminal.shows("held by 127");
+    support::process::signal(support::process::id_of(&child), Signal::Interrupt).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let text = terminal.text();
+    let widest = text.lines().map(|line| line.width()).max();
+    assert!(text.contains('…') && Some(50) < widest && widest <= Some(60), "{widest:?}: {text}");
+    guard.release().unwrap();
+}
+
+#[test]
 fn there_are_no_colours_where_nobody_wants_them() {
     let database = Database::fresh().unwrap();
     let url = database.url();

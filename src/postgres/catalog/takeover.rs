@@ -156,23 +156,23 @@ pub(crate) fn peek(session: &mut Session, by: Instant) -> Result<Option<Past>, F
     })
 }
 
-/// Why a manager with these settings gets no lock here, if it gets none: it is refused, or raises what is agreed on while a standby is away. As
+/// How long a takeover grace would last here; or why a manager with these settings gets no lock, if it gets none: it is refused, or raises what is agreed on while a standby is away. As
 /// [`peek`].
 pub(crate) fn objection(
     session: &mut Session,
     own: Agreed,
     standby_is_away: bool,
     by: Instant,
-) -> Result<Option<Refusal>, Failure> {
+) -> Result<Result<Option<Duration>, Refusal>, Failure> {
     let look = match look(session, None, by) {
-        Err(Failure::Refused(_)) => return Ok(None),
+        Err(Failure::Refused(_)) => return Ok(Ok(None)),
         look => look?,
     };
-    let Some(agreed) = look.agreed else { return Ok(None) };
+    let Some(agreed) = look.agreed else { return Ok(Ok(None)) };
     Ok(match agree(own, Some(agreed)) {
-        Agreement::TooWeak => Some(too_weak(session, own, agreed)),
-        Agreement::Raise if standby_is_away => Some(not_agreed(own)),
-        _ => None,
+        Agreement::TooWeak => Err(too_weak(session, own, agreed)),
+        Agreement::Raise if standby_is_away => Err(not_agreed(own)),
+        _ => Ok(Some(agreed.lease).filter(|_| agreed.policy != TakeoverPolicy::Immediate)),
     })
 }
 
