@@ -215,7 +215,9 @@ fn acquire<L: Lock + ?Sized>(lock: &L, context: &Context) -> Result<Option<LockG
     {
         // A try tells whether that was because of another holder, or of the server.
         outcome = match LockGuard::acquire_if_free(lock) {
-            Err(why) if why.kind() != ErrorKind::LockUnavailable => outcome,
+            Err(why) if why.kind() != ErrorKind::LockUnavailable => {
+                outcome.map_err(|error| error.with_source(why))
+            }
             tried => tried,
         };
     }

@@ -144,6 +144,28 @@ fn work_whose_process_is_killed_is_done_again() {
     assert_eq!(lines(&mut client), 2, "at least once");
 }
 
+/// Nobody knows then whether another process is at it.
+#[test]
+fn a_wait_that_ends_while_the_server_stands_still_is_no_sign_of_another_holder() {
+    let server = Server::start().unwrap();
+    let config = Config::from_url(&server.url()).unwrap().lease(Duration::from_secs(4));
+    let (holder, manager) = (started(config.clone()), started(config));
+    let held = holder.lock("report").unwrap().acquire(PATIENCE).unwrap();
+    let mut client = server.client().unwrap();
+    let waits = thread::spawn(move || manager.once("report", DAY, Duration::from_secs(3), unreachable));
+    eventually("the wait", || {
+        let waiters = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+        client.query_one(waiters, &[]).unwrap().get::<_, i64>(0) == 1
+    });
+    let frozen = server.freeze().unwrap();
+    let error = waits.join().unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+    let why = std::error::Error::source(&error).and_then(|why| why.downcast_ref::<Error>());
+    assert_eq!(why.map(Error::kind), Some(ErrorKind::SessionUnavailable), "{error:?}");
+    frozen.thaw();
+    drop(held);
+}
+
 #[test]
 fn work_that_records_itself_is_done_exactly_once_whenever_its_process_is_killed() {
     for (what, is_done) in [("dies-before-commit", false), ("dies-after-commit", true)] {

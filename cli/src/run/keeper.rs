@@ -167,8 +167,9 @@ impl Keeper {
                 let mut pause = longest;
                 if let Some(now) = now {
                     let mut deadline = deadline.lock().unwrap_or_else(PoisonError::into_inner);
-                    // Two looks at one deadline differ a little.
-                    if deadline.is_none_or(|before| now > before.after(Duration::from_millis(10))) {
+                    // Not before the command begins: who waits for a set of locks may have some of them. Two looks at one deadline differ
+                    // a little.
+                    if deadline.is_some_and(|before| now > before.after(Duration::from_millis(10))) {
                         *deadline = Some(now);
                         let _ = ToFront::Deadline(now).send(&stream);
                     }

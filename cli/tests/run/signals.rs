@@ -1,12 +1,13 @@
 //! Signals to the front go to the command.
 
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use support::Server;
 use support::process::{Signal, signal};
 
-use crate::common::{Process, becomes, clean, new_file, pgdsync, run, sessions};
+use crate::common::{Process, SHORT, becomes, clean, new_file, pgdsync, run, sessions};
 
 #[test]
 fn they_are_passed_on_and_the_command_may_end_in_peace() {
@@ -35,6 +36,28 @@ fn a_command_that_ignores_them_is_killed_after_its_time() {
     holder.signal(Signal::Terminate);
     assert_eq!(holder.ends().code(), Some(128 + 9));
     assert!(sent.elapsed() > Duration::from_millis(700), "{:?}", sent.elapsed());
+}
+
+/// Its first lock does not make a command of it that would have to end.
+#[test]
+fn a_wait_for_a_set_of_which_one_is_had_ends_at_once() {
+    /// In which the keeper would have told of a term, if one of a command had begun: it looks each thirtieth of the lease.
+    const SOME_LOOKS: Duration = Duration::from_secs(1);
+    let server = Server::start().unwrap();
+    let url = server.url();
+    let holder =
+        Process::start(pgdsync(&url).args(["run", "b", "--", "sh", "-c", "echo had; exec sleep 1000"]));
+    holder.says("had");
+    let mut waiter =
+        Process::start(pgdsync(&url).arg("run").args(SHORT).args(["a", "b", "--", "echo", "ran"]));
+    // The first of the set, and the command's.
+    becomes("those that have a lock", &2, || sessions(&server, true));
+    becomes("those that wait", &1, || sessions(&server, false));
+    std::thread::sleep(SOME_LOOKS);
+    let sent = Instant::now();
+    waiter.signal(Signal::Terminate);
+    assert_eq!(waiter.ends().signal(), Some(15));
+    assert!(sent.elapsed() < Duration::from_secs(5), "{:?}", sent.elapsed());
 }
 
 /// An init system signals all processes of a service at once.
