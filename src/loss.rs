@@ -253,7 +253,7 @@ impl fmt::Display for LossReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Terminated => {
-                "the session was terminated by an operator, or by a shutdown or crash of the server"
+                "the session was terminated by an operator, by a shutdown of the server or by its crash"
             }
             Self::ServerCrashed => "the server crashed or was shut down at once",
             Self::DatabaseDropped => "the database was dropped",
