@@ -115,7 +115,10 @@ impl Keeper {
         let manager = PostgresManager::connect(config).map_err(|error| {
             let failure = Failure::from(error);
             // The library would name settings of which nobody has heard.
-            if watch.fits() { failure } else { Failure { message: watch.advice(), ..failure } }
+            if watch.fits() || failure.code != USAGE {
+                return failure;
+            }
+            Failure { message: watch.advice(), ..failure }
         })?;
         let manager = Arc::new(manager);
         let (context, canceller) = Context::background().with_cancel();
