@@ -189,7 +189,7 @@ pub enum LossReason {
     /// An operator terminated the session (`pg_terminate_backend`), or the server is being shut down: PostgreSQL
     /// reports both alike (SQLSTATE 57P01).
     Terminated,
-    /// The server crashed, or was shut down in immediate mode, and said so (57P02). Mostly it has no time to: then it is
+    /// Another process of the server crashed, which ends all sessions, and the server said so (57P02). If it had no time to, the reason is
     /// [`ConnectionClosed`](Self::ConnectionClosed).
     ServerCrashed,
     /// The database was dropped (57P04).
@@ -255,7 +255,7 @@ impl fmt::Display for LossReason {
             Self::Terminated => {
                 "the session was terminated by an operator, by a shutdown of the server or by its crash"
             }
-            Self::ServerCrashed => "the server crashed or was shut down at once",
+            Self::ServerCrashed => "a process of the server crashed, which ends all sessions",
             Self::DatabaseDropped => "the database was dropped",
             Self::LeaseExpired => "the server heard nothing for the length of the lease",
             Self::LeaseNotRenewed => "the lease could not be renewed in time",

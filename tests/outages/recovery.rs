@@ -151,7 +151,7 @@ const FAULTS: [Fault; 4] = [
         name: "shut down in immediate mode",
         strike: |server| server.stop(Shutdown::Immediate).unwrap(),
         // The server's last word may not arrive, since its processes end at once.
-        reasons: &[LossReason::ServerCrashed, LossReason::Terminated, LossReason::ConnectionClosed],
+        reasons: &[LossReason::Terminated, LossReason::ConnectionClosed],
     },
     Fault {
         name: "postmaster killed",

@@ -826,9 +826,13 @@ fn saying_why() {
         let error = outcome.unwrap_err();
         assert!(error.kind() == ErrorKind::LockUnavailable && says_so(&error), "{wait:?}: {error}");
     }
-    // A claim may end in the midst of it. What its lost session had is not known to be gone.
+    // A claim may end in the midst of it. What its lost session had is known to be gone only where the server's last word has come.
     let begun = Instant::now();
-    assert_eq!(kind(locks[3].release()), ErrorKind::UnlockFailed);
+    let released = locks[3].release();
+    assert!(
+        released.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::UnlockFailed),
+        "{released:?}"
+    );
     assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
     locks[..3].iter().for_each(|lock| lock.lock(&soon()).unwrap());
     assert_eq!(manager.inspect("k0").unwrap().grace_left, None);

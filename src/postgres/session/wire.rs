@@ -84,7 +84,22 @@ impl Wire {
         for _ in 0..notifications.len() {
             let _ = notifications.iter().next();
         }
-        outcome.map_err(Failure::of)
+        drop(notifications);
+        outcome.map_err(|cause| match Failure::of(cause) {
+            Failure::Lost { reason: LossReason::ConnectionClosed, cause } => self.closed(cause),
+            failure => failure,
+        })
+    }
+
+    /// The connection is over, without an error of the server's.
+    ///
+    /// A server that ends all sessions at once, after a crash of one or for a shutdown in immediate mode, says so in a notice and not in an
+    /// error (`quickdie` in its `tcop/postgres.c`).
+    fn closed(&self, cause: Option<postgres::Error>) -> Failure {
+        let said = self.control.notice().and_then(|code| reason_of(&code));
+        let is_ours = self.control.is_dead();
+        let reason = said.filter(|_| !is_ours).unwrap_or(LossReason::ConnectionClosed);
+        Failure::Lost { reason, cause }
     }
 
     /// Takes in what the server has said by itself, which is above all that the session is over.
@@ -94,7 +109,7 @@ impl Wire {
         self.call(by, |client| client.notifications().timeout_iter(Duration::from_millis(1)).next())?;
         // Silence stands for a timeout, and for a connection that was closed without a word.
         if self.is_over() {
-            return Err(Failure::Lost { reason: LossReason::ConnectionClosed, cause: None });
+            return Err(self.closed(None));
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
+use postgres::error::SqlState;
 use tokio::time::{Sleep, sleep_until};
 
 use super::socket::Socket;
@@ -112,6 +113,8 @@ struct Shared {
     companion: Mutex<Option<StreamControl>>,
     /// By which of the dialer's routes it was opened.
     route: AtomicUsize,
+    /// The code of the last notice that the server has sent.
+    notice: Mutex<Option<SqlState>>,
 }
 
 const LIVE: u8 = 0;
@@ -141,6 +144,7 @@ impl StreamControl {
                 socket: Mutex::new(None),
                 companion: Mutex::new(None),
                 route: AtomicUsize::new(0),
+                notice: Mutex::new(None),
             }),
         }
     }
@@ -216,6 +220,15 @@ impl StreamControl {
     /// The socket of the session, while there is one.
     pub(crate) fn socket(&self) -> Option<Socket> {
         self.shared.socket.lock().clone()
+    }
+
+    /// The code of the last notice that the server has sent, if it has sent one.
+    pub(crate) fn notice(&self) -> Option<SqlState> {
+        self.shared.notice.lock().clone()
+    }
+
+    pub(super) fn set_notice(&self, code: Option<SqlState>) {
+        *self.shared.notice.lock() = code;
     }
 
     /// By which of the dialer's routes it was opened last.

@@ -47,7 +47,7 @@ pub(crate) struct NotReady {
 impl Dialer {
     /// Checks the hosts of the configuration. `tls` is needed for `sslmode=require` and used for `prefer`.
     ///
-    /// The configuration's `notice_callback` is not kept, since it cannot be read back; notices go to the log.
+    /// The configuration's `notice_callback` is not kept, since it cannot be read back; notices go to the log and to the control.
     pub(crate) fn new(config: Config, tls: Option<Tls>) -> Result<Self, DialError> {
         let routes = routes(&config).map_err(|text| DialError::one("configuration", text))?;
         let plan = Plan {
@@ -194,6 +194,7 @@ impl Dialer {
         progress: &mut Option<Arc<Progress>>,
     ) -> Result<Client, BoxedError> {
         control.set_route(index);
+        control.set_notice(None);
         let password = self.password.as_ref().map(|hook| hook.ask(control, until)).transpose()?;
         let decoy = self.plan.decoy.address().map_err(|error| Local::Loopback(error.into()))?;
         let turn = self.plan.decoy.reserve().map_err(Local::Descriptors)?;
@@ -211,6 +212,11 @@ impl Dialer {
         {
             config.password(password);
         }
+        let noticed = control.clone();
+        config.notice_callback(move |notice| {
+            log::info!("the server says: {}: {}", notice.severity(), notice.message());
+            noticed.set_notice(Some(notice.code().clone()));
+        });
         let manager = PostgresConnectionManager::new(config, connector);
         // The driver unwraps the making of its runtime; another program's thread may have had the last descriptor.
         match catch_unwind(AssertUnwindSafe(|| manager.connect())) {

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::thread::{self, sleep};
+use std::thread::{self, JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
 use postgres::error::SqlState;
@@ -14,8 +14,10 @@ use rustls::pki_types::CertificateDer;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::*;
+use crate::loss::LossReason;
 use crate::pg::claim::alarm::{Alarm, Woken};
 use crate::pg::claim::bell::PollBell;
+use crate::pg::session::wire::{Failure, Wire};
 use crate::pg::watchdog::Watchdog;
 use server::Server;
 
@@ -129,7 +131,58 @@ fn the_loss_of_the_session_ends_a_wait() {
 /// The reason and the end of the connection mostly come to the driver at once, since a server closes as soon as it has told the one.
 #[test]
 fn why_the_server_ends_a_session_in_the_midst_of_a_statement_is_told() {
-    const ROUNDS: usize = 200;
+    let word = b"E\0\0\0\x1dSFATAL\0C57P01\0Mover now\0\0";
+    let (dialer, server) = server_that_ends(word, Ends::InAStatement);
+    for round in 0..ROUNDS {
+        let (mut client, _control) = open(&dialer);
+        let error = client.simple_query("SELECT 1").unwrap_err();
+        assert_eq!(error.code(), Some(&SqlState::ADMIN_SHUTDOWN), "round {round}: {error:?}");
+    }
+    server.join().unwrap();
+}
+
+#[test]
+fn why_the_server_ends_all_sessions_is_told_though_it_is_a_notice() {
+    const CRASH: &[u8] = b"N\0\0\0\x1fSWARNING\0C57P02\0Mover now\0\0";
+    const OTHER: &[u8] = b"N\0\0\0\x1fSWARNING\0C01000\0Mover now\0\0";
+    for (word, reason) in [
+        (CRASH, LossReason::ServerCrashed),
+        (OTHER, LossReason::ConnectionClosed),
+        (b"", LossReason::ConnectionClosed),
+    ] {
+        for ends in [Ends::InAStatement, Ends::WhileIdle] {
+            let (dialer, server) = server_that_ends(word, ends);
+            for round in 0..ROUNDS {
+                let (client, control) = open(&dialer);
+                let mut wire = Wire::new(client, control);
+                let failure = match ends {
+                    Ends::InAStatement => {
+                        wire.call(soon(), |client| client.simple_query("SELECT 1")).unwrap_err()
+                    }
+                    Ends::WhileIdle => loop {
+                        if let Err(failure) = wire.listen(soon()) {
+                            break failure;
+                        }
+                    },
+                };
+                let Failure::Lost { reason: told, .. } = failure else { panic!("{failure:?}") };
+                assert_eq!(told, reason, "{ends:?}, round {round}");
+            }
+            server.join().unwrap();
+        }
+    }
+}
+
+const ROUNDS: usize = 200;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Ends {
+    InAStatement,
+    WhileIdle,
+}
+
+/// A server that lets in, says this, and closes, so many times.
+fn server_that_ends(word: &'static [u8], ends: Ends) -> (Dialer, JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("host=127.0.0.1 port={} user=x", listener.local_addr().unwrap().port());
     let server = thread::spawn(move || {
@@ -138,17 +191,13 @@ fn why_the_server_ends_a_session_in_the_midst_of_a_statement_is_told() {
             let mut words = [0; 512];
             assert!(socket.read(&mut words).unwrap() > 0, "a startup message");
             socket.write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").unwrap();
-            assert!(socket.read(&mut words).unwrap() > 0, "a statement");
-            socket.write_all(b"E\0\0\0\x1dSFATAL\0C57P01\0Mover now\0\0").unwrap();
+            if ends == Ends::InAStatement {
+                assert!(socket.read(&mut words).unwrap() > 0, "a statement");
+            }
+            socket.write_all(word).unwrap();
         }
     });
-    let dialer = dialer(&url, None);
-    for round in 0..ROUNDS {
-        let (mut client, _control) = open(&dialer);
-        let error = client.simple_query("SELECT 1").unwrap_err();
-        assert_eq!(error.code(), Some(&SqlState::ADMIN_SHUTDOWN), "round {round}: {error:?}");
-    }
-    server.join().unwrap();
+    (dialer(&url, None), server)
 }
 
 /// What a supervisor does: it sleeps on the socket of a session that another thread has.
