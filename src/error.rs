@@ -182,6 +182,12 @@ impl Error {
         Self { kind: ErrorKind::TimedOut, ..self }
     }
 
+    /// The server has kept silent for as long as one attempt may take.
+    pub(crate) fn no_answer() -> Self {
+        let text = "the server has not answered; see whether it runs, and in pg_locks whether a table of the catalog is locked";
+        Self::new(ErrorKind::SessionUnavailable, text)
+    }
+
     /// A claim needs a thread, and the process has none left.
     pub(crate) fn no_thread(error: std::io::Error) -> Self {
         let message = "the thread for the lock could not be started; is the limit of threads, or of open files, reached?";
@@ -271,7 +277,7 @@ impl Error {
 
     /// How long the takeover grace lasts at the most in which the lock was not to be had; `None` if it was for anything else. It tells the
     /// [`LockUnavailable`](ErrorKind::LockUnavailable) or [`TimedOut`](ErrorKind::TimedOut) of a lock that another has from that of one
-    /// that nobody is granted yet. See [`Config::takeover`](crate::Config::takeover).
+    /// that is not granted yet, unless to its holder of before, with [`AfterAnyRestart`](crate::TakeoverPolicy::AfterAnyRestart). See [`Config::takeover`](crate::Config::takeover).
     pub fn grace_left(&self) -> Option<Duration> {
         self.grace_left
     }

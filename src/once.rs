@@ -221,9 +221,11 @@ fn acquire<L: Lock + ?Sized>(lock: &L, context: &Context) -> Result<Option<LockG
             tried => tried,
         };
     }
+    // Work that nobody does must not pass for work that another one does. In a grace the holder of before may have the lock back.
+    let has_holder =
+        |error: &Error| error.grace_left().is_none() || lock.holder().is_ok_and(|holder| holder.is_some());
     match outcome {
-        // Work that nobody does must not pass for work that another one does.
-        Err(error) if error.kind() == ErrorKind::LockUnavailable && error.grace_left().is_none() => Ok(None),
+        Err(error) if error.kind() == ErrorKind::LockUnavailable && has_holder(&error) => Ok(None),
         outcome => outcome.map(Some),
     }
 }

@@ -142,7 +142,7 @@ fn describe(view: &LockView, own: &str) -> String {
     if let Some(left) = view.grace_left {
         // The time first, since the line may be cut.
         let left = text::lasting(left + Duration::from_millis(999));
-        return format!("waiting for {left} at most, since the server was restarted or replaced: {key}");
+        return format!("no lock for {left} at most, since the server was restarted or replaced: {key}");
     }
     let holder = match (&view.holder, look::count_text(view)) {
         (_, Some(count)) => count,

@@ -166,6 +166,24 @@ fn a_wait_that_ends_while_the_server_stands_still_is_no_sign_of_another_holder()
     drop(held);
 }
 
+/// A session that has rested is one of which nobody knows before whether the server answers on it.
+#[test]
+fn one_attempt_at_a_server_that_stands_still_says_so() {
+    let server = Server::start().unwrap();
+    for shared_sessions in [0, 1] {
+        let config = Config::from_url(&server.url()).unwrap().lease(Duration::from_secs(4));
+        let manager = started(config.shared_sessions(shared_sessions));
+        let lock = manager.lock("report").unwrap();
+        lock.acquire(PATIENCE).unwrap().release().unwrap();
+        let frozen = server.freeze().unwrap();
+        let error = lock.acquire(Duration::ZERO).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+        let why = std::error::Error::source(&error).and_then(|why| why.downcast_ref::<Error>());
+        assert_eq!(why.map(Error::kind), Some(ErrorKind::SessionUnavailable), "{error:?}");
+        frozen.thaw();
+    }
+}
+
 #[test]
 fn work_that_records_itself_is_done_exactly_once_whenever_its_process_is_killed() {
     for (what, is_done) in [("dies-before-commit", false), ("dies-after-commit", true)] {

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use dsync::crossbeam_channel::{RecvTimeoutError, TryRecvError, bounded};
 use dsync::{
-    CatalogMode, ClaimState, Config, Context, Error, ErrorKind, Lock, LockOptions, PostgresManager,
-    SyncManager as _, TakeoverPolicy, Verdict,
+    CatalogMode, ClaimState, Config, Context, Error, ErrorKind, Lock, LockOptions, Once, Period,
+    PostgresManager, Run, SyncManager as _, TakeoverPolicy, Verdict,
 };
 use parking_lot::Mutex;
 use support::netns::Direction;
@@ -476,8 +476,19 @@ fn only_the_last_holder_is_let_back_at_once(shared_sessions: u32) {
     young.acquire(PATIENCE).unwrap().release().unwrap();
     server.restart(Shutdown::Fast).unwrap();
     let begun = Instant::now();
-    eventually("the lock of the last holder", || last.try_acquire().ok().flatten().is_some());
+    let mut guard = None;
+    eventually("the lock of the last holder", || {
+        guard = last.try_acquire().ok().flatten();
+        guard.is_some()
+    });
     assert!(begun.elapsed() < LEASE / 2, "{:?}", begun.elapsed());
+    // What it has is not nobody's.
+    let no_work = |_: &Run<'_>| -> dsync::Result<()> { unreachable!("nobody is to do it") };
+    let outcome = former.once(Period::every(LEASE), Duration::ZERO, no_work).unwrap();
+    assert!(matches!(outcome, Once::Busy), "{outcome:?}");
+    let error = other.once(Period::every(LEASE), Duration::ZERO, no_work).unwrap_err();
+    assert!(error.grace_left().is_some(), "{error}");
+    guard.unwrap().release().unwrap();
     for lock in [&former, &other, &young] {
         assert!(lock.try_acquire().unwrap().is_none(), "{}", lock.key());
         assert_eq!(kind(lock.try_lock(&soon())), ErrorKind::LockUnavailable);

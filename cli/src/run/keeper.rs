@@ -114,8 +114,8 @@ impl Keeper {
         let config = watch.apply(config).observer(Losses(tell_loss));
         let manager = PostgresManager::connect(config).map_err(|error| {
             let failure = Failure::from(error);
-            // The library would name settings of which nobody has heard.
-            if watch.fits() || failure.code != USAGE {
+            // About the times, the library would name settings of which nobody has heard.
+            if watch.fits() || !failure.message.contains("lengthen lease") {
                 return failure;
             }
             Failure { message: watch.advice(), ..failure }

@@ -75,6 +75,22 @@ fn a_wrong_command_line_is_64_and_says_what_to_change() {
     }
 }
 
+/// The lease is long enough for these heartbeats, and too short for the usual ones.
+#[test]
+fn another_setting_that_is_refused_is_not_taken_for_the_lease() {
+    let mut command = pgdsync(&Server::shared().database().unwrap().url());
+    command.args(["run", "--lease=30", "k", "--", "true"]);
+    for (name, value) in
+        [("DSYNC_HEARTBEAT", "1s"), ("DSYNC_HEARTBEAT_TIMEOUT", "1s"), ("DSYNC_SHARED_SESSIONS", "3")]
+    {
+        command.env(name, value);
+    }
+    let output = command.output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(64), "{said}");
+    assert!(said.contains("shared_sessions is 3") && !said.contains("--lease"), "{said}");
+}
+
 #[test]
 fn a_server_that_cannot_be_reached_is_69_and_the_command_does_not_run() {
     let file = new_file("ran");
