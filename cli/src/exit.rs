@@ -50,7 +50,7 @@ impl Failure {
 
 /// A text of the library's, where it names what only a program that uses the library has at hand, in our words.
 pub(crate) fn in_our_words(text: &str) -> String {
-    const WORDS: [(&str, &str); 8] = [
+    const WORDS: [(&str, &str); 9] = [
         (
             "the server asks for a password: put one into the connection string, or have PGPASSWORD and the password file looked at, by \
              Config::from_env",
@@ -62,6 +62,7 @@ pub(crate) fn in_our_words(text: &str) -> String {
             "the SQL that `pgdsync catalog --grant ROLE` prints",
         ),
         ("set the catalog to", "set DSYNC_CATALOG to"),
+        ("(CatalogMode::MustExist)", "(DSYNC_CATALOG=must-exist, as for a command that only looks)"),
         ("change it for all with set_permits()", "change it for all with `pgdsync permits KEY N`"),
         ("(Config::takeover)", "(DSYNC_TAKEOVER)"),
         (

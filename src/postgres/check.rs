@@ -242,9 +242,9 @@ fn takeover(
         Ok(longest) => longest,
         Err(refusal) => return Some(refusal.into_line("takeover")),
     };
+    let advice = session.schema().apply("UPDATE dsync.policy SET lease = … (milliseconds)");
     let Some((left, is_counted)) = pool.grace_on(session, by).ok()? else {
         let longest = longest.filter(|longest| *longest > own_lease)?;
-        let advice = session.schema().apply("UPDATE dsync.policy SET lease = … (milliseconds)");
         let text = format!(
             "after a crash of the server nobody is granted a lock for {longest:?}, the longest lease that was used in this database; where no \
              manager has it any longer, an operator makes that shorter: {advice}"
@@ -261,7 +261,9 @@ fn takeover(
         format!(
             "{until}: the server was restarted, or another one took its place, and a holder of before may be cut off"
         ),
-        "ask for a lock and wait; shorter leases, of all managers of the database, make it shorter, with UPDATE dsync.policy SET lease = … (milliseconds)",
+        format!(
+            "ask for a lock and wait; shorter leases, of all managers of the database, make it shorter, with: {advice}"
+        ),
     ))
 }
 

@@ -435,8 +435,8 @@ impl Pool {
                 Ok(())
             };
             let is_repeated = has_rested && (may_repeat || seen.is_err());
-            // Of what may be repeated it is no matter whether it was done.
-            let unknown = if may_repeat {
+            // Of what may be repeated it is no matter whether it was done, and what was not sent was not done.
+            let unknown = if may_repeat || seen.is_err() {
                 ""
             } else {
                 "; it is not known whether it was done, so look before you repeat it"

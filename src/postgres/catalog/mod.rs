@@ -97,7 +97,7 @@ pub(crate) fn found(
 
 fn missing() -> Refusal {
     refused(&format!(
-        "the catalog is not there or too old, and the settings say that it must be there; let an administrator run \
+        "the catalog is not there or too old, and is not made here (CatalogMode::MustExist); let an administrator run \
          {SCRIPT} in this database, or set the catalog to automatic or none"
     ))
 }
