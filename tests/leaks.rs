@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::{becomes, eventually, hear, is_held, kind, soon, started};
+use common::{PATIENCE, becomes, eventually, hear, is_held, kind, soon, started};
 use dsync::{Config, Context, ErrorKind, Key, Lock, LockOptions, PostgresManager, SyncManager, json_valuer};
 use postgres::Client;
 use support::{Database, process};
@@ -42,7 +42,8 @@ fn nothing_is_left_of_ten_thousand_claims_on_as_many_keys() {
     let _blocker = blocker(&database);
     let threads_before = own_threads();
     let config = Config::from_url(&database.url()).unwrap().max_sessions(THREADS.into()).lease(LEASE);
-    let manager = started(config);
+    // The server may be busy for a while.
+    let manager = started(config.release_timeout(PATIENCE));
 
     make_claims(&database, &manager, 1..=WARM_UP);
     fill_pool(&manager);

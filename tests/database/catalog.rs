@@ -22,8 +22,9 @@ use crate::common::{
     self, PATIENCE, Process, becomes, briefly, eventually, kind, lock, make_catalog, number_of, soon, started,
 };
 
+/// What is shown here does not depend on how soon a busy server answers.
 fn config(database: &Database<'_>) -> Config {
-    Config::from_url(&database.url()).unwrap()
+    Config::from_url(&database.url()).unwrap().connect_timeout(PATIENCE).release_timeout(PATIENCE)
 }
 
 /// Where the tokens are shown, and not what a takeover of the server costs.
