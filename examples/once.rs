@@ -4,8 +4,8 @@
 //! cargo run --example once
 //! ```
 //!
-//! With `DATABASE_URL` set, run it in two terminals at once: the second one leaves the work to the first. Run it again when the work is
-//! done: it is not due before tomorrow. Kill the one that works and start another: it begins at once. Without `DATABASE_URL` it
+//! With `DATABASE_URL` set, run it in two terminals at once: the second one waits for the first, and finds the work done. Run it again:
+//! it is not due before tomorrow. Kill the one that works while another waits: that one begins at once. Without `DATABASE_URL` it
 //! starts a PostgreSQL server of its own and prints the address for the second terminal.
 
 use std::env;
@@ -17,6 +17,8 @@ use dsync::{Config, Once, PostgresManager};
 
 const NIGHTLY: Duration = Duration::from_secs(24 * 60 * 60);
 const STEPS: u32 = 10;
+/// Longer than a takeover grace, in which nobody is granted the lock, and nobody would do the work. It may begin with this very call.
+const WAIT: Duration = Duration::from_secs(120);
 
 fn main() -> ExitCode {
     env_logger::init();
@@ -43,7 +45,7 @@ fn run() -> Result<(), Box<dyn Error>> {
 
     // The success is recorded if the work returns `Ok`. Where it is one transaction in this database, let that transaction record it, by
     // `run.record(&mut transaction)`: then it is done exactly once, and not at least once.
-    let outcome = manager.once("nightly-report", NIGHTLY, Duration::ZERO, |run| {
+    let outcome = manager.once("nightly-report", NIGHTLY, WAIT, |run| {
         for step in 1..=STEPS {
             // A step of real work would look here between two writes, and write behind the fence of `run.term()`.
             if run.lost().wait_timeout(Duration::from_millis(500)) {
@@ -61,7 +63,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         Once::NotDue { due_in, .. } => {
             println!("done already, due again in {} minutes", due_in.as_secs() / 60)
         }
-        Once::Busy => println!("another machine does it now"),
+        Once::Busy => println!("another machine is still at it"),
     }
     Ok(())
 }

@@ -358,7 +358,8 @@ impl dyn Lock + '_ {
     /// # let manager = MemoryManager::new();
     /// # manager.start()?;
     /// const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-    /// let outcome = manager.once("nightly-report", DAY, Duration::ZERO, |run| {
+    /// // For two minutes it waits for a machine that is at it, or for the end of a takeover grace.
+    /// let outcome = manager.once("nightly-report", DAY, Duration::from_secs(120), |run| {
     ///     for chapter in 1..=100 {
     ///         if run.lost().is_lost() {
     ///             break; // another machine may begin; `once` fails with `Lost`, and records nothing
@@ -370,7 +371,7 @@ impl dyn Lock + '_ {
     /// match outcome {
     ///     Once::Ran(chapters) => println!("{chapters} chapters"),
     ///     Once::NotDue { due_in, .. } => println!("done already, due again in {due_in:?}"),
-    ///     Once::Busy => println!("another machine does it now"),
+    ///     Once::Busy => println!("another machine is still at it"),
     /// }
     /// # assert_eq!(outcome, Once::Ran(100));
     /// # Ok::<(), dsync::Error>(())
@@ -385,7 +386,7 @@ impl dyn Lock + '_ {
     /// type Failure = Box<dyn std::error::Error>;
     ///
     /// fn interest(manager: &PostgresManager, client: &mut dsync::postgres::Client) -> Result<(), Failure> {
-    ///     manager.once("interest", DAY, Duration::ZERO, |run| -> Result<(), Failure> {
+    ///     manager.once("interest", DAY, Duration::from_secs(120), |run| -> Result<(), Failure> {
     ///         let mut transaction = client.transaction()?;
     ///         run.record(&mut transaction)?; // first of all
     ///         transaction.execute("UPDATE account SET balance = balance * 1.0001", &[])?;
