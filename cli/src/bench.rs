@@ -56,10 +56,8 @@ impl Bench {
         pair(&*lock)?;
         let mut rows = vec![Row { what: "lock and release", times: self.pairs(&*lock)? }];
         let held = lock.acquire(PATIENCE)?;
-        let beats: Vec<Duration> = times
-            .try_iter()
-            .chain((0..self.rounds).map_while(|_| times.recv_timeout(PATIENCE).ok()))
-            .collect();
+        let beats: Vec<Duration> =
+            (0..self.rounds).map_while(|_| times.recv_timeout(PATIENCE).ok()).collect();
         held.release()?;
         if beats.is_empty() {
             return Err(Failure::new(

@@ -112,7 +112,8 @@ impl Dialer {
             let route = &self.plan.routes[index];
             let to_come = order.len() - position - 1;
             let next_route = ((index + 1) % self.plan.routes.len(), None);
-            let Some(until) = self.share(control, deadline, 1 + to_come, &mut failed) else { break };
+            let name = || route.to_string();
+            let Some(until) = self.share(control, deadline, 1 + to_come, name, &mut failed) else { break };
             let mut addresses = match addresses(route, control, until) {
                 Ok(addresses) => addresses,
                 Err(error) => {
@@ -130,7 +131,8 @@ impl Dialer {
             }
             for (tried, &address) in addresses.iter().enumerate() {
                 let left = addresses.len() - tried + to_come;
-                let Some(until) = self.share(control, deadline, left, &mut failed) else {
+                let Some(until) = self.share(control, deadline, left, || route.at(address), &mut failed)
+                else {
                     return Err(failed);
                 };
                 let begun = Instant::now();
@@ -159,12 +161,13 @@ impl Dialer {
         Err(failed)
     }
 
-    /// Until when the next of `count` addresses may be tried; `None`, with the reason in `failed`, if none may.
+    /// Until when the next of `count` addresses, of this `name`, may be tried; `None`, with the reason in `failed`, if none may.
     fn share(
         &self,
         control: &StreamControl,
         deadline: Instant,
         count: usize,
+        name: impl FnOnce() -> String,
         failed: &mut DialError,
     ) -> Option<Instant> {
         // Of the session before, which said goodbye.
@@ -173,9 +176,11 @@ impl Dialer {
         let left = deadline.saturating_duration_since(Instant::now());
         let ended = control.ended().or_else(|| left.is_zero().then_some(Ended::ConnectTimedOut));
         if let Some(ended) = ended {
-            // Nothing is said of an address that was not tried.
-            if failed.failures.is_empty() || ended == Ended::Killed {
+            if ended == Ended::Killed {
                 failed.add("connect".to_owned(), ended.into_io());
+            } else if failed.failures.is_empty() {
+                // The time was over before the first one was tried.
+                failed.add(name(), ended.into_io());
             }
             return None;
         }
