@@ -182,12 +182,6 @@ impl Error {
         Self { kind: ErrorKind::TimedOut, ..self }
     }
 
-    /// The server has kept silent for as long as one attempt may take.
-    pub(crate) fn no_answer() -> Self {
-        let text = "the server has not answered; see whether it runs, and in pg_locks whether a table of the catalog is locked";
-        Self::new(ErrorKind::SessionUnavailable, text)
-    }
-
     /// A claim needs a thread, and the process has none left.
     pub(crate) fn no_thread(error: std::io::Error) -> Self {
         let message = "the thread for the lock could not be started; is the limit of threads, or of open files, reached?";

@@ -276,14 +276,6 @@ impl LockGuard {
             match Self::begin(lock, turn, (!tries_once).then_some(context), begun, has_others) {
                 // The one attempt of a context that had ended.
                 Err(error) if error.kind() == ErrorKind::LockUnavailable => Err(error.into_timed_out()),
-                // No other holder was in the way of that attempt.
-                Err(error)
-                    if tries_once
-                        && error.kind() == ErrorKind::TimedOut
-                        && std::error::Error::source(&error).is_none() =>
-                {
-                    Err(error.with_source(Error::no_answer()))
-                }
                 outcome => outcome,
             }
         })

@@ -243,7 +243,8 @@ impl LossReason {
         }
     }
 
-    /// Whether the server itself said that it ends the session. It says so *before* it lets go of the session's locks.
+    /// Whether the server itself said that it ends the session. It says so *before* it lets go of the session's locks; after a crash it lets go
+    /// of all of them, when all sessions are over.
     pub(crate) fn is_announced(self) -> bool {
         matches!(self, Self::Terminated | Self::ServerCrashed | Self::DatabaseDropped | Self::LeaseExpired)
     }

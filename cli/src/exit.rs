@@ -10,7 +10,7 @@ pub(crate) const NOTHING: u8 = 1;
 pub(crate) const CONFLICT: u8 = 75;
 /// The output cannot be written (`EX_IOERR`).
 pub(crate) const OUTPUT: u8 = 74;
-/// The lock was lost while the command ran.
+/// The lock was lost before it was given back.
 pub(crate) const LOST: u8 = 79;
 /// The server cannot be reached, or refuses the session (`EX_UNAVAILABLE`).
 pub(crate) const UNAVAILABLE: u8 = 69;

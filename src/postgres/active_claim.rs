@@ -121,7 +121,10 @@ impl ActiveClaim {
                 recv(changed) -> _ => {}
                 recv(context.cancelled()) -> _ => return Err(claim.gave_up(ErrorKind::Cancelled, begun)),
                 recv(context.expires_at().map_or_else(never, at)) -> _ => {
-                    return Err(claim.gave_up(ErrorKind::TimedOut, begun));
+                    let error = claim.gave_up(ErrorKind::TimedOut, begun);
+                    // The time of a single attempt is the server's, and not one that the caller has set.
+                    let silence = if patience == Patience::TryOnce { claim.silence() } else { None };
+                    return Err(silence.into_iter().fold(error, Error::with_source));
                 }
             }
         }

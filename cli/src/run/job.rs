@@ -103,12 +103,13 @@ impl Keeper {
     /// That a lock is not to be had, and why. That another has it, `flock` would be silent about. In a takeover grace nobody is granted it, and a
     /// job that nobody does must not pass for one that another does.
     fn conflict(&self, arguments: &RunArguments, keys: &[Written], grace_left: Option<Duration>) -> Failure {
-        // Who had it last before the restart may have it back meanwhile. Readers and permits of others leave room.
-        let is_held =
-            |key: &Written| self.manager.inspect(key.key.clone()).is_ok_and(|view| view.holder.is_some());
-        let may_share = arguments.shared || arguments.permits.is_some();
+        // Who had it last before the restart may have it back meanwhile. Other readers leave room for one, and permits for others.
+        let is_held = |key: &Written| {
+            let view = self.manager.inspect(key.key.clone());
+            view.is_ok_and(|view| view.holder.is_some_and(|holder| !(arguments.shared && holder.is_shared)))
+        };
         if let Some(left) = grace_left
-            && (may_share || !keys.iter().any(is_held))
+            && (arguments.permits.is_some() || !keys.iter().any(is_held))
         {
             return Failure::new(CONFLICT, look::grace_text(left));
         }

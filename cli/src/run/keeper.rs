@@ -114,8 +114,10 @@ impl Keeper {
         let config = watch.apply(config).observer(Losses(tell_loss));
         let manager = PostgresManager::connect(config).map_err(|error| {
             let failure = Failure::from(error);
-            // About the times, the library would name settings of which nobody has heard.
-            if watch.fits() || !failure.message.contains("lengthen lease") {
+            // About these times, the library would name settings of which nobody has heard.
+            let is_about_times =
+                ["lengthen lease", "margin is "].iter().any(|text| failure.message.contains(text));
+            if watch.fits() || !is_about_times {
                 return failure;
             }
             Failure { message: watch.advice(), ..failure }

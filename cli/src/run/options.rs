@@ -45,7 +45,8 @@ Exit codes:
   75   another has the lock, or the time to wait is over (or what
        --conflict-exit-code says); or a takeover grace goes on: the server
        was restarted, and nobody is granted a lock yet
-  79   the lock was lost, and the command was ended
+  79   the lock was lost before it was given back; the command was ended,
+       unless it had ended by itself
   126  the command cannot be executed; 127 it is not there
 ",
     ", with --permits PGDSYNC_PERMIT as well; of further keys PGDSYNC_KEY_2 and so on."

@@ -426,6 +426,21 @@ impl Claim {
         }
     }
 
+    /// That the server has kept silent, if it has: it has refused nothing, and no other holder is in the way.
+    pub(crate) fn silence(&self) -> Option<Error> {
+        let status = self.status.lock();
+        if !matches!(status.phase, Phase::Acquiring) || status.problem.is_some() {
+            return None;
+        }
+        let text = match status.unconfirmed {
+            Confirms::Nothing => {
+                "the server has not answered; see whether it runs, and in pg_locks whether a table of the catalog is locked"
+            }
+            _ => "the server has granted it, and that was not confirmed in time",
+        };
+        Some(Error::new(ErrorKind::SessionUnavailable, text))
+    }
+
     /// How the claim stands; `None` if it is over.
     pub(crate) fn snapshot(&self) -> Option<ClaimSnapshot> {
         let status = self.current();

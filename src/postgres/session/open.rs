@@ -359,7 +359,8 @@ impl Session {
     }
 
     /// Whether the server has ended its side of the connection `by` then, and with it the process that served the session:
-    /// so it holds nothing any more. PostgreSQL says that it ends a session before it lets go of the locks.
+    /// so it holds nothing any more, or nobody is granted it before all sessions are over, after a crash. PostgreSQL says that it ends a session before
+    /// it lets go of the locks.
     pub(crate) fn wait_gone(&self, by: Instant) -> bool {
         self.is_direct && self.stream().wait_closed(by)
     }
