@@ -271,7 +271,8 @@ impl Error {
 
     /// How long the takeover grace lasts at the most in which the lock was not to be had; `None` if it was for anything else. It tells the
     /// [`LockUnavailable`](ErrorKind::LockUnavailable) or [`TimedOut`](ErrorKind::TimedOut) of a lock that another has from that of one
-    /// that is not granted yet, unless to its holder of before, with [`AfterAnyRestart`](crate::TakeoverPolicy::AfterAnyRestart). See [`Config::takeover`](crate::Config::takeover).
+    /// that is not granted yet, unless to its holder of before, with [`AfterAnyRestart`](crate::TakeoverPolicy::AfterAnyRestart). See
+    /// [`Config::takeover`](crate::Config::takeover).
     pub fn grace_left(&self) -> Option<Duration> {
         self.grace_left
     }
