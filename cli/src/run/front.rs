@@ -23,8 +23,8 @@ use super::wire::{Frames, Moment, ToFront, ToKeeper};
 use super::{BECOME, KEEP};
 use crate::exit::{Failure, LOST, UNAVAILABLE, USAGE, say};
 
-/// How long after the end of a term the keeper may be silent. It tells of the end itself, unless it stands still. Shorter than what the
-/// margin has beside the command's time to end, which is a second at the least.
+/// How long the keeper may be silent after the end of a term, or after it was heard last. It tells of the end itself, unless it stands still.
+/// Shorter than what the margin has beside the command's time to end, which is a second at the least.
 const PATIENCE: Duration = Duration::from_millis(250);
 
 /// How often to look whether a group is gone: the end of a process that is not a child of this one is no event.
@@ -51,12 +51,14 @@ pub(super) struct Front<'a> {
     is_lost: bool,
     /// The keeper said nothing when the term was over.
     keeper_is_silent: bool,
+    /// The variables of a command that is to be started, until its term is known not to be over.
+    begins: Option<Vec<(String, String)>>,
     /// The last signal to end that came.
     told_to_end: Option<Caught>,
     /// The signal that ended the wait for the lock.
     ended_by: Option<Caught>,
     job: Option<Job>,
-    /// The exit code of the last command.
+    /// The exit code of the last command; until one has run, that of a lost lock.
     code: u8,
 }
 
@@ -65,6 +67,8 @@ struct Keeper {
     process: Pid,
     stream: UnixStream,
     frames: Frames,
+    /// When it was heard last.
+    heard: Moment,
     /// It has closed its end.
     is_gone: bool,
     /// What it said last.
@@ -108,10 +112,11 @@ impl<'a> Front<'a> {
             deadline: None,
             is_lost: false,
             keeper_is_silent: false,
+            begins: None,
             told_to_end: None,
             ended_by: None,
             job: None,
-            code: 0,
+            code: LOST,
         })
     }
 
@@ -119,13 +124,15 @@ impl<'a> Front<'a> {
     pub(super) fn watch(mut self) -> Result<u8, Failure> {
         loop {
             self.pause();
+            // This process may stand still in any of the lines that follow. What the keeper said meanwhile is heard in the next round, and
+            // the keeper was not silent.
+            let now = Moment::now();
             self.hear()?;
             for signal in self.signals.come() {
                 self.heed(signal);
             }
             self.wait_for_children();
-            // After all that has come was taken in: this process may have stood still.
-            self.look_at_the_clock();
+            self.look_at_the_clock(now);
             if self.job.as_ref().is_some_and(Job::is_over) {
                 self.end_job();
             }
@@ -160,27 +167,31 @@ impl<'a> Front<'a> {
     /// Until when the keeper may be silent; `None` while that is of no interest.
     fn silent_until(&self) -> Option<Moment> {
         let watches = !self.is_lost && !self.keeper.is_gone && self.keeper.done.is_none();
-        self.deadline.filter(|_| watches && !self.waits_for_the_next_term()).map(|end| end.after(PATIENCE))
+        let end = self.deadline.filter(|_| watches && !self.waits_for_the_next_term())?;
+        // What was heard last may have waited for this process to go on, and what is newer is on its way.
+        Some(end.max(self.keeper.heard).after(PATIENCE))
     }
 
     /// True between two terms of a leader.
     fn waits_for_the_next_term(&self) -> bool {
-        self.plan.leads && self.job.is_none()
+        self.plan.leads && self.job.is_none() && self.begins.is_none()
     }
 
     fn hear(&mut self) -> Result<(), Failure> {
         self.keeper.is_gone = self.keeper.is_gone || !self.keeper.frames.take_in(&self.keeper.stream);
-        let mut begins = None;
+        let mut has_come = false;
         while let Some(frame) = self.keeper.frames.next() {
+            has_come = true;
             match ToFront::parse(&frame) {
                 Some(ToFront::Start { deadline, variables }) => {
                     self.deadline = Some(deadline);
                     self.is_lost = false;
-                    begins = Some(variables);
+                    self.begins = Some(variables);
                 }
-                Some(ToFront::Deadline(deadline)) => self.deadline = Some(deadline),
+                // One that was noted before `Start` may come after it.
+                Some(ToFront::Deadline(deadline)) => self.deadline = self.deadline.max(Some(deadline)),
                 Some(ToFront::Lost(why)) => {
-                    say(&format!("the lock was lost: {why}; the command is being ended"));
+                    say(&format!("the lock was lost: {why}; {}", self.consequence()));
                     self.note_loss();
                 }
                 Some(ToFront::Say(text)) => say(&text),
@@ -188,15 +199,27 @@ impl<'a> Front<'a> {
                 None => {}
             }
         }
-        match begins {
-            // A front that stood still may hear of a whole term at once. Nor does a command begin that would be told to end.
-            Some(_) if self.is_lost || self.is_over() || self.told_to_end.is_some() => {
-                let _ = ToKeeper::Ended { succeeded: false }.send(&self.keeper.stream);
-                Ok(())
-            }
-            Some(variables) => self.start_job(&variables),
-            None => Ok(()),
+        if has_come {
+            self.keeper.heard = Moment::now();
         }
+        if self.begins.is_some() && (self.is_lost || self.told_to_end.is_some()) {
+            // A front that stood still may hear of a whole term at once. Nor does a command begin that would be told to end.
+            self.begins = None;
+            let _ = ToKeeper::Ended { succeeded: false }.send(&self.keeper.stream);
+        }
+        // Of a term that is over by what was heard it will be heard in a moment that it was renewed or lost.
+        if !self.is_over()
+            && !self.keeper.is_gone
+            && let Some(variables) = self.begins.take()
+        {
+            self.start_job(variables)?;
+        }
+        Ok(())
+    }
+
+    /// What becomes of the command without the lock.
+    fn consequence(&self) -> &'static str {
+        if self.begins.is_some() { "the command is not started" } else { "the command is being ended" }
     }
 
     /// True if the term is over, unless it has been renewed without the front's knowing.
@@ -205,7 +228,7 @@ impl<'a> Front<'a> {
     }
 
     /// Starts what becomes the command, and lets it go on when the keeper will know of it, whatever becomes of this process.
-    fn start_job(&mut self, variables: &[(String, String)]) -> Result<(), Failure> {
+    fn start_job(&mut self, variables: Vec<(String, String)>) -> Result<(), Failure> {
         let mut command = Command::new(own_program());
         command
             .arg0("pgdsync")
@@ -226,12 +249,18 @@ impl<'a> Front<'a> {
         // It stops itself, or has ended.
         match waitpid(Some(leader), WaitOptions::UNTRACED) {
             Ok(Some((_, status))) if !status.stopped() => job.note_end(status),
+            // That took too long.
+            _ if self.is_over() => {
+                job.group.signal(Signal::KILL);
+                self.begins = Some(variables);
+                return Ok(());
+            }
             _ => {
                 // What was sent is read, even if this process is killed now. If it cannot be sent the keeper is gone, which is
                 // noticed next.
                 let (leader, begun) = (leader.as_raw_nonzero().get(), job.group.begun());
                 let _ = ToKeeper::Started { leader, begun }.send(&self.keeper.stream);
-                job.group.signal(if self.is_over() { Signal::KILL } else { Signal::CONT });
+                job.group.signal(Signal::CONT);
             }
         }
         self.job = Some(job);
@@ -275,7 +304,7 @@ impl<'a> Front<'a> {
     }
 
     fn is_finishing(&self) -> bool {
-        !self.plan.leads && self.deadline.is_some()
+        !self.plan.leads && self.deadline.is_some() && self.begins.is_none()
     }
 
     /// Lets a command that stands still go on.
@@ -313,17 +342,20 @@ impl<'a> Front<'a> {
         }
     }
 
-    fn look_at_the_clock(&mut self) {
-        let is_silent = self.silent_until().is_some_and(|end| end.left().is_zero());
+    /// Ends the command if the keeper had said nothing for too long by `heard_until`, and by force when its time to end is over.
+    fn look_at_the_clock(&mut self, heard_until: Moment) {
+        let is_silent = self.silent_until().is_some_and(|end| end <= heard_until);
         let is_gone = self.keeper.is_gone && self.keeper.done.is_none();
         if (is_silent || is_gone)
             && !self.is_lost
             && self.deadline.is_some()
             && !self.waits_for_the_next_term()
         {
-            if let Some(job) = &self.job {
+            if self.job.is_some() || self.begins.is_some() {
                 let how = if is_gone { "has ended" } else { "does not answer" };
-                say(&format!("the process that watches the lock {how}; the command is being ended"));
+                say(&format!("the process that watches the lock {how}; {}", self.consequence()));
+            }
+            if let Some(job) = &self.job {
                 job.group.tell_to_end(self.plan.watch.stop_signal);
             }
             self.keeper_is_silent = is_silent;
@@ -411,7 +443,14 @@ impl Keeper {
         let arguments: Result<_, _> = arguments.collect();
         let arguments = arguments.map_err(|_| io::Error::other("an argument before -- is not UTF-8"))?;
         ToKeeper::Begin(arguments).send(&stream)?;
-        Ok(Self { process, stream, frames: Frames::default(), is_gone: false, done: None })
+        Ok(Self {
+            process,
+            stream,
+            frames: Frames::default(),
+            heard: Moment::now(),
+            is_gone: false,
+            done: None,
+        })
     }
 
     /// Waits for its end, which follows its last word. Where the first process of a container waits for nobody it would stay as a zombie.

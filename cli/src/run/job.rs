@@ -104,12 +104,18 @@ impl Keeper {
     /// job that nobody does must not pass for one that another does.
     fn conflict(&self, arguments: &RunArguments, keys: &[Written], grace_left: Option<Duration>) -> Failure {
         // Who had it last before the restart may have it back meanwhile. Other readers leave room for one, and permits for others.
-        let is_held = |key: &Written| {
-            let view = self.manager.inspect(key.key.clone());
-            view.is_ok_and(|view| view.holder.is_some_and(|holder| !(arguments.shared && holder.is_shared)))
+        let is_held = || {
+            for key in keys {
+                // A server that does not answer is not asked again.
+                let Ok(view) = self.manager.inspect(key.key.clone()) else { return false };
+                if view.holder.is_some_and(|holder| !(arguments.shared && holder.is_shared)) {
+                    return true;
+                }
+            }
+            false
         };
         if let Some(left) = grace_left
-            && (arguments.permits.is_some() || !keys.iter().any(is_held))
+            && (arguments.permits.is_some() || !is_held())
         {
             return Failure::new(CONFLICT, look::grace_text(left));
         }

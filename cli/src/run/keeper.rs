@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use rustix::process::{Signal, getppid, setsid};
 
 use super::group::Group;
 use super::options::Watch;
-use super::wire::{Frames, Moment, ToFront, ToKeeper};
+use super::wire::{self, Frames, Moment, ToFront, ToKeeper};
 use crate::args::{Arguments, Connection, Verb};
 use crate::exit::{Failure, UNAVAILABLE, USAGE, say};
 use crate::key::Written;
@@ -77,7 +77,8 @@ pub(crate) struct Keeper {
     /// Ends with the front.
     pub(super) context: Context,
     pub(crate) manager: Arc<PostgresManager>,
-    /// Until when all locks are held at least.
+    /// Until when all locks are held at least, as the front is told; `None` before the first command. The front is told while the
+    /// lock is given back, too: a success may take its time to be recorded.
     deadline: Arc<Mutex<Option<Moment>>>,
     kill_after: Duration,
     stop_signal: Signal,
@@ -137,7 +138,9 @@ impl Keeper {
             canceller.cancel();
         })?;
         let deadline = Arc::default();
-        let mut options = LockOptions::new();
+        // After a long wait a term would begin when it is nearly over, since it counts from when the lock was asked for. Of one that has a grace,
+        // however short, a heartbeat comes first.
+        let mut options = LockOptions::new().grace(Duration::from_millis(1));
         if let Some(text) = watch.annotation.clone() {
             options = options.valuer(Arc::new(move || text.clone().into_bytes()));
         }
@@ -166,22 +169,35 @@ impl Keeper {
         let deadline = Arc::clone(&self.deadline);
         spawn("deadlines", move || {
             let longest = lease / 30;
+            let mut is_told = true;
             while let Some(manager) = manager.upgrade() {
                 let now = until(&manager);
                 drop(manager);
-                let mut pause = longest;
-                if let Some(now) = now {
-                    let mut deadline = deadline.lock().unwrap_or_else(PoisonError::into_inner);
-                    // Not before the command begins: who waits for a set of locks may have some of them. Two looks at one deadline differ
-                    // a little.
-                    if deadline.is_some_and(|before| now > before.after(Duration::from_millis(10))) {
-                        *deadline = Some(now);
-                        let _ = ToFront::Deadline(now).send(&stream);
-                    }
-                    // The closer the end, the sooner a renewal is told of.
-                    pause = (now.left() / 4).clamp(Duration::from_millis(10), longest);
+                let Some(now) = now else {
+                    is_told = true;
+                    thread::sleep(longest);
+                    continue;
+                };
+                let mut deadline = deadline.lock().unwrap_or_else(PoisonError::into_inner);
+                // Not before the command begins: who waits for a set of locks may have some of them. Two looks at one deadline differ
+                // a little.
+                if deadline.is_some_and(|before| now > before.after(Duration::from_millis(10))) {
+                    *deadline = Some(now);
+                    is_told = false;
                 }
-                thread::sleep(pause);
+                drop(deadline);
+                if !is_told {
+                    let sent = ToFront::Deadline(now).send(&stream);
+                    is_told = sent.map_or_else(|error| error.kind() != io::ErrorKind::WouldBlock, |()| true);
+                }
+                // The closer the end, the sooner a renewal is told of.
+                let pause = (now.left() / 4).clamp(Duration::from_millis(10), longest);
+                if is_told {
+                    thread::sleep(pause);
+                } else {
+                    // A front that stood still for long has many of them to hear, and must have the newest soon after.
+                    wire::wait_for_room(&stream, pause);
+                }
             }
         })
     }
@@ -208,8 +224,12 @@ impl Keeper {
         lost: &Receiver<Infallible>,
         stopping: &Receiver<Infallible>,
     ) -> Attended {
-        let deadline = until(&self.manager).unwrap_or_else(Moment::now);
-        *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
+        // Of an earlier term.
+        self.losses.try_iter().for_each(drop);
+        if terms.iter().any(|(_, term)| !term.is_held()) {
+            self.say(&format!("the lock was lost: {}; the command is not started", self.loss()));
+            return Attended { succeeded: false, lost: true };
+        }
         if self.is_verbose {
             let held: Vec<_> = (terms.iter())
                 .map(|(key, term)| {
@@ -221,11 +241,8 @@ impl Keeper {
                 .collect();
             self.say(&format!("holds {}", held.join(", ")));
         }
-        // Of an earlier term.
-        self.losses.try_iter().for_each(drop);
         let mut job = Watched { group: None, is_told: false, kill_at: None };
-        let start = ToFront::Start { deadline, variables: variables(terms) };
-        let mut front_is_gone = start.send(&self.stream).is_err();
+        let mut front_is_gone = self.start(terms).is_err();
         let mut attended = Attended { succeeded: false, lost: false };
         let mut has_ended = false;
         // Each of these is heard once.
@@ -268,14 +285,27 @@ impl Keeper {
             // After a freeze of this process the channels may be late.
             if !attended.lost && terms.iter().any(|(_, term)| !term.is_held()) {
                 attended.lost = true;
-                let end = self.deadline.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or(deadline);
-                job.end(self.stop_signal, end.min(Moment::now()).after(self.kill_after));
+                let now = Moment::now();
+                let end = self.known_deadline().map_or(now, |end| end.min(now));
+                job.end(self.stop_signal, end.after(self.kill_after));
                 let _ = ToFront::Lost(self.loss()).send(&self.stream);
             } else if is_stopping && !has_ended && !attended.lost {
                 job.end(self.stop_signal, Moment::now().after(self.kill_after));
                 self.say("asked to give the lock back; the command is being ended");
             }
         }
+    }
+
+    /// Has the front start the command. What it is told of later deadlines follows.
+    fn start(&self, terms: &[(&str, Term)]) -> io::Result<()> {
+        let mut known = self.known_deadline();
+        let deadline = until(&self.manager).unwrap_or_else(Moment::now);
+        *known = Some(deadline);
+        ToFront::Start { deadline, variables: variables(terms) }.send(&self.stream)
+    }
+
+    fn known_deadline(&self) -> MutexGuard<'_, Option<Moment>> {
+        self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Why a lock was lost, which is told a moment after the loss itself.
@@ -321,10 +351,10 @@ impl Watched {
     }
 
     fn kill_if_due(&mut self) {
-        if let Some(group) =
-            self.group.as_ref().filter(|_| self.kill_at.is_some_and(|at| at.left().is_zero()))
-        {
-            group.signal(Signal::KILL);
+        if self.kill_at.is_some_and(|at| at.left().is_zero()) {
+            if let Some(group) = &self.group {
+                group.signal(Signal::KILL);
+            }
             self.kill_at = Some(Moment::now().after(LOOKS_EVERY));
         }
     }

@@ -195,7 +195,7 @@ impl Watch {
     pub(super) fn advice(&self) -> String {
         format!(
             "--lease is {:?} and --kill-after {:?}: the command could not be ended before another may have the lock; with the usual \
-             heartbeats the lease must be more than three times --kill-after, and more than 2.5 times --kill-after and 1 s",
+             heartbeats the lease must be more than three times --kill-after, and more than 2.5 times the sum of --kill-after and 1 s",
             self.lease(),
             self.kill_after
         )

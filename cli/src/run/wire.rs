@@ -4,6 +4,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -132,6 +133,13 @@ fn moment(text: &str) -> Option<Moment> {
     text.parse().ok().map(|nanos| Moment(Duration::from_nanos(nanos)))
 }
 
+/// Waits until the other end has made room by listening, or is gone.
+pub(super) fn wait_for_room(stream: &UnixStream, at_most: Duration) {
+    // A pause that cannot be told of is none.
+    let Ok(at_most) = Timespec::try_from(at_most) else { return };
+    let _ = poll(&mut [PollFd::new(stream, PollFlags::OUT)], Some(&at_most));
+}
+
 fn send(mut stream: &UnixStream, fields: &[String]) -> io::Result<()> {
     // No argument and no variable has a NUL, and no message needs one.
     let text = fields.iter().map(|field| field.replace('\0', " ")).collect::<Vec<_>>().join("\0");
@@ -232,5 +240,23 @@ mod tests {
         let message = ToFront::Say("x".repeat(1000));
         let error = (0..10_000).find_map(|_| message.send(&here).err());
         assert_eq!(error.unwrap().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn room_is_there_again_when_the_other_has_listened() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let message = ToFront::Say("x".repeat(1000));
+        while message.send(&here).is_ok() {}
+        let patience = Duration::from_secs(60);
+        let begun = Moment::now();
+        wait_for_room(&here, Duration::from_millis(100));
+        assert!(begun.after(Duration::from_millis(100)).left().is_zero(), "there was no room");
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| wait_for_room(&here, patience));
+            Frames::default().take_in(&there);
+            waits.join().unwrap();
+        });
+        assert!(!begun.after(patience).left().is_zero(), "nobody was woken");
+        message.send(&here).unwrap();
     }
 }

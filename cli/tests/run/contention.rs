@@ -5,7 +5,10 @@ use std::process::Command;
 
 use support::Server;
 
-use crate::common::{Process, clean, new_file, pgdsync, run, text};
+use crate::common::{Process, SHORT, becomes, clean, new_file, pgdsync, run, sessions, text};
+
+/// A term of a holder with [`SHORT`]: the lease of 7 s less a heartbeat, the time to end and a second.
+const TERM_MILLIS: f64 = 3_600.0;
 
 #[test]
 fn two_at_once_run_one_after_the_other() {
@@ -46,6 +49,32 @@ fn the_lock_goes_back_when_the_whole_group_is_gone() {
     fs::write(&fifo, "\n").unwrap();
     assert_eq!(holder.ends().code(), Some(3));
     assert_eq!(run(&url, ["run", "-n", "k", "--", "true"]).status.code(), Some(0));
+}
+
+/// A term counts from when the lock was asked for, and the wait takes nearly all of it.
+#[test]
+fn a_lock_that_is_granted_late_in_a_wait_has_its_command_run() {
+    let server = Server::start().unwrap();
+    let (url, mut client) = (server.url(), server.client().unwrap());
+    for millis in [1, 3, 6, 12, 25, 100] {
+        let mut holder =
+            Process::start(pgdsync(&url).args(["run", "k", "--", "sh", "-c", "echo had; exec sleep 1000"]));
+        holder.says("had");
+        let backend = crate::loss::holder_of(&server, "k");
+        let waiter = pgdsync(&url).arg("run").args(SHORT).args(["k", "--", "echo", "ran"]).spawn().unwrap();
+        becomes("the waiters", &1, || sessions(&server, false));
+        let at_the_end = "SELECT pg_terminate_backend($1) FROM (SELECT pg_sleep(greatest(0, extract(epoch FROM \
+             query_start + $2 * interval '1 ms' - clock_timestamp()))) FROM pg_stat_activity WHERE wait_event = 'advisory') slept";
+        client.query_one(at_the_end, &[&backend, &(TERM_MILLIS - f64::from(millis))]).unwrap();
+        let output = waiter.wait_with_output().unwrap();
+        assert_eq!(
+            (output.status.code(), &*text(&output.stdout)),
+            (Some(0), "ran\n"),
+            "{}",
+            text(&output.stderr)
+        );
+        assert_eq!(holder.ends().code(), Some(79));
+    }
 }
 
 #[test]

@@ -156,6 +156,28 @@ fn a_frozen_front_alone_changes_nothing() {
     assert_eq!(holder.ends().code(), Some(128 + 9));
 }
 
+/// What the keeper says of the renewals has long found no room.
+#[test]
+#[ignore = "long; run with --ignored"]
+fn a_front_that_was_frozen_for_many_renewals_changes_nothing() {
+    let server = Server::start().unwrap();
+    let fifo = new_file("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let script = format!("echo begun; read x < {}; echo went on", fifo.display());
+    let command = ["run", "--lease=4s", "--kill-after=0", "k", "--", "sh", "-c", &script];
+    let mut holder = Process::start(pgdsync(&server.url()).args(command));
+    holder.says("begun");
+    holder.signal(Signal::Stop);
+    // A renewal each 0.8 s, and room for some 280.
+    thread::sleep(Duration::from_secs(280));
+    holder.signal(Signal::Continue);
+    thread::sleep(LEASE);
+    assert_eq!(holder.child.try_wait().unwrap(), None);
+    std::fs::write(&fifo, "\n").unwrap();
+    holder.says("went on");
+    assert_eq!(holder.ends().code(), Some(0));
+}
+
 /// Both stand still for longer than the lease, as on a machine that is suspended: nothing can be done meanwhile.
 #[test]
 fn both_frozen_for_longer_than_the_lease_end_the_command_when_they_go_on() {

@@ -2,10 +2,11 @@
 
 use std::io::Write as _;
 use std::process::{ChildStdin, Command, Stdio};
+use std::thread;
 
 use support::Server;
 
-use crate::common::{Process, becomes, clean, heeding};
+use crate::common::{LEASE, Process, SHORT, becomes, clean, heeding};
 
 /// An interactive shell in a terminal.
 struct Shell {
@@ -17,7 +18,9 @@ impl Shell {
     fn start(url: &str) -> Option<Self> {
         let mut script = clean(heeding("script"), url);
         script.args(["-qefc", "PS1='$ ' bash --norc --noprofile -i", "/dev/null"]);
-        script.env("RUN", format!("{} run k --", env!("CARGO_BIN_EXE_pgdsync"))).stdin(Stdio::piped());
+        let program = env!("CARGO_BIN_EXE_pgdsync");
+        script.env("RUN", format!("{program} run k --")).stdin(Stdio::piped());
+        script.env("RUN_SHORT", format!("{program} run {} k --", SHORT.join(" ")));
         let has_both = ["script", "bash"]
             .iter()
             .all(|name| Command::new(name).arg("--version").stdout(Stdio::null()).status().is_ok());
@@ -49,6 +52,28 @@ fn a_command_that_reads_the_terminal_can_be_stopped_and_goes_on() {
     shell.process.says("Stopped");
     shell.types("echo al$((1+1))ve\n");
     shell.process.says("al2ve");
+    shell.types("fg\n");
+    shell.types("two\n");
+    shell.process.says("got two");
+    shell.types("echo code $?$?\n");
+    shell.process.says("code 00");
+    shell.types("exit\n");
+    assert!(shell.process.ends().success());
+}
+
+/// The keeper does not stand still, and what it says of the renewals is heard only then.
+#[test]
+fn a_command_that_is_stopped_for_longer_than_a_term_goes_on() {
+    let database = Server::shared().database().unwrap();
+    let Some(mut shell) = Shell::start(&database.url()) else { return };
+    shell.types("$RUN_SHORT sh -c 'echo re''ady; read x; echo \"g\"ot $x; read y; echo \"g\"ot $y'\n");
+    shell.process.says("ready");
+    shell.types("one\n");
+    shell.process.says("got one");
+    // Ctrl-Z.
+    shell.types("\x1a");
+    shell.process.says("Stopped");
+    thread::sleep(LEASE);
     shell.types("fg\n");
     shell.types("two\n");
     shell.process.says("got two");
