@@ -250,8 +250,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     fn last_success(&self) -> Result<Option<SystemTime>>;
 
     /// Forgets the last success, so that the work is due at once. `true` if there was one. Work that is being done now is recorded all
-    /// the same when it succeeds. It takes as long as [`holder`](Self::holder), or longer where the server waits for a standby. If the
-    /// connection is lost before the answer, the error says that it is not known whether it was done.
+    /// the same when it succeeds. It takes as long as [`holder`](Self::holder). If the connection is lost before the answer, or the server waits
+    /// for a synchronous standby for longer than the heartbeat timeout, the error says that it is not known whether it was done.
     ///
     /// # Errors
     /// As [`last_success`](Self::last_success).
@@ -402,7 +402,7 @@ impl dyn Lock + '_ {
     /// needed now and then: with `max_sessions` of 1 it fails. The lock is the one that others have under this key by other means, so
     /// keep a key for one piece of work. If the server does not answer, it takes up to three attempts (`connect_timeout` and heartbeat
     /// timeout together) longer than `context` says. `work` runs on this thread, for as long as it takes. While the term lasts, the record
-    /// is tried five times, for a heartbeat timeout each where somebody has locked its table, with pauses of 3 s in all.
+    /// is tried five times, for a heartbeat timeout each where somebody has locked its table or a synchronous standby is away, with pauses of 3 s in all.
     ///
     /// A call for the same key within `work` waits for itself as long as its `context` says, and gives `Busy` then.
     ///
@@ -411,7 +411,7 @@ impl dyn Lock + '_ {
     /// - [`InvalidConfig`](ErrorKind::InvalidConfig): this manager does without the catalog, or this lock without a token; or others may share
     ///   it; or the period cannot be. The work was not done.
     /// - [`LockUnavailable`](ErrorKind::LockUnavailable): a [takeover grace](crate::Config::takeover) went on until `context` ended, so nobody
-    ///   does the work. A longer wait outlasts it: 15 s by default, 45 s where `pgdsync run` was used.
+    ///   does the work. A longer wait outlasts it: 15 s by default, 45 s where `pgdsync run` or `lead` was used.
     /// - Those of `acquire`, but for another holder; [`SessionUnavailable`](ErrorKind::SessionUnavailable),
     ///   [`PoolExhausted`](ErrorKind::PoolExhausted), [`SessionRefused`](ErrorKind::SessionRefused): the server could not be asked whether the
     ///   work is due, or told that it is done; the text says which.

@@ -96,8 +96,8 @@ macro_rules! conveniences {
         /// and is not the next one, goes to the end of the line. The next one looks for a free permit at times that are a millisecond apart
         /// at first and up to 50 ms after a while. No release depends on it, and the permit of a holder that died is found like any other.
         ///
-        /// How many permits there are is agreed in the catalog: by the first call that wants one, and later by
-        /// [`Lock::set_permits`](crate::Lock::set_permits). A process that says another number is refused with
+        /// How many permits there are is agreed in the catalog: by the first call that wants one, which is forgotten after a day in which nobody
+        /// has had one, and later by [`Lock::set_permits`](crate::Lock::set_permits), which stays. A process that says another number is refused with
         /// [`InvalidConfig`](crate::ErrorKind::InvalidConfig), which tells both.
         ///
         /// Each permit has terms and tokens of its own: a fence fails when a later term of the *same* permit has begun. So no more holders

@@ -16,7 +16,7 @@ Examples:
 /// Runs a job under a distributed lock on PostgreSQL.
 ///
 /// A KEY is the name of a lock, such as `nightly-report`. `#42` is the advisory lock of that number, and `#4:2` the one of these two
-/// numbers, as `pg_advisory_lock` takes them. A name that begins with `#` is written with one more: `##name`.
+/// numbers, as `pg_advisory_lock` takes them; a shell wants quotes around them. A name that begins with `#` is written with one more: `##name`.
 #[derive(Debug, Parser)]
 #[command(
     name = "pgdsync",

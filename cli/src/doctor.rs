@@ -21,6 +21,7 @@ impl Doctor {
     pub(crate) fn run(&self, arguments: &Arguments) -> Result<u8, Failure> {
         let report = connect::config(&arguments.connection)?.check();
         out::print(report.lines.iter().cloned().map(|mut line| {
+            line.text = in_our_words(&line.text);
             line.advice = line.advice.as_deref().map(in_our_words);
             match arguments.output {
                 Output::Json => json_line(&line),

@@ -50,7 +50,7 @@ impl Failure {
 
 /// A text of the library's, where it names what only a program that uses the library has at hand, in our words.
 pub(crate) fn in_our_words(text: &str) -> String {
-    const WORDS: [(&str, &str); 9] = [
+    const WORDS: [(&str, &str); 12] = [
         (
             "the server asks for a password: put one into the connection string, or have PGPASSWORD and the password file looked at, by \
              Config::from_env",
@@ -65,15 +65,18 @@ pub(crate) fn in_our_words(text: &str) -> String {
         ("(CatalogMode::MustExist)", "(DSYNC_CATALOG=must-exist, as for a command that only looks)"),
         ("change it for all with set_permits()", "change it for all with `pgdsync permits KEY N`"),
         ("(Config::takeover)", "(DSYNC_TAKEOVER)"),
+        (" (in a program, Config::takeover to TakeoverPolicy::AfterPromotion)", ""),
+        (" (in a program, Config::takeover to TakeoverPolicy::AfterAnyRestart)", ""),
         (
             "set Config::quorum to Quorum::NamedStandbys, or DSYNC_QUORUM to named-standbys",
             "give --quorum, or set DSYNC_QUORUM=named-standbys",
         ),
         ("give a TLS connector that is set up so with Config::tls, or unset it", "unset it"),
+        ("this build of the library has no TLS", "this pgdsync was built without TLS"),
         (
-            "this build of the library has no TLS; switch on one of the features tls-rustls-ring, tls-rustls-aws-lc-rs and \
+            "switch on one of the features tls-rustls-ring, tls-rustls-aws-lc-rs and \
              tls-native-tls of the package dsync-postgres, or give a TLS connector with Config::tls or Config::tls_with",
-            "this pgdsync was built without TLS; build it with its feature tls",
+            "build it with its feature tls",
         ),
     ];
     WORDS.iter().fold(text.to_owned(), |text, (theirs, ours)| text.replace(theirs, ours))
@@ -84,7 +87,7 @@ impl From<dsync::Error> for Failure {
         use dsync::ErrorKind as Kind;
         let code = match error.kind() {
             Kind::InvalidKey | Kind::InvalidConfig | Kind::WouldDeadlock => USAGE,
-            Kind::LockUnavailable | Kind::TimedOut | Kind::Cancelled => CONFLICT,
+            Kind::LockUnavailable | Kind::Cancelled => CONFLICT,
             Kind::Lost | Kind::UnlockFailed => LOST,
             _ => UNAVAILABLE,
         };

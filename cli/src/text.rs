@@ -123,9 +123,14 @@ pub(crate) fn table(columns: &[Column], rows: &[Vec<String>], most: usize) -> Ve
     [titles].into_iter().chain(rows.iter().map(|row| line(&mut row.iter().map(String::as_str)))).collect()
 }
 
-/// A moment, to the second.
+/// A moment, to the second. The server may tell of one that no calendar of four-digit years since 1970 has: whoever takes locks can write it.
 pub(crate) fn date(time: SystemTime) -> String {
-    humantime::format_rfc3339_seconds(time).to_string()
+    const YEAR_9999: Duration = Duration::from_secs(253_370_764_800);
+    match time.duration_since(SystemTime::UNIX_EPOCH) {
+        Ok(since) if since < YEAR_9999 => humantime::format_rfc3339_seconds(time).to_string(),
+        Ok(_) => "after 9998".to_owned(),
+        Err(_) => "before 1970".to_owned(),
+    }
 }
 
 /// How long it is since then; nothing if the clocks do not agree.

@@ -363,9 +363,11 @@ impl State {
         })
     }
 
-    /// Fails if a manager cannot ask the server.
+    /// Fails if a manager cannot ask the server. One that was not started can, since it takes no locks.
     fn check_up(&self, manager: u64) -> Result<()> {
-        self.check_started(manager)?;
+        if self.is_stopped(manager) {
+            return Err(Error::stopped());
+        }
         match self.down {
             true => Err(Error::new(ErrorKind::SessionUnavailable, "the memory server is down")),
             false => Ok(()),

@@ -69,6 +69,20 @@ fn a_revoked_lock_goes_to_the_next_and_the_claim_to_the_end_of_the_queue() {
 }
 
 #[test]
+fn who_only_asks_need_not_start_its_manager() {
+    let server = MemoryServer::new();
+    let (_manager, held) = rival(&server);
+    held.lock(&soon()).unwrap();
+    let asks = MemoryManager::on(&server);
+    let lock = asks.lock("x").unwrap();
+    assert!(lock.holder().unwrap().is_some() && lock.last_success().unwrap().is_none());
+    assert_eq!(try_kind(&lock), ErrorKind::SyncManagerStopped);
+    assert!(lock.break_lock().unwrap().is_some());
+    asks.stop().unwrap();
+    assert_eq!(lock.holder().unwrap_err().kind(), ErrorKind::SyncManagerStopped);
+}
+
+#[test]
 fn a_revoked_lock_that_nobody_wants_comes_back_in_a_new_term() {
     let server = MemoryServer::new();
     let (_manager, lock) = rival(&server);

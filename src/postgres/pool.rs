@@ -450,12 +450,12 @@ impl Pool {
                 slot.taint();
             }
             break match failure {
-                // It waits for nothing but a table.
+                // It waits for nothing but a table, and where it writes for the standbys.
                 Failure::Lost { reason: LossReason::HeartbeatTimedOut, .. } => Refusal::new(
                     ErrorKind::SessionUnavailable,
                     format!(
-                        "the server has not answered within {patience:?}; see whether it runs, and in pg_locks whether a table \
-                         of the catalog is locked by another session{unknown}"
+                        "the server has not answered within {patience:?}; see whether it runs, in pg_locks whether a table of the catalog is \
+                         locked by another session, and in pg_stat_activity whether a commit waits for a synchronous standby (SyncRep){unknown}"
                     ),
                 ),
                 Failure::Lost { .. } if is_repeated => continue,

@@ -21,6 +21,21 @@ fn json(line: &str) -> Value {
     serde_json::from_str(line).unwrap()
 }
 
+/// Whoever takes locks can write when their terms began.
+#[test]
+fn a_time_that_no_calendar_has_is_shown_all_the_same() {
+    let database = Database::fresh().unwrap();
+    let url = database.url();
+    let manager = started(&url);
+    let _guard = hold(&manager, "a");
+    let forever = "UPDATE dsync.lock SET since = 'infinity'";
+    assert_eq!(database.client().unwrap().execute(forever, &[]).unwrap(), 1);
+    assert!(at(&url, &["show", "a"]).well().contains("after 9998"));
+    for arguments in [&["list", "--output=json"][..], &["show", "a", "--output=json"]] {
+        assert!(at(&url, arguments).well().contains("\"after 9998\""), "{arguments:?}");
+    }
+}
+
 #[test]
 fn three_hold_and_five_wait_and_all_of_it_is_shown_in_80_columns() {
     let database = Database::fresh().unwrap();

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use dsync::{Leader, LeaderOptions, LossReason};
+use support::process::{Signal, signal};
 use support::{Database, Server};
 
 use crate::common::{PATIENCE, at, hold, pgdsync, run, started};
@@ -45,6 +46,20 @@ fn a_lock_is_broken_only_by_who_says_yes() {
     assert!(guard.lost().wait_timeout(PATIENCE));
     assert_eq!(guard.loss().unwrap().reason, LossReason::Terminated);
     at(&url, &["break", "a", "--yes"]).badly(1, &["nobody has a"]);
+}
+
+/// It may still end, so that a script must not take it for a lock that another has.
+#[test]
+fn a_session_that_was_told_to_end_and_does_not_is_69() {
+    let database = Database::fresh().unwrap();
+    let url = database.url();
+    let manager = started(&url);
+    let _guard = hold(&manager, "a");
+    let backend = manager.inspect("a").unwrap().holder.unwrap().pid;
+    signal(backend, Signal::Stop).unwrap();
+    let said = at(&url, &["break", "a", "--yes"]);
+    signal(backend, Signal::Continue).unwrap();
+    said.badly(69, &["has told backend", "has not ended within"]);
 }
 
 #[test]

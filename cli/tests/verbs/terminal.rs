@@ -95,6 +95,25 @@ fn an_answer_counts_for_the_holder_that_was_shown() {
     next.release().unwrap();
 }
 
+/// Nobody waits for a terminal that was stopped, to take away what was shown on it.
+#[test]
+fn a_command_begins_though_the_terminal_was_stopped_while_the_lock_was_waited_for() {
+    let database = Database::fresh().unwrap();
+    let url = database.url();
+    let manager = started(&url);
+    let guard = hold(&manager, "a");
+    let mut terminal = Terminal::open();
+    let mut command = pgdsync(&["run", "a", "--", "true"]);
+    let mut child = terminal.give_to(command.env("DATABASE_URL", &url)).spawn().unwrap();
+    terminal.shows("waiting for a");
+    // Ctrl-S.
+    terminal.ours.write_all(b"\x13").unwrap();
+    guard.release().unwrap();
+    let ended = support::wait_for("the end of the command", PATIENCE, || child.try_wait().unwrap());
+    let _ = child.kill();
+    assert_eq!(ended.unwrap().code(), Some(0));
+}
+
 #[test]
 fn who_waits_with_a_command_sees_who_has_the_lock() {
     let database = Database::fresh().unwrap();

@@ -196,10 +196,11 @@ fn too_weak(session: &Session, own: Agreed, known: Agreed) -> Refusal {
         ErrorKind::SessionRefused,
         format!(
             "the takeover policy of this manager, {:?}, is weaker than the one that the managers of this database have agreed on, {:?}: \
-             its locks would be granted while terms of others may last; set Config::takeover or DSYNC_TAKEOVER to that, or, when no \
-             manager wants it any longer, let an operator run: {advice}",
+             its locks would be granted while terms of others may last; set DSYNC_TAKEOVER to {} (in a program, Config::takeover to \
+             TakeoverPolicy::{known:?}), or, when no manager wants it any longer, let an operator run: {advice}",
             own.name(),
-            known.name()
+            known.name(),
+            known.name().replace(' ', "-")
         ),
     )
 }

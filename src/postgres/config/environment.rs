@@ -40,7 +40,8 @@ impl Config {
     /// Where no password is given, it is looked up for each session in the
     /// [password file](https://www.postgresql.org/docs/current/libpq-pgpass.html): the one of `passfile` or `PGPASSFILE`, or else
     /// `~/.pgpass`. The first line `host:port:database:user:password` counts whose first four fields match; each may be `*`. A file
-    /// that others can read or write is not used, and a warning is logged. Where no setting names the user, `LOGNAME` or `USER` does.
+    /// that others can read or write is not used, and a warning is logged. Where no setting names the user, `LOGNAME` or `USER` does. `~` is
+    /// `HOME`, or where that is not set the home that the system knows of the user.
     /// [`password_with`](Self::password_with) comes before the file.
     ///
     /// A [service](https://www.postgresql.org/docs/current/libpq-pgservice.html), which `service` or `PGSERVICE` names, is the lines
@@ -120,12 +121,16 @@ impl Config {
     }
 }
 
-/// A variable of this process. An empty one counts as one that is not set.
+/// A variable of this process. An empty one counts as one that is not set. Where `HOME` is not set, as in a unit of systemd's that names no user, the
+/// system is asked for the user's home, as libpq does.
 pub(super) fn environment(name: &str) -> Result<Option<String>> {
+    let by_system = || {
+        let home = env::home_dir().filter(|home| name == "HOME" && !home.as_os_str().is_empty());
+        home.and_then(|home| home.into_os_string().into_string().ok())
+    };
     match env::var(name) {
-        Ok(value) if value.is_empty() => Ok(None),
-        Ok(value) => Ok(Some(value)),
-        Err(env::VarError::NotPresent) => Ok(None),
+        Ok(value) if !value.is_empty() => Ok(Some(value)),
+        Ok(_) | Err(env::VarError::NotPresent) => Ok(by_system()),
         Err(env::VarError::NotUnicode(_)) => Err(variable(name, "it is not UTF-8; write it in UTF-8")),
     }
 }

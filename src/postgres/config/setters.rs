@@ -10,7 +10,7 @@ use crate::pg::takeover::TakeoverPolicy;
 
 impl Config {
     /// Keeps locks of one database apart: locks of one name in two namespaces have nothing to do with each other.
-    /// Defaults to `"dsync"`. At most [`Key::MAX_LEN`](crate::Key::MAX_LEN) bytes without a NUL.
+    /// Defaults to `"dsync"`. Not empty, and at most [`Key::MAX_LEN`](crate::Key::MAX_LEN) bytes without a NUL.
     #[must_use]
     pub fn namespace(mut self, namespace: impl Into<String>) -> Self {
         self.namespace = namespace.into();
@@ -47,7 +47,7 @@ impl Config {
     /// locks are granted again when the longest lease that any manager of this database has had (15 s by default) has passed since
     /// the first session for locks on the new server: the start of a manager, or the next attempt of one that runs. Meanwhile [`lock`](crate::Lock::lock) waits, and [`try_lock`](crate::Lock::try_lock) fails with
     /// [`LockUnavailable`](crate::ErrorKind::LockUnavailable) and a text that says so; the log, [`ClaimSnapshot::grace_left`](crate::ClaimSnapshot),
-    /// [`LockView::grace_left`](crate::LockView) and [`check`](Self::check) tell of it too. It lasts 15 s by default, 45 s where `pgdsync run` was used: a wait should be longer.
+    /// [`LockView::grace_left`](crate::LockView) and [`check`](Self::check) tell of it too. It lasts 15 s by default, 45 s where `pgdsync run` or `lead` was used: a wait should be longer.
     ///
     /// The policy and the longest lease belong to the *database*: they are in the catalog (`dsync.policy`), and committed before a manager's
     /// first term. A manager with a stronger policy or a longer lease raises them, one with a weaker policy is

@@ -360,6 +360,8 @@ fn settings_that_cannot_work_are_refused_with_advice() {
     assert!(refusal(confirmed().takeover(TakeoverPolicy::Immediate)).contains("set takeover to"));
     assert_eq!(from(&[("DSYNC_QUORUM", "named-standbys")]).unwrap().quorum, Quorum::NamedStandbys);
     assert!(refusal(config().namespace("a\0b")).contains("NUL"));
+    // The text of a number, which is in no namespace, would be a name there.
+    assert!(refusal(config().namespace("")).contains("namespace is empty"));
     assert!(refusal(config().service("")).contains("service"));
     for name in ["", "pg_locks", "information_schema", "a\0b", "a\n", "$check$", &"x".repeat(64)] {
         assert!(refusal(config().schema(name)).contains("choose another name"), "{name:?}");

@@ -511,7 +511,8 @@ pub(crate) fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
         // The driver's own, of the right session to the wrong kind of server.
         Some(io::ErrorKind::PermissionDenied) => (
             SessionUnavailable,
-            "target_session_attrs waits for another kind of server: name all hosts, or promote one",
+            "target_session_attrs waits for another kind of server: name all hosts, or promote one; or, where the role or the database has \
+             default_transaction_read_only, do without read-write",
         ),
         Some(_) => (SessionUnavailable, UNREACHABLE),
         None if error.is_closed() => (SessionUnavailable, "the server closed the connection; see its log"),

@@ -151,10 +151,10 @@ impl Decoy {
     }
 
     /// See [`descriptors::reserve`].
-    pub(super) fn reserve(&self) -> io::Result<Turn> {
+    pub(super) fn reserve(&self, by: Instant) -> io::Result<Turn> {
         // Not under the mutex, since another thread may have the turn.
         let listener = self.listening(TcpListener::try_clone)?;
-        descriptors::reserve(listener)
+        descriptors::reserve(listener, by)
     }
 
     fn listening<T>(&self, look: impl FnOnce(&TcpListener) -> io::Result<T>) -> io::Result<T> {

@@ -16,7 +16,7 @@ use crate::process::PerProcess;
 /// another thread of the application may take at this moment.
 const SPARE: usize = 3;
 
-/// After this time the next thread goes on all the same. The driver takes microseconds to make its runtime.
+/// After this time a thread goes on all the same. The driver takes microseconds to make its runtime.
 const LONGEST: Duration = Duration::from_secs(1);
 
 /// Who has the turn.
@@ -37,14 +37,14 @@ fn turns() -> &'static Turns {
 #[derive(Debug)]
 pub(super) struct Turn(Instant);
 
-/// Waits for the turn, for 1 s at the most, and looks whether there are descriptors for a runtime and [`SPARE`] more.
+/// Waits for the turn, for 1 s at the most and not beyond `by`, and looks whether there are descriptors for a runtime and [`SPARE`] more.
 ///
 /// `any` is an open file to make duplicates of.
 ///
 /// # Errors
 /// That of the operating system if a descriptor cannot be had.
-pub(super) fn reserve(any: impl AsFd) -> io::Result<Turn> {
-    let turn = Turn::take();
+pub(super) fn reserve(any: impl AsFd, by: Instant) -> io::Result<Turn> {
+    let turn = Turn::take(by);
     let spare: Vec<OwnedFd> =
         (0..SPARE).map(|_| any.as_fd().try_clone_to_owned()).collect::<io::Result<_>>()?;
     // In the background, since a plain drop panics on a thread that drives another runtime.
@@ -54,14 +54,15 @@ pub(super) fn reserve(any: impl AsFd) -> io::Result<Turn> {
 }
 
 impl Turn {
-    fn take() -> Self {
+    fn take(by: Instant) -> Self {
         let turns = turns();
+        let by = by.min(Instant::now() + LONGEST);
         let mut taken_until = turns.taken_until.lock();
         loop {
             let now = Instant::now();
             match *taken_until {
-                Some(until) if now < until => {
-                    turns.freed.wait_until(&mut taken_until, until);
+                Some(until) if now < until.min(by) => {
+                    turns.freed.wait_until(&mut taken_until, until.min(by));
                 }
                 _ => {
                     let until = now + LONGEST;

@@ -202,7 +202,7 @@ impl Dialer {
         control.set_notice(None);
         let password = self.password.as_ref().map(|hook| hook.ask(control, until)).transpose()?;
         let decoy = self.plan.decoy.address().map_err(|error| Local::Loopback(error.into()))?;
-        let turn = self.plan.decoy.reserve().map_err(Local::Descriptors)?;
+        let turn = self.plan.decoy.reserve(until).map_err(Local::Descriptors)?;
         let connector =
             Connector::new(Arc::clone(&self.plan), address, control.clone(), Role::Session, until, turn);
         let progress = &**progress.insert(connector.progress());
@@ -288,7 +288,7 @@ impl Dialer {
         let turn = self
             .plan
             .decoy
-            .reserve()
+            .reserve(deadline)
             .map_err(|error| DialError::one(STOP_PROBE, Local::Descriptors(error)))?;
         let control = StreamControl::new();
         control.set_deadline(Some(deadline));
@@ -342,8 +342,11 @@ impl Dialer {
         control.set_deadline(Some(deadline));
         // Makes room in the queue of the decoy.
         self.plan.decoy.address().map_err(|error| DialError::one(WHAT, Local::Loopback(error.into())))?;
-        let turn =
-            self.plan.decoy.reserve().map_err(|error| DialError::one(WHAT, Local::Descriptors(error)))?;
+        let turn = self
+            .plan
+            .decoy
+            .reserve(deadline)
+            .map_err(|error| DialError::one(WHAT, Local::Descriptors(error)))?;
         let plan = Arc::clone(&self.plan);
         let connector = Connector::new(plan, session.peer(), control.clone(), Role::Cancel, deadline, turn);
         let (done, outcome) = mpsc::sync_channel(1);
