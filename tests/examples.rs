@@ -70,7 +70,7 @@ impl Drop for Example {
     }
 }
 
-/// Cargo builds the examples along with the tests, in a folder beside theirs.
+/// Cargo builds the examples along with all tests, or with `--examples`, in a folder beside theirs.
 fn program(name: &str) -> PathBuf {
     let folder = env::current_exe().unwrap();
     folder.ancestors().nth(2).unwrap().join("examples").join(name)
