@@ -1,6 +1,10 @@
 //! The exit codes, which scripts rely on.
 
 use std::io::{self, Write as _};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::text::harmless;
 
@@ -20,6 +24,33 @@ pub(crate) const USAGE: u8 = 64;
 /// Tells the user something on standard error, which may be closed: nobody is left to tell of that.
 pub(crate) fn say(text: &str) {
     let _ = writeln!(io::stderr(), "pgdsync: {}", harmless(text));
+}
+
+/// As [`say`], for a process that watches over a command, which nothing may hold up: what standard error does not take is not said. A terminal takes
+/// nothing once it was stopped (Ctrl-S), and a pipe that nobody reads when it is full.
+pub(crate) fn say_in_passing(text: &str) {
+    /// For a terminal at the other end of a network.
+    const PATIENCE: Duration = Duration::from_millis(100);
+    /// Less than a pipe has room for where it takes anything.
+    const PIECE: usize = 512;
+    static IS_STUCK: AtomicBool = AtomicBool::new(false);
+    for piece in format!("pgdsync: {}\n", harmless(text)).as_bytes().chunks(PIECE) {
+        // Of many messages, only the first has to wait in vain.
+        let patience = if IS_STUCK.load(Ordering::Relaxed) { Duration::ZERO } else { PATIENCE };
+        let is_stuck = !takes_output(patience);
+        IS_STUCK.store(is_stuck, Ordering::Relaxed);
+        if is_stuck {
+            return;
+        }
+        let _ = io::stderr().write_all(piece);
+    }
+}
+
+/// Whether standard error takes within this time what is written to it.
+pub(crate) fn takes_output(patience: Duration) -> bool {
+    let Ok(patience) = Timespec::try_from(patience) else { return false };
+    let stderr = rustix::stdio::stderr();
+    poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&patience)).is_ok_and(|ready| ready > 0)
 }
 
 /// Tells what is wrong with the command line, in several lines.

@@ -7,9 +7,8 @@ use std::time::Duration;
 
 use dsync::crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use dsync::{Key, LockView, PostgresManager};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::exit::Failure;
+use crate::exit::{Failure, takes_output};
 use crate::{look, out, text};
 
 /// A lock that is had at once needs no word.
@@ -42,7 +41,8 @@ impl Progress {
         let line = Line {
             terminal: Box::new(std::io::stderr()),
             columns: Box::new(columns),
-            may_write: Box::new(move || takes_output() && may_write()),
+            // Nobody is to wait for a terminal that was stopped.
+            may_write: Box::new(move || takes_output(Duration::ZERO) && may_write()),
             is_shown: false,
         };
         std::io::stderr().is_terminal().then(|| Self::on(line, manager, keys, own))
@@ -77,13 +77,6 @@ impl Drop for Progress {
             line.clear();
         }
     }
-}
-
-/// Whether the terminal takes what is written at once. One that was stopped (Ctrl-S) does not, and nobody is to wait for it.
-fn takes_output() -> bool {
-    let terminal = rustix::stdio::stderr();
-    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut [PollFd::new(&terminal, PollFlags::OUT)], Some(&at_once)).is_ok_and(|ready| ready > 0)
 }
 
 /// The line of the terminal that is renewed in its place.

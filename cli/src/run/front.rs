@@ -21,7 +21,7 @@ use super::signals::{self, ENDING, Signals};
 use super::terminal::Terminal;
 use super::wire::{Frames, Moment, ToFront, ToKeeper};
 use super::{BECOME, KEEP};
-use crate::exit::{Failure, LOST, UNAVAILABLE, USAGE, say};
+use crate::exit::{Failure, LOST, UNAVAILABLE, USAGE, say, say_in_passing};
 
 /// How long the keeper may be silent after the end of a term, or after it was heard last. It tells of the end itself, unless it stands still.
 /// Shorter than what the margin has beside the command's time to end, which is a second at the least.
@@ -191,10 +191,10 @@ impl<'a> Front<'a> {
                 // One that was noted before `Start` may come after it.
                 Some(ToFront::Deadline(deadline)) => self.deadline = self.deadline.max(Some(deadline)),
                 Some(ToFront::Lost(why)) => {
-                    say(&format!("the lock was lost: {why}; {}", self.consequence()));
                     self.note_loss();
+                    say_in_passing(&format!("the lock was lost: {why}; {}", self.consequence()));
                 }
-                Some(ToFront::Say(text)) => say(&text),
+                Some(ToFront::Say(text)) => say_in_passing(&text),
                 Some(ToFront::Done { code, message }) => self.keeper.done = Some((code, message)),
                 None => {}
             }
@@ -351,15 +351,15 @@ impl<'a> Front<'a> {
             && self.deadline.is_some()
             && !self.waits_for_the_next_term()
         {
-            if self.job.is_some() || self.begins.is_some() {
-                let how = if is_gone { "has ended" } else { "does not answer" };
-                say(&format!("the process that watches the lock {how}; {}", self.consequence()));
-            }
             if let Some(job) = &self.job {
                 job.group.tell_to_end(self.plan.watch.stop_signal);
             }
             self.keeper_is_silent = is_silent;
             self.note_loss();
+            if self.job.is_some() || self.begins.is_some() {
+                let how = if is_gone { "has ended" } else { "does not answer" };
+                say_in_passing(&format!("the process that watches the lock {how}; {}", self.consequence()));
+            }
         }
         let Some(job) = &mut self.job else { return };
         if job.kill_at.is_some_and(|at| at.left().is_zero()) {
@@ -367,7 +367,7 @@ impl<'a> Front<'a> {
             job.kill_at = Some(Moment::now().after(LOOKS_EVERY));
         }
         if job.code.is_some() && job.tell_at.is_some_and(|at| at.left().is_zero()) && !job.is_over() {
-            say(
+            say_in_passing(
                 "the command has ended; the lock is held until the processes that it left behind have ended, too",
             );
             job.tell_at = None;
@@ -391,7 +391,10 @@ impl<'a> Front<'a> {
         let ended = ToKeeper::Ended { succeeded: self.code == 0 };
         let _ = ended.send(&self.keeper.stream);
         if self.plan.leads && self.told_to_end.is_none() && !self.is_lost && self.code != 0 {
-            say(&format!("the command has ended with code {}; it runs again after a pause", self.code));
+            say_in_passing(&format!(
+                "the command has ended with code {}; it runs again after a pause",
+                self.code
+            ));
         }
         if self.plan.leads && self.told_to_end.is_some() {
             // The last term.

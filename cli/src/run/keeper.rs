@@ -19,7 +19,7 @@ use super::group::Group;
 use super::options::Watch;
 use super::wire::{self, Frames, Moment, ToFront, ToKeeper};
 use crate::args::{Arguments, Connection, Verb};
-use crate::exit::{Failure, UNAVAILABLE, USAGE, say};
+use crate::exit::{Failure, UNAVAILABLE, USAGE, say_in_passing};
 use crate::key::Written;
 use crate::{connect, logging};
 
@@ -224,12 +224,12 @@ impl Keeper {
         lost: &Receiver<Infallible>,
         stopping: &Receiver<Infallible>,
     ) -> Attended {
-        // Of an earlier term.
-        self.losses.try_iter().for_each(drop);
         if terms.iter().any(|(_, term)| !term.is_held()) {
             self.say(&format!("the lock was lost: {}; the command is not started", self.loss()));
             return Attended { succeeded: false, lost: true };
         }
+        // Of an earlier term.
+        self.losses.try_iter().for_each(drop);
         if self.is_verbose {
             let held: Vec<_> = (terms.iter())
                 .map(|(key, term)| {
@@ -273,8 +273,8 @@ impl Keeper {
                         told = never();
                         front_is_gone = true;
                         if !has_ended && !job.is_gone() {
-                            say("pgdsync itself was killed; its command is being ended before the lock goes back");
                             job.end(self.stop_signal, Moment::now().after(self.kill_after));
+                            say_in_passing("pgdsync itself was killed; its command is being ended before the lock goes back");
                         }
                     }
                 },

@@ -46,7 +46,7 @@ Exit codes:
        --conflict-exit-code says); or a takeover grace goes on: the server
        was restarted, and nobody is granted a lock yet
   79   the lock was lost before it was given back; the command was ended,
-       unless it had ended by itself
+       unless it had ended by itself or was not started yet
   126  the command cannot be executed; 127 it is not there
 ",
     ", with --permits PGDSYNC_PERMIT as well; of further keys PGDSYNC_KEY_2 and so on."

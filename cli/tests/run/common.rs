@@ -82,9 +82,9 @@ impl Process {
     pub(crate) fn start(command: &mut Command) -> Self {
         let mut child = command.spawn().unwrap();
         let (sender, lines) = channel();
-        let outputs: [Box<dyn Read + Send>; 2] =
-            [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
-        for output in outputs {
+        let stderr = child.stderr.take().map(|output| Box::new(output) as Box<dyn Read + Send>);
+        let stdout = child.stdout.take().map(|output| Box::new(output) as Box<dyn Read + Send>);
+        for output in stdout.into_iter().chain(stderr) {
             let sender = sender.clone();
             thread::spawn(move || {
                 for line in BufReader::new(output).lines().map_while(Result::ok) {

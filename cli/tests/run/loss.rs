@@ -1,5 +1,6 @@
 //! The command is gone before another has the lock, wherever the lease decides, and soon where the server does.
 
+use std::io::Write as _;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -194,6 +195,55 @@ fn both_frozen_for_longer_than_the_lease_end_the_command_when_they_go_on() {
     assert!(dead - thawed < LATE, "{:?}", dead - thawed);
     let mut holder = scene.holder;
     assert_eq!(holder.ends().code(), Some(79));
+}
+
+/// As that of a terminal that was stopped.
+fn full_pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&writer, true).unwrap();
+    while writer.write(&[b'x'; 4096]).is_ok() {}
+    rustix::io::ioctl_fionbio(&writer, false).unwrap();
+    (reader, writer)
+}
+
+/// Nobody can be told why the command is ended.
+#[test]
+fn a_standard_error_that_takes_nothing_keeps_no_command_alive() {
+    let (_reader, full) = full_pipe();
+    let holder = |server: &Server| {
+        let mut command = pgdsync(&server.url());
+        command.stderr(full.try_clone().unwrap());
+        Scene::set(server, &mut command)
+    };
+    let server = Server::start().unwrap();
+    let scene = holder(&server);
+    let stopped = Stopped::stop(scene.holder.keeper());
+    let mut ended = scene.dies_before_another_begins("a frozen keeper beside a full pipe");
+    assert_eq!(ended.ends().code(), Some(79));
+    drop(stopped);
+    let server = Server::start().unwrap();
+    let scene = holder(&server);
+    scene.holder.signal(Signal::Kill);
+    scene.dies_before_another_begins("a front that is killed beside a full pipe");
+}
+
+/// It hears of the beginning of a term and of its renewals at once.
+#[test]
+fn a_front_that_was_frozen_in_the_wait_begins_under_the_lock_that_it_has() {
+    let server = Server::start().unwrap();
+    let url = server.url();
+    let holder =
+        Process::start(pgdsync(&url).args(["run", "k", "--", "sh", "-c", "echo had; exec sleep 1000"]));
+    holder.says("had");
+    let mut waiter = Process::start(pgdsync(&url).arg("run").args(SHORT).args(["k", "--", "echo", "ran"]));
+    becomes("the waiters", &1, || sessions(&server, false));
+    waiter.signal(Signal::Stop);
+    holder.signal(Signal::Terminate);
+    becomes("the waiters", &0, || sessions(&server, false));
+    thread::sleep(LEASE);
+    waiter.signal(Signal::Continue);
+    waiter.says("ran");
+    assert_eq!(waiter.ends().code(), Some(0));
 }
 
 #[test]

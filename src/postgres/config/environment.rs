@@ -125,8 +125,8 @@ impl Config {
 /// system is asked for the user's home, as libpq does.
 pub(super) fn environment(name: &str) -> Result<Option<String>> {
     let by_system = || {
-        let home = env::home_dir().filter(|home| name == "HOME" && !home.as_os_str().is_empty());
-        home.and_then(|home| home.into_os_string().into_string().ok())
+        let home = (name == "HOME").then(env::home_dir).flatten();
+        home.and_then(|home| home.into_os_string().into_string().ok()).filter(|home| !home.is_empty())
     };
     match env::var(name) {
         Ok(value) if !value.is_empty() => Ok(Some(value)),

@@ -94,9 +94,11 @@ impl Config {
         }
         self.schema.validate()?;
         if self.namespace.is_empty() {
-            let text =
-                "namespace is empty; give it a name or leave it out: in none are the keys that are numbers";
-            return Err(invalid(text.to_owned()));
+            return Err(invalid(
+                "namespace is empty; give it a name or leave it out: keys that are numbers have no namespace, and a name without one could \
+                 be taken for a number"
+                    .to_owned(),
+            ));
         }
         if self.service.as_ref().is_some_and(String::is_empty) {
             return Err(invalid("service is empty; give the service a name or leave it out".to_owned()));
