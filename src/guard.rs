@@ -242,12 +242,12 @@ impl LockGuard {
             }
             let held_by = match lock.is_shared() {
                 true => "for which another thread of this process waits that came before",
-                false => "which a guard of another thread of this process holds, or one of this thread",
+                false => {
+                    "which a guard of another thread of this process holds, or one of this thread; a thread must drop its guard before it \
+                     takes a second one"
+                }
             };
-            let text = format!(
-                "waited {waited:.1?} for lock {key:?}, {held_by}; a thread must drop its guard before it takes a second one"
-            );
-            Error::new(kind, text)
+            Error::new(kind, format!("waited {waited:.1?} for lock {key:?}, {held_by}"))
         };
         Observing::attempt(observing, lock.key(), true, || {
             check_mode(lock)?;

@@ -430,7 +430,8 @@ impl dyn Lock + '_ {
 ///
 /// It is called for each attempt to acquire the lock, before the lock can be granted: when the attempt begins, and anew for
 /// each slice of a wait ([`wait_slice`](crate::Config::wait_slice); half a second for who is the next one to get a permit; in memory each second for which a thread waits). So the
-/// annotation of a term is at most a slice older than the term. A manager without catalog has no place for annotations and
+/// annotation of a term is at most a slice older than the term. On a [shared session](crate::Config::shared_sessions) it is made once for each term, when the
+/// lock is asked for, and so as old as the wait. A manager without catalog has no place for annotations and
 /// calls no valuer.
 ///
 /// It is called on a thread of the library's, or on one that waits for this lock in this process, if it does so without a
@@ -604,12 +605,14 @@ impl LockOptions {
     pub(crate) fn check_permits(&self, of_the_lock: &Self, key: &str) -> Result<()> {
         match self.permits == of_the_lock.permits {
             true => Ok(()),
-            false => Err(Error::other_permits(
-                key,
-                self.permits,
-                of_the_lock.permits,
-                "this process has a handle of it that says",
-            )),
+            false => {
+                let text = format!(
+                    "the semaphore {key:?} is asked for with {} permits, and this process has a handle of it that says {}; use that one, also \
+                     after set_permits(), or drop it and its guards first",
+                    self.permits, of_the_lock.permits
+                );
+                Err(Error::new(ErrorKind::InvalidConfig, text))
+            }
         }
     }
 

@@ -260,7 +260,7 @@ fn no_era() -> Refusal {
     Refusal::new(
         ErrorKind::SessionUnavailable,
         format!(
-            "the server was restarted, or another one took its place, or the table dsync.era was rewritten, and that fencing tokens go on could not \
+            "the server was restarted, or another one took its place, or the table era of the catalog was rewritten, and that fencing tokens go on could not \
              be recorded in time: the first commit {STANDBYS}; if none is away, see in pg_locks who has that table locked"
         ),
     )

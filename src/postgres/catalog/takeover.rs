@@ -130,7 +130,7 @@ fn not_agreed(own: Agreed) -> Refusal {
             "this manager has a stronger takeover policy or a longer lease ({:?}) than those of this database before it, and could not record \
              that in time: the commit waits for the synchronous standbys, so that one that is promoted knows of it; start each standby that \
              synchronous_standby_names names (see pg_stat_replication), or set policy and lease to those of the others (see the table \
-             dsync.policy); if no standby is away, see in pg_locks who has that table locked",
+             policy of the catalog); if no standby is away, see in pg_locks who has that table locked",
             own.lease
         ),
     )

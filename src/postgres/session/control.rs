@@ -130,7 +130,7 @@ impl SessionControl {
                 log::debug!("could not cancel a wait, so its session will be closed: {}", chain(&error));
                 return true;
             }
-            self.changed.wait_for(&mut state, again_after);
+            self.changed.wait_for(&mut state, again_after.min(by.saturating_duration_since(Instant::now())));
             again_after *= 2;
             if state.slices != number || !matches!(state.slice, Slice::Cancelled { .. }) {
                 return true;

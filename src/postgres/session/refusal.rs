@@ -136,7 +136,7 @@ impl Refusal {
 
     /// A claim has found no era of tokens, which its session saw when it was opened.
     pub(crate) fn no_era() -> Self {
-        let message = "the table dsync.era of the catalog was emptied or rewritten; no fencing token can be given out before another session \
+        let message = "the table era of the catalog was emptied or rewritten; no fencing token can be given out before another session \
                        has mended that";
         Self::new(ErrorKind::SessionUnavailable, message.to_owned())
     }
