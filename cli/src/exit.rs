@@ -4,6 +4,7 @@ use std::io::{self, Write as _};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use clap::error::{ContextKind, ContextValue};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::text::harmless;
@@ -55,7 +56,15 @@ pub(crate) fn takes_output(patience: Duration) -> bool {
 
 /// Tells what is wrong with the command line, in several lines.
 pub(crate) fn refused(error: &clap::Error) -> Failure {
-    let text = error.render().to_string();
+    let mut text = error.render().to_string();
+    // A connection string in the wrong place may have a password in it.
+    for kind in [ContextKind::InvalidArg, ContextKind::InvalidSubcommand, ContextKind::InvalidValue] {
+        if let Some(ContextValue::String(said)) = error.get(kind)
+            && (said.contains("://") || said.contains("password"))
+        {
+            text = text.replace(said, "(a connection string)");
+        }
+    }
     let text = text.strip_prefix("error: ").unwrap_or(&text).trim_end();
     // Behind -- comes the command, where there is one.
     let is_misleading = |line: &&str| text.contains("<CMD>") && line.starts_with("  tip: to pass '-");

@@ -3,6 +3,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
@@ -29,6 +30,10 @@ const PATIENCE: Duration = Duration::from_millis(250);
 
 /// How often to look whether a group is gone: the end of a process that is not a child of this one is no event.
 const LOOKS_EVERY: Duration = Duration::from_millis(50);
+
+/// As [`PATIENCE`], once the command has ended: the keeper gives the lock back, and records a success, at a server that may not answer. Nothing
+/// is left then that it watches over.
+const PATIENCE_AT_THE_END: Duration = Duration::from_secs(60);
 
 /// How long the command's group may be there after the command before the user is told.
 const SILENT_FOR: Duration = Duration::from_secs(1);
@@ -139,6 +144,8 @@ impl<'a> Front<'a> {
             if self.job.is_none()
                 && let Some(outcome) = self.outcome()
             {
+                // It may not know yet.
+                let _ = self.keeper.stream.shutdown(Shutdown::Write);
                 self.keeper.leave();
                 return outcome;
             }
@@ -169,7 +176,8 @@ impl<'a> Front<'a> {
         let watches = !self.is_lost && !self.keeper.is_gone && self.keeper.done.is_none();
         let end = self.deadline.filter(|_| watches && !self.waits_for_the_next_term())?;
         // What was heard last may have waited for this process to go on, and what is newer is on its way.
-        Some(end.max(self.keeper.heard).after(PATIENCE))
+        let patience = if self.is_finishing() { PATIENCE_AT_THE_END } else { PATIENCE };
+        Some(end.max(self.keeper.heard).after(patience))
     }
 
     /// True between two terms of a leader.
@@ -219,7 +227,13 @@ impl<'a> Front<'a> {
 
     /// What becomes of the command without the lock.
     fn consequence(&self) -> &'static str {
-        if self.begins.is_some() { "the command is not started" } else { "the command is being ended" }
+        if self.begins.is_some() {
+            "the command is not started"
+        } else if self.job.is_some() {
+            "the command is being ended"
+        } else {
+            "the command had ended; whether it counts as done is not known"
+        }
     }
 
     /// True if the term is over, unless it has been renewed without the front's knowing.
@@ -273,6 +287,8 @@ impl<'a> Front<'a> {
         let Some(job) = &mut self.job else {
             match signal {
                 Caught::SIGCHLD | Caught::SIGCONT | Caught::SIGTTOU => {}
+                // Meant for a command, which is not there.
+                Caught::SIGUSR1 | Caught::SIGUSR2 => {}
                 Caught::SIGTSTP => signals::suffer(signal),
                 // The command has ended, and the keeper gives the lock back. The second time, it takes too long.
                 _ if ends && self.told_to_end.is_none() && self.is_finishing() => {
@@ -295,6 +311,8 @@ impl<'a> Front<'a> {
                 if ends {
                     self.told_to_end = Some(signal);
                     job.kill_by(Moment::now().after(self.plan.watch.kill_after));
+                    // Before the command, which may be a pgdsync, and end this one's own.
+                    let _ = ToKeeper::Ending.send(&self.keeper.stream);
                     job.group.tell_to_end(passed);
                 } else {
                     job.group.signal(passed);
@@ -303,16 +321,18 @@ impl<'a> Front<'a> {
         }
     }
 
+    /// True if the command of a `run` has ended, or was not to begin.
     fn is_finishing(&self) -> bool {
-        !self.plan.leads && self.deadline.is_some() && self.begins.is_none()
+        !self.plan.leads && self.deadline.is_some() && self.begins.is_none() && self.job.is_none()
     }
 
     /// Lets a command that stands still go on.
     fn resume(&mut self) {
         let Some(job) = &mut self.job else { return };
+        self.terminal.look_for(&job.group);
         let Some(stopped_by) = job.stopped_by.take() else { return };
         let has_terminal = job.wants_terminal && self.terminal.give(&job.group);
-        if matches!(stopped_by, Signal::TTIN | Signal::TTOU) && !has_terminal {
+        if matches!(stopped_by, Signal::TTIN | Signal::TTOU) && !has_terminal && !self.terminal.is_gone() {
             // It would be stopped again at once.
             job.stopped_by = Some(stopped_by);
         } else {
@@ -326,17 +346,20 @@ impl<'a> Front<'a> {
             match status.stopping_signal().and_then(Signal::from_named_raw) {
                 None if status.stopped() => {}
                 None => job.note_end(status),
-                // An operator's, who will let it go on.
-                Some(Signal::STOP) => {}
+                // An operator's, who will let it go on; or its own, by which a program in the terminal gives way to the shell.
+                Some(Signal::STOP) if !self.terminal.is_given() => {}
                 Some(signal) => {
                     job.stopped_by = Some(signal);
                     job.wants_terminal |= matches!(signal, Signal::TTIN | Signal::TTOU);
-                    if signal == Signal::TSTP || !self.terminal.give(&job.group) {
+                    if matches!(signal, Signal::TSTP | Signal::STOP) || !self.terminal.give(&job.group) {
                         // As the command does, so that the shell takes over.
                         self.terminal.take_back();
                         signals::suffer(Caught::SIGTSTP);
                     }
-                    self.resume();
+                    // Where nobody could continue this process the system does not stop it; a STOP may be an operator's then.
+                    if signal != Signal::STOP {
+                        self.resume();
+                    }
                 }
             }
         }
@@ -356,10 +379,8 @@ impl<'a> Front<'a> {
             }
             self.keeper_is_silent = is_silent;
             self.note_loss();
-            if self.job.is_some() || self.begins.is_some() {
-                let how = if is_gone { "has ended" } else { "does not answer" };
-                say_in_passing(&format!("the process that watches the lock {how}; {}", self.consequence()));
-            }
+            let how = if is_gone { "has ended" } else { "does not answer" };
+            say_in_passing(&format!("the process that watches the lock {how}; {}", self.consequence()));
         }
         let Some(job) = &mut self.job else { return };
         if job.kill_at.is_some_and(|at| at.left().is_zero()) {
@@ -398,7 +419,7 @@ impl<'a> Front<'a> {
         }
         if self.plan.leads && self.told_to_end.is_some() {
             // The last term.
-            let _ = self.keeper.stream.shutdown(std::net::Shutdown::Write);
+            let _ = self.keeper.stream.shutdown(Shutdown::Write);
         }
     }
 

@@ -1,5 +1,6 @@
 //! The command's process group.
 
+use std::cell::Cell;
 use std::fs;
 
 use rustix::io::Errno;
@@ -11,17 +12,20 @@ pub(super) struct Group {
     id: Pid,
     /// When its leader was started, as the system counts it; `None` where `/proc` does not tell.
     begun: Option<u64>,
+    /// A member that ran when it was looked for last, or 0.
+    seen: Cell<i32>,
 }
 
 impl Group {
     /// The group of this leader, which runs.
     pub(super) fn of(leader: Pid) -> Self {
-        Self { id: leader, begun: stat(leader.as_raw_nonzero().get()).map(|stat| stat.begun) }
+        let begun = stat(leader.as_raw_nonzero().get()).map(|stat| stat.begun);
+        Self { id: leader, begun, seen: Cell::new(0) }
     }
 
     /// The one that another process knows.
     pub(super) fn known(id: i32, begun: Option<u64>) -> Option<Self> {
-        Some(Self { id: Pid::from_raw(id)?, begun })
+        Some(Self { id: Pid::from_raw(id)?, begun, seen: Cell::new(0) })
     }
 
     pub(super) fn begun(&self) -> Option<u64> {
@@ -65,11 +69,31 @@ impl Group {
 
     /// True if `/proc` shows members, and all of them have ended.
     fn all_have_ended(&self) -> bool {
-        let Ok(processes) = fs::read_dir("/proc") else { return false };
-        let numbers = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let mut members =
-            numbers.filter_map(stat).filter(|stat| stat.group == self.id.as_raw_nonzero().get()).peekable();
-        members.peek().is_some() && members.all(|stat| stat.has_ended)
+        // The same ones twice: one that starts another and ends may do both while the list is read, and the other is not in it then.
+        self.ended().is_some_and(|ended| !ended.is_empty() && self.ended() == Some(ended))
+    }
+
+    /// Its processes, if all of them have ended.
+    fn ended(&self) -> Option<Vec<i32>> {
+        if self.member(self.seen.get()).is_some_and(|stat| !stat.has_ended) {
+            return None;
+        }
+        let processes = fs::read_dir("/proc").ok()?.flatten();
+        let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let mut ended = Vec::new();
+        for (number, stat) in numbers.filter_map(|number| Some((number, self.member(number)?))) {
+            if !stat.has_ended {
+                self.seen.set(number);
+                return None;
+            }
+            ended.push(number);
+        }
+        Some(ended)
+    }
+
+    /// What is known of this process, if it is one of the group.
+    fn member(&self, process: i32) -> Option<Stat> {
+        stat(process).filter(|stat| stat.group == self.id.as_raw_nonzero().get())
     }
 }
 
@@ -98,10 +122,13 @@ fn stat(process: i32) -> Option<Stat> {
     // The name may have spaces and brackets in it.
     let mut fields = text.get(text.rfind(')')? + 1..)?.split_ascii_whitespace();
     let state = fields.next()?;
-    let (has_ended, stands_still) = (matches!(state, "Z" | "X" | "x"), matches!(state, "T" | "t"));
+    let stands_still = matches!(state, "T" | "t");
     let group = fields.nth(1)?.parse().ok()?;
     let has_terminal = fields.nth(2)?.parse().ok()?;
-    let begun = fields.nth(13)?.parse().ok()?;
+    let threads: u32 = fields.nth(11)?.parse().ok()?;
+    let begun = fields.nth(1)?.parse().ok()?;
+    // Where only the first thread has ended, the others go on.
+    let has_ended = matches!(state, "X" | "x") || state == "Z" && threads <= 1;
     Some(Stat { has_ended, stands_still, group, has_terminal, begun })
 }
 
@@ -123,6 +150,30 @@ mod tests {
                 std::thread::yield_now();
             }
         }
+        child.wait().unwrap();
+        assert!(group.is_gone());
+    }
+
+    /// Such a process is shown as one that has ended.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_group_is_not_gone_while_a_thread_of_it_runs() {
+        // `exit` by itself ends the first thread alone.
+        const SCRIPT: &str = "import ctypes, os, platform, threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+ctypes.CDLL(None).syscall({'x86_64': 60, 'aarch64': 93}[platform.machine()], 0)";
+        let Ok(mut child) = Command::new("python3").args(["-c", SCRIPT]).process_group(0).spawn() else {
+            support::skip("there is no python3 (`apt-get install python3`)");
+            return;
+        };
+        let group = Group::of(Pid::from_child(&child));
+        let status = format!("/proc/{}/status", child.id());
+        let has_ended =
+            || fs::read_to_string(&status).is_ok_and(|text| text.contains("State:\tZ")).then_some(());
+        support::wait_for("the end of the first thread", std::time::Duration::from_secs(60), has_ended)
+            .unwrap();
+        assert!(!group.is_gone());
+        group.signal(Signal::KILL);
         child.wait().unwrap();
         assert!(group.is_gone());
     }

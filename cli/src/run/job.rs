@@ -84,6 +84,8 @@ impl Keeper {
         acquire: impl Fn(&Context) -> Result<G, Error>,
     ) -> Result<G, Failure> {
         let context = wait.map_or_else(|| self.context.clone(), |wait| self.context.with_timeout(wait));
+        // A front that has ended meanwhile wants no lock.
+        self.context.check().map_err(failure)?;
         if let Some(held) = try_once().map_err(failure)? {
             return Ok(held);
         }

@@ -244,7 +244,7 @@ impl Keeper {
         let mut job = Watched { group: None, is_told: false, kill_at: None };
         let mut front_is_gone = self.start(terms).is_err();
         let mut attended = Attended { succeeded: false, lost: false };
-        let mut has_ended = false;
+        let (mut is_ending, mut has_ended) = (false, false);
         // Each of these is heard once.
         let (mut told, mut lost, mut stopping) = (self.told.clone(), lost.clone(), stopping.clone());
         loop {
@@ -267,13 +267,16 @@ impl Keeper {
                             job.tell_to_end(self.stop_signal);
                         }
                     }
+                    Ok(ToKeeper::Ending) => is_ending = true,
                     Ok(ToKeeper::Ended { succeeded }) => (attended.succeeded, has_ended) = (succeeded, true),
                     Ok(ToKeeper::Begin(_)) => {}
                     Err(_) => {
                         told = never();
                         front_is_gone = true;
                         if !has_ended && !job.is_gone() {
-                            job.end(self.stop_signal, Moment::now().after(self.kill_after));
+                            // Whoever told it to end, and then killed it, has no more patience: it may be a pgdsync whose own lock is about to go.
+                            let patience = if is_ending { Duration::ZERO } else { self.kill_after };
+                            job.end(self.stop_signal, Moment::now().after(patience));
                             say_in_passing("pgdsync itself was killed; its command is being ended before the lock goes back");
                         }
                     }

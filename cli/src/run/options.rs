@@ -21,7 +21,7 @@ macro_rules! after_help {
             "
 When the lock is lost, the command's process group gets TERM at once, and KILL after --kill-after. Where the lease decides (a network \
 that is cut, a server or a watching process that stands still), the group is dead before the server can give the lock to another. Where the \
-server itself ended the session (an operator, a restart, a crash), or the watching process was killed, the lock is free at that instant, \
+server itself ended the session (an operator, a shutdown), or the watching process was killed, the lock is free at that instant, \
 and the command may live for --kill-after beside another holder. What must not happen twice goes behind the fence:
 
   BEGIN; SELECT dsync.fence('$PGDSYNC_FENCE'); ...; COMMIT;
@@ -111,11 +111,11 @@ pub(crate) struct RunArguments {
 impl RunArguments {
     pub(super) fn check(&self) -> Result<(), Failure> {
         let problem = if self.shared && self.keys.len() > 1 {
-            "--shared goes with one key; nest two calls to share one and have the other alone"
+            "--shared goes with one key; nest two calls to share one and have the other alone, the outer one with a longer --kill-after"
         } else if self.every.is_some() && self.keys.len() > 1 {
-            "--every goes with one key, which names the work; nest a second call for further locks"
+            "--every goes with one key, which names the work; nest a second call for further locks, the outer one with a longer --kill-after"
         } else if self.permits.is_some() && self.keys.len() > 1 {
-            "--permits goes with one key; nest two calls to have permits of two"
+            "--permits goes with one key; nest two calls to have permits of two, the outer one with a longer --kill-after"
         } else {
             return Ok(());
         };
@@ -145,8 +145,16 @@ pub(crate) struct LeadArguments {
 pub(crate) struct Watch {
     /// How long the server keeps the lock for a holder that it does not hear. The longest one that was used in the database is also how long
     /// nobody is granted a lock after a crash of the server. [default: 4.5 times --kill-after, 15 s at least: 45 s]
-    #[arg(long, value_name = "DUR", env = "DSYNC_LEASE", hide_env_values = true, value_parser = text::duration)]
-    lease: Option<Duration>,
+    #[arg(
+        long,
+        value_name = "DUR",
+        env = "DSYNC_LEASE",
+        hide_env_values = true,
+        default_value = "",
+        hide_default_value = true,
+        value_parser = if_any
+    )]
+    lease: IfAny,
     /// Hold the lock only while each standby that the server's `synchronous_standby_names` names confirms it: where one is promoted and the
     /// old primary lives on, the command is ended before another may begin. All who take locks in the database must say so.
     #[arg(long)]
@@ -182,10 +190,11 @@ impl Watch {
         if self.quorum {
             config = config.quorum(Quorum::NamedStandbys);
         }
-        if env::var_os("DSYNC_HEARTBEAT").is_none() {
+        let is_set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
+        if !is_set("DSYNC_HEARTBEAT") {
             config = config.heartbeat(beat);
         }
-        if env::var_os("DSYNC_HEARTBEAT_TIMEOUT").is_none() {
+        if !is_set("DSYNC_HEARTBEAT_TIMEOUT") {
             config = config.heartbeat_timeout(beat);
         }
         config
@@ -205,6 +214,13 @@ impl Watch {
     pub(super) fn fits(&self) -> bool {
         self.lease() * 3 / 5 + self.margin() < self.lease()
     }
+}
+
+/// A time that need not be said. A variable of the environment that is empty says none.
+type IfAny = Option<Duration>;
+
+fn if_any(text: &str) -> Result<IfAny, String> {
+    if text.is_empty() { Ok(None) } else { text::duration(text).map(Some) }
 }
 
 /// A signal by its name, with or without SIG, or by its number.

@@ -30,11 +30,28 @@ impl Terminal {
         self.own.is_some() && self.file.as_ref().and_then(|file| tcgetpgrp(file).ok()) == self.own
     }
 
+    /// True if the command has it, as far as is known.
+    pub(super) fn is_given(&self) -> bool {
+        self.is_given
+    }
+
+    /// True if there was one, and the session has it no more: what is read from it then is an error.
+    pub(super) fn is_gone(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| tcgetpgrp(file).is_err())
+    }
+
+    /// Looks whether the command has it still. While this process stood still, the shell may have taken it.
+    pub(super) fn look_for(&mut self, group: &Group) {
+        let has_it = self.file.as_ref().and_then(|file| tcgetpgrp(file).ok());
+        self.is_given &= has_it == Some(group.id());
+    }
+
     /// Gives it to the command if it is ours; `true` if the command has it.
     pub(super) fn give(&mut self, group: &Group) -> bool {
         if let Some(file) = self.file.as_ref().filter(|_| self.is_ours()) {
             self.is_given = tcsetpgrp(file, group.id()).is_ok();
         }
+        self.look_for(group);
         self.is_given
     }
 

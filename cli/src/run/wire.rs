@@ -50,6 +50,8 @@ pub(super) enum ToKeeper {
     Begin(Vec<String>),
     /// The command is about to begin, as the leader of this process group, which was started at this time by the system's count.
     Started { leader: i32, begun: Option<u64> },
+    /// The command was told to end, by a signal that came.
+    Ending,
     /// The command has ended, and its group is gone.
     Ended { succeeded: bool },
 }
@@ -104,6 +106,7 @@ impl ToKeeper {
                 let begun = begun.map(|begun| begun.to_string()).unwrap_or_default();
                 vec!["started".to_owned(), leader.to_string(), begun]
             }
+            Self::Ending => vec!["ending".to_owned()],
             Self::Ended { succeeded } => vec!["ended".to_owned(), succeeded.to_string()],
         }
     }
@@ -115,6 +118,7 @@ impl ToKeeper {
             "started" => {
                 Self::Started { leader: rest.first()?.parse().ok()?, begun: rest.get(1)?.parse().ok() }
             }
+            "ending" => Self::Ending,
             "ended" => Self::Ended { succeeded: rest.first()?.parse().ok()? },
             _ => return None,
         })
@@ -223,6 +227,7 @@ mod tests {
             ToKeeper::Begin(arguments),
             ToKeeper::Started { leader: 7, begun: Some(12) },
             ToKeeper::Started { leader: 8, begun: None },
+            ToKeeper::Ending,
             ToKeeper::Ended { succeeded: true },
         ];
         for message in &said {

@@ -91,6 +91,21 @@ fn another_setting_that_is_refused_is_not_taken_for_the_lease() {
     assert!(said.contains("shared_sessions is 3") && !said.contains("--lease"), "{said}");
 }
 
+/// As in a file of variables that is made of a template.
+#[test]
+fn a_variable_that_is_empty_says_nothing() {
+    let database = Server::shared().database().unwrap();
+    let mut command = pgdsync(&database.url());
+    command.args(["run", "k", "--", "true"]);
+    for name in
+        ["DSYNC_LEASE", "DSYNC_HEARTBEAT", "DSYNC_HEARTBEAT_TIMEOUT", "DSYNC_NAMESPACE", "DSYNC_SCHEMA"]
+    {
+        command.env(name, "");
+    }
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+}
+
 #[test]
 fn a_server_that_cannot_be_reached_is_69_and_the_command_does_not_run() {
     let file = new_file("ran");
@@ -141,6 +156,26 @@ fn a_success_that_cannot_be_recorded_is_69_and_says_that_the_work_was_done() {
     job.says("has been done, but it is not known whether that could be recorded");
     assert_eq!(job.child.wait().unwrap().code(), Some(69));
     client.batch_execute("ROLLBACK").unwrap();
+    std::fs::remove_file(&file).unwrap();
+}
+
+/// The command is over, so nothing is to be ended in time, and what becomes of its success takes longer than its term.
+#[test]
+fn a_server_that_stands_still_when_the_command_ends_is_waited_for() {
+    let server = Server::start().unwrap();
+    let file = new_file("go-on");
+    let script = format!("echo begun; while [ ! -e {} ]; do sleep 0.05; done; echo ended", file.display());
+    let mut words = vec!["run", "--every", "1h"];
+    words.extend(SHORT);
+    words.extend(["k", "--", "sh", "-c", &script]);
+    let mut job = Process::start(pgdsync(&server.url()).args(words));
+    job.says("begun");
+    let frozen = server.freeze().unwrap();
+    std::fs::write(&file, "").unwrap();
+    job.says("ended");
+    job.says("has ended");
+    assert_eq!(job.ends().code(), Some(79));
+    frozen.thaw();
     std::fs::remove_file(&file).unwrap();
 }
 

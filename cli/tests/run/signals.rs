@@ -1,11 +1,11 @@
 //! Signals to the front go to the command.
 
-use std::os::unix::process::ExitStatusExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use support::Server;
-use support::process::{Signal, signal};
+use support::process::{Signal, is_alive, signal};
 
 use crate::common::{Process, SHORT, becomes, clean, new_file, pgdsync, run, sessions};
 
@@ -58,6 +58,46 @@ fn a_wait_for_a_set_of_which_one_is_had_ends_at_once() {
     waiter.signal(Signal::Terminate);
     assert_eq!(waiter.ends().signal(), Some(15));
     assert!(sent.elapsed() < Duration::from_secs(5), "{:?}", sent.elapsed());
+}
+
+/// Whoever sends them to all processes of a service means the command, and not those that wait for their turn.
+#[test]
+fn what_means_something_to_the_command_only_ends_nobody_who_waits() {
+    let database = Server::shared().database().unwrap();
+    let url = database.url();
+    let script = "trap 'echo USR1 came; exit 0' USR1; echo had; while :; do sleep 0.05; done";
+    let mut holder = Process::start(pgdsync(&url).args(["run", "k", "--", "sh", "-c", script]));
+    holder.says("had");
+    // In a group of its own, since the system lets no terminal stop one that nobody could continue.
+    let mut waiter = Process::start(pgdsync(&url).args(["run", "k", "--", "echo", "ran"]).process_group(0));
+    // It takes signals before it starts the other process.
+    waiter.keeper();
+    waiter.signal(Signal::User1);
+    // It heeds one after the other, and this one can be seen.
+    waiter.signal(Signal::TerminalStop);
+    let status = format!("/proc/{}/status", waiter.id());
+    becomes("the stop", &true, || std::fs::read_to_string(&status).unwrap().contains("State:\tT"));
+    waiter.signal(Signal::Continue);
+    holder.signal(Signal::User1);
+    holder.says("USR1 came");
+    assert_eq!(holder.ends().code(), Some(0));
+    let said = waiter.rest();
+    assert_eq!((waiter.ends(), said), (std::process::ExitStatus::default(), vec!["ran".to_owned()]));
+}
+
+/// It may be in a group that has to be gone before another one's lock.
+#[test]
+fn one_that_is_killed_when_it_was_told_to_end_leaves_no_command_behind() {
+    let database = Server::shared().database().unwrap();
+    let script = "trap 'echo told' TERM; echo had $$; while :; do sleep 0.05; done";
+    let command = ["run", "--kill-after", "1000", "k", "--", "sh", "-c", script];
+    let mut holder = Process::start(pgdsync(&database.url()).args(command));
+    let command: i32 = holder.says("had").1["had ".len()..].parse().unwrap();
+    holder.signal(Signal::Terminate);
+    holder.says("told");
+    holder.signal(Signal::Kill);
+    becomes("the life of the command", &false, || is_alive(command));
+    holder.ends();
 }
 
 /// An init system signals all processes of a service at once.

@@ -61,6 +61,24 @@ fn a_command_that_reads_the_terminal_can_be_stopped_and_goes_on() {
     assert!(shell.process.ends().success());
 }
 
+/// As `nano` and the shell's `suspend` do it.
+#[test]
+fn a_command_that_has_the_terminal_and_stops_itself_gives_way_to_the_shell() {
+    let database = Server::shared().database().unwrap();
+    let Some(mut shell) = Shell::start(&database.url()) else { return };
+    shell.types("$RUN sh -c 'echo re''ady; read x; echo \"g\"ot $x; kill -STOP $$; echo goes \"o\"n; read y; echo \"g\"ot $y'\n");
+    shell.process.says("ready");
+    shell.types("one\n");
+    shell.process.says("got one");
+    shell.process.says("Stopped");
+    shell.types("fg\n");
+    shell.process.says("goes on");
+    shell.types("two\n");
+    shell.process.says("got two");
+    shell.types("exit\n");
+    assert!(shell.process.ends().success());
+}
+
 /// The keeper does not stand still, and what it says of the renewals is heard only then.
 #[test]
 fn a_command_that_is_stopped_for_longer_than_a_term_goes_on() {

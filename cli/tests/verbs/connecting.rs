@@ -184,4 +184,16 @@ fn a_password_in_a_url_is_in_no_output() {
         let ran = run(pgdsync(arguments).env("DATABASE_URL", &url).env("RUST_LOG", "debug"));
         assert!(ran.code == Some(0) && !format!("{ran:?}").contains("hushhush"), "{ran:?}");
     }
+    // In the wrong place.
+    let pairs = "host=localhost password=hushhush";
+    for arguments in [
+        &["doctor", &url][..],
+        &["doctor", pairs],
+        &[&url],
+        &["run", &format!("--lease={url}"), "a", "--", "true"],
+    ] {
+        let ran = run(&mut pgdsync(arguments));
+        assert!(!format!("{ran:?}").contains("hushhush"), "{ran:?}");
+        ran.badly(64, &["a connection string"]);
+    }
 }

@@ -24,6 +24,8 @@ pub enum Signal {
     Kill,
     Stop,
     Continue,
+    TerminalStop,
+    User1,
 }
 
 impl Signal {
@@ -36,6 +38,8 @@ impl Signal {
             Self::Kill => rustix::process::Signal::KILL,
             Self::Stop => rustix::process::Signal::STOP,
             Self::Continue => rustix::process::Signal::CONT,
+            Self::TerminalStop => rustix::process::Signal::TSTP,
+            Self::User1 => rustix::process::Signal::USR1,
         }
     }
 }
