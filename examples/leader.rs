@@ -41,7 +41,9 @@ fn run() -> Result<(), Box<dyn Error>> {
             server.url()
         }
     };
-    let manager = PostgresManager::connect(Config::from_url(&url)?)?;
+    // Apart from the locks of whatever else uses the database.
+    let config = Config::from_url(&url)?.namespace("dsync-example");
+    let manager = PostgresManager::connect(config)?;
     // What the others are told of us when we lead.
     let annotated = LockOptions::new().valuer(json_valuer(&format!("process {}", process::id()))?);
     let lock = manager.lock_with(KEY, annotated)?;

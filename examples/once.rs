@@ -41,7 +41,9 @@ fn run() -> Result<(), Box<dyn Error>> {
             server.url()
         }
     };
-    let manager = PostgresManager::connect(Config::from_url(&url)?)?;
+    // Apart from the locks of whatever else uses the database.
+    let config = Config::from_url(&url)?.namespace("dsync-example");
+    let manager = PostgresManager::connect(config)?;
 
     // The success is recorded if the work returns `Ok`. Where it is one transaction in this database, let that transaction record it, by
     // `run.record(&mut transaction)`: then it is done exactly once, and not at least once.

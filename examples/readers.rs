@@ -84,7 +84,9 @@ fn run() -> Outcome<()> {
 
 /// What a machine of its own has: the manager of its process, and a connection for its work.
 fn machine(url: &str) -> Outcome<(PostgresManager, Client)> {
-    Ok((PostgresManager::connect(Config::from_url(url)?)?, Client::connect(url, NoTls)?))
+    // Apart from the locks of whatever else uses the database.
+    let config = Config::from_url(url)?.namespace("dsync-example");
+    Ok((PostgresManager::connect(config)?, Client::connect(url, NoTls)?))
 }
 
 /// Reads the list again and again: somebody does at each moment.

@@ -56,7 +56,9 @@ fn run() -> Outcome<()> {
             server.url()
         }
     };
-    let manager = PostgresManager::connect(Config::from_url(&url)?)?;
+    // Apart from the locks of whatever else uses the database.
+    let config = Config::from_url(&url)?.namespace("dsync-example");
+    let manager = PostgresManager::connect(config)?;
     let mut client = Client::connect(&url, NoTls)?;
     manager.lock("cards")?.with_lock(PATIENCE, |_| {
         client.batch_execute(&format!(

@@ -37,11 +37,12 @@ fn run() -> Result<(), Box<dyn Error>> {
             server.url()
         }
     };
-    // Not started: these locks need its namespace only, and none of its sessions.
-    let manager = PostgresManager::new(Config::from_url(&url)?)?;
+    // Apart from the locks of whatever else uses the database. Not started: these locks need its namespace only, and none of its sessions.
+    let manager = PostgresManager::new(Config::from_url(&url)?.namespace("dsync-example"))?;
     let mut client = Client::connect(&url, NoTls)?;
 
-    // One machine at a time makes the table. A session lock, since migrations may be several transactions.
+    // One machine at a time makes the table. A session lock, since migrations may be several transactions; with `CREATE INDEX CONCURRENTLY`
+    // among them take a guard, for the reason that `SessionLock` has.
     let mut migrating =
         manager.session_lock("invoices/migrations")?.acquire(&mut client, Duration::from_secs(60))?;
     migrating.batch_execute(

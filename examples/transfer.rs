@@ -42,7 +42,9 @@ fn run() -> Outcome<()> {
             server.url()
         }
     };
-    let manager = PostgresManager::connect(Config::from_url(&url)?)?;
+    // Apart from the locks of whatever else uses the database.
+    let config = Config::from_url(&url)?.namespace("dsync-example");
+    let manager = PostgresManager::connect(config)?;
     let mut client = Client::connect(&url, NoTls)?;
     // Two processes that create one table at once would get in each other's way.
     manager.lock("transfer/tables")?.with_lock(Duration::from_secs(60), |_| {

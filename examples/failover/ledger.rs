@@ -3,8 +3,8 @@
 use std::error::Error;
 use std::time::Duration;
 
+use dsync::postgres::{Client, NoTls};
 use dsync::{ErrorKind, Term};
-use postgres::{Client, NoTls};
 
 use crate::outcome::one_line;
 use crate::worker::Outcome;

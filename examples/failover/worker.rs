@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::thread;
 use std::time::Duration;
 
-use crossbeam_channel::select;
+use dsync::crossbeam_channel::select;
 use dsync::{Config, Context, ErrorKind, Term};
 
 use crate::outcome::one_line;

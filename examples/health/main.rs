@@ -53,7 +53,9 @@ fn run() -> Result<(), Box<dyn Error>> {
     };
     // First the recorder, then the observer that feeds it.
     let metrics = PrometheusBuilder::new().set_buckets(&BUCKETS)?.install_recorder()?;
-    let config = Config::from_url(&url)?.observer(MetricsObserver::named("billing"));
+    // Apart from the locks of whatever else uses the database.
+    let config =
+        Config::from_url(&url)?.namespace("dsync-example").observer(MetricsObserver::named("billing"));
     let manager = PostgresManager::connect(config)?;
 
     let address = env::var("HEALTH_ADDRESS").unwrap_or_else(|_| "127.0.0.1:9464".to_owned());
@@ -103,7 +105,7 @@ fn health(manager: &PostgresManager) -> (bool, String) {
     let snapshot = manager.snapshot();
     let is_well = snapshot.is_running
         && snapshot.claim(LEADER).is_some_and(|claim| match claim.state {
-            ClaimState::Held | ClaimState::Queueing | ClaimState::InGrace => true,
+            ClaimState::Held | ClaimState::Queueing | ClaimState::TakingTurns | ClaimState::InGrace => true,
             // For a moment that is how each claim begins.
             ClaimState::Connecting => claim.last_error.is_none(),
             _ => false,

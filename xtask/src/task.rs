@@ -235,7 +235,7 @@ pub(crate) fn waiting(cargo: &Cargo) -> Cargo {
     if env::var_os(THREADS).is_some() {
         cargo.clone()
     } else {
-        cargo.clone().env(THREADS, &(2 * processors).to_string())
+        cargo.clone().env(THREADS, &(3 * processors).to_string())
     }
 }
 
