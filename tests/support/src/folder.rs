@@ -8,9 +8,18 @@ use crate::account::Account;
 use crate::error::{Error, Result};
 use crate::random;
 
-/// A new folder in `/tmp`. The [watcher](crate::watcher) removes it, not a destructor: that works after a kill too.
+/// What a folder is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keeps {
+    /// Whatever a loss of power may take.
+    ForNow,
+    /// What the disk has in the end: figures of it are wanted.
+    OnDisk,
+}
+
+/// A new folder in `/dev/shm` or `/tmp`. The [watcher](crate::watcher) removes it, not a destructor: that works after a kill too.
 ///
-/// `/tmp` is preferred to `TMPDIR` because a Unix socket's path must fit into about a hundred bytes, and because the
+/// These are preferred to `TMPDIR` because a Unix socket's path must fit into about a hundred bytes, and because the
 /// server's user must be able to reach it.
 #[derive(Debug)]
 pub(crate) struct Folder {
@@ -18,11 +27,30 @@ pub(crate) struct Folder {
     account: Account,
 }
 
+/// Where folders are made. A server is made of a thousand small files, and a test of some servers, so that on many a disk their coming
+/// and going takes more time than the test.
+fn parent(keeps: Keeps) -> PathBuf {
+    /// Linux has it in memory.
+    const IN_MEMORY: &str = "/dev/shm";
+    /// Eight times what all tests have at once, when two runs of them go on. A container often has 64 MB.
+    const ROOM: u64 = 4 << 30;
+    let has_room = || {
+        rustix::fs::statvfs(IN_MEMORY).is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) >= ROOM)
+    };
+    if keeps == Keeps::ForNow && has_room() {
+        PathBuf::from(IN_MEMORY)
+    } else if Path::new("/tmp").is_dir() {
+        PathBuf::from("/tmp")
+    } else {
+        std::env::temp_dir()
+    }
+}
+
 impl Folder {
     /// Chooses a name that nobody has, and makes nothing yet: the watcher has to know it first, or a kill between the
     /// two would leave a folder behind. This is why the `tempfile` crate, which does both at once, is of no use here.
-    pub(crate) fn plan(prefix: &str, account: Account) -> Result<Self> {
-        let parent = if Path::new("/tmp").is_dir() { PathBuf::from("/tmp") } else { std::env::temp_dir() };
+    pub(crate) fn plan(prefix: &str, account: Account, keeps: Keeps) -> Result<Self> {
+        let parent = parent(keeps);
         loop {
             // 48 bits: a path may not be long, and two processes may not choose the same.
             let path = parent.join(format!("{prefix}{:012x}", random::number()? >> 16));
@@ -34,8 +62,10 @@ impl Folder {
 
     /// Makes the folder.
     pub(crate) fn make(&self) -> Result<()> {
-        fs::create_dir(&self.path)
-            .map_err(Error::because(format!("can't make {}; /tmp must be writable", self.path.display())))?;
+        fs::create_dir(&self.path).map_err(Error::because(format!(
+            "can't make {}; its folder must be writable",
+            self.path.display()
+        )))?;
         self.hand_over(&self.path, 0o755)
     }
 

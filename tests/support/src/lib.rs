@@ -25,7 +25,7 @@
 //!
 //! PostgreSQL 13 or newer has to be installed, or is got from a package registry ([`Binaries::find`]); no server has to
 //! run. Servers run as the user `postgres` or `nobody` when the tests run as root. They listen on 127.0.0.1 and on a
-//! Unix socket in `/tmp`.
+//! Unix socket in their folder, which is in `/dev/shm` or `/tmp`.
 //!
 //! Nothing stays behind: not after a panic, not after `exit`, which runs no destructors of statics, and not after
 //! `kill -9`. See `watcher.rs`.

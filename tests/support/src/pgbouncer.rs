@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::account::Account;
 use crate::error::{Error, Result};
-use crate::folder::last_lines;
+use crate::folder::{Keeps, last_lines};
 use crate::port;
 use crate::process::{self, Signal};
 use crate::program::Workshop;
@@ -103,7 +103,7 @@ impl PgBouncer {
         mode: PoolMode,
         settings: &[(&str, &str)],
     ) -> Result<std::result::Result<Self, Error>> {
-        let workshop = Workshop::open("dsync-pb-", Account::choose()?)?;
+        let workshop = Workshop::open("dsync-pb-", Account::choose()?, Keeps::ForNow)?;
         let port = port::free()?;
         let configuration = configuration(server, mode, port, settings);
         let file = workshop.folder.write("pgbouncer.ini", &configuration, 0o600)?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::account::Account;
 use crate::error::{Error, Result};
-use crate::folder::last_lines;
+use crate::folder::{Keeps, last_lines};
 use crate::port;
 use crate::process::{self, Signal};
 use crate::program::Workshop;
@@ -72,7 +72,7 @@ impl PgPool {
         standby: &Server,
         settings: &[(&str, &str)],
     ) -> Result<std::result::Result<Self, Error>> {
-        let workshop = Workshop::open("dsync-pp-", Account::choose()?)?;
+        let workshop = Workshop::open("dsync-pp-", Account::choose()?, Keeps::ForNow)?;
         let (port, control) = (port::free()?, port::free()?);
         let text = configuration([primary, standby], port, control, workshop.folder.path(), settings);
         let file = workshop.folder.write("pgpool.conf", &text, 0o600)?.display().to_string();

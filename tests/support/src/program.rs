@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::account::Account;
 use crate::error::{Error, Result};
-use crate::folder::{Folder, last_lines};
+use crate::folder::{Folder, Keeps, last_lines};
 use crate::process;
 use crate::wait::wait_for;
 use crate::watcher::Watcher;
@@ -32,8 +32,8 @@ pub(crate) struct Workshop {
 }
 
 impl Workshop {
-    pub(crate) fn open(prefix: &str, account: Account) -> Result<Self> {
-        let folder = Folder::plan(prefix, account)?;
+    pub(crate) fn open(prefix: &str, account: Account, keeps: Keeps) -> Result<Self> {
+        let folder = Folder::plan(prefix, account, keeps)?;
         let watcher = Watcher::over_folder(folder.path())?;
         if let Err(error) = folder.make() {
             // If somebody else has made one of this name, it must stay.

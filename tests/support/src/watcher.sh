@@ -64,6 +64,13 @@ if [ -n "$main" ]; then
 fi
 
 [ -n "$folder" ] || exit
+# A server that was killed has left a little of System V's shared memory, of which the system has room for some thousand. The seventh line of
+# its file has the key and the number.
+if [ -r "$folder/data/postmaster.pid" ]; then
+    sed -n 7p "$folder/data/postmaster.pid" 2>/dev/null | {
+        read -r _ segment && ipcrm -m "$segment" 2>/dev/null
+    }
+fi
 # The last processes may be writing still, so one attempt may find a folder not empty.
 tries=250
 while rm -rf -- "$folder" 2>/dev/null; [ -e "$folder" ] && [ "$tries" -gt 0 ]; do

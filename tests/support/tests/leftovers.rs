@@ -220,3 +220,22 @@ fn open_files(pid: i32) -> std::io::Result<Vec<PathBuf>> {
         .filter(|link| !link.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound))
         .collect()
 }
+
+/// Of System V's shared memory there is a fixed number of pieces, so a few thousand servers that are killed would use them up.
+#[test]
+#[cfg(target_os = "linux")]
+fn no_shared_memory_is_left_of_a_server_that_was_killed() -> Outcome {
+    let pieces = || -> std::io::Result<Vec<String>> {
+        let list = std::fs::read_to_string("/proc/sysvipc/shm")?;
+        Ok(list.lines().filter_map(|line| line.split_ascii_whitespace().nth(1).map(str::to_owned)).collect())
+    };
+    let server = Server::start()?;
+    let told = std::fs::read_to_string(server.data_dir().join("postmaster.pid"))?;
+    let piece =
+        told.lines().nth(6).and_then(|line| line.split_ascii_whitespace().nth(1)).ok_or("no number")?;
+    server.kill_hard()?;
+    assert!(pieces()?.iter().any(|other| other == piece), "{piece} of {:?}", pieces()?);
+    drop(server);
+    assert!(!pieces()?.iter().any(|other| other == piece), "{piece} is left");
+    Ok(())
+}

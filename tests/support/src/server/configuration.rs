@@ -13,6 +13,8 @@ const COMMON: &str = "
 log_line_prefix = '%m [%p] %a '
 lc_messages = 'C'
 shared_buffers = '32MB'
+# In the server's folder, so that one that is killed leaves nothing elsewhere.
+dynamic_shared_memory_type = 'mmap'
 # Standbys start from a copy and then ask for what came after it.
 wal_keep_size = '64MB'
 # A server that stops waits this long for a client that was accepted meanwhile and says nothing, a frozen one for

@@ -10,7 +10,7 @@ use super::{Builder, LOG, Server, locked, template};
 use crate::account::Account;
 use crate::binaries::Binaries;
 use crate::error::{Error, Result};
-use crate::folder::last_lines;
+use crate::folder::{Keeps, last_lines};
 use crate::process::{self, Signal};
 use crate::program::Workshop;
 use crate::wait::{PAUSE, wait_for};
@@ -72,7 +72,8 @@ impl Server {
     pub(super) fn prepare(binaries: Binaries, plan: Builder, password: Option<String>) -> Result<Self> {
         let account = Account::choose()?;
         let netns = plan.inside.as_ref().map(|inside| inside.name.clone());
-        let workshop = Workshop::open("dsync-pg-", account)?.inside(netns);
+        let keeps = if plan.durable { Keeps::OnDisk } else { Keeps::ForNow };
+        let workshop = Workshop::open("dsync-pg-", account, keeps)?.inside(netns);
         workshop.folder.subfolder("s", 0o755)?;
         Ok(Self {
             binaries,

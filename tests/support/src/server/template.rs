@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use crate::account::Account;
 use crate::binaries::Binaries;
 use crate::error::{Error, Result};
+use crate::folder::Keeps;
 use crate::program::Workshop;
 
 /// What `initdb` made, never started. Never dropped either: the watcher removes it when the process has ended.
@@ -50,7 +51,7 @@ pub(super) fn initialise(
 
 impl Template {
     fn make(binaries: &Binaries) -> Result<Self> {
-        let workshop = Workshop::open("dsync-pg-", Account::choose()?)?;
+        let workshop = Workshop::open("dsync-pg-", Account::choose()?, Keeps::ForNow)?;
         initialise(&workshop, binaries, &workshop.folder.join("data"), &[])?;
         Ok(Self { binaries: binaries.clone(), workshop })
     }
