@@ -13,7 +13,7 @@ use crate::common::{
     Bomb, PATIENCE, Process, becomes, begin, kind, library_threads, lock, process, role, soon, started,
 };
 
-const AT_ONCE: Duration = Duration::from_secs(1);
+const AT_ONCE: Duration = Duration::from_secs(3);
 
 fn becomes_queued(lock: &Arc<dyn Lock>) {
     becomes("a thread in the queue", &true, || format!("{lock:?}").contains("waiting_threads: 1"));

@@ -197,7 +197,7 @@ fn a_wait_at_the_second_host_is_cancelled_without_asking_the_first() {
     becomes("the queue", &1_i64, || alive.client().unwrap().query_one(waits, &[]).unwrap().get(0));
     let begun = Instant::now();
     wanted.release().unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(1), "a slice is 5 s: {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(3), "a slice is 5 s: {:?}", begun.elapsed());
     assert_eq!(kind(waiting.get()), ErrorKind::Released);
     assert!(is_held(&held));
 }

@@ -331,8 +331,8 @@ fn a_cancelled_call_returns_within_a_second_and_leaves_the_transaction_as_it_was
         tells(&error, ErrorKind::Cancelled, &["the context was cancelled", GOES_ON]);
         returned - cancelled
     });
-    // A second, and one for a machine that has others to serve.
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    // A second, and some for a machine that has others to serve.
+    assert!(took < Duration::from_secs(4), "{took:?}");
     goes_on(&mut transaction);
     holder.commit().unwrap();
     assert_eq!(kind(lock.acquire(&mut transaction, &context)), ErrorKind::Cancelled);

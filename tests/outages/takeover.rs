@@ -567,7 +567,7 @@ fn a_lock_that_cannot_be_confirmed_costs_none_that_is_held_on_its_session() {
     assert!(failure.to_string().contains("shutting down"), "{failure}");
     let begun = Instant::now();
     wanted.release().unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
     // Newcomers come less and less often, and none for a lock that nobody wants any more.
     let refused = || server.log().matches("the database system is shutting down").count();
     let newcomers = refused();
@@ -675,7 +675,7 @@ fn a_lock_is_confirmed_though_newcomers_are_slow_and_others_are_granted_locks_al
         }
         let begun = Instant::now();
         held.release().unwrap();
-        assert!(begun.elapsed() < Duration::from_millis(500), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_millis(1_500), "{:?}", begun.elapsed());
         drop(over);
     });
 }
@@ -844,7 +844,7 @@ fn saying_why() {
         released.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::UnlockFailed),
         "{released:?}"
     );
-    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
     locks[..3].iter().for_each(|lock| lock.lock(&soon()).unwrap());
     assert_eq!(manager.inspect("k0").unwrap().grace_left, None);
     assert_eq!(manager.snapshot().claim("k0").unwrap().grace_left, None);
