@@ -60,7 +60,7 @@ pub(crate) fn refused(error: &clap::Error) -> Failure {
     // A connection string in the wrong place may have a password in it.
     for kind in [ContextKind::InvalidArg, ContextKind::InvalidSubcommand, ContextKind::InvalidValue] {
         if let Some(ContextValue::String(said)) = error.get(kind)
-            && (said.contains("://") || said.contains("password"))
+            && (said.contains("://") || said.replace(' ', "").contains("password="))
         {
             text = text.replace(said, "(a connection string)");
         }

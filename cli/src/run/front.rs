@@ -232,7 +232,7 @@ impl<'a> Front<'a> {
         } else if self.job.is_some() {
             "the command is being ended"
         } else {
-            "the command had ended; whether it counts as done is not known"
+            "the command is not running"
         }
     }
 
@@ -329,7 +329,7 @@ impl<'a> Front<'a> {
     /// Lets a command that stands still go on.
     fn resume(&mut self) {
         let Some(job) = &mut self.job else { return };
-        self.terminal.look_for(&job.group);
+        self.terminal.look();
         let Some(stopped_by) = job.stopped_by.take() else { return };
         let has_terminal = job.wants_terminal && self.terminal.give(&job.group);
         if matches!(stopped_by, Signal::TTIN | Signal::TTOU) && !has_terminal && !self.terminal.is_gone() {
@@ -380,7 +380,11 @@ impl<'a> Front<'a> {
             self.keeper_is_silent = is_silent;
             self.note_loss();
             let how = if is_gone { "has ended" } else { "does not answer" };
-            say_in_passing(&format!("the process that watches the lock {how}; {}", self.consequence()));
+            let what = match self.is_finishing() {
+                true => "whether the lock lasted until the command had ended is not known",
+                false => self.consequence(),
+            };
+            say_in_passing(&format!("the process that watches the lock {how}; {what}"));
         }
         let Some(job) = &mut self.job else { return };
         if job.kill_at.is_some_and(|at| at.left().is_zero()) {

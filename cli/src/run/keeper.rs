@@ -244,7 +244,7 @@ impl Keeper {
         let mut job = Watched { group: None, is_told: false, kill_at: None };
         let mut front_is_gone = self.start(terms).is_err();
         let mut attended = Attended { succeeded: false, lost: false };
-        let (mut is_ending, mut has_ended) = (false, false);
+        let (mut told_to_end, mut has_ended): (Option<Moment>, _) = (None, false);
         // Each of these is heard once.
         let (mut told, mut lost, mut stopping) = (self.told.clone(), lost.clone(), stopping.clone());
         loop {
@@ -267,16 +267,19 @@ impl Keeper {
                             job.tell_to_end(self.stop_signal);
                         }
                     }
-                    Ok(ToKeeper::Ending) => is_ending = true,
+                    Ok(ToKeeper::Ending) => told_to_end = told_to_end.or(Some(Moment::now())),
                     Ok(ToKeeper::Ended { succeeded }) => (attended.succeeded, has_ended) = (succeeded, true),
                     Ok(ToKeeper::Begin(_)) => {}
                     Err(_) => {
                         told = never();
                         front_is_gone = true;
                         if !has_ended && !job.is_gone() {
-                            // Whoever told it to end, and then killed it, has no more patience: it may be a pgdsync whose own lock is about to go.
-                            let patience = if is_ending { Duration::ZERO } else { self.kill_after };
+                            // Whoever told it to end, and then killed it, has little patience left: it may be a pgdsync whose own lock is about
+                            // to go. The command may be one, too, and has to hear that it is to end.
+                            let patience = told_to_end.map(|at| at.after(HEARD_WITHIN).left());
+                            let patience = patience.map_or(self.kill_after, |left| left.min(self.kill_after));
                             job.end(self.stop_signal, Moment::now().after(patience));
+                            job.kill_if_due();
                             say_in_passing("pgdsync itself was killed; its command is being ended before the lock goes back");
                         }
                     }
@@ -327,6 +330,9 @@ impl Observer for Losses {
         let _ = self.0.try_send(event.reason);
     }
 }
+
+/// How soon a process has heard of a signal, on a busy machine too.
+const HEARD_WITHIN: Duration = Duration::from_secs(1);
 
 /// How often to look whether a group is gone.
 const LOOKS_EVERY: Duration = Duration::from_millis(20);

@@ -3,7 +3,8 @@
 use std::fs::{File, OpenOptions};
 
 use nix::unistd::getpgrp;
-use rustix::process::Pid;
+use rustix::io::Errno;
+use rustix::process::{Pid, getpgid, getsid};
 use rustix::termios::{tcgetpgrp, tcsetpgrp};
 
 use super::group::Group;
@@ -37,13 +38,16 @@ impl Terminal {
 
     /// True if there was one, and the session has it no more: what is read from it then is an error.
     pub(super) fn is_gone(&self) -> bool {
-        self.file.as_ref().is_some_and(|file| tcgetpgrp(file).is_err())
+        // The group may also be one of outside of the container, which has no number here.
+        let is_gone = |error| error != Errno::OPNOTSUPP;
+        self.file.as_ref().is_some_and(|file| tcgetpgrp(file).is_err_and(is_gone))
     }
 
-    /// Looks whether the command has it still. While this process stood still, the shell may have taken it.
-    pub(super) fn look_for(&mut self, group: &Group) {
+    /// Looks whether the command has it still, or a group that it made. While this process stood still, the shell may have taken it.
+    pub(super) fn look(&mut self) {
         let has_it = self.file.as_ref().and_then(|file| tcgetpgrp(file).ok());
-        self.is_given &= has_it == Some(group.id());
+        let shell = getsid(None).and_then(|leader| getpgid(Some(leader))).ok();
+        self.is_given &= has_it.is_some() && has_it != self.own && has_it != shell;
     }
 
     /// Gives it to the command if it is ours; `true` if the command has it.
@@ -51,7 +55,7 @@ impl Terminal {
         if let Some(file) = self.file.as_ref().filter(|_| self.is_ours()) {
             self.is_given = tcsetpgrp(file, group.id()).is_ok();
         }
-        self.look_for(group);
+        self.look();
         self.is_given
     }
 
