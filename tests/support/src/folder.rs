@@ -32,7 +32,7 @@ pub(crate) struct Folder {
 fn parent(keeps: Keeps) -> PathBuf {
     /// Linux has it in memory.
     const IN_MEMORY: &str = "/dev/shm";
-    /// Eight times what all tests have at once, when two runs of them go on. A container often has 64 MB.
+    /// Much more than two runs of all tests have at once. A container often has 64 MB.
     const ROOM: u64 = 4 << 30;
     let has_room = || {
         rustix::fs::statvfs(IN_MEMORY).is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) >= ROOM)
