@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, getpid, kill_process
 
 use super::group::Group;
 use super::options::Watch;
-use super::signals::{self, ENDING, Signals};
+use super::signals::{self, ENDING, OTHERS, Signals};
 use super::terminal::Terminal;
 use super::wire::{Frames, Moment, ToFront, ToKeeper};
 use super::{BECOME, KEEP};
@@ -173,7 +173,9 @@ impl<'a> Front<'a> {
 
     /// Until when the keeper may be silent; `None` while that is of no interest.
     fn silent_until(&self) -> Option<Moment> {
-        let watches = !self.is_lost && !self.keeper.is_gone && self.keeper.done.is_none();
+        // After a loss it has nothing to say until the command has ended.
+        let watches =
+            (!self.is_lost || self.is_finishing()) && !self.keeper.is_gone && self.keeper.done.is_none();
         let end = self.deadline.filter(|_| watches && !self.waits_for_the_next_term())?;
         // What was heard last may have waited for this process to go on, and what is newer is on its way.
         let patience = if self.is_finishing() { PATIENCE_AT_THE_END } else { PATIENCE };
@@ -288,7 +290,7 @@ impl<'a> Front<'a> {
             match signal {
                 Caught::SIGCHLD | Caught::SIGCONT | Caught::SIGTTOU => {}
                 // Meant for a command, which is not there.
-                Caught::SIGUSR1 | Caught::SIGUSR2 => {}
+                _ if OTHERS.contains(&signal) => {}
                 Caught::SIGTSTP => signals::suffer(signal),
                 // The command has ended, and the keeper gives the lock back. The second time, it takes too long.
                 _ if ends && self.told_to_end.is_none() && self.is_finishing() => {
@@ -368,6 +370,7 @@ impl<'a> Front<'a> {
     /// Ends the command if the keeper had said nothing for too long by `heard_until`, and by force when its time to end is over.
     fn look_at_the_clock(&mut self, heard_until: Moment) {
         let is_silent = self.silent_until().is_some_and(|end| end <= heard_until);
+        self.keeper_is_silent |= is_silent;
         let is_gone = self.keeper.is_gone && self.keeper.done.is_none();
         if (is_silent || is_gone)
             && !self.is_lost
@@ -377,7 +380,6 @@ impl<'a> Front<'a> {
             if let Some(job) = &self.job {
                 job.group.tell_to_end(self.plan.watch.stop_signal);
             }
-            self.keeper_is_silent = is_silent;
             self.note_loss();
             let how = if is_gone { "has ended" } else { "does not answer" };
             let what = match self.is_finishing() {

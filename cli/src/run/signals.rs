@@ -12,7 +12,7 @@ use nix::sys::signal::{SigSet, Signal, raise};
 /// Those that are passed on to the command, and end it.
 pub(super) const ENDING: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
 /// Those that are passed on, and mean what the command takes them for.
-const OTHERS: [Signal; 2] = [Signal::SIGUSR1, Signal::SIGUSR2];
+pub(super) const OTHERS: [Signal; 2] = [Signal::SIGUSR1, Signal::SIGUSR2];
 
 pub(super) struct Signals {
     numbers: UnixStream,

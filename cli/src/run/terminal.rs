@@ -2,9 +2,9 @@
 
 use std::fs::{File, OpenOptions};
 
-use nix::unistd::getpgrp;
+use nix::unistd::{getpgid, getpgrp, getsid};
 use rustix::io::Errno;
-use rustix::process::{Pid, getpgid, getsid};
+use rustix::process::Pid;
 use rustix::termios::{tcgetpgrp, tcsetpgrp};
 
 use super::group::Group;
@@ -46,8 +46,7 @@ impl Terminal {
     /// Looks whether the command has it still, or a group that it made. While this process stood still, the shell may have taken it.
     pub(super) fn look(&mut self) {
         let has_it = self.file.as_ref().and_then(|file| tcgetpgrp(file).ok());
-        let shell = getsid(None).and_then(|leader| getpgid(Some(leader))).ok();
-        self.is_given &= has_it.is_some() && has_it != self.own && has_it != shell;
+        self.is_given &= has_it.is_some() && has_it != self.own && has_it != shell();
     }
 
     /// Gives it to the command if it is ours; `true` if the command has it.
@@ -68,4 +67,10 @@ impl Terminal {
         }
         was_given
     }
+}
+
+/// The group of the process that leads the session; `None` where it is outside of the container: the system says 0 then.
+fn shell() -> Option<Pid> {
+    let leader = getsid(None).ok().filter(|leader| leader.as_raw() > 0)?;
+    Pid::from_raw(getpgid(Some(leader)).ok()?.as_raw())
 }

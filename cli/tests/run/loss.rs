@@ -257,6 +257,26 @@ fn a_session_that_an_operator_ends_ends_the_command_in_time() {
     assert_eq!(holder.ends().code(), Some(79));
 }
 
+/// It was to say when the lock had gone back.
+#[test]
+#[ignore = "long; run with --ignored"]
+fn a_keeper_that_stands_still_after_a_loss_is_not_waited_for_without_end() {
+    let server = Server::start().unwrap();
+    let script = "trap '' TERM; echo begun; exec sleep 1000";
+    let mut holder =
+        Process::start(pgdsync(&server.url()).arg("run").args(SHORT).args(["k", "--", "sh", "-c", script]));
+    holder.says("begun");
+    let keeper = holder.keeper();
+    server.terminate(holder_of(&server, "k")).unwrap();
+    holder.says("the lock was lost");
+    let stopped = Stopped::stop(keeper);
+    // It waits for a minute, and the command is killed before.
+    let ended = wait_for("the end of the front", PATIENCE * 2, || holder.child.try_wait().unwrap()).unwrap();
+    assert_eq!(ended.code(), Some(79));
+    becomes("the keeper's life", &false, || is_alive(keeper));
+    drop(stopped);
+}
+
 #[test]
 fn a_front_that_is_killed_ends_the_command_before_another_has_the_lock() {
     let server = Server::start().unwrap();

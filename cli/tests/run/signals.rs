@@ -159,6 +159,8 @@ fn the_first_process_of_a_container_heeds_them_too() {
     becomes("the waiters", &1, || sessions(&server, false));
     signal(first_of(&waiter), Signal::Terminate).unwrap();
     assert_eq!(waiter.ends().code(), Some(128 + 15));
+    // The process that leads the session is outside.
+    signal(first_of(&holder), Signal::Continue).unwrap();
     signal(first_of(&holder), Signal::Terminate).unwrap();
     assert_eq!(holder.ends().code(), Some(7));
 }
