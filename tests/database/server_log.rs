@@ -85,6 +85,37 @@ impl<'a> Scene<'a> {
         }
     }
 
+    /// Waits are given up five times in time and without a line. `give_up` says how long it took until a wait was given up.
+    fn giving_up_is_quiet(&mut self, mut give_up: impl FnMut(&mut Self) -> Duration) {
+        /// A cancel request that is not heeded for so long is sent again, and may hit what comes after the wait.
+        const IN_TIME: Duration = Duration::from_millis(50);
+        /// The server signals its process twice for one request, of which the second may hit what comes after the wait, too.
+        const MOST_LOUD: usize = 2;
+        let (mut quiet, mut loud, mut rounds) = (0, 0, 0);
+        while quiet < 5 {
+            rounds += 1;
+            assert!(rounds < 50, "a wait is given up later than {IN_TIME:?} nearly always");
+            self.before = self.server.log().len();
+            let took = give_up(self);
+            println!("given up within {took:?}");
+            if took < IN_TIME && loud < MOST_LOUD && !self.errors().is_empty() {
+                loud += 1;
+            } else if took < IN_TIME {
+                quiet += 1;
+                self.log_is_quiet();
+            }
+        }
+    }
+
+    /// Waits until no more sessions than so many are in the midst of a statement.
+    fn statements_end(&mut self, but: i64) {
+        let query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+                     AND state = 'active' AND pid <> pg_backend_pid()";
+        eventually("the end of the statements", || {
+            self.operator.query_one(query, &[]).unwrap().get::<_, i64>(0) <= but
+        });
+    }
+
     /// A session that holds the lock with this number by hand.
     fn hold(&self, number: i64) -> Client {
         let mut client = self.database.client().unwrap();
@@ -125,22 +156,44 @@ fn waiting_for_a_permit_is_quiet() {
     let managers = [(); 3].map(|()| scene.manager(CatalogMode::Automatic));
     let [holder, next, later] = managers.each_ref().map(|manager| manager.semaphore("x", 1).unwrap());
     let held = holder.acquire(Context::background()).unwrap();
-    let (context, canceller) = Context::background().with_cancel();
-    let next_one = {
+    let is_next = || eventually("the next one", || managers[0].inspect("x").unwrap().waiters.len() == 1);
+    let waits = || {
+        let (context, canceller) = Context::background().with_cancel();
         let next = Arc::clone(&next);
-        begin(move || kind(next.acquire(context)))
+        let waiting = begin(move || kind(next.acquire(context)));
+        is_next();
+        (waiting, canceller)
     };
-    eventually("the next one", || managers[0].inspect("x").unwrap().waiters.len() == 1);
-    for _ in 0..3 {
-        let (begun, time) = (Instant::now(), SLICE * 5 / 2);
-        assert_eq!(kind(later.acquire(time)), ErrorKind::TimedOut);
-        assert!(begun.elapsed() >= time);
-    }
+    let times_out = |lock: &Arc<dyn Lock>, time| {
+        let begun = Instant::now();
+        assert_eq!(kind(lock.acquire(time)), ErrorKind::TimedOut);
+        begun.elapsed().checked_sub(time).unwrap()
+    };
+    let (next_one, canceller) = waits();
+    scene.giving_up_is_quiet(|scene| {
+        let took = times_out(&later, SLICE * 5 / 2);
+        // The next one's.
+        scene.statements_end(1);
+        took
+    });
     canceller.cancel();
     assert_eq!(next_one.get(), ErrorKind::Cancelled);
-    assert_eq!(kind(next.acquire(SLICE * 3)), ErrorKind::TimedOut);
+    scene.giving_up_is_quiet(|scene| {
+        let (next_one, canceller) = waits();
+        let begun = Instant::now();
+        canceller.cancel();
+        assert_eq!(next_one.get(), ErrorKind::Cancelled);
+        let took = begun.elapsed();
+        scene.statements_end(0);
+        took
+    });
+    scene.giving_up_is_quiet(|scene| {
+        let took = times_out(&next, SLICE * 3);
+        scene.statements_end(0);
+        took
+    });
     let waiting = wait_in_thread(&next);
-    eventually("the next one", || managers[0].inspect("x").unwrap().waiters.len() == 1);
+    is_next();
     held.release().unwrap();
     waiting.get().unwrap();
     next.release().unwrap();
@@ -228,35 +281,21 @@ fn a_wait_for_a_fenced_transaction_leaves_no_line() {
 
 #[test]
 fn the_release_of_a_claim_that_waits_leaves_no_line() {
-    /// A cancel request that is not heeded for so long is sent again, and may hit what comes after the wait.
-    const IN_TIME: Duration = Duration::from_millis(50);
-    /// The server signals its process twice for one request, of which the second may hit what comes after the wait, too.
-    const MOST_LOUD: usize = 2;
     let server = Server::start().unwrap();
     in_both_modes(|mode| {
         let mut scene = Scene::set(&server);
         let manager = started(scene.config().catalog(mode).wait_slice(LONG_SLICE));
         let _holder = scene.hold(7);
-        let (mut quiet, mut loud, mut rounds) = (0, 0, 0);
-        while quiet < 5 {
-            rounds += 1;
-            assert!(rounds < 50, "a release takes longer than {IN_TIME:?} nearly always");
-            scene.before = server.log().len();
+        scene.giving_up_is_quiet(|scene| {
             let (x, waiting) = waits_in(&manager, 7.into());
             scene.becomes_queue(1);
             let begun = Instant::now();
             x.release().unwrap();
             let took = begun.elapsed();
-            println!("released within {took:?}");
             assert_eq!(kind(waiting.get()), ErrorKind::Released);
             scene.becomes_queue(0);
-            if took < IN_TIME && loud < MOST_LOUD && !scene.errors().is_empty() {
-                loud += 1;
-            } else if took < IN_TIME {
-                quiet += 1;
-                scene.log_is_quiet();
-            }
-        }
+            took
+        });
         assert_eq!(scene.held(), 1, "the one of the holder by hand");
     });
 }
