@@ -2,7 +2,9 @@
 
 use std::cell::Cell;
 use std::fs;
+use std::sync::LazyLock;
 
+use nix::unistd::getpgid;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 
@@ -12,7 +14,7 @@ pub(super) struct Group {
     id: Pid,
     /// When its leader was started, as the system counts it; `None` where `/proc` does not tell.
     begun: Option<u64>,
-    /// A member that ran when it was looked for last, or 0.
+    /// A member that ran when it was looked for last, or the leader.
     seen: Cell<i32>,
 }
 
@@ -20,12 +22,12 @@ impl Group {
     /// The group of this leader, which runs.
     pub(super) fn of(leader: Pid) -> Self {
         let begun = stat(leader.as_raw_nonzero().get()).map(|stat| stat.begun);
-        Self { id: leader, begun, seen: Cell::new(0) }
+        Self { id: leader, begun, seen: Cell::new(leader.as_raw_nonzero().get()) }
     }
 
     /// The one that another process knows.
     pub(super) fn known(id: i32, begun: Option<u64>) -> Option<Self> {
-        Some(Self { id: Pid::from_raw(id)?, begun, seen: Cell::new(0) })
+        Some(Self { id: Pid::from_raw(id)?, begun, seen: Cell::new(id) })
     }
 
     pub(super) fn begun(&self) -> Option<u64> {
@@ -75,25 +77,36 @@ impl Group {
 
     /// Its processes, if all of them have ended.
     fn ended(&self) -> Option<Vec<i32>> {
-        if self.member(self.seen.get()).is_some_and(|stat| !stat.has_ended) {
+        // The leader may be hidden in the list.
+        let known = [self.seen.get(), self.id.as_raw_nonzero().get()];
+        if known.into_iter().any(|number| self.member(number) == Some(Member::Runs)) {
             return None;
         }
         let processes = fs::read_dir("/proc").ok()?.flatten();
         let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         let mut ended = Vec::new();
-        for (number, stat) in numbers.filter_map(|number| Some((number, self.member(number)?))) {
-            if !stat.has_ended {
-                self.seen.set(number);
-                return None;
+        for number in numbers {
+            match self.member(number) {
+                None => {}
+                Some(Member::HasEnded) => ended.push(number),
+                Some(Member::Runs) => {
+                    self.seen.set(number);
+                    return None;
+                }
             }
-            ended.push(number);
         }
         Some(ended)
     }
 
-    /// What is known of this process, if it is one of the group.
-    fn member(&self, process: i32) -> Option<Stat> {
-        stat(process).filter(|stat| stat.group == self.id.as_raw_nonzero().get())
+    /// What is known of this process, if it is one of the group. One that `/proc` does not show, or whose file cannot be read, may run.
+    fn member(&self, process: i32) -> Option<Member> {
+        let id = self.id.as_raw_nonzero().get();
+        let Some(stat) = stat(process) else {
+            let group = getpgid(Some(nix::unistd::Pid::from_raw(process)));
+            return group.is_ok_and(|group| group.as_raw() == id).then_some(Member::Runs);
+        };
+        let state = if stat.has_ended { Member::HasEnded } else { Member::Runs };
+        (stat.group == id).then_some(state)
     }
 }
 
@@ -102,8 +115,15 @@ pub(super) fn is_in_the_foreground(process: i32) -> bool {
     match stat(process) {
         // Without a terminal of its session's it may have one all the same, that of a container say.
         Some(stat) => !stat.stands_still && (stat.has_terminal == stat.group || stat.has_terminal < 0),
-        None => cfg!(not(target_os = "linux")),
+        None => !has_proc(),
     }
+}
+
+/// A process of the group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Member {
+    Runs,
+    HasEnded,
 }
 
 /// What `/proc` says of a process.
@@ -116,9 +136,23 @@ struct Stat {
     begun: u64,
 }
 
+/// True if `/proc` shows the processes by the numbers that they have here: in a container it may be that of the host.
+fn has_proc() -> bool {
+    static HAS_PROC: LazyLock<bool> = LazyLock::new(|| {
+        let own = fs::read_link("/proc/self").ok();
+        own.and_then(|own| own.to_str()?.parse().ok()) == Some(std::process::id())
+    });
+    *HAS_PROC
+}
+
 /// <https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html>
 fn stat(process: i32) -> Option<Stat> {
-    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    if !has_proc() {
+        return None;
+    }
+    // A long name is cut, maybe in the midst of a character.
+    let text = fs::read(format!("/proc/{process}/stat")).ok()?;
+    let text = String::from_utf8_lossy(&text);
     // The name may have spaces and brackets in it.
     let mut fields = text.get(text.rfind(')')? + 1..)?.split_ascii_whitespace();
     let state = fields.next()?;
@@ -151,6 +185,28 @@ mod tests {
             }
         }
         child.wait().unwrap();
+        assert!(group.is_gone());
+    }
+
+    /// A name has fifteen bytes at most, so this one ends in the midst of a character.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_group_is_not_gone_while_a_process_of_it_runs_whose_name_is_cut() {
+        let folder = std::env::temp_dir().join(format!("pgdsync-name-{}", std::process::id()));
+        fs::create_dir(&folder).unwrap();
+        let program = folder.join("quartalsabschl\u{fc}sse");
+        std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
+        let mut runs = Command::new(&program).arg0("sleep").arg("1000").process_group(0).spawn().unwrap();
+        fs::remove_dir_all(folder).unwrap();
+        let group = Group::of(Pid::from_child(&runs));
+        let mut ended = Command::new("true").process_group(group.id.as_raw_nonzero().get()).spawn().unwrap();
+        let number = i32::try_from(ended.id()).unwrap();
+        let has_ended = || (group.member(number) == Some(Member::HasEnded)).then_some(());
+        support::wait_for("the end of the other", std::time::Duration::from_secs(60), has_ended).unwrap();
+        assert!(!group.is_gone());
+        group.signal(Signal::KILL);
+        ended.wait().unwrap();
+        runs.wait().unwrap();
         assert!(group.is_gone());
     }
 

@@ -93,7 +93,9 @@ pub(super) fn let_through(numbers: &str) {
 /// <https://man7.org/linux/man-pages/man5/proc_pid_status.5.html>
 fn ignored() -> SigSet {
     let mut ignored = SigSet::empty();
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    // The name in it may be cut in the midst of a character.
+    let status = fs::read("/proc/self/status").unwrap_or_default();
+    let status = String::from_utf8_lossy(&status);
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
     for signal in Signal::iterator().filter(|&signal| mask >> (signal as i32 - 1) & 1 == 1) {
