@@ -19,6 +19,8 @@ pub(crate) const OUTPUT: u8 = 74;
 pub(crate) const LOST: u8 = 79;
 /// The server cannot be reached, or refuses the session (`EX_UNAVAILABLE`).
 pub(crate) const UNAVAILABLE: u8 = 69;
+/// The command is there and cannot be executed, as a shell says it.
+pub(crate) const CANNOT_EXECUTE: u8 = 126;
 /// The command line or a setting is wrong (`EX_USAGE`).
 pub(crate) const USAGE: u8 = 64;
 

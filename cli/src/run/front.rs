@@ -3,6 +3,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::io;
+use std::iter;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -14,15 +15,17 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal as Caught;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, getpid, kill_process, wait, waitpid};
 
+use super::gate;
 use super::group::Group;
 use super::options::Watch;
 use super::signals::{self, ENDING, OTHERS, Signals};
 use super::terminal::Terminal;
 use super::wire::{Frames, Moment, ToFront, ToKeeper};
 use super::{BECOME, KEEP};
-use crate::exit::{Failure, LOST, UNAVAILABLE, USAGE, say, say_in_passing};
+use crate::exit::{CANNOT_EXECUTE, Failure, LOST, UNAVAILABLE, USAGE, say, say_in_passing};
 
 /// How long the keeper may be silent after the end of a term, or after it was heard last. It tells of the end itself, unless it stands still.
 /// Shorter than what the margin has beside the command's time to end, which is a second at the least.
@@ -184,7 +187,7 @@ impl<'a> Front<'a> {
 
     /// True between two terms of a leader.
     fn waits_for_the_next_term(&self) -> bool {
-        self.plan.leads && self.job.is_none() && self.begins.is_none()
+        self.plan.leads && self.told_to_end.is_none() && self.job.is_none() && self.begins.is_none()
     }
 
     fn hear(&mut self) -> Result<(), Failure> {
@@ -244,14 +247,17 @@ impl<'a> Front<'a> {
     }
 
     /// Starts what becomes the command, and lets it go on when the keeper will know of it, whatever becomes of this process.
+    ///
+    /// It waits for a message and not for SIGCONT, which anybody may send to all processes of a service.
     fn start_job(&mut self, variables: Vec<(String, String)>) -> Result<(), Failure> {
-        let mut command = Command::new(own_program());
+        let (open, gate) = UnixStream::pair().map_err(no_process)?;
+        let mut command = Command::new(own_program().map_err(no_process)?);
         command
             .arg0("pgdsync")
             .arg(BECOME)
-            .arg(getpid().as_raw_nonzero().to_string())
             .arg(self.signals.blocked())
             .args(self.plan.command)
+            .stdin(OwnedFd::from(gate))
             .process_group(0);
         for (name, _) in env::vars_os().filter(|(name, _)| name.to_str().is_some_and(is_variable)) {
             // Of a pgdsync around this one.
@@ -260,27 +266,27 @@ impl<'a> Front<'a> {
         command.envs(variables.iter().map(|(name, value)| (name, value)));
         let leader = Pid::from_child(&command.spawn().map_err(no_process)?);
         let group = Group::of(leader);
-        let mut job =
-            Job { group, code: None, kill_at: None, stopped_by: None, wants_terminal: false, tell_at: None };
-        // It stops itself, or has ended.
-        match waitpid(Some(leader), WaitOptions::UNTRACED) {
-            Ok(Some((_, status))) if !status.stopped() => job.note_end(status),
-            // That took too long.
-            _ if self.is_over() => {
-                job.group.signal(Signal::KILL);
-                self.begins = Some(variables);
-                return Ok(());
-            }
-            _ => {
-                // What was sent is read, even if this process is killed now. If it cannot be sent the keeper is gone, which is
-                // noticed next.
-                let (leader, begun) = (leader.as_raw_nonzero().get(), job.group.begun());
-                let _ = ToKeeper::Started { leader, begun }.send(&self.keeper.stream);
-                job.group.signal(Signal::CONT);
-            }
+        // What was sent is read, even if this process is killed now.
+        let started = ToKeeper::Started { leader: leader.as_raw_nonzero().get(), begun: group.begun() };
+        if started.send(&self.keeper.stream).is_err() || self.is_over() {
+            // The keeper is gone, which is noticed next, or that took too long.
+            group.signal(Signal::KILL);
+            self.begins = Some(variables);
+            return Ok(());
         }
-        self.job = Some(job);
-        Ok(())
+        let opened = gate::open(&open, rustix::stdio::stdin());
+        if opened.is_err() {
+            group.signal(Signal::KILL);
+        }
+        self.job = Some(Job {
+            group,
+            code: None,
+            kill_at: None,
+            stopped_by: None,
+            wants_terminal: false,
+            tell_at: None,
+        });
+        opened.map_err(no_process)
     }
 
     /// Passes a signal on, or lets it have its effect where there is no command.
@@ -323,9 +329,10 @@ impl<'a> Front<'a> {
         }
     }
 
-    /// True if the command of a `run` has ended, or was not to begin.
+    /// True if the command has ended, or was not to begin, and will not run again.
     fn is_finishing(&self) -> bool {
-        !self.plan.leads && self.deadline.is_some() && self.begins.is_none() && self.job.is_none()
+        let is_last = !self.plan.leads || self.told_to_end.is_some();
+        is_last && self.deadline.is_some() && self.begins.is_none() && self.job.is_none()
     }
 
     /// Lets a command that stands still go on.
@@ -352,8 +359,9 @@ impl<'a> Front<'a> {
                 Some(Signal::STOP) if !self.terminal.is_given() => {}
                 Some(signal) => {
                     job.stopped_by = Some(signal);
-                    job.wants_terminal |= matches!(signal, Signal::TTIN | Signal::TTOU);
-                    if matches!(signal, Signal::TSTP | Signal::STOP) || !self.terminal.give(&job.group) {
+                    let wants_terminal = matches!(signal, Signal::TTIN | Signal::TTOU);
+                    job.wants_terminal |= wants_terminal;
+                    if !wants_terminal || !self.terminal.give(&job.group) && self.terminal.can_be_given() {
                         // As the command does, so that the shell takes over.
                         self.terminal.take_back();
                         signals::suffer(Caught::SIGTSTP);
@@ -361,6 +369,12 @@ impl<'a> Front<'a> {
                     // Where nobody could continue this process the system does not stop it; a STOP may be an operator's then.
                     if signal != Signal::STOP {
                         self.resume();
+                    }
+                    if wants_terminal && self.job.as_ref().is_some_and(|job| job.stopped_by.is_some()) {
+                        say_in_passing(
+                            "the command stands still: it wants the terminal, which pgdsync cannot give it; bring pgdsync to the \
+                             foreground, or give it another standard input, or the container a terminal of its own",
+                        );
                     }
                 }
             }
@@ -465,11 +479,12 @@ impl Keeper {
     fn start() -> io::Result<Self> {
         let (stream, theirs) = UnixStream::pair()?;
         // It inherits that signals are blocked, so that none ends it that is meant for all processes of a service: the front has them.
-        let mut command = Command::new(own_program());
+        let mut command = Command::new(own_program()?);
         command.arg0("pgdsync").arg(KEEP).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
         let process = Pid::from_child(&command.spawn()?);
         // The command line may have a password in it, which the list of processes is not to show once more.
-        let arguments = env::args_os().take_while(|argument| argument != "--").map(OsString::into_string);
+        let arguments = env::args_os().skip(1).take_while(|argument| argument != "--");
+        let arguments = iter::once("pgdsync".into()).chain(arguments).map(OsString::into_string);
         let arguments: Result<_, _> = arguments.collect();
         let arguments = arguments.map_err(|_| io::Error::other("an argument before -- is not UTF-8"))?;
         ToKeeper::Begin(arguments).send(&stream)?;
@@ -522,11 +537,21 @@ fn is_variable(name: &str) -> bool {
 }
 
 /// This program. On Linux it is the very file that runs, also after an upgrade.
-fn own_program() -> PathBuf {
+fn own_program() -> io::Result<PathBuf> {
     let exact = PathBuf::from("/proc/self/exe");
-    if exact.exists() { exact } else { env::current_exe().unwrap_or(exact) }
+    if exact.exists() { Ok(exact) } else { env::current_exe() }
 }
 
-fn no_process(error: impl std::fmt::Display) -> Failure {
-    Failure::new(UNAVAILABLE, format!("a process or thread cannot be started: {error}; is a limit reached?"))
+fn no_process(error: io::Error) -> Failure {
+    let advice = match Errno::from_io_error(&error) {
+        Some(Errno::TOOBIG) => {
+            let message = format!(
+                "cannot run the command: {error}; pgdsync adds some arguments and variables, so give it fewer"
+            );
+            return Failure::new(CANNOT_EXECUTE, message);
+        }
+        Some(Errno::AGAIN | Errno::NOMEM | Errno::MFILE | Errno::NFILE) => "; is a limit reached?",
+        _ => "",
+    };
+    Failure::new(UNAVAILABLE, format!("a process or thread cannot be started: {error}{advice}"))
 }

@@ -31,6 +31,11 @@ impl Terminal {
         self.own.is_some() && self.file.as_ref().and_then(|file| tcgetpgrp(file).ok()) == self.own
     }
 
+    /// True if it can go from this process to the command and back, whoever has it now.
+    pub(super) fn can_be_given(&self) -> bool {
+        self.file.is_some() && self.own.is_some()
+    }
+
     /// True if the command has it, as far as is known.
     pub(super) fn is_given(&self) -> bool {
         self.is_given

@@ -150,6 +150,13 @@ impl Drop for Process {
     }
 }
 
+/// Runs what follows as the first process of a container. Linux, as root.
+pub(crate) fn contained() -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--mount-proc", "--kill-child"]);
+    command
+}
+
 /// How many sessions have or want an advisory lock.
 pub(crate) fn sessions(server: &Server, granted: bool) -> i64 {
     let query = "SELECT count(DISTINCT pid) FROM pg_locks WHERE locktype = 'advisory' AND granted = $1";

@@ -257,6 +257,21 @@ fn a_session_that_an_operator_ends_ends_the_command_in_time() {
     assert_eq!(holder.ends().code(), Some(79));
 }
 
+/// That command's group is not the one that the outer call watches.
+#[test]
+fn the_command_of_a_call_within_another_is_gone_when_the_outer_one_ends() {
+    let server = Server::start().unwrap();
+    let inner = [env!("CARGO_BIN_EXE_pgdsync"), "run", "--kill-after=1", "inner", "--", "sh", "-c"];
+    let script = "trap '' TERM; echo begun $$; while :; do sleep 0.05; done";
+    let mut outer = Process::start(
+        pgdsync(&server.url()).args(["run", "--kill-after=10", "outer", "--"]).args(inner).arg(script),
+    );
+    let command: i32 = outer.says("begun").1["begun ".len()..].parse().unwrap();
+    server.terminate(holder_of(&server, "outer")).unwrap();
+    assert_eq!(outer.ends().code(), Some(79));
+    assert!(!is_alive(command));
+}
+
 /// It was to say when the lock had gone back.
 #[test]
 #[ignore = "long; run with --ignored"]
@@ -274,6 +289,22 @@ fn a_keeper_that_stands_still_after_a_loss_is_not_waited_for_without_end() {
     let ended = wait_for("the end of the front", PATIENCE * 2, || holder.child.try_wait().unwrap()).unwrap();
     assert_eq!(ended.code(), Some(79));
     becomes("the keeper's life", &false, || is_alive(keeper));
+    drop(stopped);
+}
+
+/// As above, of a leader that is told to end.
+#[test]
+#[ignore = "long; run with --ignored"]
+fn a_keeper_that_stands_still_at_the_end_of_a_leader_is_not_waited_for_without_end() {
+    let server = Server::start().unwrap();
+    let command = ["k", "--", "sh", "-c", "echo begun; exec sleep 1000"];
+    let mut leader = Process::start(pgdsync(&server.url()).arg("lead").args(SHORT).args(command));
+    leader.says("begun");
+    let stopped = Stopped::stop(leader.keeper());
+    leader.signal(Signal::Terminate);
+    let ended = wait_for("the end of the front", PATIENCE * 2, || leader.child.try_wait().unwrap()).unwrap();
+    assert_eq!(ended.code(), Some(79));
+    leader.says("the process that watches the lock does not answer");
     drop(stopped);
 }
 

@@ -2,12 +2,14 @@
 
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, kill_process};
 use support::Server;
-use support::process::{Signal, is_alive, signal};
+use support::process::{Signal, children, is_alive, signal};
 
-use crate::common::{Process, SHORT, becomes, clean, new_file, pgdsync, run, sessions};
+use crate::common::{PATIENCE, Process, SHORT, becomes, clean, contained, new_file, pgdsync, run, sessions};
 
 #[test]
 fn they_are_passed_on_and_the_command_may_end_in_peace() {
@@ -53,7 +55,7 @@ fn a_wait_for_a_set_of_which_one_is_had_ends_at_once() {
     // The first of the set, and the command's.
     becomes("those that have a lock", &2, || sessions(&server, true));
     becomes("those that wait", &1, || sessions(&server, false));
-    std::thread::sleep(SOME_LOOKS);
+    thread::sleep(SOME_LOOKS);
     let sent = Instant::now();
     waiter.signal(Signal::Terminate);
     assert_eq!(waiter.ends().signal(), Some(15));
@@ -132,14 +134,37 @@ fn a_signal_that_is_ignored_stays_so() {
     assert_eq!(holder.ends().code(), Some(3));
 }
 
+/// Whoever stops and continues all processes of a service meets the one that is about to become the command, too.
+#[test]
+fn a_command_begins_although_its_process_is_stopped_and_continued_before() {
+    let database = Server::shared().database().unwrap();
+    for _ in 0..30 {
+        let mut job = Process::start(pgdsync(&database.url()).args(["run", "k", "--", "echo", "ran"]));
+        let (begun, mut met) = (Instant::now(), Vec::new());
+        let ended = loop {
+            if let Some(ended) = job.child.try_wait().unwrap() {
+                break ended;
+            }
+            assert!(begun.elapsed() < PATIENCE, "the command has not begun");
+            // Each of them once, so that none is helped on that stands still since.
+            for child in children(job.id()).into_iter().filter_map(Pid::from_raw) {
+                if !met.contains(&child) {
+                    met.push(child);
+                    // It may have ended.
+                    let _ = kill_process(child, rustix::process::Signal::STOP);
+                    thread::sleep(Duration::from_millis(1));
+                    let _ = kill_process(child, rustix::process::Signal::CONT);
+                }
+            }
+        };
+        assert_eq!(ended.code(), Some(0));
+        job.says("ran");
+    }
+}
+
 /// The system keeps signals from the first process of a container that it does not ask for. Linux, as root.
 #[test]
 fn the_first_process_of_a_container_heeds_them_too() {
-    let contained = || {
-        let mut command = Command::new("unshare");
-        command.args(["--pid", "--fork", "--mount-proc", "--kill-child"]);
-        command
-    };
     if !contained().arg("true").status().is_ok_and(|status| status.success()) {
         support::skip("unshare(1) makes no namespace of processes here; run as root, with util-linux");
         return;
@@ -151,7 +176,7 @@ fn the_first_process_of_a_container_heeds_them_too() {
         command.arg(env!("CARGO_BIN_EXE_pgdsync")).args(["run", "k", "--", "sh", "-c", script]);
         Process::start(&mut command)
     };
-    let first_of = |process: &Process| support::process::children(process.id())[0];
+    let first_of = |process: &Process| children(process.id())[0];
     // The orphan it leaves is waited for, and its end makes room for the next.
     let mut holder = start("trap 'exit 7' TERM; (sleep 0.2 &); echo had; while :; do sleep 0.05; done");
     holder.says("had");

@@ -6,7 +6,7 @@ use std::thread;
 
 use support::Server;
 
-use crate::common::{LEASE, Process, SHORT, becomes, clean, heeding};
+use crate::common::{LEASE, Process, SHORT, becomes, clean, contained, heeding};
 
 /// An interactive shell in a terminal.
 struct Shell {
@@ -118,6 +118,24 @@ fn a_command_in_the_background_is_stopped_when_it_reads_the_terminal_and_goes_on
 /// How many locks are held in the database.
 const HELD: &str = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted \
      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+
+/// The shell's groups have no numbers in a container that shares its terminal. Linux, as root.
+#[test]
+fn a_command_in_a_container_that_cannot_have_the_terminal_is_told_of() {
+    if !contained().arg("true").status().is_ok_and(|status| status.success()) {
+        support::skip("unshare(1) makes no namespace of processes here; run as root, with util-linux");
+        return;
+    }
+    let database = Server::shared().database().unwrap();
+    let Some(mut shell) = Shell::start(&database.url()) else { return };
+    shell.types("unshare --pid --fork --mount-proc $RUN sh -c 'read x'; echo code $?$?\n");
+    shell.process.says("which pgdsync cannot give it");
+    // Ctrl-C.
+    shell.types("\x03");
+    shell.process.says("code 130130");
+    shell.types("exit\n");
+    assert!(shell.process.ends().success());
+}
 
 #[test]
 fn an_interrupt_from_the_terminal_ends_the_command() {
