@@ -423,7 +423,7 @@ impl Pool {
         may_repeat: bool,
     ) -> Result<Vec<Row>> {
         let patience = self.heartbeat_timeout;
-        let mut slot = self.slots.take(true).map_err(Refusal::into_error)?;
+        let mut slot = self.slots.take_patiently(self.connect_timeout).map_err(Refusal::into_error)?;
         let refusal = loop {
             let has_rested = slot.is_open();
             self.open_to_ask(&mut slot).map_err(Refusal::into_error)?;

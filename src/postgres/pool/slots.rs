@@ -140,6 +140,22 @@ impl Slots {
 
     /// Takes a slot; if `waits`, also one that comes back within 100 ms, when its turn in the line has come.
     pub(crate) fn take(&self, waits: bool) -> std::result::Result<PooledSlot, Refusal> {
+        self.take_within(MAKES_ROOM_WITHIN, waits)
+    }
+
+    /// As [`take`](Self::take) for one who waits, and who also waits longer for the thread that makes room: for who cannot come again.
+    pub(super) fn take_patiently(
+        &self,
+        makes_room_within: Duration,
+    ) -> std::result::Result<PooledSlot, Refusal> {
+        self.take_within(makes_room_within.max(MAKES_ROOM_WITHIN), true)
+    }
+
+    fn take_within(
+        &self,
+        makes_room_within: Duration,
+        waits: bool,
+    ) -> std::result::Result<PooledSlot, Refusal> {
         let mut turn = self.line.try_enter();
         if turn.is_some()
             && let Some(slot) = self.pool.try_get()
@@ -149,7 +165,7 @@ impl Slots {
         if self.is_full() {
             self.crowded_at.store(self.now(), Ordering::Relaxed);
         }
-        let by = Instant::now() + MAKES_ROOM_WITHIN;
+        let by = Instant::now() + makes_room_within;
         while waits || !self.is_full() {
             // One that comes back is for the first in the line. Where there is room for all in it, and one more, nobody waits for them.
             let may_look = self.has_room_beside(1 + self.line.waiting()) || {
