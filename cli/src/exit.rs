@@ -71,6 +71,9 @@ pub(crate) fn refused(error: &clap::Error) -> Failure {
     // Behind -- comes the command, where there is one.
     let is_misleading = |line: &&str| text.contains("<CMD>") && line.starts_with("  tip: to pass '-");
     let mut lines: Vec<String> = text.lines().filter(|line| !is_misleading(line)).map(harmless).collect();
+    if error.kind() == clap::error::ErrorKind::MissingRequiredArgument && text.contains("<CMD>") {
+        lines.push("\n  tip: the command comes after `--`: KEY -- CMD ARGS".to_owned());
+    }
     // Of empty ones, one is enough.
     lines.dedup();
     let _ = writeln!(io::stderr(), "pgdsync: {}", lines.join("\n"));

@@ -10,8 +10,8 @@ use crate::{connect, key, out};
 
 /// Changes how many permits a key has, on which all agree who say `run --permits`.
 ///
-/// More are there at once for who comes, and within half a second for who waits. Of fewer, those that are held run out. Who still says the
-/// former number goes on, by the new one; the number before that is refused.
+/// More are there at once for who comes, and within half a second for who waits. Of fewer, those that are held run out: until they are given
+/// back there may be as many holders as before. Who still says the former number goes on, by the new one; the number before that is refused.
 #[derive(Args, Debug)]
 pub(crate) struct Permits {
     /// The key of the permits.
@@ -28,7 +28,8 @@ impl Permits {
         let before = manager.semaphore(self.key.clone(), self.number)?.set_permits(self.number)?;
         let key = harmless(&self.key.to_string());
         let former = if before == self.number { String::new() } else { format!(", and had {before}") };
-        out::print([format!("{key} has {} permits{former}", self.number)])?;
+        let permits = if self.number == 1 { "permit" } else { "permits" };
+        out::print([format!("{key} has {} {permits}{former}", self.number)])?;
         Ok(0)
     }
 }

@@ -190,7 +190,22 @@ impl<'a> Front<'a> {
         self.plan.leads && self.told_to_end.is_none() && self.job.is_none() && self.begins.is_none()
     }
 
+    /// Hears what the keeper said, and starts the command if it is time for that.
     fn hear(&mut self) -> Result<(), Failure> {
+        self.listen();
+        if self.begins.is_some() && (self.is_lost || self.told_to_end.is_some()) {
+            // A front that stood still may hear of a whole term at once. Nor does a command begin that would be told to end.
+            self.begins = None;
+            let _ = ToKeeper::Ended { succeeded: false }.send(&self.keeper.stream);
+        }
+        // Of a term that is over by what was heard it will be heard in a moment that it was renewed or lost.
+        if !self.is_over() && !self.keeper.is_gone && self.begins.is_some() {
+            self.start_job()?;
+        }
+        Ok(())
+    }
+
+    fn listen(&mut self) {
         self.keeper.is_gone = self.keeper.is_gone || !self.keeper.frames.take_in(&self.keeper.stream);
         let mut has_come = false;
         while let Some(frame) = self.keeper.frames.next() {
@@ -215,19 +230,6 @@ impl<'a> Front<'a> {
         if has_come {
             self.keeper.heard = Moment::now();
         }
-        if self.begins.is_some() && (self.is_lost || self.told_to_end.is_some()) {
-            // A front that stood still may hear of a whole term at once. Nor does a command begin that would be told to end.
-            self.begins = None;
-            let _ = ToKeeper::Ended { succeeded: false }.send(&self.keeper.stream);
-        }
-        // Of a term that is over by what was heard it will be heard in a moment that it was renewed or lost.
-        if !self.is_over()
-            && !self.keeper.is_gone
-            && let Some(variables) = self.begins.take()
-        {
-            self.start_job(variables)?;
-        }
-        Ok(())
     }
 
     /// What becomes of the command without the lock.
@@ -249,7 +251,7 @@ impl<'a> Front<'a> {
     /// Starts what becomes the command, and lets it go on when the keeper will know of it, whatever becomes of this process.
     ///
     /// It waits for a message and not for SIGCONT, which anybody may send to all processes of a service.
-    fn start_job(&mut self, variables: Vec<(String, String)>) -> Result<(), Failure> {
+    fn start_job(&mut self) -> Result<(), Failure> {
         let (open, gate) = UnixStream::pair().map_err(no_process)?;
         let mut command = Command::new(own_program().map_err(no_process)?);
         command
@@ -263,17 +265,20 @@ impl<'a> Front<'a> {
             // Of a pgdsync around this one.
             command.env_remove(name);
         }
-        command.envs(variables.iter().map(|(name, value)| (name, value)));
+        command.envs(self.begins.iter().flatten().map(|(name, value)| (name, value)));
         let leader = Pid::from_child(&command.spawn().map_err(no_process)?);
         let group = Group::of(leader);
         // What was sent is read, even if this process is killed now.
         let started = ToKeeper::Started { leader: leader.as_raw_nonzero().get(), begun: group.begun() };
-        if started.send(&self.keeper.stream).is_err() || self.is_over() {
-            // The keeper is gone, which is noticed next, or that took too long.
+        let is_told = started.send(&self.keeper.stream).is_ok();
+        // That may have taken long.
+        self.listen();
+        if !is_told || self.keeper.is_gone || self.is_lost || self.is_over() {
+            // What becomes of that is looked at next.
             group.signal(Signal::KILL);
-            self.begins = Some(variables);
             return Ok(());
         }
+        self.begins = None;
         let opened = gate::open(&open, rustix::stdio::stdin());
         if opened.is_err() {
             group.signal(Signal::KILL);
@@ -550,7 +555,9 @@ fn no_process(error: io::Error) -> Failure {
             );
             return Failure::new(CANNOT_EXECUTE, message);
         }
-        Some(Errno::AGAIN | Errno::NOMEM | Errno::MFILE | Errno::NFILE) => "; is a limit reached?",
+        Some(Errno::AGAIN | Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::TOOMANYREFS) => {
+            "; is a limit reached?"
+        }
         _ => "",
     };
     Failure::new(UNAVAILABLE, format!("a process or thread cannot be started: {error}{advice}"))

@@ -77,6 +77,9 @@ impl Group {
 
     /// Its processes, if all of them have ended.
     fn ended(&self) -> Option<Vec<i32>> {
+        if hides_processes() {
+            return None;
+        }
         // The leader may be hidden in the list.
         let known = [self.seen.get(), self.id.as_raw_nonzero().get()];
         if known.into_iter().any(|number| self.member(number) == Some(Member::Runs)) {
@@ -145,6 +148,36 @@ fn has_proc() -> bool {
     *HAS_PROC
 }
 
+/// True if `/proc` may leave out processes, those of the same user too, as where it was mounted with `hidepid=2`.
+/// <https://docs.kernel.org/filesystems/proc.html#mount-options>
+fn hides_processes() -> bool {
+    static HIDES_PROCESSES: LazyLock<bool> = LazyLock::new(|| {
+        let mounts = fs::read("/proc/self/mountinfo").unwrap_or_default();
+        proc_may_hide(&String::from_utf8_lossy(&mounts)) && !sees_all()
+    });
+    *HIDES_PROCESSES
+}
+
+/// True if no process of this container is hidden from this one, as from root.
+#[cfg(target_os = "linux")]
+fn sees_all() -> bool {
+    use rustix::thread::{CapabilitySet, capabilities};
+    capabilities(None).is_ok_and(|have| have.effective.contains(CapabilitySet::SYS_PTRACE))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn sees_all() -> bool {
+    false
+}
+
+fn proc_may_hide(mounts: &str) -> bool {
+    const ALL_ARE_SHOWN: [&str; 4] = ["hidepid=0", "hidepid=off", "hidepid=1", "hidepid=noaccess"];
+    let hides = |option: &str| option.starts_with("hidepid=") && !ALL_ARE_SHOWN.contains(&option);
+    // The last one that was mounted there is the one that is seen.
+    let proc = mounts.lines().rfind(|mount| mount.split(' ').nth(4) == Some("/proc"));
+    proc.is_none_or(|mount| mount.split([' ', ',']).any(hides))
+}
+
 /// <https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html>
 fn stat(process: i32) -> Option<Stat> {
     if !has_proc() {
@@ -186,6 +219,24 @@ mod tests {
         }
         child.wait().unwrap();
         assert!(group.is_gone());
+    }
+
+    #[test]
+    fn what_proc_may_hide_is_told_by_how_it_was_mounted() {
+        let root = "29 1 254:0 / / rw,relatime shared:1 - ext4 /dev/root rw";
+        let proc = |options: &str| format!("23 29 0:21 / /proc rw,nosuid shared:6 - proc proc {options}");
+        for (options, may_hide) in [
+            ("rw", false),
+            ("rw,hidepid=0", false),
+            ("rw,gid=7,hidepid=noaccess", false),
+            ("rw,hidepid=2", true),
+            ("rw,hidepid=invisible,subset=pid", true),
+            ("rw,hidepid=ptraceable", true),
+        ] {
+            assert_eq!(proc_may_hide(&format!("{root}\n{}\n", proc(options))), may_hide, "{options}");
+        }
+        assert!(proc_may_hide(&format!("{}\n{}", proc("rw"), proc("rw,hidepid=4"))), "the last one");
+        assert!(proc_may_hide(root), "none");
     }
 
     /// A name has fifteen bytes at most, so this one ends in the midst of a character.

@@ -159,7 +159,8 @@ pub(crate) struct Watch {
     /// old primary lives on, the command is ended before another may begin. All who take locks in the database must say so.
     #[arg(long)]
     quorum: bool,
-    /// How long the command has between TERM and KILL when it must end. 0 kills it at once.
+    /// How long the command has between TERM and KILL when it must end. 0 kills it at once. Without `--lease` the lease is 4.5 times as long, and so
+    /// is a takeover grace, for all who use the database.
     #[arg(long, value_name = "DUR", default_value = "10s", value_parser = text::duration)]
     pub(super) kill_after: Duration,
     /// The signal that tells the command to end when the lock is lost.
