@@ -80,9 +80,7 @@ impl Group {
         if hides_processes() {
             return None;
         }
-        // The leader may be hidden in the list.
-        let known = [self.seen.get(), self.id.as_raw_nonzero().get()];
-        if known.into_iter().any(|number| self.member(number) == Some(Member::Runs)) {
+        if self.member(self.seen.get()) == Some(Member::Runs) {
             return None;
         }
         let processes = fs::read_dir("/proc").ok()?.flatten();

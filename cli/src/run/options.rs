@@ -59,7 +59,8 @@ Exit codes, when a signal or an error ends it:
   64   the command line or a setting is wrong
   69   the server cannot be reached at the start, or refuses the session
   79   the process that watches the lock was killed or stood still
-  126  the command cannot be executed; 127 it is not there
+A command that cannot be executed, or is not there, is tried again after a
+pause.
 ",
     "."
 );

@@ -157,6 +157,15 @@ pub(crate) fn contained() -> Command {
     command
 }
 
+/// Whether that can be had here; says so if not.
+pub(crate) fn can_contain() -> bool {
+    let can_contain = contained().arg("true").status().is_ok_and(|status| status.success());
+    if !can_contain {
+        support::skip("unshare(1) makes no namespace of processes here; run as root, with util-linux");
+    }
+    can_contain
+}
+
 /// How many sessions have or want an advisory lock.
 pub(crate) fn sessions(server: &Server, granted: bool) -> i64 {
     let query = "SELECT count(DISTINCT pid) FROM pg_locks WHERE locktype = 'advisory' AND granted = $1";

@@ -9,7 +9,9 @@ use rustix::process::{Pid, kill_process};
 use support::Server;
 use support::process::{Signal, children, is_alive, signal};
 
-use crate::common::{PATIENCE, Process, SHORT, becomes, clean, contained, new_file, pgdsync, run, sessions};
+use crate::common::{
+    PATIENCE, Process, SHORT, becomes, can_contain, clean, contained, new_file, pgdsync, run, sessions,
+};
 
 #[test]
 fn they_are_passed_on_and_the_command_may_end_in_peace() {
@@ -165,8 +167,7 @@ fn a_command_begins_although_its_process_is_stopped_and_continued_before() {
 /// The system keeps signals from the first process of a container that it does not ask for. Linux, as root.
 #[test]
 fn the_first_process_of_a_container_heeds_them_too() {
-    if !contained().arg("true").status().is_ok_and(|status| status.success()) {
-        support::skip("unshare(1) makes no namespace of processes here; run as root, with util-linux");
+    if !can_contain() {
         return;
     }
     let server = Server::start().unwrap();

@@ -6,7 +6,7 @@ use std::thread;
 
 use support::Server;
 
-use crate::common::{LEASE, Process, SHORT, becomes, clean, contained, heeding};
+use crate::common::{LEASE, Process, SHORT, becomes, can_contain, clean, heeding};
 
 /// An interactive shell in a terminal.
 struct Shell {
@@ -122,8 +122,7 @@ const HELD: &str = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AN
 /// The shell's groups have no numbers in a container that shares its terminal. Linux, as root.
 #[test]
 fn a_command_in_a_container_that_cannot_have_the_terminal_is_told_of() {
-    if !contained().arg("true").status().is_ok_and(|status| status.success()) {
-        support::skip("unshare(1) makes no namespace of processes here; run as root, with util-linux");
+    if !can_contain() {
         return;
     }
     let database = Server::shared().database().unwrap();
