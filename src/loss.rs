@@ -9,6 +9,8 @@ use std::time::{Duration, SystemTime};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
+use crate::clock::Moment;
+
 /// Signals the end of a term: a channel that never carries a message, and disconnects when the lock is no longer held.
 ///
 /// Ask it, wait for it, or use it in `select!`, for which it stands for its [`channel`](Self::channel). Clone it for any number of
@@ -151,11 +153,18 @@ pub struct Loss {
     pub reason: LossReason,
     /// When the lost channel was closed, by this machine's clock.
     pub at: SystemTime,
+    /// The same by a clock that nobody sets, so that of two losses it is known which came first.
+    pub(crate) moment: Moment,
 }
 
 impl Loss {
     pub(crate) fn now(reason: LossReason) -> Self {
-        Self { reason, at: SystemTime::now() }
+        Self { reason, at: SystemTime::now(), moment: Moment::now() }
+    }
+
+    /// The one that came last.
+    pub(crate) fn last_of(losses: impl IntoIterator<Item = Self>) -> Option<Self> {
+        losses.into_iter().max_by_key(|loss| loss.moment)
     }
 }
 
@@ -171,7 +180,7 @@ pub(crate) fn date(at: SystemTime) -> String {
 
 impl fmt::Debug for Loss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { reason, at } = self;
+        let Self { reason, at, .. } = self;
         f.debug_struct("Loss").field("reason", reason).field("at", &format_args!("{}", date(*at))).finish()
     }
 }
@@ -290,9 +299,24 @@ mod tests {
     }
 
     #[test]
+    fn of_two_losses_the_later_one_is_the_last_though_the_clock_was_set_back_between_them() {
+        let first = Loss::now(LossReason::Terminated);
+        let later = loop {
+            let later = Loss::now(LossReason::Revoked);
+            if later.moment > first.moment {
+                break Loss { at: first.at - Duration::from_secs(3600), ..later };
+            }
+        };
+        for losses in [[&first, &later], [&later, &first]] {
+            assert_eq!(Loss::last_of(losses.into_iter().cloned()), Some(later.clone()));
+        }
+    }
+
+    #[test]
     fn a_loss_is_shown_with_its_date_and_an_odd_clock_does_no_harm() {
-        let loss =
-            |at: Option<SystemTime>| format!("{:?}", Loss { reason: LossReason::Revoked, at: at.unwrap() });
+        let loss = |at: Option<SystemTime>| {
+            format!("{:?}", Loss { at: at.unwrap(), ..Loss::now(LossReason::Revoked) })
+        };
         let epoch = SystemTime::UNIX_EPOCH;
         assert_eq!(loss(Some(epoch)), "Loss { reason: Revoked, at: 1970-01-01T00:00:00.000Z }");
         for odd in [

@@ -291,7 +291,7 @@ impl MultiGuard {
 
     /// How the first of the terms was lost that were lost; `None` also in another process, after a `fork`.
     pub fn loss(&self) -> Option<Loss> {
-        self.guards.iter().filter_map(LockGuard::loss).min_by_key(|loss| loss.at)
+        self.guards.iter().filter_map(LockGuard::loss).min_by_key(|loss| loss.moment)
     }
 
     /// The term of the lock with this key; `None` if that is not of the set.

@@ -299,8 +299,7 @@ impl PostgresLock {
         let dropped = {
             let mut state = self.state.lock();
             let Some(active) = state.take(ended) else { return };
-            state.last_loss =
-                ended.last_loss().into_iter().chain(state.last_loss.take()).max_by_key(|loss| loss.at);
+            state.last_loss = Loss::last_of(ended.last_loss().into_iter().chain(state.last_loss.take()));
             // Under the mutex, so that the next claim of this very lock finds it.
             if let Some(supervisor) = active.worker.supervisor() {
                 self.registry.idle().add(self.number, supervisor);
@@ -577,7 +576,7 @@ impl Lock for PostgresLock {
         let state = self.state.lock();
         let claims = state.claim.iter().chain(&state.of_guards);
         let losses = claims.filter_map(|active| active.claim.last_loss());
-        losses.chain(state.last_loss.clone()).max_by_key(|loss| loss.at)
+        Loss::last_of(losses.chain(state.last_loss.clone()))
     }
 }
 

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::Stdio;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use dsync::{
@@ -12,7 +13,7 @@ use dsync::{
 use fork::Fork;
 use support::Database;
 
-use crate::common::{self, Process, hear, is_open, kind, lock, soon, started};
+use crate::common::{self, Process, begin, hear, is_open, kind, lock, soon, started};
 
 /// What the parent has when it forks.
 struct Inherited {
@@ -190,6 +191,65 @@ fn the_process_wide_instance_is_the_parents_until_a_forked_child_makes_its_own()
 #[test]
 fn a_forked_child_may_have_a_manager_of_its_own() {
     play("its own manager");
+}
+
+/// Not a test: the body of a process that is forked while a session of it waits for the password.
+#[test]
+#[ignore = "the body of a process, which another test starts"]
+fn scene_of_a_hook() {
+    if common::role().is_none() {
+        return;
+    }
+    let url = std::env::var("DATABASE_URL").unwrap();
+    let (parent, hangs) = (std::process::id(), Arc::new(AtomicBool::new(false)));
+    let (entered, enters) = crossbeam_channel::bounded(1);
+    let (goes_on, gate) = crossbeam_channel::bounded(1);
+    let does_hang = Arc::clone(&hangs);
+    let config = Config::from_url(&url).unwrap().password_with(move || {
+        if std::process::id() == parent && does_hang.load(SeqCst) {
+            entered.send(())?;
+            gate.recv()?;
+        }
+        Ok("unused".to_owned())
+    });
+    let manager = started(config.clone());
+    let held = lock(&manager, "held");
+    held.lock(&soon()).unwrap();
+    let lost = held.lost();
+    hangs.store(true, SeqCst);
+    let other = lock(&manager, "other");
+    let attempt = begin(move || other.lock(&soon()));
+    enters.recv_timeout(common::PATIENCE).unwrap();
+    match fork::fork().unwrap() {
+        Fork::Child => {
+            let own = started(config);
+            let another = lock(&own, "another");
+            another.lock(&soon()).unwrap();
+            another.release().unwrap();
+            own.stop().unwrap();
+            println!("child: done");
+            std::process::exit(0);
+        }
+        Fork::Parent(_) => {
+            let mut line = String::new();
+            std::io::stdin().read_line(&mut line).unwrap();
+            hangs.store(false, SeqCst);
+            goes_on.send(()).unwrap();
+            attempt.get().unwrap();
+            assert!(is_open(&lost));
+        }
+    }
+}
+
+#[test]
+fn a_forked_child_asks_the_hook_for_the_password_though_its_parent_is_in_it() {
+    let database = Database::fresh().unwrap();
+    let mut command = common::process("forking::scene_of_a_hook", "forks");
+    command.env("DATABASE_URL", database.url()).stdin(Stdio::piped());
+    let mut process = Process::start(&mut command);
+    process.says("child: done");
+    process.go_on();
+    process.succeeds();
 }
 
 /// What a pooler does that resets a session, or a child that speaks on the parent's socket.

@@ -6,8 +6,8 @@ use std::error::Error as StdError;
 use std::fmt::Write;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, Once};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, Once, OnceLock};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -442,6 +442,40 @@ fn a_manager_stops_while_the_hook_hangs() {
     let stopping = Arc::clone(&manager);
     begin(move || stopping.stop()).get_within(Duration::from_secs(4)).unwrap();
     let _ = start.get_within(BOUND);
+}
+
+#[test]
+fn an_error_of_the_hook_may_ask_the_manager_when_it_is_dropped() {
+    static MANAGER: OnceLock<PostgresManager> = OnceLock::new();
+    static DROPS: AtomicU32 = AtomicU32::new(0);
+    #[derive(Debug)]
+    struct Curious;
+    impl std::fmt::Display for Curious {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("the vault is sealed")
+        }
+    }
+    impl StdError for Curious {}
+    impl Drop for Curious {
+        fn drop(&mut self) {
+            if let Some(manager) = MANAGER.get() {
+                assert!(manager.snapshot().claims.len() <= 1);
+                DROPS.fetch_add(1, SeqCst);
+            }
+        }
+    }
+    let (_server, _administrator, address) = asking();
+    let is_open = Arc::new(AtomicBool::new(false));
+    let opens = Arc::clone(&is_open);
+    let hook = move || if opens.load(SeqCst) { Ok("token-1".to_owned()) } else { Err(Curious.into()) };
+    let config = Config::from_postgres(address).catalog(CatalogMode::None).password_with(hook);
+    let manager = MANAGER.get_or_init(|| started(config));
+    let wanted = lock(manager, "x");
+    begin(move || wanted.lock(&briefly())).get_within(BOUND).unwrap_err();
+    eventually("the end of some attempts", || DROPS.load(SeqCst) >= 3);
+    is_open.store(true, SeqCst);
+    let wanted = lock(manager, "x");
+    begin(move || wanted.lock(&soon())).get_within(BOUND).unwrap();
 }
 
 #[test]

@@ -46,8 +46,10 @@ impl Claim {
                 }
                 _ => waiting,
             };
-            status.problem = None;
+            let former = status.problem.take();
             status.notify();
+            drop(status);
+            drop(former);
         }
     }
 
@@ -66,13 +68,16 @@ impl Claim {
             let (term, lost) = Lost::pair();
             let warning = Warning::new(self.warn_before.is_some());
             status.phase = Phase::Held { until, _term: term, warning };
-            (status.problem, status.unconfirmed) = (None, Confirms::Nothing);
+            let former = status.problem.take();
+            status.unconfirmed = Confirms::Nothing;
             status.lost = lost;
             (status.token, status.permit) = (token, permit);
             if let Some(story) = &self.story {
                 story.acquired(token, permit);
             }
             status.notify();
+            drop(status);
+            drop(former);
         }
         // If the claim has ended, the engine sees the release at its next step.
         true
@@ -102,7 +107,6 @@ impl Claim {
                 Phase::Ending { reason: EndReason::Lost, by: Instant::now() + at_most }
             }
         };
-        status.problem = None;
         status.last_loss = Some(Loss::now(reason));
         if let Some(story) = &self.story {
             story.lost(reason);
@@ -156,14 +160,17 @@ impl Claim {
         let mut status = self.status.lock();
         if status.is_open() {
             status.phase = Phase::Acquiring;
+            let mut former = None;
             if !was_killed {
                 if let (Some(story), Some(problem)) = (&self.story, &problem) {
                     story.trouble(problem.clone());
                 }
-                status.problem = problem;
+                former = std::mem::replace(&mut status.problem, problem);
                 status.failed_attempts += 1;
             }
             status.notify();
+            drop(status);
+            drop(former);
         }
     }
 

@@ -623,8 +623,13 @@ impl Engine {
                 if !claim.announce_acquired(Arc::new(Expiry::new(until)), self.token, self.permit) {
                     return Err(LossReason::ConnectionClosed);
                 }
-                match claim.last_loss().and_then(|loss| loss.at.elapsed().ok()) {
-                    Some(since) => log::info!("lock {key:?}: acquired again, {since:.1?} after its loss"),
+                match claim.last_loss() {
+                    Some(loss) => {
+                        log::info!(
+                            "lock {key:?}: acquired again, {:.1?} after its loss",
+                            loss.moment.elapsed()
+                        );
+                    }
                     None => log::debug!("lock {key:?}: acquired"),
                 }
                 self.spec.pool.watchdog().look_by(claim.deadline().unwrap_or_else(|| until.instant()));

@@ -26,7 +26,8 @@ pub(crate) enum Span {
 #[derive(Debug)]
 pub(super) struct Status {
     pub(super) phase: Phase,
-    /// Why an attempt failed, most recently, in this phase.
+    /// Why an attempt failed, most recently, in this phase. The error may have one of the application's in it, whose destructor may ask for
+    /// this status: whoever takes it out drops it when the mutex is free.
     pub(super) problem: Option<Error>,
     /// How many attempts have failed so far.
     pub(super) failed_attempts: u64,

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
+use crate::process::PerProcess;
+
 use super::connector::Route;
 use super::control::StreamControl;
 
@@ -36,7 +38,8 @@ pub(crate) struct Password {
 
 struct Shared {
     hook: Box<Hook>,
-    queue: Mutex<Queue>,
+    /// A forked process does not have the thread that may be in a call.
+    queue: PerProcess<Mutex<Queue>>,
 }
 
 /// Nobody holds its mutex while the hook runs.
@@ -51,14 +54,14 @@ struct Queue {
 
 impl Password {
     pub(crate) fn new(hook: impl Fn() -> Result<String, BoxedError> + Send + Sync + 'static) -> Self {
-        Self { shared: Arc::new(Shared { hook: Box::new(hook), queue: Mutex::default() }) }
+        Self { shared: Arc::new(Shared { hook: Box::new(hook), queue: PerProcess::new() }) }
     }
 
     /// The password for a session that opens now. Waits until `deadline` at the most, or until `control` is killed.
     pub(super) fn ask(&self, control: &StreamControl, deadline: Instant) -> Result<String, BoxedError> {
         let (sender, answer) = bounded(1);
         let (number, idle) = {
-            let mut queue = self.shared.queue.lock();
+            let mut queue = self.shared.queue().lock();
             queue.asked += 1;
             let number = queue.asked;
             queue.waiting.push((number, sender));
@@ -84,18 +87,22 @@ impl Password {
                 None if left.is_zero() => PasswordError::TooLate.into(),
                 None => continue,
             };
-            self.shared.queue.lock().waiting.retain(|(waiting, _)| *waiting != number);
+            self.shared.queue().lock().waiting.retain(|(waiting, _)| *waiting != number);
             return Err(error);
         }
     }
 }
 
 impl Shared {
+    fn queue(&self) -> &Mutex<Queue> {
+        self.queue.get(|_| Mutex::default())
+    }
+
     /// Asks the hook for as long as somebody waits.
     fn work(&self) {
         loop {
             let waiting = {
-                let mut queue = self.queue.lock();
+                let mut queue = self.queue().lock();
                 queue.at_work = !queue.waiting.is_empty();
                 std::mem::take(&mut queue.waiting)
             };
@@ -116,7 +123,7 @@ impl Shared {
     /// There is no thread for whoever waits.
     fn give_up(&self, error: &PasswordError) {
         let waiting = {
-            let mut queue = self.queue.lock();
+            let mut queue = self.queue().lock();
             queue.at_work = false;
             std::mem::take(&mut queue.waiting)
         };
@@ -176,7 +183,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     fn waiting(password: &Password) -> usize {
-        password.shared.queue.lock().waiting.len()
+        password.shared.queue().lock().waiting.len()
     }
 
     fn until(condition: impl Fn() -> bool) {
@@ -211,7 +218,7 @@ mod tests {
         for other in others {
             assert_eq!(other.join().unwrap(), "answer 2");
         }
-        until(|| !password.shared.queue.lock().at_work);
+        until(|| !password.shared.queue().lock().at_work);
         assert!(enters.is_empty(), "nobody asked for a third");
     }
 
@@ -233,7 +240,7 @@ mod tests {
         assert!(password.ask(&killed, Instant::now() + LONG).unwrap_err().is::<std::io::Error>());
         assert_eq!(waiting(&password), 0);
         drop(go);
-        until(|| !password.shared.queue.lock().at_work);
+        until(|| !password.shared.queue().lock().at_work);
         let error = password.ask(&StreamControl::new(), Instant::now() + LONG).unwrap_err();
         assert!(matches!(error.downcast_ref(), Some(PasswordError::Failed(_))), "{error}");
     }
