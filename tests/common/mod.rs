@@ -4,16 +4,17 @@
 
 pub(crate) mod flood;
 
+use std::convert::Infallible;
 use std::fmt::Debug;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use dsync::{Context, Error, ErrorKind, Lock, Lost, PostgresManager, SyncManager};
 use postgres::Client;
 use socket2::SockRef;
@@ -136,6 +137,54 @@ pub(crate) fn becomes<T: PartialEq + Debug>(what: &str, wanted: &T, mut value: i
     let mut last = None;
     let outcome = support::wait_for(what, PATIENCE, || (last.insert(value()) == wanted).then_some(()));
     assert!(outcome.is_ok(), "{what} should become {wanted:?} and stays {last:?}");
+}
+
+/// How late this machine lets threads run, by one that sleeps and looks at the clock.
+///
+/// Nobody promises anything of a machine that is too busy to run the server, and the tests of times are run on such machines, too.
+pub(crate) struct Lateness {
+    /// In microseconds.
+    worst: Arc<AtomicU64>,
+    _watched: Sender<Infallible>,
+}
+
+impl Lateness {
+    pub(crate) fn watch() -> Self {
+        const NAP: Duration = Duration::from_millis(2);
+        let (watched, over) = bounded(0);
+        let worst = Arc::new(AtomicU64::new(0));
+        let shared = Arc::clone(&worst);
+        thread::spawn(move || {
+            let mut begun = Instant::now();
+            while over.recv_timeout(NAP) == Err(RecvTimeoutError::Timeout) {
+                let late = begun.elapsed().saturating_sub(NAP);
+                shared.fetch_max(late.as_micros().try_into().unwrap(), SeqCst);
+                begun = Instant::now();
+            }
+        });
+        Self { worst, _watched: watched }
+    }
+
+    /// What the steps from the end of a session to the word of the next holder may take longer for that: those of the system, of the
+    /// server's process that ends, of the one that waits, of the supervisor, and of the thread that is told. A call has no more of them.
+    pub(crate) fn of_a_take_over(&self) -> Duration {
+        5 * Duration::from_micros(self.worst.load(SeqCst))
+    }
+
+    /// What a holder may take longer for that to know of its loss: the thread that is to see it, and the one that has its mutex.
+    pub(crate) fn of_a_loss(&self) -> Duration {
+        2 * Duration::from_micros(self.worst.load(SeqCst))
+    }
+
+    /// Fails if a call took longer than `bound` and what the machine may be blamed for.
+    #[track_caller]
+    pub(crate) fn allow(&self, took: Duration, bound: Duration) {
+        let late = self.of_a_take_over();
+        assert!(
+            took < bound + late,
+            "{took:.0?}, the bound is {bound:.0?}, and {late:.0?} for a busy machine"
+        );
+    }
 }
 
 /// What a thread will return.

@@ -11,7 +11,7 @@ use support::process::{Signal, signal};
 use support::{Database, Server};
 
 use crate::common::{
-    self, PATIENCE, Process, becomes, begin, eventually, hear, kind, lock, process, role, started,
+    self, Lateness, PATIENCE, Process, becomes, begin, eventually, hear, kind, lock, process, role, started,
 };
 
 fn config(database: &Database<'_>) -> Config {
@@ -249,7 +249,7 @@ fn one_is_served_among_many_that_hold_permits_for_longer_than_a_slice() {
         if loud {
             database.client().unwrap().batch_execute("DROP EXTENSION plpgsql CASCADE").unwrap();
         }
-        let begun = Instant::now();
+        let (late, begun) = (Lateness::watch(), Instant::now());
         thread::scope(|scope| {
             for number in 0..MANY {
                 let manager = &managers[number % managers.len()];
@@ -261,8 +261,7 @@ fn one_is_served_among_many_that_hold_permits_for_longer_than_a_slice() {
             }
         });
         // Each of the four rounds, and as much again for what it takes on a busy machine.
-        let took = begun.elapsed();
-        assert!(took < 2 * 4 * (HOLD + Duration::from_millis(100)), "{took:?}");
+        late.allow(begun.elapsed(), 2 * 4 * (HOLD + Duration::from_millis(100)));
         all_are_free(&managers[0], 3);
     }
 }

@@ -10,7 +10,7 @@ use postgres::Client;
 use support::Database;
 use support::process::{Signal, signal};
 
-use crate::common::{PATIENCE, begin, eventually, hear, kind, lock, make_catalog, started};
+use crate::common::{Lateness, PATIENCE, begin, eventually, hear, kind, lock, make_catalog, started};
 
 fn config(database: &Database<'_>) -> Config {
     Config::from_url(&database.url()).unwrap()
@@ -73,9 +73,9 @@ fn one_among_many(config: &Config, many: usize, they_share: bool) -> Duration {
         let wanted = if they_share { many / 2 } else { 1 };
         eventually("those who have it", || holders.load(Ordering::Relaxed) >= wanted);
         let one = if they_share { lock(&managers[0], "x") } else { shared(&managers[0], "x") };
-        let begun = Instant::now();
+        let (late, begun) = (Lateness::watch(), Instant::now());
         let guard = one.acquire(PATIENCE).unwrap();
-        let waited = begun.elapsed();
+        let waited = begun.elapsed().saturating_sub(late.of_a_take_over());
         drop(ends);
         guard.release().unwrap();
         waited

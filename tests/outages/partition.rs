@@ -10,11 +10,10 @@ use dsync::Quorum;
 use support::Server;
 use support::netns::{Direction, Netns};
 
-use crate::common::{becomes, eventually, in_both_modes, role};
+use crate::common::{Lateness, becomes, eventually, in_both_modes, role};
 use crate::cutoff::witness::{Event, Role, WITNESS, Witness, testify};
 use crate::cutoff::{
-    GRACE, LEASE, Lateness, Party, all_queue, granted, holds, last_of, length, ms, nothing_is_left, now,
-    queues,
+    GRACE, LEASE, Party, all_queue, granted, holds, last_of, length, ms, nothing_is_left, now, queues,
 };
 
 in_both_modes! {
@@ -109,7 +108,7 @@ fn pull_the_cable(direction: Direction, lease: Duration, shared_sessions: u32) {
         ms(0, heard_margins[0]),
         ms(done_at, last),
     );
-    let bound = length(lease + GRACE) + (done_at - cut_at) + late;
+    let bound = length(lease + GRACE + late) + (done_at - cut_at);
     assert!(last - cut_at <= bound, "{:.0} ms, the bound is {:.0} ms", ms(cut_at, last), ms(0, bound));
 
     netns.restore(direction).unwrap();
@@ -149,7 +148,7 @@ fn a_waiter_whose_cable_is_pulled_is_passed_over_and_queues_again() {
         holder.release_all();
         let last = last_of(&had, COUNT);
         println!("{direction:?}: passed over within {:.0} ms", ms(released_at, last));
-        let bound = length(LEASE + GRACE) + late.of_a_take_over();
+        let bound = length(LEASE + GRACE + late.of_a_take_over());
         assert!(last - released_at <= bound, "{:.0} ms of {:.0} ms", ms(released_at, last), ms(0, bound));
         let grants = granted(operator, COUNT);
         becomes("the sessions of the witness", &0, || queues(operator, WITNESS) + holds(operator, WITNESS));

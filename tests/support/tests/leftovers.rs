@@ -121,25 +121,31 @@ fn nothing_is_left_after_an_ordinary_end() -> Outcome {
 
 #[test]
 fn nothing_is_left_after_a_kill_in_the_middle_of_the_start() -> Outcome {
-    // At several moments: before there's anything, in initdb, while the postmaster begins, and after it.
-    let mut seen = 0;
-    for after in [3, 5, 7, 10, 15, 20, 150, 400, 700] {
+    // At several moments: before there's anything, or as soon as there may be; and once there is a watcher, in initdb, while the postmaster
+    // begins, and after it.
+    let early = [3, 5, 7, 10, 15, 20].map(|after| (false, after));
+    let late = [0, 5, 20, 150, 400, 700].map(|after| (true, after));
+    for (is_watched, after) in early.into_iter().chain(late) {
         let mut process = Command::new(env!("CARGO_BIN_EXE_throwaway-postgres"))
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()?;
         let pid = process::id_of(&process);
+        let watchers =
+            || -> Vec<PathBuf> { process::children(pid).into_iter().filter_map(watched_folder).collect() };
+        if is_watched {
+            wait_for("a watcher", SOON, || (!watchers().is_empty()).then_some(()))?;
+        }
         std::thread::sleep(Duration::from_millis(after));
-        let watchers: Vec<PathBuf> = process::children(pid).into_iter().filter_map(watched_folder).collect();
+        let watchers = watchers();
+        assert!(!is_watched || !watchers.is_empty(), "the watcher has gone before its process");
         process.kill()?;
         process.wait()?;
-        seen += watchers.len();
         for folder in watchers {
             wait_for("the folder to go", SOON, || (!folder.exists()).then_some(()))?;
             assert_eq!(processes_naming(&folder)?, Vec::<String>::new());
         }
     }
-    assert!(seen >= 2, "it was killed before there was anything to clean up");
     Ok(())
 }
 
