@@ -170,9 +170,9 @@ fn a_stop_lets_those_go_that_rest() {
     let (late, begun) = (Lateness::watch(), Instant::now());
     manager.stop().unwrap();
     becomes("the supervisors", &0, || supervisors().len());
-    late.allow(begun.elapsed(), Duration::from_millis(800));
+    late.allow(begun.elapsed(), Duration::from_millis(400));
     becomes("the sessions", &0, &mut sessions);
-    late.allow(begun.elapsed(), Duration::from_millis(800));
+    late.allow(begun.elapsed(), Duration::from_millis(400));
     assert!(format!("{manager:?}").contains("idle_supervisors: 0,"), "{manager:?}");
     assert_eq!(held.lock(&soon()).unwrap_err().kind(), ErrorKind::SyncManagerStopped);
     assert_eq!(supervisors().len(), 0);
@@ -364,7 +364,7 @@ fn a_stop_in_the_midst_ends_all_and_leaves_nothing() {
         }
         let (late, begun) = (Lateness::watch(), Instant::now());
         becomes("the supervisors", &0, || supervisors().len());
-        late.allow(begun.elapsed(), Duration::from_millis(800));
+        late.allow(begun.elapsed(), Duration::from_millis(400));
         assert!(format!("{:?}", service.manager).contains("idle_supervisors: 0,"));
         becomes("the sessions", &0, || -> i64 {
             let query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()

@@ -9,13 +9,14 @@ use std::fmt::Debug;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use dsync::{Context, Error, ErrorKind, Lock, Lost, PostgresManager, SyncManager};
+use parking_lot::Mutex;
 use postgres::Client;
 use socket2::SockRef;
 
@@ -143,37 +144,41 @@ pub(crate) fn becomes<T: PartialEq + Debug>(what: &str, wanted: &T, mut value: i
 ///
 /// Nobody promises anything of a machine that is too busy to run the server, and the tests of times are run on such machines, too.
 pub(crate) struct Lateness {
-    /// In microseconds.
-    worst: Arc<AtomicU64>,
+    /// How late it was at the most, and when the nap began that is under way.
+    seen: Arc<Mutex<(Duration, Instant)>>,
     _watched: Sender<Infallible>,
 }
 
+/// How long that thread sleeps at a time.
+const NAP: Duration = Duration::from_millis(2);
+
 impl Lateness {
     pub(crate) fn watch() -> Self {
-        const NAP: Duration = Duration::from_millis(2);
         let (watched, over) = bounded(0);
-        let worst = Arc::new(AtomicU64::new(0));
-        let shared = Arc::clone(&worst);
+        let seen = Arc::new(Mutex::new((Duration::ZERO, Instant::now())));
+        let shared = Arc::clone(&seen);
         thread::spawn(move || {
-            let mut begun = Instant::now();
             while over.recv_timeout(NAP) == Err(RecvTimeoutError::Timeout) {
-                let late = begun.elapsed().saturating_sub(NAP);
-                shared.fetch_max(late.as_micros().try_into().unwrap(), SeqCst);
-                begun = Instant::now();
+                let mut seen = shared.lock();
+                *seen = (worst_of(*seen), Instant::now());
             }
         });
-        Self { worst, _watched: watched }
+        Self { seen, _watched: watched }
+    }
+
+    fn worst(&self) -> Duration {
+        worst_of(*self.seen.lock())
     }
 
     /// What the steps from the end of a session to the word of the next holder may take longer for that: those of the system, of the
     /// server's process that ends, of the one that waits, of the supervisor, and of the thread that is told. A call has no more of them.
     pub(crate) fn of_a_take_over(&self) -> Duration {
-        5 * Duration::from_micros(self.worst.load(SeqCst))
+        5 * self.worst()
     }
 
     /// What a holder may take longer for that to know of its loss: the thread that is to see it, and the one that has its mutex.
     pub(crate) fn of_a_loss(&self) -> Duration {
-        2 * Duration::from_micros(self.worst.load(SeqCst))
+        2 * self.worst()
     }
 
     /// Fails if a call took longer than `bound` and what the machine may be blamed for.
@@ -185,6 +190,10 @@ impl Lateness {
             "{took:.0?}, the bound is {bound:.0?}, and {late:.0?} for a busy machine"
         );
     }
+}
+
+fn worst_of((worst, begun): (Duration, Instant)) -> Duration {
+    worst.max(begun.elapsed().saturating_sub(NAP))
 }
 
 /// What a thread will return.

@@ -137,7 +137,7 @@ fn a_lock_returns_at_another_host_when_its_own_freezes() {
         // From now on it begins there, and does not ask the dead one.
         let (late, begun) = (Lateness::watch(), Instant::now());
         lock(&manager, "y").try_lock(&soon()).unwrap();
-        late.allow(begun.elapsed(), CONNECT / 2);
+        late.allow(begun.elapsed(), CONNECT / 4);
         frozen.thaw();
     }
 }

@@ -412,11 +412,11 @@ fn a_frozen_waiter_that_is_granted_the_lock_loses_it_in_time_and_does_not_believ
     const COUNT: usize = 10;
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let holder = Party::steady("holder", &server.url(), COUNT);
+    let holder = Party::steady_in_the_queue("holder", &server.url(), COUNT);
     holder.lock_all();
     let mut witness = witness(&server, COUNT, 0);
     becomes("the queue of the witness", &COUNT, || queues(operator, WITNESS));
-    let next = Party::steady("next", &server.url(), COUNT);
+    let next = Party::steady_in_the_queue("next", &server.url(), COUNT);
     let had = next.wait_for_all();
     all_queue(operator, &next);
 
@@ -592,7 +592,7 @@ fn holders_with_a_long_lease_are_told_of_a_cut_long_before_it_ends(shared_sessio
         let settings = long_lease("holder", &url, COUNT).shared_sessions(shared_sessions);
         let holder = Party::with("holder", COUNT, settings);
         // Between two slices of another the holder, which wants its locks back, could be faster, and would keep them.
-        let competitor = Party::steady("competitor", &server.url(), COUNT);
+        let competitor = Party::steady_in_the_queue("competitor", &server.url(), COUNT);
         let terms = holder.lock_all();
         let had = competitor.wait_for_all();
         all_queue(operator, &competitor);
@@ -636,7 +636,7 @@ fn a_waiter_that_is_cut_off_is_passed_over_and_queues_again_when_the_cut_ends() 
         let waiter = Party::with("waiter", COUNT, config("waiter", &url, COUNT).wait_slice(slice));
         let waiting = waiter.wait_for_all();
         all_queue(operator, &waiter);
-        let next = Party::steady("next", &server.url(), COUNT);
+        let next = Party::steady_in_the_queue("next", &server.url(), COUNT);
         let had = next.wait_for_all();
         all_queue(operator, &next);
 

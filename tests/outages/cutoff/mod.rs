@@ -73,9 +73,13 @@ impl Party {
         Self::with(name, count, config(name, url, count))
     }
 
-    /// One that nobody cuts off, and that keeps its place in the queue: a machine that is so busy that a heartbeat comes too late takes
-    /// nothing from it.
+    /// One that nobody cuts off: a machine that is so busy that a heartbeat comes too late takes nothing from it.
     pub(crate) fn steady(name: &str, url: &str, count: usize) -> Self {
+        Self::with(name, count, config(name, url, count).lease(PATIENCE))
+    }
+
+    /// The same; and it keeps its place in the queue.
+    pub(crate) fn steady_in_the_queue(name: &str, url: &str, count: usize) -> Self {
         Self::with(name, count, config(name, url, count).lease(PATIENCE).wait_slice(ONE_SLICE))
     }
 
