@@ -170,8 +170,8 @@ pub trait Lock: Guarded + Send + Sync + fmt::Debug {
     /// it arrives: show it to people, and decide nothing by it.
     ///
     /// It takes one round trip on a session of the pool. If the server does not answer, it takes up to twice `connect_timeout`
-    /// (three times that, for the manager's first session) plus the heartbeat timeout; on a machine that is too
-    /// busy to make room for a session, `connect_timeout` more. If claims have all the sessions, it fails after 0.2 s.
+    /// (three times that, for the manager's first session) plus the heartbeat timeout, and that once more if
+    /// a session that had rested in the pool has died; on a machine that is too busy to make room for a session, `connect_timeout` more, 1 s at the least. If claims have all the sessions, it fails after 0.2 s.
     ///
     /// # Errors
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped), [`OtherProcess`](ErrorKind::OtherProcess).

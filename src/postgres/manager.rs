@@ -181,8 +181,8 @@ impl PostgresManager {
     /// Who holds the lock with this key, and who waits for it, in whichever process.
     ///
     /// It uses a session of the pool for one round trip. If the server does not answer, it takes up to twice `connect_timeout`
-    /// (three times that, for the manager's first session) plus the heartbeat timeout; on a machine that is too
-    /// busy to make room for a session, `connect_timeout` more. If claims have all the sessions, it fails after 0.2 s. `psql` shows the same in the views
+    /// (three times that, for the manager's first session) plus the heartbeat timeout, and that once more if
+    /// a session that had rested in the pool has died; on a machine that is too busy to make room for a session, `connect_timeout` more, 1 s at the least. If claims have all the sessions, it fails after 0.2 s. `psql` shows the same in the views
     /// `dsync.locks`, `dsync.waiters` and `dsync.semaphores`.
     ///
     /// Where nobody has the lock with this key or waits for it, it shows the [semaphore](Self::semaphore) with the key, if there is one: also a

@@ -130,7 +130,7 @@ impl Config {
     /// has a session of its own.
     ///
     /// With 1 or more a session carries thousands of locks, with one lease, one heartbeat and no thread for each. What many threads ask for at
-    /// once goes to the server in one statement. The promises of a lock stay true, but for heartbeats, which see less. What is different:
+    /// once goes to the server in one statement. All promises of a lock stay true but one, which is weaker: see *heartbeats* below. What is different:
     ///
     /// - **The locks of a session are lost together**: when an operator terminates it, say, or when its lease ends. They are had back in a few
     ///   statements.
