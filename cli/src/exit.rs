@@ -71,7 +71,11 @@ pub(crate) fn refused(error: &clap::Error) -> Failure {
     // Behind -- comes the command, where there is one.
     let is_misleading = |line: &&str| text.contains("<CMD>") && line.starts_with("  tip: to pass '-");
     let mut lines: Vec<String> = text.lines().filter(|line| !is_misleading(line)).map(harmless).collect();
-    if error.kind() == clap::error::ErrorKind::MissingRequiredArgument && text.contains("<CMD>") {
+    let lacks = |name: &str| match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::Strings(missing)) => missing.iter().any(|argument| argument.contains(name)),
+        _ => false,
+    };
+    if error.kind() == clap::error::ErrorKind::MissingRequiredArgument && lacks("<CMD>") {
         lines.push("\n  tip: the command comes after `--`: KEY -- CMD ARGS".to_owned());
     }
     // Of empty ones, one is enough.
@@ -95,7 +99,7 @@ impl Failure {
 
 /// A text of the library's, where it names what only a program that uses the library has at hand, in our words.
 pub(crate) fn in_our_words(text: &str) -> String {
-    const WORDS: [(&str, &str); 12] = [
+    const WORDS: [(&str, &str); 15] = [
         (
             "the server asks for a password: put one into the connection string, or have PGPASSWORD and the password file looked at, by \
              Config::from_env",
@@ -107,7 +111,16 @@ pub(crate) fn in_our_words(text: &str) -> String {
             "the SQL that `pgdsync catalog --grant ROLE` prints",
         ),
         ("set the catalog to", "set DSYNC_CATALOG to"),
-        ("(CatalogMode::MustExist)", "(DSYNC_CATALOG=must-exist, as for a command that only looks)"),
+        (
+            "(CatalogMode::MustExist); let",
+            "(DSYNC_CATALOG=must-exist, as for a command that only looks); the first `run` or `lead` without that makes it, or let",
+        ),
+        (", or leave LockOptions::without_token out", ""),
+        ("set Config::quorum to Quorum::Server", "leave --quorum and DSYNC_QUORUM out"),
+        (
+            "lower the first, or raise the second:",
+            "lower the first; the second is the number of keys and 2 for `run` and `lead`, else DSYNC_MAX_SESSIONS:",
+        ),
         ("change it for all with set_permits()", "change it for all with `pgdsync permits KEY N`"),
         ("(Config::takeover)", "(DSYNC_TAKEOVER)"),
         (" (in a program, Config::takeover to TakeoverPolicy::AfterPromotion)", ""),

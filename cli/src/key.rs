@@ -52,16 +52,21 @@ impl Wanted {
     /// A key, or a pattern if `*` or `?` is in it.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let mut plain = String::new();
-        let mut characters = text.chars();
+        let mut characters = text.chars().peekable();
         while let Some(character) = characters.next() {
             match character {
                 '*' | '?' => return Ok(Self::Some(text.to_owned())),
-                '\\' => plain.extend(characters.next()),
+                '\\' => plain.push(characters.next_if(|next| has_meaning(*next)).unwrap_or('\\')),
                 other => plain.push(other),
             }
         }
         parse(&plain).map(Self::One)
     }
+}
+
+/// Whether it means something else in a pattern than itself. A backslash before anything else is a backslash.
+fn has_meaning(letter: char) -> bool {
+    matches!(letter, '*' | '?' | '\\')
 }
 
 /// Whether the whole text matches: `*` stands for any characters, `?` for one, and a backslash takes the meaning from the next.
@@ -78,8 +83,10 @@ pub(crate) fn matches(pattern: &str, text: &str) -> bool {
                 continue;
             }
             Some('?') => Some(1),
-            Some('\\') if pattern.get(at + 1) == Some(&text[place]) => Some(2),
-            Some(letter) if *letter == text[place] && *letter != '\\' => Some(1),
+            Some('\\') if pattern.get(at + 1).is_some_and(|next| has_meaning(*next)) => {
+                (pattern[at + 1] == text[place]).then_some(2)
+            }
+            Some(letter) if *letter == text[place] => Some(1),
             _ => None,
         };
         match (step, &mut star) {
@@ -126,10 +133,14 @@ mod tests {
             (r"\**", "*x", true),
             (r"\**", "x", false),
             (r"a\\?", r"a\b", true),
+            (r"a\b*", r"a\bc", true),
+            (r"a\b*", "abc", false),
+            (r"*\", r"a\", true),
         ] {
             assert_eq!(matches(pattern, text), does, "{pattern} {text}");
         }
         assert!(matches!(Wanted::parse(r"a\*"), Ok(Wanted::One(key)) if key == Key::from("a*")));
+        assert!(matches!(Wanted::parse(r"a\b\\"), Ok(Wanted::One(key)) if key == Key::from(r"a\b\")));
         assert!(matches!(Wanted::parse("#4*"), Ok(Wanted::Some(_))));
         assert!(Wanted::parse("#x").is_err());
     }

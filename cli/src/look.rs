@@ -160,7 +160,7 @@ pub(crate) fn waiter_text(view: &LockView, waiter: &Waiter) -> String {
 
 /// The key, behind its namespace if that is not the usual one.
 pub(crate) fn key_text(view: &LockView, usual: &str) -> String {
-    let key = harmless(&key::written(view));
+    let key = text::key(&key::written(view));
     if view.namespace.is_empty() || view.namespace == usual {
         key
     } else {

@@ -5,8 +5,7 @@ use dsync::Key;
 
 use crate::args::Arguments;
 use crate::exit::Failure;
-use crate::text::harmless;
-use crate::{connect, key, out};
+use crate::{connect, key, out, text};
 
 /// Changes how many permits a key has, on which all agree who say `run --permits`.
 ///
@@ -26,7 +25,7 @@ impl Permits {
     pub(crate) fn run(&self, arguments: &Arguments) -> Result<u8, Failure> {
         let manager = connect::manager(&arguments.connection)?;
         let before = manager.semaphore(self.key.clone(), self.number)?.set_permits(self.number)?;
-        let key = harmless(&self.key.to_string());
+        let key = text::key(&self.key.to_string());
         let former = if before == self.number { String::new() } else { format!(", and had {before}") };
         let permits = if self.number == 1 { "permit" } else { "permits" };
         out::print([format!("{key} has {} {permits}{former}", self.number)])?;

@@ -121,7 +121,7 @@ fn look_for(manager: &PostgresManager, keys: &[Key], own: &str) -> String {
                 }
             }
             Err(error) => {
-                let key = text::harmless(&key.to_string());
+                let key = text::key(&key.to_string());
                 return format!("waiting for {key}: {}", text::harmless(&Failure::from(error).message));
             }
         }
@@ -229,7 +229,7 @@ mod tests {
         let has = ours.lock("had").unwrap().acquire(PATIENCE).unwrap();
         let keys = || vec![Key::from("had"), key.clone()];
         let progress = Progress::on(line(80), &ours, keys(), &own);
-        shows("\rwaiting for a\\u{1b}: 127.0.0.1 dsync has it for ");
+        shows("\rwaiting for $'a\\x1b': 127.0.0.1 dsync has it for ");
         shows("; 1 before us\x1b[K");
         guard.release().unwrap();
         shows("; 0 before us\x1b[K");

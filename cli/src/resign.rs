@@ -8,7 +8,7 @@ use crate::connect;
 use crate::exit::{Failure, NOTHING};
 use crate::key;
 use crate::out;
-use crate::text::harmless;
+use crate::text;
 
 /// Asks the leader of a lock to step down.
 ///
@@ -24,7 +24,7 @@ pub(crate) struct Resign {
 impl Resign {
     pub(crate) fn run(&self, arguments: &Arguments) -> Result<u8, Failure> {
         let manager = connect::manager(&arguments.connection)?;
-        let name = harmless(&self.key.to_string());
+        let name = text::key(&self.key.to_string());
         if manager.request_resignation(self.key.clone())? {
             out::print([
                 format!("asked whoever has {name} to resign"),

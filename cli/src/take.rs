@@ -8,7 +8,7 @@ use dsync::{Holder, Key};
 use crate::args::{Arguments, Output};
 use crate::exit::{CONFLICT, Failure, NOTHING, USAGE};
 use crate::key;
-use crate::text::harmless;
+use crate::text;
 use crate::{connect, look, out, show};
 
 /// Ends the session that has a lock, after showing whose it is.
@@ -33,7 +33,7 @@ impl Break {
             return Err(Failure::new(USAGE, text));
         }
         let manager = connect::manager(&arguments.connection)?;
-        let nobody = || Failure::new(NOTHING, format!("nobody has {}", harmless(&self.key.to_string())));
+        let nobody = || Failure::new(NOTHING, format!("nobody has {}", text::key(&self.key.to_string())));
         let view = manager.inspect(self.key.clone())?;
         let shown = view.holder.as_ref().ok_or_else(nobody)?;
         if arguments.output == Output::Text {

@@ -8,15 +8,39 @@ use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 pub(crate) fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for letter in text.chars() {
-        let is_unseen = matches!(letter, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}');
-        if letter.is_control() || is_unseen {
+        if is_unseen(letter) {
             shown.extend(letter.escape_default());
         } else {
             shown.push(letter);
         }
     }
     shown
+}
+
+fn is_unseen(letter: char) -> bool {
+    letter.is_control()
+        || matches!(letter, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
+/// A key, as a shell reads it again: where something in it is not shown as it is, in the quotes of bash, `$'…'`, so that no two look alike.
+pub(crate) fn key(text: &str) -> String {
+    if harmless(text) == text && !text.starts_with("$'") {
+        return text.to_owned();
+    }
+    let mut shown = "$'".to_owned();
+    for letter in text.chars() {
+        match letter {
+            '\\' | '\'' => shown.extend(['\\', letter]),
+            '\n' => shown.push_str("\\n"),
+            '\r' => shown.push_str("\\r"),
+            '\t' => shown.push_str("\\t"),
+            letter if !is_unseen(letter) => shown.push(letter),
+            letter if letter.is_ascii() => shown += &format!("\\x{:02x}", u32::from(letter)),
+            letter => shown += &format!("\\U{:08x}", u32::from(letter)),
+        }
+    }
+    shown + "'"
 }
 
 /// An annotation, which may be anything.
@@ -161,6 +185,30 @@ mod tests {
             "a\\u{1b}[31m\\r\\nb\\t\\u{9b}\\u{202e}ß鍵"
         );
         assert_eq!(annotation(b"\xff\x1b"), "\\xff\\x1b");
+    }
+
+    #[test]
+    fn no_two_keys_look_alike_and_bash_reads_them_again() {
+        let names = ["x\ny", r"x\ny", "$'x\\ny'", "it's", "it's\t", "\u{1b}a\u{9b}\u{202e}ß鍵", "tab\there"];
+        let shown = names.map(key);
+        assert_eq!(&shown[..4], [r"$'x\ny'", r"x\ny", r"$'$\'x\\ny\''", "it's"]);
+        for (name, shown) in names.iter().zip(&shown) {
+            assert_eq!(&harmless(shown), shown);
+            if !shown.starts_with("$'") {
+                assert_eq!(shown, name);
+                continue;
+            }
+            let said = std::process::Command::new("bash")
+                .env("LC_ALL", "C.UTF-8")
+                .args(["-c", &format!("printf %s {shown}")])
+                .output();
+            // Where there is none, it is enough that they differ.
+            if let Ok(said) = said {
+                assert_eq!(String::from_utf8(said.stdout).unwrap(), *name, "{shown}");
+            }
+        }
+        let different: std::collections::HashSet<_> = shown.iter().collect();
+        assert_eq!(different.len(), names.len());
     }
 
     #[test]

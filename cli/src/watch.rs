@@ -131,7 +131,7 @@ fn free((namespace, key, permits): &Id, output: Output, usual: &str) -> String {
         format!(" ({})", text::harmless(namespace))
     };
     let what = permits.map_or_else(|| "free".to_owned(), |permits| format!("0 of {permits} permits held"));
-    text_line(&(text::harmless(&written) + &of), &what)
+    text_line(&(text::key(&written) + &of), &what)
 }
 
 fn text_line(key: &str, what: &str) -> String {

@@ -205,10 +205,10 @@ impl Watch {
     /// What to change where these times are refused.
     pub(super) fn advice(&self) -> String {
         format!(
-            "--lease is {:?} and --kill-after {:?}: the command could not be ended before another may have the lock; with the usual \
+            "--lease is {} and --kill-after {} (DSYNC_LEASE counts as --lease): the command could not be ended before another may have the lock; with the usual \
              heartbeats the lease must be more than three times --kill-after, and more than 2.5 times the sum of --kill-after and 1 s",
-            self.lease(),
-            self.kill_after
+            humantime::format_duration(self.lease()),
+            humantime::format_duration(self.kill_after)
         )
     }
 

@@ -63,7 +63,10 @@ fn a_wrong_command_line_is_64_and_says_what_to_change() {
         (&["lead", "#x", "--", "true"], "##x"),
         (&["permits", "k", "1024"], "1..=1023"),
         (&["run", "--every", "0", "k", "--", "true"], "give a longer one"),
-        (&["run", "--lease", "30", "k", "--", "true"], "--lease is 30s and --kill-after 10s"),
+        (
+            &["run", "--lease", "30", "k", "--", "true"],
+            "--lease is 30s and --kill-after 10s (DSYNC_LEASE counts as --lease)",
+        ),
         (&["run", "", "--", "true"], "key"),
         (&["run", "--url", "postgres://localhost:x/", "k", "--", "true"], "connection string"),
     ] {

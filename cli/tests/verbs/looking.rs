@@ -37,6 +37,21 @@ fn a_time_that_no_calendar_has_is_shown_all_the_same() {
 }
 
 #[test]
+fn keys_that_would_look_alike_are_shown_apart_and_found_by_what_is_shown() {
+    let database = Database::fresh().unwrap();
+    let url = database.url();
+    let manager = started(&url);
+    let _held = ["x\ny", r"x\ny"].map(|key| hold(&manager, key));
+    let listed = at(&url, &["list"]).well();
+    let starts = [r"$'x\ny' ", r"x\ny "];
+    assert!(starts.iter().all(|start| listed.lines().any(|line| line.starts_with(start))), "{listed}");
+    for (key, start) in ["x\ny", r"x\ny"].into_iter().zip(starts) {
+        let found = at(&url, &["list", key]).well();
+        assert!(found.lines().count() == 2 && found.lines().any(|line| line.starts_with(start)), "{found}");
+    }
+}
+
+#[test]
 fn three_hold_and_five_wait_and_all_of_it_is_shown_in_80_columns() {
     let database = Database::fresh().unwrap();
     let url = database.url();
@@ -65,7 +80,7 @@ fn three_hold_and_five_wait_and_all_of_it_is_shown_in_80_columns() {
     let find = |start: &str| *lines.iter().find(|line| line.starts_with(start)).expect(start);
     assert!(find("nightly-report").contains(&noted.term().token().unwrap().to_string()), "{listed}");
     assert!(find("nightly-report").ends_with("  3") && find("nightly-report").contains("127.0.0.1 dsync"));
-    assert!(find("#4:-2").ends_with("  1") && find("鍵").contains('…'), "{listed}");
+    assert!(find("#4:-2").ends_with("  1") && find("$'鍵").contains('…'), "{listed}");
 
     let shown = at(&url, &["show", "nightly-report"]).well();
     println!("{shown}");
@@ -82,7 +97,7 @@ fn three_hold_and_five_wait_and_all_of_it_is_shown_in_80_columns() {
     println!("{shown}");
     assert_fits(&shown);
     let key: String = shown.lines().take_while(|line| !line.starts_with(' ')).collect();
-    assert!(key.contains(&"鍵".repeat(60)) && key.contains("\\u{1b}[2J\\n"), "{shown}");
+    assert!(key.contains(&"鍵".repeat(60)) && key.contains("\\x1b[2J\\n"), "{shown}");
 
     // What it shows is a key again.
     assert_eq!(at(&url, &["list", "#4:-2"]).well().lines().count(), 2);

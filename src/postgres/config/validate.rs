@@ -38,7 +38,7 @@ impl Config {
         if plan.heartbeat + plan.heartbeat_timeout >= plan.term() {
             return Err(invalid(format!(
                 "twice heartbeat ({:?}), heartbeat_timeout ({:?}) and margin ({:?}) together must be less than lease \
-                 ({:?}), or a term could end before a heartbeat has had its time; lengthen lease",
+                 ({:?}), or a term could end before a heartbeat has had its time; lengthen lease, or shorten the others",
                 plan.heartbeat, plan.heartbeat_timeout, plan.margin, plan.lease
             )));
         }
