@@ -40,7 +40,7 @@ fn locks(manager: &PostgresManager) -> Vec<Arc<dyn Lock>> {
 /// Who has advisory locks, or waits for them, and which. A session of many locks has one more, which has no name.
 fn on_the_server(operator: &mut Client, condition: &str) -> Vec<String> {
     let query = format!(
-        "SELECT replace(application_name, '(many locks)', key) AS holding FROM pg_locks JOIN pg_stat_activity USING (pid)
+        "SELECT replace(application_name, '(many locks)', coalesce(key, '')) AS holding FROM pg_locks JOIN pg_stat_activity USING (pid)
          LEFT JOIN unnest('{{a,b,c,x,y}}'::text[]) AS key ON classid::int8 << 32 | objid::int8 = {number}
          WHERE locktype = 'advisory' AND {condition} AND (key IS NOT NULL OR application_name NOT LIKE '%(many locks)') ORDER BY 1",
         number = number_of("key")
@@ -79,7 +79,8 @@ fn claims_move_over(attributes: &str, shared_sessions: u32) {
     let waiting: Vec<_> = wanted.iter().map(wait_in_thread).collect();
     let operator = &mut primary.client().unwrap();
     becomes("the queue", &named("second"), || on_the_server(operator, "NOT granted"));
-    assert_eq!(on_the_server(operator, "granted"), named("first"));
+    // Between two slices one that waits has the turnstile for a moment.
+    becomes("the holders", &named("first"), || on_the_server(operator, "granted"));
     let terms: Vec<_> = held.iter().map(|lock| lock.term().unwrap()).collect();
     // What has been written last need not have arrived.
     let last = terms.iter().map(|term| term.token().unwrap()).max().unwrap();
