@@ -864,8 +864,8 @@ fn a_hostile_search_path_and_hostile_defaults_do_not_matter() {
          ALTER ROLE victim SET default_transaction_isolation = 'serializable';
          ALTER ROLE victim SET default_transaction_deferrable = on;
          ALTER ROLE victim SET default_transaction_read_only = on;
-         ALTER ROLE victim SET statement_timeout = '20ms';
-         ALTER ROLE victim SET idle_session_timeout = '20ms';
+         ALTER ROLE victim SET statement_timeout = '500ms';
+         ALTER ROLE victim SET idle_session_timeout = '500ms';
          ALTER ROLE victim SET synchronous_commit = off;",
         database.name()
     );

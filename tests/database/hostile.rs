@@ -12,8 +12,8 @@ use crate::common::{
     PATIENCE, becomes, eventually, is_held, is_open, kind, lock, soon, started, wait_in_thread,
 };
 
-/// Longer than the timeouts that the roles have, several times.
-const LONG: &str = "1.2 s";
+/// Longer than the timeouts that the roles have.
+const LONG: &str = "1.5 s";
 
 /// Enough where no setting is a timeout.
 const SHORT: &str = "0.1 s";
@@ -210,7 +210,7 @@ fn are_survived(settings: &[(&str, &str)]) {
 
 #[test]
 fn a_statement_timeout_is_survived() {
-    are_survived(&[("statement_timeout", "'300ms'")]);
+    are_survived(&[("statement_timeout", "'800ms'")]);
 }
 
 #[test]
@@ -220,19 +220,19 @@ fn a_lock_timeout_is_survived() {
 
 #[test]
 fn an_idle_session_timeout_is_survived() {
-    are_survived(&[("idle_session_timeout", "'300ms'")]);
+    are_survived(&[("idle_session_timeout", "'800ms'")]);
 }
 
 #[test]
 fn an_idle_transaction_timeout_is_survived() {
-    are_survived(&[("idle_in_transaction_session_timeout", "'300ms'")]);
+    are_survived(&[("idle_in_transaction_session_timeout", "'800ms'")]);
 }
 
 #[test]
 fn a_transaction_timeout_is_survived() {
     let version = Server::shared().version();
     if version >= 17 {
-        are_survived(&[("transaction_timeout", "'300ms'")]);
+        are_survived(&[("transaction_timeout", "'800ms'")]);
     } else {
         println!("PostgreSQL {version} has no transaction_timeout, so there is nothing to show; 17 has");
     }

@@ -806,7 +806,7 @@ fn a_role_that_may_not_say_how_many_permits_there_are_is_told_and_goes_by_what_o
              GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO {role};
              GRANT SELECT, INSERT, UPDATE ON dsync.lock, dsync.era, dsync.policy, dsync.takeover TO {role};
              GRANT SELECT ON dsync.version, dsync.semaphore TO {role};
-             ALTER ROLE {role} SET lock_timeout = '1ms'; ALTER ROLE {role} SET statement_timeout = '20ms';
+             ALTER ROLE {role} SET lock_timeout = '1ms'; ALTER ROLE {role} SET statement_timeout = '500ms';
              ALTER ROLE {role} SET idle_session_timeout = '500ms'; ALTER ROLE {role} SET IntervalStyle = sql_standard;
              ALTER ROLE {role} SET default_transaction_isolation = serializable"
         ))
