@@ -10,10 +10,10 @@ use postgres::Client;
 use support::Database;
 use support::process::{Signal, signal};
 
-use crate::common::{Lateness, PATIENCE, begin, eventually, hear, kind, lock, make_catalog, started};
+use crate::common::{Lateness, PATIENCE, begin, eventually, hear, kind, lock, make_catalog, soon, started};
 
 fn config(database: &Database<'_>) -> Config {
-    Config::from_url(&database.url()).unwrap()
+    Config::from_url(&database.url()).unwrap().release_timeout(PATIENCE)
 }
 
 fn shared(manager: &PostgresManager, key: &str) -> Arc<dyn Lock> {
@@ -343,6 +343,29 @@ fn readers_that_begin_at_once_after_a_writer_have_one_token() {
         assert!(tokens.iter().all(|token| *token == tokens[0]), "round {round}: {tokens:?}");
         assert!(guards.iter().all(|guard| passes(&mut client, guard.term())), "round {round}");
         assert_eq!(count(&mut client, "SELECT token FROM dsync.lock"), tokens[0], "round {round}");
+    }
+}
+
+/// The first one has the fence lock until its row is written, for which it may be late.
+#[test]
+fn a_reader_looks_for_100_ms_before_it_says_that_a_writer_is_there() {
+    const FENCE_LOCK: i64 = 7238262541130950497;
+    let database = Database::fresh().unwrap();
+    let mut first = operator_of(&database);
+    for shared_sessions in [0, 1] {
+        let manager = started(config(&database).shared_sessions(shared_sessions));
+        lock(&manager, "x").acquire(PATIENCE).unwrap().release().unwrap();
+        let mut transaction = first.transaction().unwrap();
+        let locks = "SELECT pg_advisory_xact_lock_shared(id), pg_advisory_xact_lock(id # $1) FROM dsync.lock";
+        assert_eq!(transaction.execute(locks, &[&FENCE_LOCK]).unwrap(), 1);
+
+        let second = shared(&manager, "x");
+        let begun = Instant::now();
+        assert_eq!(kind(second.try_lock(&soon())), ErrorKind::LockUnavailable);
+        assert!(begun.elapsed() >= Duration::from_millis(95), "{:?}", begun.elapsed());
+        transaction.commit().unwrap();
+        second.lock(&soon()).unwrap();
+        second.release().unwrap();
     }
 }
 

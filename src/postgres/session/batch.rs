@@ -9,7 +9,7 @@ use crate::key::AdvisoryKey;
 
 use crate::loss::LossReason;
 use crate::mode::Mode;
-use crate::pg::session::locks::get;
+use crate::pg::session::locks::{get, pauses_of_a_reader};
 use crate::pg::session::open::Session;
 use crate::pg::session::wire::Failure;
 use crate::pg::sql::{self, Entry, OpCode, Request, Shape, Verb};
@@ -106,17 +106,12 @@ impl Session {
             let busy = |place: &usize| ops[*place].op_code().is_none() && done[*place] == Done::Busy;
             late = (0..ops.len()).filter(busy).collect();
         }
-        // Others' statements on this session wait for these, 100 ms in all. They are counted and not timed, since on a busy machine the
-        // statement of the first reader takes longer, too.
-        const LOOKS: u32 = 10;
-        const LONGEST_PAUSE: Duration = Duration::from_millis(16);
-        let mut pause = Duration::from_micros(500);
-        for _ in 0..LOOKS {
-            if late.is_empty() || Instant::now() + LONGEST_PAUSE >= by {
+        // Others' statements on this session wait for these looks.
+        for pause in pauses_of_a_reader(by) {
+            if late.is_empty() {
                 break;
             }
             thread::sleep(pause);
-            pause = (2 * pause).min(LONGEST_PAUSE);
             let again: Vec<_> = late.iter().map(|place| ops[*place]).collect();
             let now = self.carry_once(&again, by)?;
             for (place, now) in late.iter().zip(now.done) {

@@ -1,6 +1,7 @@
 //! What a claim asks of a session: to take its lock, with token and row, and to give it back.
 
 use std::time::{Duration, Instant};
+use std::{iter, thread};
 
 use postgres::error::SqlState;
 use postgres::types::{ToSql, Type};
@@ -41,6 +42,16 @@ impl Leased {
 /// A shorter wait is a brief one. A session that waited briefly for a key is likely to do so again, where many take and give
 /// back one lock in turn; and a block that ends quietly costs the server about 0.1 ms more than a prepared statement.
 const BRIEF: Duration = Duration::from_millis(100);
+
+/// The pauses between the looks of a reader that has the lock, but not the row, since another reader makes it theirs: to say that a writer is there would
+/// be wrong. They are 100 ms in all, and counted, not timed: on a busy machine the first reader's statement takes longer, too.
+pub(super) fn pauses_of_a_reader(by: Instant) -> impl Iterator<Item = Duration> {
+    const SHORTEST: Duration = Duration::from_micros(500);
+    const LONGEST: Duration = Duration::from_millis(16);
+    const LOOKS: usize = 10;
+    let pauses = iter::successors(Some(SHORTEST), |pause| Some((2 * *pause).min(LONGEST)));
+    pauses.take(LOOKS).take_while(move |_| Instant::now() + LONGEST < by)
+}
 
 /// What came of asking for the lock.
 #[derive(Debug, PartialEq, Eq)]
@@ -392,6 +403,13 @@ impl Session {
             }
             // The lock, if it is ours already, is taken twice.
             outcome = self.take_unknown_once(verb, request, by);
+        }
+        if request.mode == Mode::Shared {
+            for pause in pauses_of_a_reader(by) {
+                let Ok(Answered::Tokenless) = outcome else { break };
+                thread::sleep(pause);
+                outcome = self.take_unknown_once(verb, request, by);
+            }
         }
         match outcome {
             Ok(Answered::With(answer)) => Ok(answer),
