@@ -27,7 +27,7 @@ fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
 }
 
 fn config(url: &str) -> Config {
-    Config::from_url(url).unwrap()
+    Config::from_url(url).unwrap().release_timeout(Duration::from_secs(20))
 }
 
 /// A manager that does not wait long for a server.
@@ -343,6 +343,7 @@ fn a_role_without_rights_is_sent_to_the_administrator_whose_work_then_helps() {
         ErrorKind::SessionRefused,
         &["may not make the catalog", "dsync::CATALOG_SQL", "none"],
     );
+    assert_eq!(error.sqlstate(), Some("42501"));
 
     let without = started(config(&url).catalog(CatalogMode::None));
     let plain = lock(&without, "x");
@@ -444,7 +445,7 @@ fn a_closed_port_is_waited_for_and_told() {
 fn a_host_name_that_does_not_exist_is_waited_for_and_told() {
     let manager = in_time(|| Arc::new(started(hasty("host=no-such-host.invalid user=app"))));
     let lock = lock(&manager, "x");
-    let error = try_lock_in_time(&lock, &briefly());
+    let error = try_lock_in_time(&lock, &Context::timeout(Duration::from_secs(5)));
     assert_tells(&error, ErrorKind::TimedOut, &["no-such-host.invalid", "check host and port"]);
     assert_ends_in_time(manager, lock);
 }
@@ -521,7 +522,7 @@ fn what_is_no_postgresql_is_told_in_time() {
         // It may be a server that has trouble, so it is no failure to start.
         let manager = in_time(move || Arc::new(started(hasty(&url))));
         let lock = lock(&manager, "x");
-        let error = try_lock_in_time(&lock, &briefly());
+        let error = try_lock_in_time(&lock, &Context::timeout(Duration::from_secs(5)));
         println!("{what}: {error}");
         assert_tells(&error, ErrorKind::TimedOut, &["127.0.0.1:"]);
         assert!(advice.iter().any(|advice| error.to_string().contains(advice)), "{what}: {error}");

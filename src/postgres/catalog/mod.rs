@@ -226,11 +226,14 @@ fn create_in_transaction(session: &mut Session, by: Instant) -> std::result::Res
     let script = session.schema().apply(sql::CATALOG) + sql::END_CREATION;
     match session.simple_query(&script, by) {
         Ok(_) => Ok(found),
-        Err(Failure::Refused(error)) if code(&error) == "42501" => Err(refused(&format!(
-            "the role may not make the catalog, or bring it up to date ({}); let an administrator run {SCRIPT} \
-             in this database and grant what its first lines name, or set the catalog to none",
-            chain(&error)
-        ))),
+        Err(Failure::Refused(error)) if code(&error) == "42501" => {
+            let message = format!(
+                "the role may not make the catalog, or bring it up to date ({}); let an administrator run {SCRIPT} \
+                 in this database and grant what its first lines name, or set the catalog to none",
+                chain(&error)
+            );
+            Err(refused(&message).because(error))
+        }
         // The script's own word, on what has come there since we looked. Its code is of no meaning to anybody else.
         Err(Failure::Refused(error)) if code(&error) == "ZDS01" => Err(refused(&chain(&error))),
         Err(Failure::Lost { reason: LossReason::HeartbeatTimedOut, .. }) => Err(Refusal::new(
@@ -269,16 +272,16 @@ fn no_era() -> Refusal {
 /// Why a statement on the catalog failed, where that means something else than on a session.
 pub(crate) fn failed(failure: Failure) -> Refusal {
     match failure {
-        Failure::Refused(error) if code(&error) == "42501" => no_rights(&chain(&error)),
+        Failure::Refused(error) if code(&error) == "42501" => no_rights(&chain(&error)).because(error),
         // The end of `lock_timeout` or `statement_timeout`.
-        Failure::Refused(error) if matches!(code(&error), "55P03" | "57014") => Refusal::new(
-            ErrorKind::SessionUnavailable,
-            format!(
+        Failure::Refused(error) if matches!(code(&error), "55P03" | "57014") => {
+            let message = format!(
                 "a table of the catalog is locked by another session, or is being made; see pg_locks, and in pg_stat_replication whether a \
                  standby is away for which a commit there waits ({})",
                 chain(&error)
-            ),
-        ),
+            );
+            Refusal::new(ErrorKind::SessionUnavailable, message).because(error)
+        }
         failure => Refusal::from_failure(failure),
     }
 }
