@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::clock::Moment;
 use crate::pg::runs::Runs;
-use crate::pg::session::refusal::Refusal;
-use crate::pg::stream::{DialError, StopProbe};
+use crate::pg::stream::StopProbe;
 
 /// Each probe that is refused writes a line into the server's log, so they come less and less often, as sessions do that cannot be opened.
 const SHORTEST: Duration = Duration::from_millis(50);
@@ -66,7 +65,7 @@ impl StopProbes {
     }
 
     /// The probe was sent at `began`, or could not be.
-    pub(crate) fn sent(&mut self, run: &str, began: Moment, outcome: Result<StopProbe, DialError>) {
+    pub(crate) fn sent(&mut self, run: &str, began: Moment, outcome: Result<StopProbe, String>) {
         let now = Instant::now();
         let probed = self.0.of(run);
         match outcome {
@@ -74,7 +73,7 @@ impl StopProbes {
                 probed.next = Some(now + ANSWERED_WITHIN);
                 probed.under_way.push((began, probe));
             }
-            Err(error) => probed.note_refused(error, now),
+            Err(refusal) => probed.note_refused(refusal, now),
         }
     }
 
@@ -105,15 +104,15 @@ impl Probed {
                     // Those that were sent before have nothing more to tell.
                     self.under_way.clear();
                 }
-                Some(Err(error)) => self.note_refused(error, now),
+                Some(Err(refusal)) => self.note_refused(refusal, now),
             }
         }
     }
 
-    fn note_refused(&mut self, error: DialError, now: Instant) {
+    fn note_refused(&mut self, refusal: String, now: Instant) {
         let since = self.refused.map_or(now, |(since, _)| since);
         self.refused = Some((since, now));
         self.next = Some(now + ((now - since) / 8).clamp(SHORTEST, LONGEST));
-        self.refusal = Refusal::from_dial(error).to_string();
+        self.refusal = refusal;
     }
 }

@@ -17,7 +17,7 @@ use crate::pg::session::refusal::Refusal;
 use crate::pg::session::wire::{Failure, GOODBYE, Wire};
 use crate::pg::sql::schema::Schema;
 use crate::pg::sql::{self, Probe};
-use crate::pg::stream::{DialError, Dialer, NotReady, Socket, StopProbe, StreamControl};
+use crate::pg::stream::{Dialer, NotReady, Socket, StopProbe, StreamControl};
 use crate::pg::watchdog::Watchdog;
 use crate::process::nonce;
 
@@ -306,9 +306,10 @@ impl Session {
         self.explain(refusal, by)
     }
 
-    /// Sees whether its server takes new sessions.
-    pub(crate) fn probe_stop(&self, by: Instant) -> Result<StopProbe, DialError> {
-        self.dialer.probe_stop(self.stream(), by)
+    /// Sees whether its server takes new sessions; in words if it cannot be seen.
+    pub(crate) fn probe_stop(&self, by: Instant) -> Result<StopProbe, String> {
+        let tell = |error| Refusal::from_dial(error).to_string();
+        self.dialer.probe_stop(self.stream(), tell, by).map_err(tell)
     }
 
     fn identity(&mut self, by: Instant) -> Option<Identity> {

@@ -271,11 +271,15 @@ impl Dialer {
     /// Sees, on a thread of its own, whether the server of the session with this control takes new sessions: whether it has asked a new connection for
     /// a password, has let one in, or has refused it for another reason than that it stops. No password is given.
     ///
+    /// That thread has `tell` make a text of what is in the way, since a text is all that one may drop under a mutex: the error may be the
+    /// application's own.
+    ///
     /// # Errors
     /// When no thread could be started, or no socket opened.
     pub(crate) fn probe_stop(
         &self,
         session: &StreamControl,
+        tell: fn(DialError) -> String,
         deadline: Instant,
     ) -> Result<StopProbe, DialError> {
         let (index, address) = (session.route(), session.peer());
@@ -315,7 +319,7 @@ impl Dialer {
                 ended.kill();
                 ended.detach();
                 // Nobody listens any more if it is not wanted.
-                let _ = done.send(outcome);
+                let _ = done.send(outcome.map_err(tell));
             })
             .map_err(|error| DialError::one(STOP_PROBE, error))?;
         Ok(StopProbe { control, outcome })
@@ -375,16 +379,18 @@ const STOP_PROBE: &str = "a look at whether the server stops";
 /// A [probe](Dialer::probe_stop) that is under way. It is given up when this is dropped.
 pub(crate) struct StopProbe {
     control: StreamControl,
-    outcome: mpsc::Receiver<Result<(), DialError>>,
+    outcome: mpsc::Receiver<Result<(), String>>,
 }
 
 impl StopProbe {
     /// What came of it, if that is known.
-    pub(crate) fn outcome(&self) -> Option<Result<(), DialError>> {
+    pub(crate) fn outcome(&self) -> Option<Result<(), String>> {
         match self.outcome.try_recv() {
             Ok(outcome) => Some(outcome),
             Err(TryRecvError::Empty) => None,
-            Err(TryRecvError::Disconnected) => Some(Err(DialError::one(STOP_PROBE, DRIVER_PANICKED))),
+            Err(TryRecvError::Disconnected) => {
+                Some(Err(DialError::one(STOP_PROBE, DRIVER_PANICKED).to_string()))
+            }
         }
     }
 }
