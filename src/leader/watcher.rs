@@ -100,7 +100,7 @@ impl Watcher {
             return Ok(Some(every));
         }
         if identity != before {
-            return Ok(Some(every.min(CONFIRM)));
+            return Ok(Some(CONFIRM));
         }
         self.told = identity;
         if let Some(leader) = leader {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{bounded, unbounded};
 use dsync::{ErrorKind, Leader, LeaderEvent, LeaderOptions, LockOptions, LossReason};
 
-use crate::common::{PATIENCE, eventually, kind, on_both, soon};
+use crate::common::{Lateness, PATIENCE, eventually, kind, on_both, soon};
 use crate::crew::Manner::{Heeds, Ignores};
 use crate::crew::{Candidate, Memory, Postgres, World, quick};
 
@@ -153,16 +153,17 @@ fn a_panic_ends_the_term_and_is_told_and_others_lead(world: &dyn World) {
 }
 
 fn panics_are_followed_by_growing_pauses(world: &dyn World) {
-    let (first, longest) = (Duration::from_millis(100), Duration::from_millis(300));
+    // A term that lasts for the longest of them, as it may on a busy machine, begins anew with the first.
+    let (first, longest) = (Duration::from_millis(600), Duration::from_secs(2));
     let candidate = Candidate::with(world, Heeds, quick().back_off(first, longest));
     let mut work = candidate.begins();
     for pause in [first, first * 2, longest, longest] {
+        // The pause begins some moments later.
+        let panicked = Instant::now();
         work.panics("again");
         assert_eq!([candidate.hears(), candidate.hears()], ["gained", "panicked: again"]);
-        let told = Instant::now();
         work = candidate.begins();
-        // It was told a moment after the pause began.
-        let paused = told.elapsed() + Duration::from_millis(50);
+        let paused = panicked.elapsed();
         assert!(paused >= pause, "{paused:?} instead of {pause:?}");
     }
     work.returns();
@@ -407,7 +408,7 @@ fn a_callback_that_panics_or_blocks_harms_nothing(world: &dyn World) {
     world.take_away();
     work.is_told_to_stop();
     let _work = candidate.begins();
-    candidate.leader.stop(Duration::from_secs(5)).unwrap();
+    candidate.leader.stop(PATIENCE).unwrap();
     assert!(candidate.events().is_empty());
     drop(go_on);
     let rest: [String; 4] = std::array::from_fn(|_| candidate.hears());
@@ -447,12 +448,17 @@ fn another_leader_is_told_of_once_in_each_term(world: &dyn World) {
     // For some looks nothing is told.
     thread::sleep(Duration::from_millis(500));
     assert!(second.events().is_empty());
-    // Neither of itself.
+    // Neither of itself, unless its thread comes to know of the term only after two looks, which are 200 ms apart.
+    let late = Lateness::watch();
     work.returns();
     let next = second.begins();
-    assert!(
-        matches!(second.events().recv_timeout(PATIENCE), Ok(LeaderEvent::Gained { token }) if token == Some(next.token()))
-    );
+    let mut event = second.events().recv_timeout(PATIENCE).unwrap();
+    if matches!(&event, LeaderEvent::AnotherLeads(own) if own.token == Some(next.token()))
+        && late.of_a_take_over() >= Duration::from_millis(200)
+    {
+        event = second.events().recv_timeout(PATIENCE).unwrap();
+    }
+    assert!(matches!(event, LeaderEvent::Gained { token } if token == Some(next.token())), "{event:?}");
     world.wait_for_waiters(1);
     assert_eq!(second.leader.status().leader, None);
     next.returns();

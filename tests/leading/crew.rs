@@ -7,7 +7,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, never, sele
 use dsync::{Leader, LeaderEvent, LeaderOptions, Lock, MemoryManager, MemoryServer, SyncManager, Tenure};
 use parking_lot::Mutex;
 
-use crate::common::{PATIENCE, count_locks, eventually};
+use crate::common::{PATIENCE, count_locks, eventually, number_of};
 
 /// A server, and what an operator can do and see there. All leaders want the lock `x`.
 pub(crate) trait World: Send + Sync {
@@ -88,10 +88,11 @@ impl Postgres {
 
     pub(crate) fn config(&self) -> dsync::Config {
         let config = dsync::Config::from_url(&self.url()).unwrap();
-        // Slices and heartbeats shorter than by default, so that a test sees several of them.
+        // Slices and heartbeats shorter than by default, so that a test sees several of them; and time for a busy machine.
         config
             .wait_slice(Duration::from_secs(1))
             .connect_timeout(Duration::from_secs(30))
+            .release_timeout(Duration::from_secs(20))
             .heartbeat(Duration::from_millis(200))
             .shared_sessions(self.shared_sessions)
     }
@@ -112,7 +113,10 @@ impl World for Postgres {
     }
 
     fn take_away(&self) {
-        assert_eq!(self.count("CASE WHEN granted THEN pg_terminate_backend(pid) END"), 1, "one holder");
+        // Between two slices one that waits has an advisory lock too, the turnstile.
+        let x = number_of("'x'");
+        let holder = format!("CASE WHEN granted AND of.id = {x} THEN pg_terminate_backend(pid) END");
+        assert_eq!(self.count(&holder), 1, "one holder");
     }
 
     fn waiting(&self) -> usize {

@@ -20,7 +20,8 @@ use crate::proxy::Proxy;
 fn work_that_is_cut_off_has_had_its_signal_before_another_begins() {
     let server = Server::start().unwrap();
     let proxy = Proxy::to(server.port());
-    let lease = Duration::from_secs(2);
+    // The signal comes two seconds before the server ends the session.
+    let lease = Duration::from_secs(6);
     let through = server.url().replace(&format!(":{}", server.port()), &format!(":{}", proxy.port()));
     let first = started(Config::from_url(&through).unwrap().lease(lease));
     let first = Candidate::of(Arc::new(first), Ignores, quick());
