@@ -74,7 +74,8 @@ fn a_stop_ends_a_start_that_waits_for_a_silent_server() {
 fn locks_need_not_wait_for_a_start_that_is_under_way() {
     let database = Database::fresh().unwrap();
     for _ in 0..20 {
-        let manager = Arc::new(PostgresManager::new(Config::from_url(&database.url()).unwrap()).unwrap());
+        let config = Config::from_url(&database.url()).unwrap().release_timeout(PATIENCE / 3);
+        let manager = Arc::new(PostgresManager::new(config).unwrap());
         let lock = manager.lock("x").unwrap();
         let starting = Arc::clone(&manager);
         let start = begin(move || starting.start());
@@ -146,7 +147,7 @@ impl World for Postgres {
 
 impl Postgres {
     fn config(&self) -> Config {
-        Config::from_url(&self.database.url()).unwrap()
+        Config::from_url(&self.database.url()).unwrap().release_timeout(PATIENCE / 3)
     }
 }
 
@@ -283,7 +284,8 @@ fn play_once(world: &'static dyn World, round: usize, calls: [Call; 2]) {
     }
     assert!(stage.lock.term().is_none(), "{scene}: the term goes on");
     assert_eq!(kind(dsync::leadership_lock()), ErrorKind::SyncManagerStopped, "{scene}");
-    assert_eq!(world.locks(), 0, "{scene}: something is held still");
+    // The server may be a moment later with the session of a start that was cut off.
+    becomes(&format!("{scene}: the locks"), &0, || world.locks());
 }
 
 /// One test for both, since the manager of a process is one.

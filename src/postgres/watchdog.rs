@@ -250,8 +250,8 @@ mod tests {
     fn who_does_not_see_its_deadline_is_told_again_and_does_not_keep_the_watchdog_busy() {
         let watchdog = Watchdog::new(Duration::from_millis(20));
         let (stuck, enforced) = bounded(Some(Instant::now()));
-        watch(&watchdog, &stuck);
         let begun = Instant::now();
+        watch(&watchdog, &stuck);
         for _ in 0..5 {
             enforced.recv_timeout(LONG).expect("again");
         }

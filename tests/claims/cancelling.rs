@@ -14,11 +14,20 @@ use support::process::{Signal, signal};
 use crate::common::{Outcome, PATIENCE, SilentHost, becomes, begin, kind, lock, soon, started};
 
 /// A caller that is in the midst of a short statement is given 100 ms to end it; the rest is for a busy machine. Without the cancellation the
-/// shortest of these waits takes 3.75 s, a heartbeat's timeout.
-const AT_ONCE: Duration = Duration::from_secs(2);
+/// shortest of these waits takes 10 s, the share that one of two hosts has of a connect.
+const AT_ONCE: Duration = Duration::from_secs(8);
 
 /// A server that does not answer has this long to end a wait.
 const REQUEST: Duration = Duration::from_secs(1);
+
+/// The slice of a wait and the timeout of a heartbeat are far longer than what a cancellation may take.
+fn config(server: &Server) -> Config {
+    Config::from_url(&server.url())
+        .unwrap()
+        .lease(Duration::from_secs(120))
+        .wait_slice(Duration::from_secs(30))
+        .release_timeout(Duration::from_secs(20))
+}
 
 /// A call that waits in a thread of its own.
 fn call(lock: &Arc<dyn Lock>, context: Context) -> Outcome<dsync::Result<()>> {
@@ -35,7 +44,7 @@ fn waiters(server: &Server) -> usize {
 #[test]
 fn a_cancelled_wait_ends_at_once_and_the_claim_goes_on() {
     let server = Server::start().unwrap();
-    let config = || Config::from_url(&server.url()).unwrap().wait_slice(Duration::from_secs(30));
+    let config = || config(&server);
     let (holding, waiting) = (started(config()), started(config()));
     let (holder, waiter) = (lock(&holding, "x"), lock(&waiting, "x"));
     for round in 0..5 {
@@ -58,7 +67,7 @@ fn a_cancelled_wait_ends_at_once_and_the_claim_goes_on() {
 #[test]
 fn a_cancelled_caller_does_not_end_the_wait_of_another_one() {
     let server = Server::start().unwrap();
-    let config = || Config::from_url(&server.url()).unwrap();
+    let config = || config(&server);
     let (holding, waiting) = (started(config()), started(config()));
     let (holder, waiter) = (lock(&holding, "x"), lock(&waiting, "x"));
     holder.lock(&soon()).unwrap();
@@ -88,7 +97,7 @@ fn a_cancelled_caller_does_not_end_the_wait_of_another_one() {
 #[test]
 fn a_call_is_cancelled_while_the_server_does_not_answer() {
     let server = Server::start().unwrap();
-    let manager = started(Config::from_url(&server.url()).unwrap());
+    let manager = started(config(&server));
     let lock = lock(&manager, "x");
     lock.lock(&soon()).unwrap();
     lock.release().unwrap();
@@ -110,7 +119,7 @@ fn a_call_is_cancelled_while_the_server_does_not_answer() {
 #[test]
 fn a_wait_is_cancelled_while_the_server_does_not_answer() {
     let server = Server::start().unwrap();
-    let config = || Config::from_url(&server.url()).unwrap();
+    let config = || config(&server);
     let (holding, waiting) = (started(config()), started(config()));
     let (holder, waiter) = (lock(&holding, "x"), lock(&waiting, "x"));
     holder.lock(&soon()).unwrap();
@@ -168,7 +177,7 @@ fn cancelled() -> Context {
 #[test]
 fn a_cancellation_is_heard_whenever_it_comes() {
     let server = Server::start().unwrap();
-    let config = || Config::from_url(&server.url()).unwrap();
+    let config = || config(&server);
     let (holding, waiting) = (started(config()), started(config()));
     let (holder, waiter) = (lock(&holding, "x"), lock(&waiting, "x"));
     for round in 0..300_u64 {
@@ -197,7 +206,7 @@ fn a_cancellation_is_heard_whenever_it_comes() {
 #[test]
 fn a_wait_is_cancelled_while_only_its_own_session_does_not_answer() {
     let server = Server::start().unwrap();
-    let config = || Config::from_url(&server.url()).unwrap();
+    let config = || config(&server);
     let (holding, waiting) = (started(config()), started(config()));
     let (holder, waiter) = (lock(&holding, "x"), lock(&waiting, "x"));
     holder.lock(&soon()).unwrap();
@@ -272,7 +281,7 @@ fn a_cancellation_does_not_use_up_the_one_attempt_of_another_caller() {
 #[test]
 fn try_lock_beside_a_thread_that_has_waited_before_is_not_told_of_a_holder_that_is_not_there() {
     let server = Server::start().unwrap();
-    let config = || Config::from_url(&server.url()).unwrap();
+    let config = || config(&server);
     let (ours, theirs) = (started(config()), started(config()));
     let (lock, rival) = (lock(&ours, "x"), lock(&theirs, "x"));
     let done = AtomicBool::new(false);
@@ -309,7 +318,7 @@ fn try_lock_beside_a_thread_that_has_waited_before_is_not_told_of_a_holder_that_
 #[test]
 fn a_wait_is_cancelled_after_a_request_that_had_no_effect() {
     let server = Server::start().unwrap();
-    let config = || Config::from_url(&server.url()).unwrap();
+    let config = || config(&server);
     let (ours, theirs) = (started(config()), started(config()));
     let (lock, rival) = (lock(&ours, "x"), lock(&theirs, "x"));
     let (context, canceller) = Context::background().with_cancel();

@@ -40,7 +40,8 @@ fn a_release_during_a_connect_is_not_confirmed_while_a_lost_session_may_hold_the
 #[test]
 fn a_lock_heeds_its_context_while_another_thread_releases_the_former_claim() {
     let server = Server::start().unwrap();
-    let manager = started(Config::from_url(&server.url()).unwrap());
+    let config = Config::from_url(&server.url()).unwrap();
+    let manager = started(config.lease(Duration::from_secs(60)).release_timeout(Duration::from_secs(6)));
     let lock = lock(&manager, "x");
     lock.lock(&soon()).unwrap();
     let lost = lock.lost();
@@ -57,7 +58,7 @@ fn a_lock_heeds_its_context_while_another_thread_releases_the_former_claim() {
     assert_eq!(kind(lock.try_lock(&cancelled)), ErrorKind::Cancelled);
     assert!(
         !release.is_ready(),
-        "the release takes two seconds, and these calls did not: {:?}",
+        "the release takes six seconds, and these calls did not: {:?}",
         begun.elapsed()
     );
 
@@ -91,7 +92,8 @@ fn a_release_ends_in_time_though_nobody_else_looks_at_its_deadline() {
 #[test]
 fn a_release_after_a_terminated_session_is_confirmed_when_the_server_has_let_go() {
     let database = Database::fresh().unwrap();
-    let manager = started(Config::from_url(&database.url()).unwrap().catalog(CatalogMode::None));
+    let config = Config::from_url(&database.url()).unwrap();
+    let manager = started(config.catalog(CatalogMode::None).release_timeout(Duration::from_secs(20)));
     let mut operator = database.client().unwrap();
     let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
                      WHERE application_name = 'dsync #7' AND datname = current_database()";

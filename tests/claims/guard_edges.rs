@@ -22,15 +22,16 @@ fn becomes_queued(lock: &Arc<dyn Lock>) {
 #[test]
 fn a_term_that_comes_after_a_long_wait_is_not_warned_of() {
     let database = Database::fresh().unwrap();
-    let config = Config::from_url(&database.url()).unwrap().lease(Duration::from_secs(6));
+    let config = Config::from_url(&database.url()).unwrap().heartbeat(Duration::from_secs(1));
+    let config = config.wait_slice(PATIENCE / 2).release_timeout(PATIENCE / 2);
     let (holding, waiting) = (started(config.clone()), started(config));
-    // A term lasts for 4.1 s, and the lease is renewed after 1.5 s.
-    let graceful = waiting.lock_with("x", LockOptions::new().grace(Duration::from_secs(2))).unwrap();
+    // A term lasts for 13 s, and the lease is renewed after 1 s.
+    let graceful = waiting.lock_with("x", LockOptions::new().grace(Duration::from_secs(8))).unwrap();
     let holder = lock(&holding, "x").acquire(soon()).unwrap();
     let wait = begin(move || graceful.acquire(soon()));
     becomes("the waiter", &1, || holding.inspect("x").unwrap().waiters.len());
     // The wait itself: longer than a heartbeat may be overdue.
-    thread::sleep(Duration::from_secs(3));
+    thread::sleep(Duration::from_secs(6));
     holder.release().unwrap();
     let guard = wait.get().unwrap();
     assert_eq!(guard.term().warned().recv_timeout(Duration::from_secs(2)), Err(RecvTimeoutError::Timeout));

@@ -89,6 +89,7 @@ impl Postgres {
         config
             .wait_slice(Duration::from_secs(1))
             .connect_timeout(PATIENCE)
+            .release_timeout(Duration::from_secs(20))
             .shared_sessions(self.shared_sessions)
     }
 }
@@ -796,9 +797,9 @@ fn a_holder_that_hears_nothing_tells_of_its_loss_while_the_server_stands_still()
         panic!("{told:?}")
     };
     assert!(held < Duration::from_secs(10), "{held:?}");
-    // It takes no session and waits for none.
+    // It takes no session and waits for none, which would be for the five seconds of a connect.
     let (snapshot, taken) = timed(|| manager.snapshot());
-    assert!(taken < Duration::from_secs(1), "{taken:?}: {snapshot:?}");
+    assert!(taken < Duration::from_secs(3), "{taken:?}: {snapshot:?}");
     frozen.thaw();
 }
 

@@ -67,7 +67,7 @@ pub(crate) fn soon() -> Context {
 
 /// Long enough for a session to be opened and to begin to wait, on a busy machine too.
 pub(crate) fn briefly() -> Context {
-    Context::timeout(Duration::from_millis(500))
+    Context::timeout(Duration::from_millis(1_500))
 }
 
 pub(crate) fn lock(manager: &PostgresManager, key: &str) -> Arc<dyn Lock> {

@@ -61,7 +61,7 @@ fn hosts(ports: &[u16], more: &str) -> Config {
     let hosts = vec!["127.0.0.1"; ports.len()].join(",");
     let ports = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(",");
     let url = format!("host={hosts} port={ports} user=postgres dbname=postgres {more}");
-    Config::from_url(&url).unwrap().connect_timeout(CONNECT)
+    Config::from_url(&url).unwrap().connect_timeout(CONNECT).release_timeout(Duration::from_secs(20))
 }
 
 /// The session is there within `connect_timeout`, and the catalog is.
@@ -196,9 +196,10 @@ fn a_wait_at_the_second_host_is_cancelled_without_asking_the_first() {
     let waiting = wait_in_thread(&wanted);
     let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
     becomes("the queue", &1_i64, || alive.client().unwrap().query_one(waits, &[]).unwrap().get(0));
-    let begun = Instant::now();
+    let (late, begun) = (Lateness::watch(), Instant::now());
     wanted.release().unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(3), "a slice is 5 s: {:?}", begun.elapsed());
+    // A slice is 5 s.
+    late.allow(begun.elapsed(), Duration::from_secs(3));
     assert_eq!(kind(waiting.get()), ErrorKind::Released);
     assert!(is_held(&held));
 }
@@ -298,9 +299,9 @@ fn where_a_link_is_too_slow_the_error_says_at_which_step_and_what_to_raise() {
         [(slow, "while we logged in"), (silent_after_the_login(), "while we prepared a session")]
     {
         let url = server.url_at("127.0.0.1", port) + "?sslmode=disable";
-        let config = Config::from_url(&url).unwrap().connect_timeout(Duration::from_secs(1));
+        let config = Config::from_url(&url).unwrap().connect_timeout(Duration::from_secs(2));
         let manager = begin(move || started(config)).get();
-        let error = lock(&manager, "x").lock(&Context::timeout(Duration::from_secs(3))).unwrap_err();
+        let error = lock(&manager, "x").lock(&Context::timeout(Duration::from_secs(5))).unwrap_err();
         println!("{error}");
         let text = error.to_string();
         assert!(text.contains(step) && text.contains("if the link is slow, raise connect_timeout"), "{text}");

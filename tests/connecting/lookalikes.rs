@@ -13,10 +13,10 @@ use dsync::{CatalogMode, Config, Error, ErrorKind, Once, PostgresManager, SyncMa
 use support::pgpool::{self, PgPool};
 use support::{Database, Replication, Server};
 
-use crate::common::{begin, hear, lock, soon, started};
+use crate::common::{PATIENCE, begin, hear, lock, soon, started};
 
 fn config(url: &str) -> Config {
-    Config::from_url(url).unwrap()
+    Config::from_url(url).unwrap().release_timeout(PATIENCE)
 }
 
 /// That `start` refuses, and with what.

@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use dsync::{CatalogMode, Config, Error, ErrorKind, LossReason, PostgresManager, SyncManager, json_valuer};
+use dsync::{
+    CatalogMode, Config, Context, Error, ErrorKind, LossReason, PostgresManager, SyncManager, json_valuer,
+};
 use parking_lot::Mutex;
 use postgres::{Client, NoTls, SimpleQueryMessage};
 use support::pgbouncer::{self, PoolMode};
@@ -19,11 +21,11 @@ use support::process::{self, Signal};
 use support::{Replication, Server};
 
 use crate::common::{
-    becomes, begin, briefly, eventually, hear, is_held, is_open, kind, lock, soon, started, wait_in_thread,
+    Lateness, becomes, begin, briefly, eventually, hear, is_held, kind, lock, soon, started, wait_in_thread,
 };
 
 fn config(url: &str) -> Config {
-    Config::from_url(url).unwrap()
+    Config::from_url(url).unwrap().release_timeout(Duration::from_secs(20))
 }
 
 fn manager(url: &str) -> PostgresManager {
@@ -138,10 +140,9 @@ fn a_pooler_that_is_reached_after_the_start_only_is_refused_by_try_lock() {
     let server = Server::start().unwrap();
     for mode in [PoolMode::Transaction, PoolMode::Statement] {
         let bouncer = pgbouncer::start(&server, mode).unwrap();
-        let manager = PostgresManager::new(
-            config(&bouncer.url("postgres")).connect_timeout(Duration::from_millis(500)),
-        )
-        .unwrap();
+        let manager =
+            PostgresManager::new(config(&bouncer.url("postgres")).connect_timeout(Duration::from_secs(4)))
+                .unwrap();
         process::signal(bouncer.pid(), Signal::Stop).unwrap();
         manager.start().unwrap();
         let x = lock(&manager, "x");
@@ -153,7 +154,7 @@ fn a_pooler_that_is_reached_after_the_start_only_is_refused_by_try_lock() {
             // The connect that was under way may end without a word.
             is_about_poolers(&error)
         });
-        let error = x.lock(&briefly()).unwrap_err();
+        let error = x.lock(&Context::timeout(Duration::from_secs(3))).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
         assert!(ADVICE.iter().all(|text| error.to_string().contains(text)), "{error}");
         assert!(!is_held(&x));
@@ -189,9 +190,10 @@ fn through_a_pooler_in_session_mode_locks_work_in_full() {
 
     // A wait that is ended by a cancel request, which goes by way of the pooler too.
     becomes("the queue", &1, || waiters(operator));
-    let ended = std::time::Instant::now();
+    let (late, ended) = (Lateness::watch(), std::time::Instant::now());
     other.release().unwrap();
-    assert!(ended.elapsed() < Duration::from_secs(3), "a slice lasts for five: {:?}", ended.elapsed());
+    // A slice lasts for five.
+    late.allow(ended.elapsed(), Duration::from_secs(3));
     assert_eq!(waiters(operator), 0);
 
     // Hand-over.
@@ -309,8 +311,7 @@ fn a_session_that_a_pooler_exchanges_is_noticed_by_the_heartbeat() {
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
     let switch = Switch::to(server.port());
-    let lease = Duration::from_secs(3);
-    let manager = started(config(&server.url_at("127.0.0.1", switch.port)).lease(lease));
+    let manager = started(config(&server.url_at("127.0.0.1", switch.port)));
     let x = lock(&manager, "x");
     let bouncer = pgbouncer::start(&server, PoolMode::Transaction).unwrap();
     switch.switch_to(bouncer.port());
@@ -322,7 +323,6 @@ fn a_session_that_a_pooler_exchanges_is_noticed_by_the_heartbeat() {
             let mut stranger = Client::connect(&bouncer.url("postgres"), NoTls).unwrap();
             stranger.simple_query("BEGIN").unwrap();
             assert_eq!(backend(&mut stranger), held, "the stranger has the holder's session");
-            assert!(is_open(&term));
             hear(&term);
             assert_eq!(x.last_loss().unwrap().reason, LossReason::SessionChanged);
             // From here on it is known.

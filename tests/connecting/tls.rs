@@ -61,7 +61,10 @@ fn config(server: &Server, more: &str) -> Config {
     let port = server.port();
     let url = format!("host=localhost hostaddr=127.0.0.1 port={port} dbname=postgres password={HUSH} {more}");
     let user = if more.contains("user=") { "" } else { " user=postgres" };
-    Config::from_url(&(url + user)).unwrap().catalog(CatalogMode::None)
+    Config::from_url(&(url + user))
+        .unwrap()
+        .catalog(CatalogMode::None)
+        .release_timeout(crate::common::PATIENCE)
 }
 
 /// What the manager says that could not be made or started; nothing if it could.

@@ -14,16 +14,16 @@ use support::pgbouncer::{self, PoolMode};
 use support::{Database, Server};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use crate::common::{self, begin, lock, started};
+use crate::common::{self, begin, eventually, lock, started};
 
 fn config(url: &str) -> Config {
-    Config::from_url(url).unwrap()
+    Config::from_url(url).unwrap().release_timeout(common::PATIENCE)
 }
 
 fn as_user(database: &Database<'_>, user: &str) -> Config {
     let mut postgres: postgres::Config = database.url().parse().unwrap();
     postgres.user(user);
-    Config::from_postgres(postgres)
+    Config::from_postgres(postgres).release_timeout(common::PATIENCE)
 }
 
 fn tells(error: &Error, texts: &[&str]) {
@@ -125,9 +125,19 @@ fn a_limit_of_connections_is_told_with_whose_it_is() {
         &["too many connections for database", "ALTER DATABASE ... CONNECTION LIMIT"],
     );
     let url = format!("postgres://app@127.0.0.1:{}/postgres", server.port());
-    let crowd: Vec<Client> = std::iter::from_fn(|| Client::connect(&url, NoTls).ok()).collect();
+    // A session that was refused keeps its place for a moment.
+    let fill = |url: &str, places: usize| {
+        let mut clients: Vec<Client> = Vec::new();
+        eventually("the places", || {
+            clients.extend(Client::connect(url, NoTls));
+            clients.len() == places
+        });
+        clients
+    };
+    // The operator has one place, and three are the superusers'.
+    let crowd = fill(&url, 4);
     refused(config(&url), &["reserved", "max_connections"]);
-    let superusers: Vec<Client> = std::iter::from_fn(|| Client::connect(&server.url(), NoTls).ok()).collect();
+    let superusers = fill(&server.url(), 3);
     refused(config(&url), &["too many clients already", "raise the server's max_connections"]);
     drop((crowd, superusers));
     let pooler = refusing("08P01", "no more connections allowed (max_client_conn)");
@@ -219,7 +229,7 @@ fn a_refusal_is_told_though_another_host_is_dead() {
     let dead = common::SilentHost::new();
     for ports in [[port, dead.port()], [dead.port(), port]] {
         let url = format!("host=127.0.0.1,127.0.0.1 port={},{} user=app password=x", ports[0], ports[1]);
-        let config = config(&url).connect_timeout(std::time::Duration::from_secs(1));
+        let config = config(&url).connect_timeout(std::time::Duration::from_secs(6));
         start_refused(
             config,
             &["did not answer", "password authentication failed", "check user and password"],

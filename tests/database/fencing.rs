@@ -43,7 +43,8 @@ in_both_modes! {
 }
 
 fn config(database: &Database<'_>, shared_sessions: u32) -> Config {
-    Config::from_url(&database.url()).unwrap().shared_sessions(shared_sessions)
+    let config = Config::from_url(&database.url()).unwrap().release_timeout(PATIENCE);
+    config.shared_sessions(shared_sessions)
 }
 
 /// A holder of the lock `x`, a rival, and the connection of somebody who writes.
@@ -98,7 +99,7 @@ fn bound(transaction: &mut impl GenericClient) -> String {
 // ---------------------------------------------------------------------------------------------------------------------
 
 /// Of the processes that are frozen. The others have longer ones, so that a busy machine does not cost them their locks.
-const LEASE: Duration = Duration::from_secs(1);
+const LEASE: Duration = Duration::from_secs(5);
 
 fn a_holder_that_was_frozen_past_its_lease_cannot_write(shared_sessions: u32) {
     let database = Database::fresh().unwrap();
@@ -143,13 +144,13 @@ fn a_writer_that_is_frozen_in_its_transaction_holds_up_nobody_for_longer_than_th
     let successor = lock(&manager, "x");
     child.says("inside");
 
-    let begun = Instant::now();
+    let (late, begun) = (Lateness::watch(), Instant::now());
     support::process::signal(child.id(), Signal::Stop).unwrap();
     successor.lock(&soon()).unwrap();
     let held_up = begun.elapsed();
     println!("held up for {held_up:?}, with a lease of {LEASE:?}");
     // The lease and a second; and two more, for a machine that has others to serve.
-    assert!(held_up < LEASE + Duration::from_secs(3), "{held_up:?}");
+    late.allow(held_up, LEASE + Duration::from_secs(3));
     let rows = client.query("SELECT FROM story", &[]).unwrap();
     assert_eq!(rows.len(), 0, "what it wrote went with its session");
     child.kill();
@@ -357,9 +358,10 @@ fn the_next_term_begins_only_when_the_fenced_transactions_of_the_last_one_have_e
     hear(&lost);
     scene.holder.release().unwrap();
     // Whoever does not want to wait is told so, also where the row alone is in the way.
-    let begun = Instant::now();
+    let (late, begun) = (Lateness::watch(), Instant::now());
     assert_eq!(kind(scene.rival.try_lock(&soon())), ErrorKind::LockUnavailable);
-    assert!(begun.elapsed() < Duration::from_secs(4), "it does not wait for a slice to end");
+    // It does not wait for a slice to end.
+    late.allow(begun.elapsed(), Duration::from_secs(4));
     let waiting = wait_in_thread(&scene.rival);
     let mut operator = database.client().unwrap();
     eventually("the successor to wait at the gate", || {
@@ -598,9 +600,7 @@ fn a_tighter_bound_on_pauses_stays_and_a_looser_one_comes_back() {
     let database = Database::fresh().unwrap();
     let mut scene = Scene::set(&database, 0);
     let term = scene.term();
-    for (own, wanted) in
-        [("300ms", "300ms"), ("1h", "15s"), ("0", "15s"), ("14999ms", "14999ms"), ("2d", "15s")]
-    {
+    for (own, wanted) in [("3s", "3s"), ("1h", "15s"), ("0", "15s"), ("14999ms", "14999ms"), ("2d", "15s")] {
         scene.writer.batch_execute(&format!("SET idle_in_transaction_session_timeout = '{own}'")).unwrap();
         let before = bound(&mut scene.writer);
         let mut transaction = scene.writer.transaction().unwrap();
@@ -770,9 +770,10 @@ fn the_next_term_begins_only_when_transactions_that_called_the_function_have_end
     end_session(&mut database.client().unwrap(), "x");
     hear(&lost);
     scene.holder.release().unwrap();
-    let begun = Instant::now();
+    let (late, begun) = (Lateness::watch(), Instant::now());
     assert_eq!(kind(scene.rival.try_lock(&soon())), ErrorKind::LockUnavailable);
-    assert!(begun.elapsed() < Duration::from_secs(4), "the fence lock tells, and not the end of a slice");
+    // The fence lock tells, and not the end of a slice.
+    late.allow(begun.elapsed(), Duration::from_secs(4));
     let waiting = wait_in_thread(&scene.rival);
     transaction.execute("INSERT INTO story VALUES ('the last word of the old term')", &[]).unwrap();
     assert!(!waiting.is_ready() && scene.rival.term().is_none());
@@ -804,9 +805,7 @@ fn the_function_bounds_the_pauses_of_its_transaction_alone() {
     let database = Database::fresh().unwrap();
     let mut scene = Scene::set(&database, 0);
     let text = text(&scene.term());
-    for (own, wanted) in
-        [("300ms", "300ms"), ("1h", "15s"), ("0", "15s"), ("14999ms", "14999ms"), ("2d", "15s")]
-    {
+    for (own, wanted) in [("3s", "3s"), ("1h", "15s"), ("0", "15s"), ("14999ms", "14999ms"), ("2d", "15s")] {
         scene
             .writer
             .batch_execute(&format!(

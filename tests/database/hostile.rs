@@ -13,7 +13,7 @@ use crate::common::{
 };
 
 /// Longer than the timeouts that the roles have.
-const LONG: &str = "1.5 s";
+const LONG: &str = "3 s";
 
 /// Enough where no setting is a timeout.
 const SHORT: &str = "0.1 s";
@@ -46,7 +46,7 @@ impl Place {
         let config = Config::from_url(&format!("{}?application_name={name}", self.url())).unwrap();
         // Some of the settings make each first statement of a session slow, on a busy machine more so. By the lease, how long an answer is
         // waited for.
-        config.connect_timeout(PATIENCE).lease(PATIENCE)
+        config.connect_timeout(PATIENCE).release_timeout(PATIENCE).lease(PATIENCE)
     }
 
     /// A connection of the application's, with all that its role brings along.
@@ -130,6 +130,8 @@ fn locks_behave_as_always(place: &mut Place) {
     x.release().unwrap();
     waiting.get().unwrap();
     assert!(other.term().unwrap().token() > term.token());
+    // The one of before may have idled for too long.
+    let mut client = place.client();
     let mut transaction = client.build_transaction().read_only(false).start().unwrap();
     assert_eq!(kind(term.fence(&mut transaction)), ErrorKind::Lost);
     drop(transaction);
@@ -210,7 +212,7 @@ fn are_survived(settings: &[(&str, &str)]) {
 
 #[test]
 fn a_statement_timeout_is_survived() {
-    are_survived(&[("statement_timeout", "'800ms'")]);
+    are_survived(&[("statement_timeout", "'2s'")]);
 }
 
 #[test]
@@ -220,19 +222,19 @@ fn a_lock_timeout_is_survived() {
 
 #[test]
 fn an_idle_session_timeout_is_survived() {
-    are_survived(&[("idle_session_timeout", "'800ms'")]);
+    are_survived(&[("idle_session_timeout", "'2s'")]);
 }
 
 #[test]
 fn an_idle_transaction_timeout_is_survived() {
-    are_survived(&[("idle_in_transaction_session_timeout", "'800ms'")]);
+    are_survived(&[("idle_in_transaction_session_timeout", "'2s'")]);
 }
 
 #[test]
 fn a_transaction_timeout_is_survived() {
     let version = Server::shared().version();
     if version >= 17 {
-        are_survived(&[("transaction_timeout", "'800ms'")]);
+        are_survived(&[("transaction_timeout", "'2s'")]);
     } else {
         println!("PostgreSQL {version} has no transaction_timeout, so there is nothing to show; 17 has");
     }
@@ -369,7 +371,7 @@ fn namesakes_of_what_is_built_in_are_survived() {
 #[test]
 fn a_synchronous_standby_that_is_gone_holds_nobody_up() {
     let server = Server::start().unwrap();
-    let config = || Config::from_url(&server.url()).unwrap();
+    let config = || Config::from_url(&server.url()).unwrap().release_timeout(PATIENCE);
     let [first, second] = [(); 2].map(|()| started(config()));
     server
         .client()
@@ -411,10 +413,13 @@ fn seen(operator: &mut Client) -> Seen {
 fn a_session_that_goes_from_claim_to_claim_takes_nothing_along() {
     let database = Database::fresh().unwrap();
     let operator = &mut database.client().unwrap();
-    let lease = Duration::from_millis(500);
-    let config =
-        |name: &str| Config::from_url(&format!("{}?application_name={name}", database.url())).unwrap();
-    let single: PostgresManager = started(config("single").max_sessions(1).lease(lease));
+    let lease = Duration::from_secs(4);
+    let config = |name: &str| {
+        let config = Config::from_url(&format!("{}?application_name={name}", database.url())).unwrap();
+        config.release_timeout(PATIENCE)
+    };
+    let leased = config("single").lease(lease).heartbeat(lease / 8).heartbeat_timeout(lease / 2);
+    let single: PostgresManager = started(leased.max_sessions(1));
     let others = started(config("others"));
     let pid = {
         lock(&single, "before").lock(&soon()).unwrap();
@@ -434,9 +439,12 @@ fn a_session_that_goes_from_claim_to_claim_takes_nothing_along() {
     };
     // Longer than the lease, by which a session that had one would be over.
     let long_rest = |operator: &mut Client| {
-        let query = "SELECT clock_timestamp() - state_change > '2 s' FROM pg_stat_activity WHERE pid = $1";
+        let query = format!(
+            "SELECT clock_timestamp() - state_change > '{} s' FROM pg_stat_activity WHERE pid = $1",
+            lease.as_secs() + 1
+        );
         eventually("a long rest", || {
-            operator.query_opt(query, &[&pid]).unwrap().is_none_or(|row| row.get(0))
+            operator.query_opt(&query, &[&pid]).unwrap().is_none_or(|row| row.get(0))
         });
     };
     at_rest(operator);

@@ -15,7 +15,7 @@ use crate::common::{
 };
 
 fn config(database: &Database<'_>) -> Config {
-    Config::from_url(&database.url()).unwrap()
+    Config::from_url(&database.url()).unwrap().release_timeout(PATIENCE)
 }
 
 fn semaphore(manager: &PostgresManager, permits: u32) -> Arc<dyn Lock> {
@@ -69,7 +69,7 @@ const WORK: i64 = 4711;
 #[ignore = "the body of a process, which another test starts"]
 fn worker() {
     let Some(url) = role() else { return };
-    let manager = started(Config::from_url(&url).unwrap().lease(Duration::from_secs(3)).max_sessions(4));
+    let manager = started(Config::from_url(&url).unwrap().release_timeout(PATIENCE).max_sessions(4));
     let name = std::process::id().to_string();
     thread::scope(|scope| {
         for _ in 0..2 {
@@ -132,12 +132,15 @@ fn processes_that_are_killed_never_leave_more_holders_than_permits_and_no_permit
     becomes("the locks", &0, || count(&mut client, LOCKS));
 }
 
+/// Of the processes that keep a permit.
+const LEASE: Duration = Duration::from_secs(6);
+
 /// A process that takes a permit and keeps it.
 #[test]
 #[ignore = "the body of a process, which another test starts"]
 fn keeper() {
     let Some(url) = role() else { return };
-    let manager = started(Config::from_url(&url).unwrap().lease(Duration::from_secs(3)));
+    let manager = started(Config::from_url(&url).unwrap().lease(LEASE));
     let guard = semaphore(&manager, 1).acquire(PATIENCE).unwrap();
     println!("has it");
     guard.lost().wait();
@@ -147,7 +150,7 @@ fn keeper() {
 #[test]
 fn the_permit_of_a_frozen_holder_is_free_within_the_lease_and_that_of_a_dead_one_at_once() {
     let database = Database::fresh().unwrap();
-    let manager = started(config(&database).lease(Duration::from_secs(3)));
+    let manager = started(config(&database));
     let permit = semaphore(&manager, 1);
     for freeze in [true, false] {
         let keeper = Process::start(&mut process("semaphores::keeper", &database.url()));
@@ -157,16 +160,16 @@ fn the_permit_of_a_frozen_holder_is_free_within_the_lease_and_that_of_a_dead_one
             begin(move || permit.acquire(PATIENCE).unwrap())
         };
         wait_for_waiters(&manager, 1);
-        let begun = Instant::now();
+        let (late, begun) = (Lateness::watch(), Instant::now());
         let at_most = if freeze {
             signal(keeper.id(), Signal::Stop).unwrap();
-            Duration::from_secs(3 + 1)
+            LEASE + Duration::from_secs(1)
         } else {
             signal(keeper.id(), Signal::Kill).unwrap();
-            Duration::from_secs(1)
+            Duration::from_secs(2)
         };
         let guard = waiting.get();
-        assert!(begun.elapsed() < at_most, "{:?}", begun.elapsed());
+        late.allow(begun.elapsed(), at_most);
         if freeze {
             signal(keeper.id(), Signal::Continue).unwrap();
             keeper.says("lost it");
@@ -341,7 +344,7 @@ fn permits_that_are_granted_to_who_has_just_given_up_are_free() {
         held.release().unwrap();
         canceller.get();
         drop(waiting.get());
-        let free = semaphore(&managers[0], 1).acquire(Duration::from_secs(5));
+        let free = semaphore(&managers[0], 1).acquire(Duration::from_secs(20));
         assert!(free.is_ok(), "round {round}: {free:?}");
     }
 }
@@ -407,10 +410,10 @@ fn a_raised_number_is_seen_by_those_who_wait_and_a_lowered_one_runs_out() {
         begin(move || waiter.acquire(PATIENCE).unwrap())
     };
     wait_for_waiters(&ours, 1);
-    let begun = Instant::now();
+    let (late, begun) = (Lateness::watch(), Instant::now());
     permits.set_permits(3).unwrap();
     let second = waiting.get();
-    assert!(begun.elapsed() < Duration::from_millis(500 + 2_000), "{:?}", begun.elapsed());
+    late.allow(begun.elapsed(), Duration::from_millis(500 + 2_000));
     let third = permits.acquire(PATIENCE).unwrap();
 
     permits.set_permits(1).unwrap();
@@ -600,11 +603,11 @@ fn who_looks_for_a_permit_holds_up_neither_vacuum_nor_an_index() {
             "SELECT coalesce(max(backend_xmin::text::int8), {transaction} + 1) FROM pg_stat_activity WHERE pid = {pid}"
         );
         eventually("the horizon to move on", || count(&mut client, &horizon) > transaction);
-        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     }
     let begun = Instant::now();
     client.batch_execute("CREATE INDEX CONCURRENTLY ON ours (id)").unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     held.release().unwrap();
     drop(waiting.get());
 }
@@ -614,7 +617,7 @@ fn who_looks_for_a_permit_holds_up_neither_vacuum_nor_an_index() {
 fn a_permit_outlives_heartbeats_and_a_lost_lock_is_noticed() {
     let database = Database::fresh().unwrap();
     let mut client = database.client().unwrap();
-    let manager = started(config(&database).lease(Duration::from_secs(2)));
+    let manager = started(config(&database).heartbeat(Duration::from_millis(200)));
     let guard = semaphore(&manager, 5).acquire(PATIENCE).unwrap();
     assert!(!guard.lost().wait_timeout(Duration::from_secs(3)), "{:?}", guard.loss());
     let holder = semaphore(&manager, 5).break_lock().unwrap().unwrap();
@@ -684,8 +687,7 @@ fn the_last_of_1023_permits_is_had_and_none_beyond() {
 fn who_looks_for_a_permit_and_dies_or_freezes_does_not_stop_the_others() {
     let database = Database::fresh().unwrap();
     let mut operator = database.client().unwrap();
-    let config = config(&database).lease(Duration::from_secs(3));
-    let managers = [(); 3].map(|()| started(config.clone()));
+    let managers = [(); 3].map(|()| started(config(&database)));
     for dies in [true, false] {
         let held = semaphore(&managers[0], 1).acquire(PATIENCE).unwrap();
         let keeper = Process::start(&mut process("semaphores::keeper", &database.url()));
@@ -698,11 +700,11 @@ fn who_looks_for_a_permit_and_dies_or_freezes_does_not_stop_the_others() {
         } else {
             signal(keeper.id(), Signal::Stop).unwrap();
         }
-        let begun = Instant::now();
+        let (late, begun) = (Lateness::watch(), Instant::now());
         held.release().unwrap();
         behind.get().unwrap();
-        let at_most = Duration::from_secs(if dies { 2 } else { 3 + 2 });
-        assert!(begun.elapsed() < at_most, "{:?}", begun.elapsed());
+        let of_the_lease = if dies { Duration::ZERO } else { LEASE };
+        late.allow(begun.elapsed(), of_the_lease + Duration::from_secs(2));
         keeper.kill();
         becomes("the locks", &0, || count(&mut operator, LOCKS));
     }
@@ -806,8 +808,8 @@ fn a_role_that_may_not_say_how_many_permits_there_are_is_told_and_goes_by_what_o
              GRANT USAGE, UPDATE ON SEQUENCE dsync.token TO {role};
              GRANT SELECT, INSERT, UPDATE ON dsync.lock, dsync.era, dsync.policy, dsync.takeover TO {role};
              GRANT SELECT ON dsync.version, dsync.semaphore TO {role};
-             ALTER ROLE {role} SET lock_timeout = '1ms'; ALTER ROLE {role} SET statement_timeout = '500ms';
-             ALTER ROLE {role} SET idle_session_timeout = '500ms'; ALTER ROLE {role} SET IntervalStyle = sql_standard;
+             ALTER ROLE {role} SET lock_timeout = '1ms'; ALTER ROLE {role} SET statement_timeout = '2s';
+             ALTER ROLE {role} SET idle_session_timeout = '2s'; ALTER ROLE {role} SET IntervalStyle = sql_standard;
              ALTER ROLE {role} SET default_transaction_isolation = serializable"
         ))
         .unwrap();
@@ -825,7 +827,7 @@ fn a_role_that_may_not_say_how_many_permits_there_are_is_told_and_goes_by_what_o
     };
     wait_for_waiters(&manager, 1);
     // The wait itself: longer than the time-outs that the role has for its statements.
-    thread::sleep(Duration::from_millis(1_500));
+    thread::sleep(Duration::from_secs(3));
     assert!(!waiting.is_ready());
     ours.release().unwrap();
     waiting.get().release().unwrap();
@@ -841,7 +843,10 @@ fn a_pooler_in_session_mode_is_in_nobody_s_way() {
     let database = Database::fresh().unwrap();
     let mut client = database.client().unwrap();
     let bouncer = pgbouncer::start(Server::shared(), PoolMode::Session).unwrap();
-    let through = || started(Config::from_url(&bouncer.url(database.name())).unwrap());
+    let through = || {
+        let config = Config::from_url(&bouncer.url(database.name())).unwrap();
+        started(config.release_timeout(PATIENCE))
+    };
     let managers = [through(), through(), started(config(&database))];
     for _ in 0..3 {
         let held = semaphore(&managers[0], 1).acquire(PATIENCE).unwrap();
@@ -862,7 +867,7 @@ fn a_pooler_in_session_mode_is_in_nobody_s_way() {
     let keeper = Process::start(&mut keeper);
     keeper.says("has it");
     keeper.kill();
-    drop(semaphore(&managers[0], 1).acquire(Duration::from_secs(5)).unwrap());
+    drop(semaphore(&managers[0], 1).acquire(PATIENCE).unwrap());
 }
 
 /// What one namespace has is nothing to another; a number of which another key has made use is refused.
@@ -898,7 +903,7 @@ fn semaphores_of_other_namespaces_and_other_keys_are_other_semaphores() {
     let number = ours.lock(id).unwrap().acquire(PATIENCE).unwrap();
     assert!(semaphore(&started_anew, 1).try_acquire().unwrap().is_none());
     let waiting = semaphore(&started_anew, 1);
-    let waiting = begin(move || kind(waiting.acquire(Duration::from_secs(2))));
+    let waiting = begin(move || kind(waiting.acquire(Duration::from_secs(5))));
     wait_for_waiters(&ours, 1);
     number.release().unwrap();
     assert_eq!(waiting.get(), ErrorKind::TimedOut);

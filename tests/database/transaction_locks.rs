@@ -8,14 +8,14 @@ use postgres::{Client, GenericClient, IsolationLevel, NoTls, SimpleQueryMessage,
 use support::pgbouncer::{self, PoolMode};
 use support::{Database, Replication, Server};
 
-use crate::common::{PATIENCE, becomes, begin, kind, lock, soon, started};
+use crate::common::{Lateness, PATIENCE, becomes, begin, kind, lock, soon, started};
 
 fn manager(database: &Database<'_>) -> PostgresManager {
     started(config(database))
 }
 
 pub(crate) fn config(database: &Database<'_>) -> Config {
-    Config::from_url(&database.url()).unwrap()
+    Config::from_url(&database.url()).unwrap().release_timeout(PATIENCE)
 }
 
 pub(crate) fn advisory_locks(client: &mut impl GenericClient) -> i64 {
@@ -319,6 +319,7 @@ fn a_cancelled_call_returns_within_a_second_and_leaves_the_transaction_as_it_was
     lock.acquire(&mut holder, PATIENCE).unwrap();
     let mut transaction = client.transaction().unwrap();
     let (context, canceller) = Context::background().with_cancel();
+    let late = Lateness::watch();
     let took = thread::scope(|scope| {
         let waiting = scope.spawn(|| {
             let error = lock.acquire(&mut transaction, &context).unwrap_err();
@@ -332,7 +333,7 @@ fn a_cancelled_call_returns_within_a_second_and_leaves_the_transaction_as_it_was
         returned - cancelled
     });
     // A second, and some for a machine that has others to serve.
-    assert!(took < Duration::from_secs(4), "{took:?}");
+    late.allow(took, Duration::from_secs(4));
     goes_on(&mut transaction);
     holder.commit().unwrap();
     assert_eq!(kind(lock.acquire(&mut transaction, &context)), ErrorKind::Cancelled);
@@ -350,9 +351,9 @@ fn statement_timeout_a_cancel_request_and_a_deadlock_are_told_apart_from_a_timeo
     lock.acquire(&mut holder, PATIENCE).unwrap();
 
     let mut transaction = client.transaction().unwrap();
-    transaction.batch_execute("SET LOCAL statement_timeout = '300ms'").unwrap();
+    transaction.batch_execute("SET LOCAL statement_timeout = '2s'").unwrap();
     let error = lock.acquire(&mut transaction, PATIENCE).unwrap_err();
-    tells(&error, ErrorKind::TimedOut, &["statement_timeout", "300ms", "raise it", GOES_ON]);
+    tells(&error, ErrorKind::TimedOut, &["statement_timeout", "2s", "raise it", GOES_ON]);
     assert_eq!(error.sqlstate(), Some("57014"));
     goes_on(&mut transaction);
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use dsync::{Config, ErrorKind, Lock, LockGuard, SyncManager};
 use support::Database;
 
-use crate::common::{self, Process, lock, soon, started};
+use crate::common::{self, PATIENCE, Process, lock, soon, started};
 
 const PROCESSES: usize = 4;
 const THREADS: usize = 4;
@@ -38,7 +38,8 @@ fn worker() {
     let (url, folder) = role.split_once(' ').unwrap();
     let room = Room(folder.into());
     // Slices so short that their ends race with the grants all the time.
-    let manager = started(Config::from_url(url).unwrap().wait_slice(Duration::from_millis(20)));
+    let config = Config::from_url(url).unwrap().wait_slice(Duration::from_millis(20));
+    let manager = started(config.release_timeout(PATIENCE));
     // The threads of one process share its handle of a lock, and its guards keep them apart.
     let seats = KEYS.map(|key| lock(&manager, key));
     thread::scope(|scope| {

@@ -82,7 +82,9 @@ struct Bench {
 impl Bench {
     fn new(database: &Database<'_>, number: usize) -> Self {
         let number = i64::try_from(number).unwrap() + 1;
-        let manager = started(Config::from_url(&database.url()).unwrap());
+        // No race is decided by it.
+        let config = Config::from_url(&database.url()).unwrap().release_timeout(Duration::from_secs(20));
+        let manager = started(config);
         let lock = manager.lock(number).unwrap();
         let dice = Dice(number.unsigned_abs() * 77);
         let (url, operator) = (database.url(), database.client().unwrap());

@@ -93,17 +93,17 @@ fn a_holder_of_a_frozen_server_knows_by_its_own_deadline(shared_sessions: u32) {
 }
 
 fn who_has_a_grace_is_warned_by_so_much_before_the_end_of_the_term(shared_sessions: u32) {
-    const GRACE: Duration = Duration::from_secs(1);
+    const GRACE: Duration = Duration::from_secs(2);
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let settings = config("graceful", &server.url(), 3).lease(Duration::from_secs(4));
+    let settings = config("graceful", &server.url(), 3).lease(Duration::from_secs(8));
     let manager = started(settings.shared_sessions(shared_sessions));
     let graceful = manager.lock_with("graceful", LockOptions::new().grace(GRACE)).unwrap();
     let plain = manager.lock("plain").unwrap();
     let [graceful, plain] = [graceful, plain].map(|lock| lock.acquire(PATIENCE).unwrap());
     let (warned, lost) = (graceful.term().warned().clone(), graceful.lost().clone());
     // A heartbeat that is answered is no reason to warn.
-    assert_eq!(warned.recv_timeout(Duration::from_secs(2)), Err(RecvTimeoutError::Timeout));
+    assert_eq!(warned.recv_timeout(Duration::from_secs(3)), Err(RecvTimeoutError::Timeout));
     let late = Lateness::watch();
     let frozen = server.freeze().unwrap();
     // Nor is one warned of less for what another thread asks, be it on the same session.
@@ -130,15 +130,17 @@ fn who_has_a_grace_is_warned_by_so_much_before_the_end_of_the_term(shared_sessio
     let frozen = server.freeze().unwrap();
     assert_eq!(guard.term().warned().recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected));
     frozen.thaw();
-    let left = || format!("{:?}", guard.term());
-    becomes("a renewal", &true, || left().contains("left: 2."));
+    eventually("a renewal", || {
+        let left = manager.snapshot().claims.iter().find_map(|claim| claim.time_left);
+        left.is_some_and(|left| left > GRACE)
+    });
     assert!(guard.is_held());
     assert!(guard.term().warned().try_recv().is_err_and(|error| error.is_disconnected()));
     guard.release().unwrap();
 
-    let refused = manager.lock_with("other", LockOptions::new().grace(Duration::from_secs(3))).unwrap_err();
+    let refused = manager.lock_with("other", LockOptions::new().grace(Duration::from_secs(6))).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::InvalidConfig);
-    assert!(refused.to_string().contains("must be shorter than 1.7"), "{refused}");
+    assert!(refused.to_string().contains("must be shorter than 3.4"), "{refused}");
     nothing_is_left(operator);
 }
 
@@ -173,7 +175,7 @@ fn a_heartbeat_that_is_not_answered_ends_a_term_long_before_the_lease(shared_ses
     let frozen = server.freeze().unwrap();
     let frozen_at = now();
     terms.iter().for_each(hear);
-    let bound = length(Duration::from_millis(700) + SLACK + late.of_a_loss());
+    let bound = length(BEAT + ANSWERED_WITHIN + SLACK + late.of_a_loss());
     for lock in &holder.locks {
         let loss = lock.last_loss().unwrap();
         assert_eq!(loss.reason, LossReason::HeartbeatTimedOut);
@@ -184,12 +186,12 @@ fn a_heartbeat_that_is_not_answered_ends_a_term_long_before_the_lease(shared_ses
     gets_all_back(operator, &holder);
 }
 
-/// A lease that no test waits for; a holder that is cut off knows after 700 ms all the same.
+const BEAT: Duration = Duration::from_millis(200);
+const ANSWERED_WITHIN: Duration = Duration::from_millis(1_500);
+
+/// A lease that no test waits for; a holder that is cut off knows after a heartbeat and its time-out all the same.
 fn long_lease(name: &str, url: &str, count: usize) -> dsync::Config {
-    config(name, url, count)
-        .lease(Duration::from_secs(60))
-        .heartbeat(Duration::from_millis(200))
-        .heartbeat_timeout(Duration::from_millis(500))
+    config(name, url, count).lease(Duration::from_secs(60)).heartbeat(BEAT).heartbeat_timeout(ANSWERED_WITHIN)
 }
 
 /// What a claim is at when the server stops.
@@ -280,11 +282,14 @@ fn releasing_and_stopping_end_in_time_on_a_frozen_server(shared_sessions: u32) {
     // The ones that connect later must not find a session in their pool.
     let ended =
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'Connecting'";
-    assert_eq!(operator.query(ended, &[]).unwrap().len(), 4);
-    becomes("their sessions", &0, || {
+    let sessions = |operator: &mut Client| {
         let query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'Connecting'";
         operator.query_one(query, &[]).unwrap().get::<_, i64>(0)
-    });
+    };
+    // Each had a second one for a moment.
+    becomes("their sessions", &4, || sessions(operator));
+    assert_eq!(operator.query(ended, &[]).unwrap().len(), 4);
+    becomes("their sessions", &0, || sessions(operator));
 
     let terms: Vec<_> = claimants
         .iter()
@@ -603,7 +608,7 @@ fn holders_with_a_long_lease_are_told_of_a_cut_long_before_it_ends(shared_sessio
         let losses: Vec<_> = holder.locks.iter().map(|lock| micros(lock.last_loss().unwrap().at)).collect();
         let last = *losses.iter().max().unwrap();
         println!("{direction:?}: lost {:.0} ms after the cut", ms(cut_at, last));
-        let bound = length(Duration::from_millis(700) + SLACK + late.of_a_loss());
+        let bound = length(BEAT + ANSWERED_WITHIN + SLACK + late.of_a_loss());
         assert!(last - cut_at < bound, "{:.0} ms of {:.0} ms", ms(cut_at, last), ms(0, bound));
         // Where the server hears of the closed sockets it frees the locks, else it would keep them for the lease.
         if direction != Direction::Inward {
@@ -725,13 +730,13 @@ fn a_lock_that_was_had_after_a_fenced_transaction_is_under_the_lease_too() {
 
 #[test]
 fn a_session_in_the_pool_outlives_the_lease() {
-    let lease = Duration::from_millis(500);
+    let lease = Duration::from_secs(3);
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
     let [holder, waiter] =
         ["holder", "waiter"].map(|name| Party::with(name, 3, config(name, &server.url(), 3).lease(lease)));
     let mut sessions = || {
-        let query = "SELECT pid, clock_timestamp() - state_change > interval '2s' FROM pg_stat_activity
+        let query = "SELECT pid, clock_timestamp() - state_change > interval '5s' FROM pg_stat_activity
                      WHERE application_name ~ '^(holder|waiter)' ORDER BY pid";
         let rows = operator.query(query, &[]).unwrap();
         rows.iter().map(|row| (row.get::<_, i32>(0), row.get::<_, bool>(1))).unzip::<_, _, Vec<_>, Vec<_>>()
@@ -834,7 +839,7 @@ fn telling_why() {
         let proxy = Proxy::to(server.port());
         let config = config("it", &server.url_at("127.0.0.1", proxy.port()), 2);
         let config = config.takeover(TakeoverPolicy::Immediate).shared_sessions(shared_sessions);
-        let manager = started(config);
+        let manager = started(config.lease(5 * LEASE));
         let lock = lock(&manager, "x");
         assert_eq!(lock.last_loss(), None);
         lock.lock(&soon()).unwrap();

@@ -34,7 +34,7 @@ in_both_modes! {
 }
 
 /// Long enough for a promotion within a term, on a busy machine too.
-const LEASE: Duration = Duration::from_secs(4);
+const LEASE: Duration = Duration::from_secs(6);
 
 /// How many locks the holder has: as many runs.
 const LOCKS: usize = 5;
@@ -310,7 +310,7 @@ fn there_and_back(come_back: ComeBack, shared_sessions: u32) {
         second.port()
     );
     let confirmed = |url: &str| {
-        let config = Config::from_url(url).unwrap().lease(LEASE).quorum(Quorum::NamedStandbys);
+        let config = Config::from_url(url).unwrap().lease(3 * LEASE).quorum(Quorum::NamedStandbys);
         config.shared_sessions(shared_sessions)
     };
     first.client().unwrap().batch_execute("CREATE TABLE ledger (entry text)").unwrap();
@@ -377,7 +377,7 @@ fn entries(server: &Server) -> Vec<String> {
 fn what_a_fence_lets_through_on_an_old_primary_is_not_on_the_new_one() {
     let primary = Server::start().unwrap();
     let standby = primary.standby(Replication::Synchronous).unwrap();
-    let manager = started(settings("holder", &primary, Quorum::NamedStandbys));
+    let manager = started(settings("holder", &primary, Quorum::NamedStandbys).lease(3 * LEASE));
     let operator = &mut primary.client().unwrap();
     operator.batch_execute("CREATE TABLE ledger (entry text)").unwrap();
     let x = lock(&manager, "x");
@@ -675,7 +675,7 @@ fn releases_are_short_beside_a_lock_that_the_standbys_do_not_confirm() {
     let primary = Server::start().unwrap();
     let standby = primary.standby(Replication::Synchronous).unwrap();
     let config = config("holder", &primary.url(), LOCKS).quorum(Quorum::NamedStandbys).shared_sessions(1);
-    let holder = started(config);
+    let holder = started(config.lease(PATIENCE / 4));
     releases_are_short(&mut primary.client().unwrap(), &holder, || standby.freeze().unwrap());
 }
 
@@ -690,7 +690,10 @@ fn the_locks_of_a_manager_share_confirmations() {
     const MANY: usize = 30;
     let primary = Server::start().unwrap();
     let _standby = primary.standby(Replication::Synchronous).unwrap();
-    let config = config("holder", &primary.url(), MANY).lease(LEASE).quorum(Quorum::NamedStandbys);
+    let config = config("holder", &primary.url(), MANY)
+        .lease(LEASE)
+        .heartbeat(Duration::from_secs(1))
+        .quorum(Quorum::NamedStandbys);
     let holder = Party::with("holder", MANY, config);
     holder.lock_all();
     let operator = &mut primary.client().unwrap();

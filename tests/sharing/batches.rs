@@ -206,7 +206,7 @@ fn readers_of_many_keys_that_begin_at_once_on_several_sessions_have_one_token_fo
         // Nobody is in the way of any.
         thread::scope(|scope| {
             for lock in readers.iter().flatten() {
-                scope.spawn(|| lock.try_lock(&soon()).unwrap());
+                scope.spawn(|| lock.lock(&soon()).unwrap());
             }
         });
         let read = tokens(&readers[0]);

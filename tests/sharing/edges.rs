@@ -29,7 +29,7 @@ fn panicking() {
     let bomb = Bomb::set();
     let database = Database::fresh().unwrap();
     let operator = &mut database.client().unwrap();
-    let manager = sharing(&database.url(), 1);
+    let manager = started(config(&database.url(), 1).release_timeout(Duration::from_secs(5)));
     for by_itself in [true, false].into_iter().cycle().take(10) {
         let other = lock(&manager, "other");
         other.lock(&soon()).unwrap();
@@ -90,7 +90,7 @@ fn panicking_at_the_inbox() {
     log::set_max_level(log::LevelFilter::Debug);
     let database = Database::fresh().unwrap();
     let lease = Duration::from_secs(2);
-    let manager = started(config(&database.url(), 1).lease(lease));
+    let manager = started(config(&database.url(), 1).lease(lease).release_timeout(Duration::from_secs(5)));
     let come = |key: &str, context: Context| {
         let (lock, claims) = (lock(&manager, key), manager.snapshot().claims.len());
         let came = begin(move || lock.lock(&context));
@@ -160,7 +160,8 @@ fn announcing() {
     for by_itself in [true, false] {
         let observer = Arc::new(LostFirst::default());
         let told: Arc<dyn Observer> = observer.clone();
-        let manager = started(config(&database.url(), 1).observer(told));
+        let settings = config(&database.url(), 1).release_timeout(Duration::from_secs(5));
+        let manager = started(settings.observer(told));
         let held = locks(&manager, 20);
         lock_all(&held);
         observer.lost.set(lost_channels(&held)).unwrap();
@@ -294,20 +295,23 @@ fn a_valuer_that_returns_after_the_stop_keeps_nothing_of_the_manager() {
 
 #[test]
 fn a_session_is_back_in_the_pool_without_lease_name_and_lock() {
-    let lease = Duration::from_secs(2);
+    let lease = Duration::from_secs(4);
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
     let manager = started(config(&server.url(), 1).lease(lease));
     lock(&manager, "x").lock(&soon()).unwrap();
+    let pid = number(operator, "SELECT pid::int8 FROM dsync.locks WHERE key = 'x'");
     lock(&manager, "x").release().unwrap();
     eventually("the session's return", || sessions(&manager) == 0);
     becomes("the locks", &0, || advisory_locks(operator));
     let named = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE '%many locks%'";
     assert_eq!(number(operator, named), 0);
-    let idle = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dsync' AND state = 'idle'";
-    let before = number(operator, idle);
+    let idle = format!(
+        "SELECT count(*) FROM pg_stat_activity WHERE pid = {pid} AND application_name = 'dsync' AND state = 'idle'"
+    );
+    becomes("its session at rest", &1, || number(operator, &idle));
     thread::sleep(lease + Duration::from_secs(1));
-    assert_eq!(number(operator, idle), before, "the server ends none");
+    assert_eq!(number(operator, &idle), 1, "the server does not end it");
 }
 
 /// Without faults nothing is lost, whoever wants what.
@@ -324,7 +328,12 @@ fn random_use(
     counts: &[AtomicU64; 8],
 ) {
     let bounded = || Context::timeout(Duration::from_millis(fastrand::u64(0..2_000)));
-    while Instant::now() < end {
+    // On a busy machine those that are cut short have few successes, and the first one may take its time.
+    let goes_on = || {
+        let now = Instant::now();
+        now < end || (now < end + PATIENCE && counts.iter().any(|count| count.load(SeqCst) == 0))
+    };
+    while goes_on() {
         let manager = &managers[fastrand::usize(..managers.len())];
         let key = &keys[fastrand::usize(..keys.len())];
         let referee = &referees[key];
@@ -427,7 +436,7 @@ fn storm(catalog: CatalogMode, time: Duration) {
     let managers = [
         started(config(&url, 1).catalog(catalog).lease(LONG)),
         started(config(&url, 3).catalog(catalog).lease(LONG)),
-        started(Config::from_url(&url).unwrap().catalog(catalog).lease(LONG).max_sessions(20)),
+        started(config(&url, 19).shared_sessions(0).catalog(catalog).lease(LONG)),
     ];
     let keys: Vec<_> = (0..6).map(|number| format!("k{number}")).collect();
     let referee = || Referee { writers: AtomicI64::new(0), readers: AtomicI64::new(0) };
@@ -472,7 +481,7 @@ fn a_standby_that_is_late_costs_no_lock_however_many_threads_want_some() {
 fn many_threads_want_locks_of_a_quorum(standby_is_late: bool) {
     let primary = Server::start().unwrap();
     let _standby = primary.standby(Replication::Synchronous).unwrap();
-    let lease = Duration::from_secs(6);
+    let lease = Duration::from_secs(8);
     let manager = started(config(&primary.url(), 1).lease(lease).quorum(Quorum::NamedStandbys));
     let kept = lock(&manager, "kept");
     kept.lock(&soon()).unwrap();
@@ -582,7 +591,8 @@ fn sessions_that_end_and_statements_that_are_cancelled_all_the_time_leave_nothin
     for catalog in [CatalogMode::None, CatalogMode::Automatic] {
         let server = Server::start().unwrap();
         let url = server.url();
-        let of = |others| config(&url, others).catalog(catalog).lease(Duration::from_secs(4));
+        let settings = |others| config(&url, others).release_timeout(Duration::from_secs(10));
+        let of = |others| settings(others).catalog(catalog).lease(Duration::from_secs(4));
         let managers = [started(of(1)), started(of(4)), started(of(1).shared_sessions(2).max_sessions(4))];
         let over = AtomicBool::new(false);
         let end = Instant::now() + storm_time();
@@ -744,7 +754,7 @@ fn slow_way(to: String, delay: Duration) -> u16 {
 
 #[test]
 fn many_keys_that_the_database_cannot_write_cost_no_lock_on_a_slow_way() {
-    const BAD: usize = 200;
+    const BAD: usize = 300;
     let server = Server::start().unwrap();
     server
         .client()
@@ -753,7 +763,7 @@ fn many_keys_that_the_database_cannot_write_cost_no_lock_on_a_slow_way() {
         .unwrap();
     let url = server.url();
     let url = by_a_slow_way(&format!("{}/latin", url.rsplit_once('/').unwrap().0));
-    let manager = started(config(&url, 1).lease(Duration::from_secs(4)));
+    let manager = started(config(&url, 1).lease(Duration::from_secs(6)));
     let locks = locks(&manager, 10);
     lock_all(&locks);
     let lost = lost_channels(&locks);
@@ -764,7 +774,7 @@ fn many_keys_that_the_database_cannot_write_cost_no_lock_on_a_slow_way() {
             begin(move || lock.lock(&context))
         })
         .collect();
-    none_is_lost(&locks, &lost, Duration::from_secs(5));
+    none_is_lost(&locks, &lost, Duration::from_secs(8));
     let begun = Instant::now();
     lock(&manager, "another").acquire(LONG).unwrap().release().unwrap();
     println!("another lock beside {BAD} bad ones after {:?}", begun.elapsed());
@@ -797,7 +807,7 @@ fn a_claim_that_waits_for_a_connection_ends_at_once_whichever_thread_ends_it() {
     let host = common::SilentHost::new();
     let url = format!("postgres://postgres@127.0.0.1:{}/postgres", host.port());
     let settings =
-        config(&url, 1).connect_timeout(Duration::from_secs(30)).release_timeout(Duration::from_secs(5));
+        config(&url, 1).connect_timeout(Duration::from_secs(30)).release_timeout(Duration::from_secs(20));
     let manager = Arc::new(PostgresManager::new(settings).unwrap());
     let starts = begin({
         let manager = Arc::clone(&manager);
@@ -822,7 +832,7 @@ fn a_claim_that_waits_for_a_connection_ends_at_once_whichever_thread_ends_it() {
         };
         println!("async {is_async}: {outcome:?} after {:?}", begun.elapsed());
         outcome.unwrap();
-        within(begun, Duration::from_secs(4));
+        within(begun, Duration::from_secs(10));
     }
     manager.stop().unwrap();
     let _ = starts.get();
@@ -835,7 +845,7 @@ fn threads_that_ask_all_the_time_for_what_is_taken_keep_no_heartbeat_away() {
     let taken: Vec<_> = (0..16).map(|number| lock(&theirs, &format!("taken {number}"))).collect();
     lock_all(&taken);
     let manager =
-        started(config(&database.url(), 1).catalog(CatalogMode::None).lease(Duration::from_secs(2)));
+        started(config(&database.url(), 1).catalog(CatalogMode::None).lease(Duration::from_secs(8)));
     let kept = lock(&manager, "kept");
     kept.lock(&soon()).unwrap();
     let lost = kept.lost();
@@ -861,7 +871,8 @@ fn a_server_that_refuses_rows_costs_no_lock_that_is_held_and_takes_those_back_th
     const COUNT: usize = 100;
     let server = Server::start().unwrap();
     let operator = &mut server.client().unwrap();
-    let manager = started(config(&server.url(), 1).lease(Duration::from_secs(4)));
+    let lease = Duration::from_secs(8);
+    let manager = started(config(&server.url(), 1).lease(lease));
     let held = locks(&manager, COUNT);
     lock_all(&held);
     let lost = lost_channels(&held);
@@ -873,8 +884,7 @@ fn a_server_that_refuses_rows_costs_no_lock_that_is_held_and_takes_those_back_th
     let wanted: Vec<_> = (0..COUNT).map(|number| lock(&manager, &format!("wanted {number}"))).collect();
     let waits: Vec<_> = wanted.iter().map(common::wait_in_thread).collect();
     held[..COUNT / 2].iter().for_each(|lock| lock.release().unwrap());
-    // Longer than a lease.
-    thread::sleep(Duration::from_secs(5));
+    thread::sleep(lease + Duration::from_secs(1));
     assert!(lost[COUNT / 2..].iter().all(common::is_open), "{:?}", held[COUNT - 1].last_loss());
     becomes("the locks", &(COUNT as i64 / 2 + 1), || held_of_all(operator));
     operator.batch_execute("ALTER TABLE dsync.lock DROP CONSTRAINT refused").unwrap();
@@ -990,7 +1000,7 @@ fn who_comes_while_the_session_is_given_back_is_warned_of_the_end_of_its_term() 
 #[test]
 fn a_lock_that_something_else_unlocked_is_lost_though_others_are_granted_all_the_time() {
     let database = Database::fresh().unwrap();
-    let manager = started(config(&database.url(), 1).lease(Duration::from_secs(2)));
+    let manager = started(config(&database.url(), 1).heartbeat(Duration::from_millis(500)));
     let kept = lock(&manager, "kept");
     kept.lock(&soon()).unwrap();
     let lost = kept.lost();

@@ -15,7 +15,7 @@ const LOCKS: usize = 500;
 fn one_of_the_fleet() {
     let Some(role) = common::role() else { return };
     let (name, url) = role.split_once(' ').unwrap();
-    let manager = started(dsync::Config::from_url(url).unwrap().shared_sessions(1).max_sessions(2));
+    let manager = started(config(url, 1));
     let locks: Vec<_> = (0..LOCKS).map(|number| lock(&manager, &format!("{name} {number}"))).collect();
     locks.iter().for_each(|lock| lock.lock(&soon()).unwrap());
     println!("holds all");
@@ -54,7 +54,7 @@ fn ten_processes_with_500_locks_each_work_on_a_server_with_20_connections() {
     let mut had = Vec::new();
     let error = loop {
         let lock = lock(&manager, &format!("dedicated {}", had.len()));
-        match lock.lock(&dsync::Context::timeout(Duration::from_secs(3))) {
+        match lock.lock(&dsync::Context::timeout(Duration::from_secs(8))) {
             Ok(()) => had.push(lock),
             Err(error) => break error,
         }

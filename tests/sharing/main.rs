@@ -27,7 +27,7 @@ use common::{PATIENCE, is_held, lock, soon, started};
 
 /// A manager whose locks share one session, beside which it may open `others`.
 fn config(url: &str, others: u32) -> Config {
-    Config::from_url(url).unwrap().shared_sessions(1).max_sessions(1 + others)
+    Config::from_url(url).unwrap().shared_sessions(1).max_sessions(1 + others).release_timeout(PATIENCE)
 }
 
 fn sharing(url: &str, others: u32) -> PostgresManager {

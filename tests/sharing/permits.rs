@@ -109,7 +109,7 @@ fn never_more_have_permits_than_there_are_whichever_sessions_they_are_on() {
     let managers = [
         started(config(&url, 1).lease(LONG)),
         started(config(&url, 2).lease(LONG)),
-        started(Config::from_url(&url).unwrap().lease(LONG)),
+        started(Config::from_url(&url).unwrap().lease(LONG).release_timeout(PATIENCE)),
     ];
     let (working, most, over) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicBool::new(false));
     let (mut shared, mut own) = (0, 0);
@@ -324,7 +324,7 @@ fn a_permit_with_a_fenced_transaction_is_passed_over_on_a_shared_session() {
 /// As `VACUUM FULL` locks it.
 #[test]
 fn a_table_of_semaphores_that_is_locked_is_in_the_way_of_permits_only() {
-    let lease = Duration::from_secs(4);
+    let lease = Duration::from_secs(8);
     let database = Database::fresh().unwrap();
     let client = &mut database.client().unwrap();
     let manager = started(config(&database.url(), 1).lease(lease));
@@ -335,7 +335,7 @@ fn a_table_of_semaphores_that_is_locked_is_in_the_way_of_permits_only() {
     let mut transaction = client.transaction().unwrap();
     transaction.batch_execute("LOCK TABLE dsync.semaphore").unwrap();
     let waits = common::wait_in_thread(&semaphore(&manager, 2));
-    let end = Instant::now() + 2 * lease;
+    let end = Instant::now() + lease + Duration::from_secs(2);
     while Instant::now() < end {
         lock(&manager, "another").acquire(LONG).unwrap().release().unwrap();
     }
@@ -449,7 +449,7 @@ fn semaphores_are_spread_over_the_sessions() {
 /// Each look finds a permit whose row another transaction has, so that many follow each other without anything that renews the lease.
 #[test]
 fn permits_that_are_looked_for_in_vain_cost_no_lock_on_a_slow_way() {
-    const PERMITS: u32 = 150;
+    const PERMITS: u32 = 250;
     let database = Database::fresh().unwrap();
     let operator = &mut database.client().unwrap();
     // Each permit has a row.
@@ -457,7 +457,7 @@ fn permits_that_are_looked_for_in_vain_cost_no_lock_on_a_slow_way() {
     let all = semaphore(&fast, PERMITS);
     let guards: Vec<_> = (0..PERMITS).map(|_| all.acquire(LONG).unwrap()).collect();
     drop(guards);
-    let manager = started(config(&by_a_slow_way(&database.url()), 1).lease(Duration::from_secs(4)));
+    let manager = started(config(&by_a_slow_way(&database.url()), 1).lease(Duration::from_secs(6)));
     let locks = locks(&manager, 3);
     lock_all(&locks);
     let lost = lost_channels(&locks);
@@ -467,7 +467,7 @@ fn permits_that_are_looked_for_in_vain_cost_no_lock_on_a_slow_way() {
         let slow = semaphore(&manager, PERMITS);
         move || slow.acquire(LONG).map(drop)
     });
-    none_is_lost(&locks, &lost, Duration::from_secs(5));
+    none_is_lost(&locks, &lost, Duration::from_secs(8));
     transaction.commit().unwrap();
     waiting.get().unwrap();
 }
@@ -475,10 +475,10 @@ fn permits_that_are_looked_for_in_vain_cost_no_lock_on_a_slow_way() {
 /// What the server has of the lost session is asked for those that share their locks, and for permits.
 #[test]
 fn many_that_settle_at_once_cost_no_lock_on_a_slow_way() {
-    const COUNT: usize = 150;
+    const COUNT: usize = 225;
     let database = Database::fresh().unwrap();
     let operator = &mut database.client().unwrap();
-    let manager = started(config(&by_a_slow_way(&database.url()), 1).lease(Duration::from_secs(4)));
+    let manager = started(config(&by_a_slow_way(&database.url()), 1).lease(Duration::from_secs(6)));
     let settling: Vec<_> = (0..COUNT)
         .map(|number| match number % 2 {
             0 => manager.shared_lock(format!("shared {number}")).unwrap(),
@@ -495,6 +495,6 @@ fn many_that_settle_at_once_cost_no_lock_on_a_slow_way() {
     all_are_held(&settling);
     let lost = lost_channels(&locks);
     let released: Vec<_> = settling.into_iter().map(|lock| begin(move || lock.release())).collect();
-    none_is_lost(&locks, &lost, Duration::from_secs(4));
+    none_is_lost(&locks, &lost, Duration::from_secs(6));
     released.into_iter().for_each(|released| released.get().unwrap());
 }

@@ -7,7 +7,7 @@ use dsync::ErrorKind;
 use support::Database;
 
 use super::*;
-use crate::common::{begin, eventually, kind};
+use crate::common::{Lateness, begin, eventually, kind};
 
 #[test]
 fn a_lock_that_is_taken_is_waited_for_and_held_on_a_session_of_its_own() {
@@ -100,7 +100,7 @@ fn who_takes_and_gives_back_all_the_time_lets_a_waiter_in_each_time() {
             turns
         }
     });
-    let lock = lock(&waiter, "x");
+    let (late, lock) = (Lateness::watch(), lock(&waiter, "x"));
     let mut waits: Vec<_> = (0..TURNS)
         .map(|_| {
             let begun = Instant::now();
@@ -116,7 +116,7 @@ fn who_takes_and_gives_back_all_the_time_lets_a_waiter_in_each_time() {
         "{TURNS} turns beside {theirs} of the other one: waited {median:?} in the median, {longest:?} at the most"
     );
     // It is in the server's queue, so it is next.
-    assert!(longest < Duration::from_secs(5), "{longest:?}");
+    late.allow(longest, Duration::from_secs(5));
 }
 
 /// The valuer, the context and the claim's end come from other threads while the lock is waited for.
@@ -164,8 +164,10 @@ fn a_lock_that_comes_free_while_its_claim_moves_is_had_at_once_and_kept() {
         theirs.lock(&soon()).unwrap();
         let waits = common::wait_in_thread(&mine);
         thread::sleep(Duration::from_micros(round * 50));
+        let (late, begun) = (Lateness::watch(), Instant::now());
         theirs.release().unwrap();
-        waits.get_within(Duration::from_secs(5)).unwrap();
+        waits.get().unwrap();
+        late.allow(begun.elapsed(), Duration::from_secs(5));
         let lost = mine.lost();
         assert!(common::is_open(&lost) && mine.last_loss().is_none());
         mine.release().unwrap();

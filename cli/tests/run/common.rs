@@ -19,7 +19,6 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A lease as short as a busy machine can renew, and a time to end that fits.
 pub(crate) const LEASE: Duration = Duration::from_secs(7);
-pub(crate) const KILL_AFTER: Duration = Duration::from_secs(1);
 pub(crate) const SHORT: [&str; 2] = ["--lease=7s", "--kill-after=1s"];
 
 /// The program, which reaches this server and is told nothing else by the environment.

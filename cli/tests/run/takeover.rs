@@ -3,14 +3,16 @@
 use serde_json::Value;
 use support::{Server, Shutdown};
 
-use crate::common::{SHORT, run, text};
+use crate::common::{run, text};
 
 #[test]
 fn who_does_not_wait_is_told_why_and_for_how_long() {
     const WHY: &str = "the server was restarted or replaced; no lock is granted for ";
+    // Nobody is granted a lock for as long, while all of these look.
+    const LEASE: [&str; 2] = ["--lease=25s", "--kill-after=1s"];
     let server = Server::start().unwrap();
     let url = server.url();
-    let go = |words: &[&str]| run(&url, [&["run"], words, &SHORT, &["k", "--", "echo", "ran"]].concat());
+    let go = |words: &[&str]| run(&url, [&["run"], words, &LEASE, &["k", "--", "echo", "ran"]].concat());
     assert_eq!(text(&go(&[]).stdout), "ran\n");
     // As a crash.
     server.restart(Shutdown::Immediate).unwrap();
@@ -18,12 +20,12 @@ fn who_does_not_wait_is_told_why_and_for_how_long() {
         (&["-n", "-E", "0"][..], 75),
         (&["-n", "-E", "0", "-s"], 75),
         (&["-n", "-E", "0", "j"], 75),
-        (&["-w", "0.2", "-E", "0", "--every=1h"], 75),
+        (&["-w", "1", "-E", "0", "--every=1h"], 75),
         (&["-n"], 75),
-        (&["-w", "0.2"], 75),
+        (&["-w", "1"], 75),
         (&["-n", "--every=1h"], 75),
         (&["-n", "--permits=2"], 75),
-        (&["-w", "0.2", "-E", "0", "j"], 75),
+        (&["-w", "1", "-E", "0", "j"], 75),
     ] {
         let output = go(words);
         let said = text(&output.stderr);

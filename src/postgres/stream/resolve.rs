@@ -165,6 +165,10 @@ mod tests {
         let killed = StreamControl::new();
         killed.kill();
         assert!(resolve_with(name, &killed, in_(60_000), |_| Ok(Vec::new())).is_err());
+        // Its thread may begin late.
+        while CALLS.load(Ordering::SeqCst) == 0 {
+            thread::yield_now();
+        }
         assert_eq!(CALLS.load(Ordering::SeqCst), 1, "one look-up is under way");
 
         // Who waits has the answer of the look-up that another one began.

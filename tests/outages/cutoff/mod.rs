@@ -21,7 +21,7 @@ use postgres::Client;
 use crate::common::{Lateness, PATIENCE, becomes, begin, is_held, lock, soon, started};
 
 /// The lease in most tests.
-pub(crate) const LEASE: Duration = Duration::from_secs(2);
+pub(crate) const LEASE: Duration = Duration::from_secs(3);
 
 /// What is promised beyond the lease.
 pub(crate) const GRACE: Duration = Duration::from_secs(1);

@@ -99,6 +99,7 @@ pub(crate) fn testify(role: &str) {
     let role = Role::parse(role);
     let config = config(WITNESS, &role.url, role.count)
         .lease(role.lease)
+        .heartbeat_timeout(role.lease * 2 / 5)
         .wait_slice(role.wait_slice)
         .quorum(role.quorum)
         .shared_sessions(role.shared_sessions);

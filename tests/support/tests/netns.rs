@@ -86,11 +86,11 @@ fn a_server_inside_and_its_standby_outside_are_parted_by_a_cut() -> Outcome {
 fn each_direction_is_cut_by_itself() -> Outcome {
     let Some(netns) = namespace()? else { return Ok(()) };
     let outside = std::net::UdpSocket::bind((netns.host_address(), 0))?;
-    outside.set_read_timeout(Some(Duration::from_millis(300)))?;
+    outside.set_read_timeout(Some(Duration::from_secs(3)))?;
     let to = outside.local_addr()?;
-    // Sends one word outward, and says whether an answer comes inward within a second.
+    // Sends one word outward, and says whether an answer comes inward within 3 s.
     let script =
-        format!("exec 3<>/dev/udp/{}/{}; echo out >&3; read -r -t 1 -u 3 && echo got", to.ip(), to.port());
+        format!("exec 3<>/dev/udp/{}/{}; echo out >&3; read -r -t 3 -u 3 && echo got", to.ip(), to.port());
     let exchange = || -> Result<(bool, bool), Box<dyn std::error::Error>> {
         let child = netns.command("bash").args(["-c", &script]).stdout(Stdio::piped()).spawn()?;
         let mut word = [0; 16];
