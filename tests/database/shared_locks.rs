@@ -353,7 +353,7 @@ fn a_reader_looks_for_100_ms_before_it_says_that_a_writer_is_there() {
     let database = Database::fresh().unwrap();
     let mut first = operator_of(&database);
     for shared_sessions in [0, 1] {
-        let manager = started(config(&database).shared_sessions(shared_sessions));
+        let manager = started(config(&database).lease(PATIENCE).shared_sessions(shared_sessions));
         lock(&manager, "x").acquire(PATIENCE).unwrap().release().unwrap();
         let mut transaction = first.transaction().unwrap();
         let locks = "SELECT pg_advisory_xact_lock_shared(id), pg_advisory_xact_lock(id # $1) FROM dsync.lock";
@@ -364,8 +364,26 @@ fn a_reader_looks_for_100_ms_before_it_says_that_a_writer_is_there() {
         assert_eq!(kind(second.try_lock(&soon())), ErrorKind::LockUnavailable);
         assert!(begun.elapsed() >= Duration::from_millis(95), "{:?}", begun.elapsed());
         transaction.commit().unwrap();
-        second.lock(&soon()).unwrap();
         second.release().unwrap();
+
+        // It has the lock if the first one is done by one of its looks.
+        let mut is_granted_late = || {
+            lock(&manager, "x").acquire(PATIENCE).unwrap().release().unwrap();
+            let mut transaction = first.transaction().unwrap();
+            transaction.execute(locks, &[&FENCE_LOCK]).unwrap();
+            thread::scope(|scope| {
+                let attempt = scope.spawn(|| {
+                    let begun = Instant::now();
+                    second.try_lock(&soon()).is_ok() && begun.elapsed() >= Duration::from_millis(10)
+                });
+                thread::sleep(Duration::from_millis(20));
+                transaction.commit().unwrap();
+                let is_late = attempt.join().unwrap();
+                second.release().unwrap();
+                is_late
+            })
+        };
+        assert!((0..20).any(|_| is_granted_late()));
     }
 }
 
