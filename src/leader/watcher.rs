@@ -51,6 +51,10 @@ impl Watcher {
         loop {
             let now = self.shared.duty();
             if std::mem::replace(&mut duty, now) != now {
+                if let Duty::Leading { .. } = now {
+                    // Who leads after this term is another leader, also where that one has no token and the session of before.
+                    (self.seen, self.told) = (None, None);
+                }
                 pause = match now {
                     Duty::Standing => self.looks.map(|every| every.min(CONFIRM)),
                     Duty::Leading { token } => token.and(self.asks),
@@ -79,7 +83,6 @@ impl Watcher {
 
     /// Whether to resign; when to ask again.
     fn ask(&mut self, token: Option<i64>) -> Result<Option<Duration>> {
-        (self.seen, self.told) = (None, None);
         let Some(token) = token else { return Ok(None) };
         if self.shared.lock.is_asked_to_resign(token)? && self.shared.resign(token) {
             log::info!("leader of {:?}: asked to resign", self.shared.lock.key());
