@@ -74,9 +74,11 @@ impl Bench {
             pair(&*lock)?;
             self.pairs(&*lock)
         };
-        match with_token() {
-            Ok(times) => rows.push(Row { what: "lock and release, with a token", times }),
-            Err(failure) => say(&format!("a lock with a token is not measured: {}", failure.message)),
+        if !connect::is_without_catalog() {
+            match with_token() {
+                Ok(times) => rows.push(Row { what: "lock and release, with a token", times }),
+                Err(failure) => say(&format!("a lock with a token is not measured: {}", failure.message)),
+            }
         }
         rows.push(Row { what: "hand-over to one that waits", times: self.hand_overs(&plain, &other, &key)? });
         out::print(match arguments.output {

@@ -47,6 +47,11 @@ pub(crate) fn config_without_making(connection: &Connection) -> Result<Config, F
     Ok(if variable("DSYNC_CATALOG").is_none() { config.catalog(CatalogMode::MustExist) } else { config })
 }
 
+/// Whether the environment says that there is to be no catalog.
+pub(crate) fn is_without_catalog() -> bool {
+    variable("DSYNC_CATALOG").is_some_and(|mode| mode == "none")
+}
+
 /// The namespace of keys that are names.
 pub(crate) fn namespace(connection: &Connection) -> String {
     connection.namespace.clone().or_else(|| variable("DSYNC_NAMESPACE")).unwrap_or_else(|| "dsync".to_owned())

@@ -32,6 +32,7 @@ impl List {
             signals::end_well()?;
         }
         let looker = Looker::new(arguments, self.wanted.clone().unwrap_or(Wanted::All))?;
+        let is_filtered = self.wanted.is_some() || arguments.connection.namespace.is_some();
         let lines = |mut views: Vec<LockView>| -> Vec<String> {
             views.retain(|view| view.holder.is_some() || !view.waiters.is_empty());
             match arguments.output {
@@ -40,12 +41,13 @@ impl List {
                     let grace = looker
                         .grace_left(&views)
                         .map(|left| text::cut(&look::grace_text(left), out::columns()));
+                    let which = if is_filtered { "no lock that matches" } else { "no lock" };
                     let none = if grace.is_none() {
-                        "no lock is held or waited for"
+                        format!("{which} is held or waited for")
                     } else {
-                        "no lock is held; who waits is not seen before that ends"
+                        format!("{which} is held; who waits is not seen before that ends")
                     };
-                    grace.into_iter().chain(table(&views, &looker.usual, none)).collect()
+                    grace.into_iter().chain(table(&views, &looker.usual, &none)).collect()
                 }
             }
         };

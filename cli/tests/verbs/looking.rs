@@ -103,7 +103,9 @@ fn three_hold_and_five_wait_and_all_of_it_is_shown_in_80_columns() {
     assert_eq!(at(&url, &["list", "#4:-2"]).well().lines().count(), 2);
     assert_eq!(at(&url, &["list", "#*"]).well().lines().count(), 2);
     assert_eq!(at(&url, &["list", "nightly-????rt"]).well().lines().count(), 2);
-    assert_eq!(at(&url, &["list", "nightly"]).well(), "no lock is held or waited for\n");
+    for words in [&["list", "nightly"][..], &["list", "--namespace", "other", "n*"]] {
+        assert_eq!(at(&url, words).well(), "no lock that matches is held or waited for\n");
+    }
 
     // The same for programs, and there nothing is missing.
     let listed = at(&url, &["list", "--output", "json"]).well();

@@ -162,5 +162,8 @@ fn the_bench_is_a_small_table() {
     let mut bench = pgdsync(&["bench", "--rounds=20"]);
     let strict = run(bench.env("DATABASE_URL", &url).env("DSYNC_TAKEOVER", "after-any-restart")).well();
     assert!(strict.contains("with a token"), "{strict}");
+    let mut bench = pgdsync(&["bench", "--rounds=20"]);
+    let without = run(bench.env("DATABASE_URL", &url).env("DSYNC_CATALOG", "none")).well();
+    assert!(without.lines().count() == 4 && !without.contains("with a token"), "{without}");
     assert_eq!(at(&url, &["list"]).well(), "no lock is held or waited for\n");
 }
