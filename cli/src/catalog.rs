@@ -8,7 +8,7 @@ use crate::{connect, out};
 
 /// Prints the SQL that makes the catalog, for an administrator to run.
 ///
-/// For `psql --single-transaction --file -`, in the database of the locks, as its owner. Running it again does no harm.
+/// For `psql --set ON_ERROR_STOP=1 --single-transaction --file -`, in the database of the locks, as its owner. Running it again does no harm.
 #[derive(Args, Debug)]
 pub(crate) struct Catalog {
     /// Also prints what a role needs that takes locks. May be given several times. The name is written as it is called, without quotes.

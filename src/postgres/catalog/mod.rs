@@ -20,7 +20,7 @@ const VERSION: i32 = 7;
 /// The SQL that makes the catalog, for an administrator to run where the role of the locks may not.
 ///
 /// Its first lines name the rights that each role which uses locks must be granted. Running it again does no harm, and
-/// brings a catalog of an older version up to date. Run it in one transaction: `psql --single-transaction`. It stops, with
+/// brings a catalog of an older version up to date. Run it in one transaction: `psql --set ON_ERROR_STOP=1 --single-transaction`. It stops, with
 /// an error, where a role that the administrator's does not trust has a hand in the schema: see [`CatalogMode`].
 ///
 /// It is for the schema `dsync`; [`catalog_sql`] gives the same for another one.

@@ -18,7 +18,7 @@
 -- sessions of other roles come from it also has to be a member of pg_read_all_stats.
 --
 -- Running it again does no harm, and brings a catalog of an older version up to date. Run it in one transaction (psql
--- --single-transaction). It stops where a role that its own does not trust has a hand in the schema: see its end.
+-- --set ON_ERROR_STOP=1 --single-transaction). It stops where a role that its own does not trust has a hand in the schema: see its end.
 
 -- The views below keep the operators that are found while they are made. Taken back at the end.
 SET search_path = pg_catalog, pg_temp;
