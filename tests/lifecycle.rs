@@ -147,7 +147,9 @@ impl World for Postgres {
 
 impl Postgres {
     fn config(&self) -> Config {
-        Config::from_url(&self.database.url()).unwrap().release_timeout(PATIENCE / 3)
+        // A lock that is forgotten stays longer than anybody waits for its end.
+        let config = Config::from_url(&self.database.url()).unwrap();
+        config.lease(3 * PATIENCE).release_timeout(PATIENCE / 3)
     }
 }
 

@@ -1387,6 +1387,7 @@ fn a_busy_lock_is_not_acquired_by_trying(world: &dyn World) {
     }
     // Nobody else waits, and nobody's wait was ended. Between two slices nobody is in the queue for a moment.
     world.wait_for_waiters(1);
+    assert!(!waiting.is_ready());
     guard.release().unwrap();
     waiting.get().unwrap();
     third.release();

@@ -9,7 +9,7 @@ use crate::common::{run, text};
 fn who_does_not_wait_is_told_why_and_for_how_long() {
     const WHY: &str = "the server was restarted or replaced; no lock is granted for ";
     // Nobody is granted a lock for as long, while all of these look.
-    const LEASE: [&str; 2] = ["--lease=25s", "--kill-after=1s"];
+    const LEASE: [&str; 2] = ["--lease=40s", "--kill-after=1s"];
     let server = Server::start().unwrap();
     let url = server.url();
     let go = |words: &[&str]| run(&url, [&["run"], words, &LEASE, &["k", "--", "echo", "ran"]].concat());
@@ -53,7 +53,7 @@ fn who_does_not_wait_is_told_why_and_for_how_long() {
     assert_eq!(text(&go(&[]).stdout), "ran\n");
     let output = run(&url, ["show", "k", "--output=json"]);
     assert!(text(&output.stdout).contains("\"grace_seconds\":null"), "{}", text(&output.stdout));
-    assert!(!text(&run(&url, ["doctor"]).stdout).contains("takeover"));
+    assert!(!text(&run(&url, ["doctor"]).stdout).contains("warning  takeover"));
     // The next one would last longer, for all.
     assert!(run(&url, ["run", "--lease=1h", "k", "--", "true"]).status.success());
     let output = run(&url, ["doctor"]);
