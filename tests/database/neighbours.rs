@@ -121,8 +121,8 @@ fn a_waiter_holds_the_horizon_for_no_longer_than_a_slice() {
             );
         }
         println!("a slice of {SLICE:?}: the horizon moved on within {slowest:?}");
-        // A machine under load may take its time; without slices it takes for ever.
-        assert!(slowest < SLICE + Duration::from_secs(5), "{slowest:?}");
+        // A machine under load may take its time, and so may transactions of other tests; without slices it takes for ever.
+        assert!(slowest < SLICE + PATIENCE / 2, "{slowest:?}");
         queue.goes_on(operator);
         assert!(is_held(&holder.1));
         queue.ends();

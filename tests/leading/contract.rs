@@ -40,6 +40,7 @@ on_both! {
     a_callback_that_panics_or_blocks_harms_nothing
     a_loss_is_told_while_the_work_ignores_it
     another_leader_is_told_of_once_in_each_term
+    another_leader_without_a_token_is_told_of_again_after_a_term_of_one_s_own
     the_status_tells_what_the_leader_is_about
     options_that_cannot_work_are_refused
 }
@@ -468,6 +469,30 @@ fn another_leader_is_told_of_once_in_each_term(world: &dyn World) {
     second.leader.stop(PATIENCE).unwrap();
     first.leader.stop(PATIENCE).unwrap();
     assert_eq!(world.manager().lock("x").unwrap().holder().unwrap(), None);
+}
+
+fn another_leader_without_a_token_is_told_of_again_after_a_term_of_one_s_own(world: &dyn World) {
+    let candidate = || {
+        let manager = world.manager();
+        // As above.
+        let lock = manager.lock_with("x", LockOptions::new().without_token()).unwrap();
+        (Candidate::of(manager, Heeds, quick()), lock)
+    };
+    let (first, _its_lock) = candidate();
+    let work = first.begins();
+    let (second, _its_lock_too) = candidate();
+    let is_told = || matches!(second.events().recv_timeout(PATIENCE), Ok(LeaderEvent::AnotherLeads(_)));
+    assert!(is_told());
+    work.returns();
+    let next = second.begins();
+    assert_eq!(second.hears(), "gained");
+    world.wait_for_waiters(1);
+    next.returns();
+    let _again = first.begins();
+    assert_eq!(second.hears(), "returned");
+    assert!(is_told());
+    second.leader.stop(PATIENCE).unwrap();
+    first.leader.stop(PATIENCE).unwrap();
 }
 
 fn the_status_tells_what_the_leader_is_about(world: &dyn World) {
