@@ -1,8 +1,8 @@
 //! Callers whose context is cancelled while they ask the server themselves: they leave at once, and the claim goes on.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use dsync::{Config, Context, ErrorKind, Lock, LockOptions, SyncManager};
 use support::Server;
 use support::process::{Signal, signal};
 
-use crate::common::{Outcome, PATIENCE, SilentHost, becomes, begin, kind, lock, soon, started};
+use crate::common::{Outcome, PATIENCE, SilentHost, becomes, begin, eventually, kind, lock, soon, started};
 
 /// A caller that is in the midst of a short statement is given 100 ms to end it; the rest is for a busy machine. Without the cancellation the
 /// shortest of these waits takes 10 s, the share that one of two hosts has of a connect.
@@ -284,16 +284,17 @@ fn try_lock_beside_a_thread_that_has_waited_before_is_not_told_of_a_holder_that_
     let config = || config(&server);
     let (ours, theirs) = (started(config()), started(config()));
     let (lock, rival) = (lock(&ours, "x"), lock(&theirs, "x"));
-    let done = AtomicBool::new(false);
+    let (done, turns) = (AtomicBool::new(false), AtomicUsize::new(0));
     thread::scope(|scope| {
         let taking_turns = |lock: Arc<dyn Lock>, until: &'static str| {
-            let done = &done;
+            let (done, turns) = (&done, &turns);
             scope.spawn(move || {
                 for turn in 0.. {
                     match lock.lock(&soon()) {
                         Ok(()) => drop(lock.release()),
                         Err(error) => assert_eq!(error.kind(), ErrorKind::Released),
                     }
+                    turns.fetch_add(1, SeqCst);
                     if done.load(SeqCst) || (until == "fifty" && turn == 50) {
                         break;
                     }
@@ -303,13 +304,15 @@ fn try_lock_beside_a_thread_that_has_waited_before_is_not_told_of_a_holder_that_
         let mine = taking_turns(Arc::clone(&lock), "done");
         taking_turns(rival, "fifty").join().unwrap();
         theirs.stop().unwrap();
-        // From here on nobody else wants the key.
-        for _ in 0..2_000 {
-            let outcome = lock.try_lock(&soon()).map_err(|error| error.kind());
-            assert!(matches!(outcome, Ok(()) | Err(ErrorKind::Released)), "{outcome:?}");
-        }
+        // From here on nobody else wants the key. Who waited for the other one may not have read yet that it has the lock.
+        let before = turns.load(SeqCst);
+        eventually("a turn of its own", || turns.load(SeqCst) > before);
+        let is_fine = |outcome: &Result<(), ErrorKind>| matches!(outcome, Ok(()) | Err(ErrorKind::Released));
+        let outcomes = (0..2_000).map(|_| lock.try_lock(&soon()).map_err(|error| error.kind()));
+        let others: Vec<_> = outcomes.filter(|outcome| !is_fine(outcome)).collect();
         done.store(true, SeqCst);
         mine.join().unwrap();
+        assert_eq!(others, []);
     });
 }
 
