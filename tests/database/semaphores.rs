@@ -101,8 +101,9 @@ fn processes_that_are_killed_never_leave_more_holders_than_permits_and_no_permit
     for worker in &workers {
         worker.says("worked");
     }
-    let (mut killed, mut most) = (Vec::new(), 0);
-    for _ in 0..KILLS {
+    let (mut killed, mut most, begun) = (Vec::new(), 0, Instant::now());
+    // Whether all permits are seen at work at one time is a matter of luck.
+    while killed.len() < KILLS || most < PERMITS as usize && begun.elapsed() < PATIENCE {
         let until = Instant::now() + Duration::from_millis(150);
         while Instant::now() < until {
             let query = "SELECT activity.application_name FROM pg_locks AS locks JOIN pg_stat_activity AS activity USING (pid)

@@ -34,7 +34,7 @@ in_both_modes! {
 }
 
 /// Long enough for a promotion within a term, on a busy machine too.
-const LEASE: Duration = Duration::from_secs(6);
+const LEASE: Duration = Duration::from_secs(5);
 
 /// How many locks the holder has: as many runs.
 const LOCKS: usize = 5;
@@ -310,7 +310,7 @@ fn there_and_back(come_back: ComeBack, shared_sessions: u32) {
         second.port()
     );
     let confirmed = |url: &str| {
-        let config = Config::from_url(url).unwrap().lease(3 * LEASE).quorum(Quorum::NamedStandbys);
+        let config = Config::from_url(url).unwrap().lease(2 * LEASE).quorum(Quorum::NamedStandbys);
         config.shared_sessions(shared_sessions)
     };
     first.client().unwrap().batch_execute("CREATE TABLE ledger (entry text)").unwrap();
