@@ -52,7 +52,7 @@ pub(super) fn pauses_of_a_reader(by: Instant) -> impl Iterator<Item = Duration> 
     const LOOKS: usize = 10;
     let pauses = iter::successors(Some(SHORTEST), |pause| Some((2 * *pause).min(LONGEST)));
     let end = by - by.saturating_duration_since(Instant::now()) / 2;
-    pauses.take(LOOKS).take_while(move |_| Instant::now() < end)
+    pauses.take(LOOKS).take_while(move |_| Instant::now() + LONGEST < end)
 }
 
 /// What came of asking for the lock.
