@@ -37,6 +37,12 @@ impl Expiry {
         self.at().map_or(Duration::ZERO, |at| at.saturating_duration_since(Moment::now()))
     }
 
+    /// When there is something to do about the end: at the end, and at a time long ago, always the same, once somebody has seen it pass. Who sees it
+    /// first may be an application that asks whether its term goes on, and tells nobody.
+    pub(crate) fn due(&self) -> Moment {
+        self.at().unwrap_or(self.base)
+    }
+
     /// When the term ends; `None` if it is over.
     pub(crate) fn at(&self) -> Option<Moment> {
         self.end.at().and_then(|ticks| self.base.checked_add(Duration::from_nanos(ticks)))

@@ -212,7 +212,7 @@ mod tests {
     fn a_term_goes_on_while_the_machine_is_suspended_and_is_over_when_it_wakes_up() {
         const TERM: Duration = Duration::from_secs(600);
         let ends = || Moment::now().checked_add(TERM).unwrap();
-        for watchdog_is_first in [false, true] {
+        for (watchdog_is_first, is_asked) in [(false, false), (true, false), (true, true)] {
             let claim = Claim::new("k".to_owned(), Mode::Exclusive, TERM, Span::UntilReleased, None, None);
             assert!(
                 claim.announce_acquired(Arc::new(Expiry::new(ends())), None, None)
@@ -223,10 +223,14 @@ mod tests {
             let due = claim.deadline().unwrap().saturating_duration_since(Instant::now());
             assert!(term.is_held() && due <= TERM / 2 && due > TERM / 4, "{due:?}");
             pretend_suspend(TERM / 2);
-            assert!(claim.deadline().unwrap() <= Instant::now(), "the watchdog has something to enforce");
+            // Whoever asks sees the end, and tells no channel of it.
+            assert!(!is_asked || !term.is_held() && !lost.is_lost());
+            let due = claim.deadline().unwrap();
+            assert!(due <= Instant::now(), "the watchdog has something to enforce");
+            assert_eq!(claim.deadline(), Some(due), "and is not busy with it");
             if watchdog_is_first {
                 claim.enforce_deadline();
-                assert!(lost.is_lost());
+                assert!(lost.is_lost() && claim.deadline().is_none());
             }
             assert!(!term.is_held() && claim.term(|_| None).is_none() && lost.is_lost());
             assert!(!claim.announce_renewed(ends()), "nothing brings it back");

@@ -187,18 +187,19 @@ impl Watched for CarriedClaims {
     fn deadline(&self) -> Option<Instant> {
         let state = self.state.lock();
         let ends = state.ends.as_ref()?.at().map(|at| at.instant());
-        let warnings = (state.warned > 0)
+        // Of thousands of claims, only those are asked that want to be warned; and all once somebody has seen the end, since they may not know of it.
+        let by_claim = (state.warned > 0 || ends.is_none())
             .then(|| {
                 state
                     .claims
                     .iter()
                     .flatten()
-                    .filter(|claim| claim.wants_warning())
+                    .filter(|claim| ends.is_none() || claim.wants_warning())
                     .filter_map(|claim| claim.deadline())
                     .min()
             })
             .flatten();
-        ends.into_iter().chain(warnings).min()
+        ends.into_iter().chain(by_claim).min()
     }
 
     fn enforce(&self) {
@@ -719,5 +720,36 @@ fn guarded(turn: &mut Option<Box<Engine>>, run: impl FnOnce(&mut Engine)) {
 impl fmt::Debug for Carrier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Carrier").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Moment;
+    use crate::mode::Mode;
+    use crate::pg::claim::status::Span;
+
+    /// The first to see it may be an application that asks about one of the locks, and tells none of their channels.
+    #[test]
+    fn the_end_of_the_terms_is_due_until_each_claim_knows_of_it() {
+        const TERM: Duration = Duration::from_secs(600);
+        let ends = Arc::new(Expiry::new(Moment::now().checked_add(TERM).unwrap()));
+        let carried = CarriedClaims::default();
+        carried.set_end(Some(Arc::clone(&ends)));
+        let lost = [0, 1].map(|number| {
+            let claim =
+                Claim::new(format!("k{number}"), Mode::Exclusive, TERM, Span::UntilReleased, None, None);
+            assert!(claim.announce_acquired(Arc::clone(&ends), None, None));
+            carried.add(number, &claim);
+            claim.lost()
+        });
+        assert!(carried.deadline().unwrap() > Instant::now() + TERM / 2);
+        assert!(ends.move_to(Moment::now()) && ends.has_passed());
+        let due = carried.deadline().unwrap();
+        assert!(due <= Instant::now() && carried.deadline() == Some(due), "the watchdog is not busy with it");
+        assert!(lost.iter().all(|lost| !lost.is_lost()));
+        carried.enforce();
+        assert!(lost.iter().all(|lost| lost.is_lost()) && carried.deadline().is_none());
     }
 }

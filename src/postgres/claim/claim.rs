@@ -188,7 +188,7 @@ impl Claim {
         match &self.status.lock().phase {
             Phase::Held { until, warning, .. } => {
                 let early = self.warn_before.filter(|_| warning.calm.is_some()).unwrap_or_default();
-                let ends_at = until.at()?;
+                let ends_at = until.due();
                 Some(ends_at.checked_sub(early).unwrap_or(ends_at).instant())
             }
             _ => None,
