@@ -29,6 +29,8 @@ struct State {
     last_panic: Option<String>,
     last_error: Option<Error>,
     leader: Option<Holder>,
+    /// Of the present term, or the last one.
+    token: Option<i64>,
 }
 
 /// ```text
@@ -84,6 +86,7 @@ impl Shared {
             last_panic: None,
             last_error: None,
             leader: None,
+            token: None,
         };
         Arc::new(Self { lock, stop, canceller, state: Mutex::new(state) })
     }
@@ -101,6 +104,7 @@ impl Shared {
         }
         state.terms += 1;
         state.leader = None;
+        state.token = tenure.term.token();
         state.phase = Phase::Leading(Box::new(CurrentTerm {
             guard,
             since: SystemTime::now(),
@@ -194,6 +198,11 @@ impl Shared {
     pub(super) fn note_error(&self, error: &Error) {
         let former = self.state.lock().last_error.replace(error.clone());
         drop(former);
+    }
+
+    /// True if this leader's own last term is meant: the server still has its session where the lock could not be given back.
+    pub(super) fn was_led_by(&self, holder: &Holder) -> bool {
+        holder.token.is_some() && holder.token == self.state.lock().token
     }
 
     /// Remembers who leads; `false` if this process has begun to lead meanwhile.

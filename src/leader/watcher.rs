@@ -93,7 +93,7 @@ impl Watcher {
     /// Who leads; when to look again.
     fn look(&mut self) -> Result<Option<Duration>> {
         let Some(every) = self.looks else { return Ok(None) };
-        let leader = self.shared.lock.holder()?;
+        let leader = self.shared.lock.holder()?.filter(|holder| !self.shared.was_led_by(holder));
         let identity = leader.as_ref().map(|holder| (holder.token, holder.pid));
         if !self.shared.note_leader(leader.clone()) {
             return Ok(Some(every));

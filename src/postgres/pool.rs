@@ -450,6 +450,8 @@ impl Pool {
                 slot.taint();
             }
             break match failure {
+                // It has died while it rested, perhaps without a word from its network.
+                Failure::Lost { .. } if is_repeated => continue,
                 // It waits for nothing but a table, and where it writes for the standbys.
                 Failure::Lost { reason: LossReason::HeartbeatTimedOut, .. } => Refusal::new(
                     ErrorKind::SessionUnavailable,
@@ -458,7 +460,6 @@ impl Pool {
                          locked by another session, and in pg_stat_activity whether a commit waits for a synchronous standby (SyncRep){unknown}"
                     ),
                 ),
-                Failure::Lost { .. } if is_repeated => continue,
                 Failure::Lost { reason, cause } => {
                     let text = format!("the session has ended before the answer: {reason}{unknown}");
                     let refusal = Refusal::new(ErrorKind::SessionUnavailable, text);

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use dsync::{CatalogMode, Config, Error, ErrorKind, Once, PostgresManager, Run};
 use postgres::{Client, NoTls};
+use support::process::{Signal, signal};
 use support::{Database, Server};
 
 use crate::common::{PATIENCE, Process, eventually, kind, make_catalog, process, role, started};
@@ -319,6 +320,22 @@ fn sessions_that_have_died_cost_no_turn() {
     assert_eq!(outcome.unwrap(), Once::Ran(()));
     end_those_that_rest();
     assert!(matches!(manager.once("report", DAY, Duration::ZERO, unreachable).unwrap(), Once::NotDue { .. }));
+}
+
+/// Behind an address that has moved, or a firewall that has forgotten them, nobody says that they are gone.
+#[test]
+fn sessions_that_have_died_without_a_word_cost_no_turn() {
+    let database = Database::fresh().unwrap();
+    let manager = started(config(&database).lease(Duration::from_secs(8)));
+    let mut operator = database.client().unwrap();
+    let query =
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'dsync'";
+    let rest: Vec<i32> = operator.query(query, &[]).unwrap().iter().map(|row| row.get(0)).collect();
+    assert!(!rest.is_empty(), "one rests");
+    rest.iter().for_each(|&backend| signal(backend, Signal::Stop).unwrap());
+    let outcome = manager.last_success("report");
+    rest.iter().for_each(|&backend| signal(backend, Signal::Continue).unwrap());
+    assert_eq!(outcome.unwrap(), None);
 }
 
 /// The work is done, so it is worth a wait: without one, all attempts would be over in half a second.

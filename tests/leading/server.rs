@@ -1,6 +1,7 @@
 //! What only a real server brings about: cuts, outages, missing catalogs, few sessions.
 
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use crossbeam_channel::{bounded, unbounded};
@@ -8,6 +9,7 @@ use dsync::{
     CatalogMode, Config, ErrorKind, Leader, LeaderEvent, LeaderOptions, PostgresManager, SyncManager,
 };
 use support::netns::Direction;
+use support::process::{Signal, signal};
 use support::{Server, Shutdown};
 
 use crate::common::{PATIENCE, eventually, kind, started};
@@ -82,6 +84,32 @@ fn a_leader_tells_of_an_outage_and_leads_again_after_it() {
     server.start_again().unwrap();
     assert!(candidate.begins().token() > work.token());
     assert_eq!(candidate.hears(), "gained");
+}
+
+/// The server has the session of a term for as long as nobody can tell it that the term is over.
+#[test]
+fn a_leader_is_not_told_of_its_own_former_term() {
+    let world = Postgres::new(0);
+    let manager = Arc::new(started(world.config().release_timeout(Duration::from_secs(1))));
+    let candidate = Candidate::of(manager, Heeds, quick());
+    let work = candidate.begins();
+    assert_eq!(candidate.hears(), "gained");
+    let backend = candidate.lock.holder().unwrap().expect("the leader").pid;
+    signal(backend, Signal::Stop).unwrap();
+    work.returns();
+    let mut told = Vec::new();
+    let mut next = || told.push(candidate.events().recv_timeout(PATIENCE).expect("an event"));
+    next();
+    next();
+    // For some looks it stands beside that session.
+    thread::sleep(Duration::from_secs(1));
+    signal(backend, Signal::Continue).unwrap();
+    candidate.begins();
+    next();
+    assert!(
+        matches!(told[..], [LeaderEvent::Returned, LeaderEvent::Error(_), LeaderEvent::Gained { .. }]),
+        "{told:?}"
+    );
 }
 
 /// Without a catalog there are leaders, whom nobody can ask to resign.
