@@ -417,7 +417,7 @@ impl Drop for LockGuard {
         match self.give_back(self.release_by()).0 {
             // The loss itself was logged; in another process there is nothing to release.
             Err(error) if !matches!(error.kind(), ErrorKind::Lost | ErrorKind::OtherProcess) => {
-                log::warn!("lock {key:?}: {}", chain(&error));
+                log::warn!("lock {key:?}: its release is not confirmed: {}", chain(&error));
             }
             _ => {}
         }

@@ -105,7 +105,7 @@ impl Leader {
     /// # Errors
     /// - [`SyncManagerStopped`](ErrorKind::SyncManagerStopped), [`OtherProcess`](ErrorKind::OtherProcess).
     /// - [`SessionUnavailable`](ErrorKind::SessionUnavailable): a thread could not be started.
-    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the lock is shared.
+    /// - [`InvalidConfig`](ErrorKind::InvalidConfig): the lock is shared, or a semaphore.
     pub fn start(lock: Arc<dyn Lock>, work: impl FnMut(&Tenure) + Send + 'static) -> Result<Self> {
         Self::start_with(lock, LeaderOptions::new(), work)
     }

@@ -360,7 +360,7 @@ impl Drop for MultiGuard {
         for (key, error) in self.give_back() {
             // The loss itself was logged; in another process there is nothing to release.
             if !matches!(error.kind(), ErrorKind::Lost | ErrorKind::OtherProcess) {
-                log::warn!("lock {key:?}: {}", chain(&error));
+                log::warn!("lock {key:?}: its release is not confirmed: {}", chain(&error));
             }
         }
     }

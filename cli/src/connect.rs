@@ -62,6 +62,7 @@ pub(crate) fn schema(connection: &Connection) -> String {
     connection.schema.clone().or_else(|| variable("DSYNC_SCHEMA")).unwrap_or_else(|| "dsync".to_owned())
 }
 
-fn variable(name: &str) -> Option<String> {
+/// What a variable of the environment says; an empty one says nothing.
+pub(crate) fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }

@@ -21,6 +21,8 @@ pub(crate) const LOST: u8 = 79;
 pub(crate) const UNAVAILABLE: u8 = 69;
 /// The command is there and cannot be executed, as a shell says it.
 pub(crate) const CANNOT_EXECUTE: u8 = 126;
+/// What a shell says of a command that is not there.
+pub(crate) const NOT_FOUND: u8 = 127;
 /// The command line or a setting is wrong (`EX_USAGE`).
 pub(crate) const USAGE: u8 = 64;
 
@@ -99,23 +101,36 @@ impl Failure {
 
 /// A text of the library's, where it names what only a program that uses the library has at hand, in our words.
 pub(crate) fn in_our_words(text: &str) -> String {
-    const WORDS: [(&str, &str); 15] = [
+    const WORDS: &[(&str, &str)] = &[
         (
             "the server asks for a password: put one into the connection string, or have PGPASSWORD and the password file looked at, by \
              Config::from_env",
-            "the server asks for a password, and neither PGPASSWORD nor the password file has one: set PGPASSWORD, or write a line for this \
+            "the server asks for a password, and neither PGPASSWORD nor a password file that could be used has one: set PGPASSWORD, or write a line for this \
              host, port, database and user to ~/.pgpass (or what PGPASSFILE names), which nobody else may read (chmod 0600)",
         ),
         (
             "dsync::CATALOG_SQL (for another schema than dsync: dsync::catalog_sql)",
-            "the SQL that `pgdsync catalog --grant ROLE` prints",
+            "the SQL that `pgdsync catalog --grant ROLE` prints (with the --schema of this call)",
         ),
+        ("in this database, or set the catalog to automatic or none", "in this database"),
         ("set the catalog to", "set DSYNC_CATALOG to"),
         (
             "(CatalogMode::MustExist); let",
-            "(DSYNC_CATALOG=must-exist, as for a command that only looks); the first `run` or `lead` without that makes it, or let",
+            "(only `run` and `lead` make it, unless DSYNC_CATALOG is must-exist); let one of them begin, or let",
         ),
         (", or leave LockOptions::without_token out", ""),
+        (
+            "the manager was told to do without the catalog, or the lock without a token",
+            "DSYNC_CATALOG is none",
+        ),
+        ("the manager was told to do without", "DSYNC_CATALOG is none"),
+        ("sync manager failed to start: ", ""),
+        ("see Config::from_env", "the README of pgdsync has a table of them"),
+        ("or quorum to server", "or leave --quorum and DSYNC_QUORUM out"),
+        (
+            "give a TLS connector (a feature such as tls-rustls-ring makes one) and set sslmode=require",
+            "set sslmode=require",
+        ),
         ("set Config::quorum to Quorum::Server", "leave --quorum and DSYNC_QUORUM out"),
         (
             "lower the first, or raise the second:",

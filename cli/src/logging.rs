@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 
+use crate::exit::in_our_words;
 use crate::text::harmless;
 
 /// The library's warnings. What we tell ourselves is not told twice.
@@ -17,7 +18,7 @@ pub(crate) fn start(usual: &str) {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(usual))
         .format(|line, record| {
             let level = record.level().as_str().to_lowercase();
-            writeln!(line, "pgdsync: {level}: {}", harmless(&record.args().to_string()))
+            writeln!(line, "pgdsync: {level}: {}", harmless(&in_our_words(&record.args().to_string())))
         })
         .init();
 }

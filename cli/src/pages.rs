@@ -53,8 +53,13 @@ impl Man {
             }
         };
         let mut page = Vec::new();
-        clap_mangen::Man::new(command).render(&mut page)?;
-        out::write(&String::from_utf8_lossy(&page))?;
+        let source = concat!("pgdsync ", env!("CARGO_PKG_VERSION"));
+        clap_mangen::Man::new(command).source(source).render(&mut page)?;
+        // Pages have these headings in capitals.
+        let page = String::from_utf8_lossy(&page)
+            .replace("\n.SH Verbs\n", "\n.SH VERBS\n")
+            .replace("\n.SH EXTRA\n", "\n.SH NOTES\n");
+        out::write(&page)?;
         Ok(0)
     }
 }

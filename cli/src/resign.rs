@@ -40,7 +40,7 @@ impl Resign {
                 )
             }
             Err(error) if error.kind() == ErrorKind::InvalidKey => return Err(error.into()),
-            _ => format!("nobody has {name}"),
+            _ => format!("nobody has the lock {name}"),
         };
         Err(Failure::new(NOTHING, text))
     }

@@ -33,7 +33,8 @@ impl Break {
             return Err(Failure::new(USAGE, text));
         }
         let manager = connect::manager(&arguments.connection)?;
-        let nobody = || Failure::new(NOTHING, format!("nobody has {}", text::key(&self.key.to_string())));
+        let nobody =
+            || Failure::new(NOTHING, format!("nobody has the lock {}", text::key(&self.key.to_string())));
         let view = manager.inspect(self.key.clone())?;
         let shown = view.holder.as_ref().ok_or_else(nobody)?;
         if arguments.output == Output::Text {

@@ -184,7 +184,7 @@ fn catalog(session: &mut Session, facts: &Facts, mode: CatalogMode, by: Instant)
     if mode == CatalogMode::None {
         return CheckLine::good(
             TOPIC,
-            "none, as the settings say: no tokens, no annotations, no fence, no once()",
+            "none, as the settings say: no tokens, no annotations, no fence, no record of what was done",
         );
     }
     match catalog::found(session, mode, by) {
@@ -383,23 +383,23 @@ fn connections(facts: &Facts, wanted: u32, pool: &Pool) -> CheckLine {
         format!("raise {what}, or lower max_sessions; every process that has a manager needs as many")
     };
     if let Some((room, _, whose, what)) = limits.iter().filter(|(room, ..)| *room < wanted).min() {
-        let text = format!("the manager may open {wanted} sessions, and {whose} {room}");
+        let text = format!("this process may open {wanted} sessions, and {whose} {room}");
         return CheckLine::wrong(TOPIC, text, advice(what));
     }
     let others = |used: &str| (facts.number::<i64>(used) - own).max(0);
     let crowded = limits.iter().find(|(room, used, ..)| room - others(used) < wanted);
     if let Some((room, used, whose, what)) = crowded {
         let text = format!(
-            "the manager may open {wanted} sessions; {whose} {room}, of which others have {} now",
+            "this process may open {wanted} sessions; {whose} {room}, of which others have {} now",
             others(used)
         );
         return CheckLine::warning(TOPIC, text, advice(what));
     }
     let Some((room, used, whose, _)) = limits.iter().min() else {
-        return CheckLine::good(TOPIC, format!("the manager may open {wanted} sessions"));
+        return CheckLine::good(TOPIC, format!("this process may open {wanted} sessions"));
     };
     let text = format!(
-        "the manager may open {wanted} sessions; {whose} {room}, of which others have {} now",
+        "this process may open {wanted} sessions; {whose} {room}, of which others have {} now",
         others(used)
     );
     CheckLine::good(TOPIC, text)
@@ -445,8 +445,8 @@ fn replication(facts: &Facts) -> CheckLine {
         return CheckLine::warning(
             TOPIC,
             format!(
-                "synchronous_standby_names is {names}, and no such standby is connected: commits wait for it, also the one by which \
-                 once() records a success, the making of the catalog, and that of the first lock after a restart"
+                "synchronous_standby_names is {names}, and no such standby is connected: commits wait for it, also the record of a \
+                 success (once, run --every), the making of the catalog, and that of the first lock after a restart"
             ),
             START_STANDBY,
         );
@@ -454,7 +454,7 @@ fn replication(facts: &Facts) -> CheckLine {
     let text = match (standbys, names.is_empty()) {
         (0, _) => "no standby is connected".to_owned(),
         (standbys, true) => format!(
-            "{standbys} connected, none of them synchronous: a failover may lose what once() has recorded last"
+            "{standbys} connected, none of them synchronous: a failover may lose the successes that were recorded last"
         ),
         (standbys, false) => format!("{standbys} connected, synchronous_standby_names is {names}"),
     };

@@ -53,8 +53,8 @@ pub use tls_settings::TlsSettings;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CatalogMode {
-    /// The catalog is made at the first use if it is not there, or brought up to date if it is of an older version. The role
-    /// must be allowed to create a schema.
+    /// The catalog is made at the first use if it is not there, or brought up to date if it is of an older version. Where it
+    /// is not there, the role must be allowed to create a schema.
     #[default]
     Automatic,
     /// The catalog must be there, in this library's version: an administrator has run [`CATALOG_SQL`](crate::CATALOG_SQL).

@@ -179,7 +179,7 @@ fn not_ended(error: Error, holder: &Holder) -> Error {
         "the role may not end the session of {holder}; grant it pg_signal_backend or the holder's role, or break the lock as a role that \
          has one of them (a superuser's session is ended by superusers only)"
     );
-    Error::new(ErrorKind::SessionRefused, text).with_source(error)
+    Error::new(ErrorKind::SessionRefused, text).because_of(error)
 }
 
 /// Gives a semaphore another number of permits; how many it had, or was `said` to have if nobody has asked for one yet.

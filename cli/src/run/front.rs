@@ -25,7 +25,7 @@ use super::signals::{self, ENDING, OTHERS, Signals};
 use super::terminal::Terminal;
 use super::wire::{Frames, Moment, ToFront, ToKeeper};
 use super::{BECOME, KEEP};
-use crate::exit::{CANNOT_EXECUTE, Failure, LOST, UNAVAILABLE, USAGE, say, say_in_passing};
+use crate::exit::{CANNOT_EXECUTE, Failure, LOST, NOT_FOUND, UNAVAILABLE, USAGE, say, say_in_passing};
 
 /// How long the keeper may be silent after the end of a term, or after it was heard last. It tells of the end itself, unless it stands still.
 /// Shorter than what the margin has beside the command's time to end, which is a second at the least.
@@ -437,10 +437,12 @@ impl<'a> Front<'a> {
         let ended = ToKeeper::Ended { succeeded: self.code == 0 };
         let _ = ended.send(&self.keeper.stream);
         if self.plan.leads && self.told_to_end.is_none() && !self.is_lost && self.code != 0 {
-            say_in_passing(&format!(
-                "the command has ended with code {}; it runs again after a pause",
-                self.code
-            ));
+            let what = match self.code {
+                NOT_FOUND => "the command is not there".to_owned(),
+                CANNOT_EXECUTE => "the command cannot be executed".to_owned(),
+                code => format!("the command has ended with code {code}"),
+            };
+            say_in_passing(&format!("{what}; it runs again after a pause"));
         }
         if self.plan.leads && self.told_to_end.is_some() {
             // The last term.

@@ -15,10 +15,7 @@ use rustix::net::{
 };
 
 use super::signals;
-use crate::exit::{CANNOT_EXECUTE, say};
-
-/// What a shell says of a command that is not there.
-const NOT_FOUND: u8 = 127;
+use crate::exit::{CANNOT_EXECUTE, NOT_FOUND, say};
 
 /// Becomes the command. The arguments are the signals to let through, and the command.
 pub(super) fn become_command(arguments: &[OsString]) -> ExitCode {

@@ -122,7 +122,16 @@ impl Keeper {
             return Failure::new(CONFLICT, look::grace_text(left));
         }
         let text = self.aside(|| match (keys, arguments.permits) {
-            ([key], None) => format!("another has {}", key.text),
+            ([key], None) => {
+                let view = self.manager.inspect(key.key.clone()).ok();
+                let holder =
+                    view.as_ref().and_then(|view| Some(look::holder_text(view, view.holder.as_ref()?)));
+                format!(
+                    "another has {}{}",
+                    key.text,
+                    holder.map(|who| format!(": {who}")).unwrap_or_default()
+                )
+            }
             ([key], Some(permits)) => format!("others have the {permits} permits of {}", key.text),
             _ => format!("another has one of {}", names(keys)),
         });

@@ -1,6 +1,5 @@
 //! The arguments of `run` and `lead`.
 
-use std::env;
 use std::ffi::OsString;
 use std::str::FromStr as _;
 use std::time::Duration;
@@ -9,6 +8,7 @@ use clap::Args;
 use dsync::{Config, Quorum};
 use rustix::process::Signal;
 
+use crate::connect;
 use crate::exit::{Failure, USAGE};
 use crate::key::Written;
 use crate::text;
@@ -145,17 +145,9 @@ pub(crate) struct LeadArguments {
 #[derive(Args, Debug)]
 pub(crate) struct Watch {
     /// How long the server keeps the lock for a holder that it does not hear. The longest one that was used in the database is also how long
-    /// nobody is granted a lock after a crash of the server. [default: 4.5 times --kill-after, 15 s at least: 45 s]
-    #[arg(
-        long,
-        value_name = "DUR",
-        env = "DSYNC_LEASE",
-        hide_env_values = true,
-        default_value = "",
-        hide_default_value = true,
-        value_parser = if_any
-    )]
-    lease: IfAny,
+    /// nobody is granted a lock after a crash of the server. [default: DSYNC_LEASE, or 4.5 times --kill-after, 15 s at least: 45 s]
+    #[arg(long, value_name = "DUR", value_parser = text::duration)]
+    lease: Option<Duration>,
     /// Hold the lock only while each standby that the server's `synchronous_standby_names` names confirms it: where one is promoted and the
     /// old primary lives on, the command is ended before another may begin. All who take locks in the database must say so.
     #[arg(long)]
@@ -182,7 +174,14 @@ impl Watch {
     }
 
     pub(super) fn lease(&self) -> Duration {
-        self.lease.unwrap_or_else(|| Duration::from_secs(15).max(self.kill_after.saturating_mul(9) / 2))
+        // What is no time, or too long a one, the library refuses, which reads the variable as well.
+        let by_variable = || {
+            let time = humantime::parse_duration(&connect::variable("DSYNC_LEASE")?).ok()?;
+            Some(time.min(text::LONGEST))
+        };
+        self.lease
+            .or_else(by_variable)
+            .unwrap_or_else(|| Duration::from_secs(15).max(self.kill_after.saturating_mul(9) / 2))
     }
 
     /// Sets the times of the lease. Heartbeats are a fifth of it, so that the default `--kill-after` fits into 45 s.
@@ -192,11 +191,10 @@ impl Watch {
         if self.quorum {
             config = config.quorum(Quorum::NamedStandbys);
         }
-        let is_set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
-        if !is_set("DSYNC_HEARTBEAT") {
+        if connect::variable("DSYNC_HEARTBEAT").is_none() {
             config = config.heartbeat(beat);
         }
-        if !is_set("DSYNC_HEARTBEAT_TIMEOUT") {
+        if connect::variable("DSYNC_HEARTBEAT_TIMEOUT").is_none() {
             config = config.heartbeat_timeout(beat);
         }
         config
@@ -216,13 +214,6 @@ impl Watch {
     pub(super) fn fits(&self) -> bool {
         self.lease() * 3 / 5 + self.margin() < self.lease()
     }
-}
-
-/// A time that need not be said. A variable of the environment that is empty says none.
-type IfAny = Option<Duration>;
-
-fn if_any(text: &str) -> Result<IfAny, String> {
-    if text.is_empty() { Ok(None) } else { text::duration(text).map(Some) }
 }
 
 /// A signal by its name, with or without SIG, or by its number.

@@ -13,7 +13,7 @@ fn a_leader_is_asked_to_resign_and_others_are_told_of() {
     let database = Database::fresh().unwrap();
     let url = database.url();
     let manager = started(&url);
-    at(&url, &["resign", "service"]).badly(1, &["nobody has service"]);
+    at(&url, &["resign", "service"]).badly(1, &["nobody has the lock service"]);
     let options = LeaderOptions::new().watch_interval(Duration::from_millis(50));
     let (sender, ended) = dsync::crossbeam_channel::unbounded();
     let leader = Leader::start_with(manager.lock("service").unwrap(), options, move |tenure| {
@@ -45,7 +45,7 @@ fn a_lock_is_broken_only_by_who_says_yes() {
     assert!(said.contains("ended the session of 127.0.0.1 dsync, backend "), "{said}");
     assert!(guard.lost().wait_timeout(PATIENCE));
     assert_eq!(guard.loss().unwrap().reason, LossReason::Terminated);
-    at(&url, &["break", "a", "--yes"]).badly(1, &["nobody has a"]);
+    at(&url, &["break", "a", "--yes"]).badly(1, &["nobody has the lock a"]);
 }
 
 /// It may still end, so that a script must not take it for a lock that another has.

@@ -221,7 +221,7 @@ impl Drop for SessionGuard<'_> {
             && let Err(error) = self.give_back()
             && error.kind() != ErrorKind::OtherProcess
         {
-            log::warn!("{}", chain(&error));
+            log::warn!("a session lock could not be given back: {}", chain(&error));
         }
     }
 }

@@ -198,7 +198,10 @@ fn create(session: &mut Session, by: Instant) -> std::result::Result<State, Refu
         session.simple_query("COMMIT", by).map_err(failed)?;
         return Ok(state);
     }
-    log::info!("made the catalog of locks: schema {}", session.schema().identifier());
+    log::info!(
+        "made the catalog of locks, or brought it up to date: schema {}",
+        session.schema().identifier()
+    );
     if let Found::Nothing = found {
         // The schema is our own, and all that is in it. To look once more takes three round trips.
         return Ok(State { has_era: false, has_old_rows: false });

@@ -16,6 +16,8 @@ impl Config {
     pub(crate) fn validate(&self) -> Result<()> {
         /// PostgreSQL keeps its timeouts as a 32-bit number of milliseconds.
         const LONGEST: Duration = Duration::from_millis(i32::MAX as u64);
+        /// A day. Nobody means a longer one.
+        const LONG: Duration = Duration::from_secs(24 * 60 * 60);
         /// The largest `max_connections` of PostgreSQL. r2d2 reserves memory for that many at once.
         const MOST_SESSIONS: u32 = 262_143;
         let plan = self.lease_plan();
@@ -41,6 +43,14 @@ impl Config {
                  ({:?}), or a term could end before a heartbeat has had its time; lengthen lease, or shorten the others",
                 plan.heartbeat, plan.heartbeat_timeout, plan.margin, plan.lease
             )));
+        }
+        if plan.lease > LONG {
+            log::warn!(
+                "lease is {:.1} days: for so long nobody is granted the locks of a machine that is gone, and after a crash of the server no lock at all; \
+                 if that is not meant, shorten it, and let an operator run: {}",
+                plan.lease.as_secs_f64() / LONG.as_secs_f64(),
+                self.schema.apply("UPDATE dsync.policy SET lease = … (milliseconds)")
+            );
         }
         if self.catalog == CatalogMode::None && self.takeover_policy() != TakeoverPolicy::Immediate {
             return Err(invalid(format!(
@@ -165,8 +175,8 @@ impl Config {
             && each > all
         {
             return Err(invalid(format!(
-                "Config::connect_timeout is {all:?} for all hosts together, the connection's own connect_timeout \
-                 {each:?} for each address; raise the first or lower the second"
+                "the time to connect, Config::connect_timeout or DSYNC_CONNECT_TIMEOUT, is {all:?} for all hosts together, and the \
+                 connection's own connect_timeout {each:?} for each address; raise the first or lower the second"
             )));
         }
         if mode == SslMode::Require && !has_tls && !never_tls {

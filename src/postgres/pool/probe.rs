@@ -109,7 +109,7 @@ impl Pool {
         // Twice in a row: a pooler may take turns with its sessions. Then the other one at once: a pooler may serve it by
         // the backend that was free last.
         if let Some(advice) = session.heartbeat_and_look(by).map_err(told)? {
-            log::warn!("{advice}");
+            log::warn!("about this server: {advice}");
         }
         session.heartbeat(by).map_err(told)?;
         other.heartbeat(by).map_err(told)?;

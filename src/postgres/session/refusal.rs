@@ -276,7 +276,7 @@ const LOCKED_OR_WAITING: &str = "a table of the catalog is locked by another ses
 const SLOW_LINK: &str = "if the link is slow, raise connect_timeout";
 const UNREACHABLE_OR_SLOW: &str =
     "check host and port, and that the server runs; if the link is slow, raise connect_timeout";
-const CERTIFICATE: &str = "check the server's certificate: the TLS connector must trust its issuer, and it must be for \
+const CERTIFICATE: &str = "check the server's certificate: this machine must trust its issuer, and it must be for \
                            the host name of the connection";
 const TLS: &str = "check what the TLS connector and the server agree on: versions, and a client certificate if the server \
                    asks for one";
@@ -318,7 +318,7 @@ const CERTIFICATES: [(&[&str], &str); 6] = [
             "unable to get local issuer",
             "certificate signature failure",
         ],
-        "the TLS connector must trust its issuer: name the file with the issuer's certificate in sslrootcert, or of a self-signed \
+        "this machine must trust its issuer: name the file with the issuer's certificate in sslrootcert, or of a self-signed \
          certificate the certificate itself",
     ),
 ];
@@ -426,7 +426,10 @@ pub(crate) fn advise(error: &postgres::Error) -> (ErrorKind, &'static str) {
         let text = database.message();
         return match database.code().code() {
             // The catalog went away; it is looked for, and made, with the next session.
-            "3F000" | "42P01" | "42703" => (SessionUnavailable, "the catalog of locks is missing"),
+            "3F000" | "42P01" | "42703" => (
+                SessionUnavailable,
+                "the catalog of locks is missing; the next session looks for it, and makes it where it may",
+            ),
             "55P03" => (SessionUnavailable, LOCKED_OR_WAITING),
             "28P01" => (SessionRefused, "check user and password"),
             // The server's texts may be translated; then the last advice is the one.
