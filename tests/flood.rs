@@ -144,6 +144,42 @@ fn a_holder_whose_logger_blocks_hears_of_its_loss_before_another_has_the_lock() 
     Process::start(&mut command).succeeds();
 }
 
+/// Not a test: the same of locks that share a session and are lost together. What the logger is told of one of them holds up no news of another.
+#[test]
+#[ignore = "the body of a process, which another test starts"]
+fn shared_scene() {
+    if common::role().is_none() {
+        return;
+    }
+    log::set_logger(&Blocking).unwrap();
+    // Without the driver's lines, which come with each answer.
+    log::set_max_level(log::LevelFilter::Debug);
+    let manager = started(Config::from_env().unwrap().catalog(CatalogMode::None).shared_sessions(1));
+    let held = [7, 8].map(|key| manager.lock_with(key, dsync::LockOptions::new()).unwrap());
+    held.iter().for_each(|lock| lock.lock(&soon()).unwrap());
+    let lost = held.each_ref().map(|lock| lock.lost());
+    let mut client =
+        postgres::Client::connect(&std::env::var("DATABASE_URL").unwrap(), postgres::NoTls).unwrap();
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_database ON pg_database.oid = database
+               WHERE datname = current_database() AND locktype = 'advisory' AND objid = 7";
+    let (late, begun) = (Lateness::watch(), Instant::now());
+    BLOCKED.store(true, SeqCst);
+    assert!(client.query_one(end, &[]).unwrap().get::<_, bool>(0));
+    lost.iter().for_each(hear);
+    // The terms would have lasted for longer.
+    late.allow(begun.elapsed(), Duration::from_secs(3));
+    BLOCKED.store(false, SeqCst);
+    held.iter().for_each(|lock| lock.lock(&soon()).unwrap());
+}
+
+#[test]
+fn holders_on_a_shared_session_hear_of_its_end_though_their_logger_blocks() {
+    let database = Database::fresh().unwrap();
+    let mut command = common::process("shared_scene", "a logger that blocks");
+    command.env("DATABASE_URL", database.url());
+    Process::start(&mut command).succeeds();
+}
+
 /// The watch of one lock does not depend on another's.
 #[test]
 fn a_flood_on_one_lock_leaves_the_others_alone() {

@@ -117,7 +117,8 @@ fn asking_needs_a_session_and_a_manager_that_runs() {
 fn asking_a_server_that_stands_still_ends() {
     let server = support::Server::start().unwrap();
     let database = server.database().unwrap();
-    let manager = started(config(&database).lease(Duration::from_secs(2)));
+    let quick = config(&database).lease(Duration::from_secs(2)).connect_timeout(Duration::from_secs(1));
+    let manager = started(quick);
     manager.inspect("x").unwrap();
     let frozen = server.freeze().unwrap();
     let (late, begun) = (Lateness::watch(), Instant::now());

@@ -9,11 +9,14 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use crossbeam_channel::Sender;
 use dsync::observer::{Acquired, Observer, Sessions, TermLost};
 use dsync::{CatalogMode, Context, ErrorKind, LockGuard, LockOptions, LossReason, Lost, Quorum};
+use rustix::time::{ClockId, clock_gettime};
 use support::process::{Signal, signal};
 use support::{Database, Replication, Server};
 
 use super::*;
-use crate::common::{Bomb, Process, becomes, begin, eventually, kind, library_threads, process, role};
+use crate::common::{
+    Bomb, Process, becomes, begin, eventually, kind, library_threads, process, role, wait_in_thread,
+};
 
 #[test]
 fn a_logger_that_panics_costs_the_claims_of_that_moment_and_no_later_one() {
@@ -272,6 +275,35 @@ fn a_call_ends_with_its_context_while_the_valuer_takes_its_time() {
     assert_eq!(kind(cancelled.get_within(Duration::from_secs(10))), ErrorKind::Cancelled);
     drop(hold);
     slow.lock(&soon()).unwrap();
+}
+
+/// The first call asks the valuer, on its own thread. What the second one needs is not there before that returns.
+#[test]
+fn who_waits_while_another_call_asks_the_valuer_is_not_busy() {
+    let database = Database::fresh().unwrap();
+    let manager = sharing(&database.url(), 1);
+    // So that there is a session.
+    let _other = lock(&manager, "other").acquire(soon()).unwrap();
+    let (hold, held_up) = crossbeam_channel::bounded::<()>(0);
+    let (ask, is_asked) = crossbeam_channel::bounded(1);
+    let valuer = move || {
+        let _ = ask.try_send(());
+        let _ = held_up.recv();
+        b"slow".to_vec()
+    };
+    let slow = manager.lock_with("slow", LockOptions::new().valuer(Arc::new(valuer))).unwrap();
+    let first = wait_in_thread(&slow);
+    is_asked.recv_timeout(PATIENCE).unwrap();
+    let second = begin(move || {
+        slow.lock(&Context::background()).unwrap();
+        Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap()
+    });
+    // In which it would be busy.
+    thread::sleep(Duration::from_secs(1));
+    drop(hold);
+    first.get().unwrap();
+    let at_work = second.get();
+    assert!(at_work < Duration::from_millis(100), "{at_work:?} of 1 s");
 }
 
 /// The claim is over by then, and no thread runs that would look at it.

@@ -186,8 +186,9 @@ impl CarriedClaims {
 impl Watched for CarriedClaims {
     fn deadline(&self) -> Option<Instant> {
         let state = self.state.lock();
-        let ends = state.ends.as_ref()?.at().map(|at| at.instant());
-        // Of thousands of claims, only those are asked that want to be warned; and all once somebody has seen the end, since they may not know of it.
+        let ends = state.ends.as_ref().and_then(|ends| ends.at()).map(|at| at.instant());
+        // Of thousands of claims, only those are asked that want to be warned; and all once the lease has ended, or somebody has seen its end:
+        // there may be some that do not know of it yet.
         let by_claim = (state.warned > 0 || ends.is_none())
             .then(|| {
                 state
@@ -744,7 +745,12 @@ mod tests {
             carried.add(number, &claim);
             claim.lost()
         });
-        assert!(carried.deadline().unwrap() > Instant::now() + TERM / 2);
+        let is_far = |due: Option<Instant>| due.is_some_and(|due| due > Instant::now() + TERM / 2);
+        assert!(is_far(carried.deadline()));
+        // The session is over, and they are about to be told.
+        carried.set_end(None);
+        assert!(is_far(carried.deadline()));
+        carried.set_end(Some(Arc::clone(&ends)));
         assert!(ends.move_to(Moment::now()) && ends.has_passed());
         let due = carried.deadline().unwrap();
         assert!(due <= Instant::now() && carried.deadline() == Some(due), "the watchdog is not busy with it");

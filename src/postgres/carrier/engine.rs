@@ -437,15 +437,16 @@ impl Engine {
         let notices = self.lifecycle.handle(event, self.now());
         let is_lost = !was_closing && self.session_action() == session::Action::Close;
         if is_lost {
-            self.forget_locks(&notices);
+            self.forget_locks();
         }
-        self.announce_all(notices);
+        self.announce_all(&notices);
         if is_lost {
             // Not before: another thread that sees the end of a term first says by it why it is over.
             for seated in self.seats.iter().flatten() {
                 seated.seat.claim().announce_unconfirmed(Confirms::Nothing);
             }
         }
+        self.log_losses(&notices, is_lost);
         match event {
             Event::Claim(number, _) if !is_lost => {
                 let seated = self.seats.get(number).and_then(Option::as_ref);
@@ -470,19 +471,27 @@ impl Engine {
     }
 
     /// The session is over, and all that it had.
-    fn forget_locks(&mut self, notices: &Notices) {
+    fn forget_locks(&mut self) {
         self.owned.clear();
         for seated in self.seats.iter_mut().flatten() {
             seated.lock = None;
             seated.missed.clear();
         }
-        let reason = notices.iter().find_map(|(_, notice)| match notice {
-            Notice::Lost(reason) => Some(reason),
-            _ => None,
-        });
-        if let Some(reason) = reason {
-            let cause = self.problem.last().map(|error| format!(" ({})", chain(error))).unwrap_or_default();
-            log::warn!("a session was lost with all the locks that it carried: {reason}{cause}");
+    }
+
+    /// After all of them have been announced: the log is the application's, and may take its time.
+    fn log_losses(&self, notices: &Notices, is_session: bool) {
+        let mut is_told = !is_session;
+        for &(number, notice) in notices {
+            let Notice::Lost(reason) = notice else { continue };
+            if !std::mem::replace(&mut is_told, true) {
+                let cause =
+                    self.problem.last().map(|error| format!(" ({})", chain(error))).unwrap_or_default();
+                log::warn!("a session was lost with all the locks that it carried: {reason}{cause}");
+            }
+            if let Some(seated) = self.seats.get(number).and_then(Option::as_ref) {
+                log::debug!("lock {:?}: lost: {reason}", seated.seat.claim().key());
+            }
         }
     }
 
@@ -500,6 +509,8 @@ impl Engine {
     fn sort_in(&mut self, number: usize) {
         let Some(seated) = self.seats.get_mut(number).and_then(Option::as_mut) else { return };
         match self.lifecycle.claim_action(number) {
+            // Whoever asks the application wakes the claim. Until then there is nothing to run the engine for.
+            claim::Action::Try if seated.seat.is_asked() => {}
             claim::Action::Try | claim::Action::Unlock | claim::Action::Settle => {
                 if !std::mem::replace(&mut seated.is_ready, true) {
                     self.ready.push_back(number);
@@ -532,10 +543,10 @@ impl Engine {
         true
     }
 
-    fn announce_all(&mut self, notices: Notices) {
+    fn announce_all(&mut self, notices: &Notices) {
         // All terms on the session have one end. Where it was seen, none goes on and none begins.
         let goes_on = self.follow_lease();
-        for (number, notice) in notices {
+        for &(number, notice) in notices {
             if goes_on || !matches!(notice, Notice::Acquired { .. }) {
                 self.announce(number, notice);
             }
@@ -570,7 +581,6 @@ impl Engine {
             Notice::Lost(reason) => {
                 claim.announce_lost(reason);
                 seated.seat.spec().note_term_end(seated.token, seated.granted_at);
-                log::debug!("lock {:?}: lost: {reason}", claim.key());
             }
             Notice::Failed => claim.announce_problem(seated.problem.last().or(self.problem.last()).cloned()),
         }

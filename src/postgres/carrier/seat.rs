@@ -128,6 +128,11 @@ impl Seat {
         is_due
     }
 
+    /// True while a thread has the annotation made.
+    pub(crate) fn is_asked(&self) -> bool {
+        matches!(*self.annotation.lock(), Annotation::Asked)
+    }
+
     /// Makes the annotation of the term to come, which calls the application. To be called after [`mark_asked`](Self::mark_asked).
     pub(crate) fn annotate(&self) {
         let made = self.spec.annotation(self.claim.key()).map(Arc::from);

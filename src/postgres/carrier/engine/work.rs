@@ -169,8 +169,10 @@ impl Engine {
             }
             Err(event) => self.take_in(event),
         }
-        if let Some(expiry) = self.expiry.as_ref().and_then(|expiry| expiry.at()) {
-            self.pool.watchdog().look_by(expiry.instant());
+        // The end of a term that has begun, or the warning of it.
+        let seated = numbers.iter().filter_map(|&number| self.seats.get(number)?.as_ref());
+        if let Some(due) = seated.filter_map(|seated| seated.seat.claim().deadline()).min() {
+            self.pool.watchdog().look_by(due);
         }
     }
 
@@ -553,7 +555,7 @@ impl Engine {
         self.vacate(number);
         let now = self.now();
         let notices = self.lifecycle.dismiss(number, now);
-        self.announce_all(notices);
+        self.announce_all(&notices);
         // Whoever waits for the claim is to see who works on it now, who may have the lock already.
         seat.claim().announce_moved();
         Ok(())
