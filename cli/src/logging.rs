@@ -6,12 +6,12 @@ use crate::exit::in_our_words;
 use crate::text::harmless;
 
 /// The library's warnings. What we tell ourselves is not told twice.
-pub(crate) const WARNINGS: &str =
-    "warn,dsync::pg::registry=error,dsync::pg::inspect=error,dsync::pg::pool=error";
+pub(crate) const WARNINGS: &str = "warn,dsync::pg::registry=error,dsync::pg::inspect=error,dsync::pg::pool=error,dsync::pg::config::validate=error";
 /// What a command under a lock may be told beside: what is wrong with the environment. `flock` is silent, too.
 pub(crate) const SETTINGS: &str = "off,dsync::pg::config=warn";
-/// All that happens to a lock. Of a leader the user is told as it is, and not in the words for closures.
-pub(crate) const EVENTS: &str = "info,dsync::leader=off";
+/// All that happens to a lock. Of a leader the user is told as it is, and not in the words for closures; and a server that is away at the start is
+/// not waited for.
+pub(crate) const EVENTS: &str = "info,dsync::leader=off,dsync::pg::registry=error";
 
 /// Begins to log what `RUST_LOG` asks for, or else the usual.
 pub(crate) fn start(usual: &str) {

@@ -51,11 +51,9 @@ pub(crate) fn annotation(bytes: &[u8]) -> String {
     }
 }
 
-/// Not so long that a sum of some of them could not be told.
-pub(crate) const LONGEST: Duration = Duration::from_secs(1_000_000_000);
-
-/// A time with a unit, or a number of seconds as `flock` takes it.
+/// A time with a unit, or a number of seconds as `flock` takes it. Not so long that a sum of some of them could not be told.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    const LONGEST: Duration = Duration::from_secs(1_000_000_000);
     let time = match text.parse::<f64>() {
         Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
         Err(_) => humantime::parse_duration(text).ok(),

@@ -246,8 +246,8 @@ fn takeover(
     let Some((left, is_counted)) = pool.grace_on(session, by).ok()? else {
         let longest = longest.filter(|longest| *longest > own_lease)?;
         let text = format!(
-            "after a crash of the server nobody is granted a lock for {longest:?}, the longest lease that was used in this database; where no \
-             manager has it any longer, an operator makes that shorter: {advice}"
+            "after a crash of the server nobody is granted a lock for {longest:?}, the longest lease that was used with this catalog; where \
+             nobody uses it any longer, an operator makes that shorter: {advice}"
         );
         return Some(CheckLine::good("takeover", text));
     };
@@ -262,7 +262,7 @@ fn takeover(
             "{until}: the server was restarted, or another one took its place, and a holder of before may be cut off"
         ),
         format!(
-            "ask for a lock and wait; shorter leases, of all managers of the database, make it shorter, with: {advice}"
+            "ask for a lock and wait; shorter leases, of all who take locks in the database, make it shorter, with: {advice}"
         ),
     ))
 }

@@ -175,13 +175,9 @@ impl Watch {
 
     pub(super) fn lease(&self) -> Duration {
         // What is no time, or too long a one, the library refuses, which reads the variable as well.
-        let by_variable = || {
-            let time = humantime::parse_duration(&connect::variable("DSYNC_LEASE")?).ok()?;
-            Some(time.min(text::LONGEST))
-        };
-        self.lease
-            .or_else(by_variable)
-            .unwrap_or_else(|| Duration::from_secs(15).max(self.kill_after.saturating_mul(9) / 2))
+        let by_variable = || humantime::parse_duration(&connect::variable("DSYNC_LEASE")?).ok();
+        let by_default = || Duration::from_secs(15).max(self.kill_after.saturating_mul(9) / 2);
+        self.lease.or_else(by_variable).unwrap_or_else(by_default)
     }
 
     /// Sets the times of the lease. Heartbeats are a fifth of it, so that the default `--kill-after` fits into 45 s.
@@ -212,7 +208,7 @@ impl Watch {
 
     /// Whether the times can work with the usual heartbeats: three of them and the margin are less than the lease.
     pub(super) fn fits(&self) -> bool {
-        self.lease() * 3 / 5 + self.margin() < self.lease()
+        self.lease() / 5 * 3 + self.margin() < self.lease()
     }
 }
 

@@ -39,7 +39,7 @@ impl PasswordFile {
             let problem = if !metadata.is_file() {
                 "is not a plain file"
             } else if metadata.permissions().mode() & 0o077 != 0 {
-                "can be read or written by others; take that right away (chmod 0600)"
+                "can be read or written by others; let nobody else do so (chmod 0600)"
             } else {
                 let mut text = Vec::new();
                 File::open(&self.path)?.take(LONGEST).read_to_end(&mut text)?;

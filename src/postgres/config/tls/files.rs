@@ -93,7 +93,7 @@ fn read(setting: &'static str, path: &Path, is_too_open: fn(&Metadata) -> bool) 
     let problem = if !metadata.is_file() || metadata.len() > LONGEST {
         "it is not a plain file of up to 16 MiB"
     } else if is_too_open(&metadata) {
-        "others can read or write the file; take that right away (chmod 0600, or 0640 where it belongs to root)"
+        "others can read or write the file; let nobody else do so (chmod 0600, or 0640 where it belongs to root)"
     } else {
         return fs::read(path).map_err(unreadable);
     };
