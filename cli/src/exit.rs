@@ -34,12 +34,17 @@ pub(crate) fn say(text: &str) {
 /// As [`say`], for a process that watches over a command, which nothing may hold up: what standard error does not take is not said. A terminal takes
 /// nothing once it was stopped (Ctrl-S), and a pipe that nobody reads when it is full.
 pub(crate) fn say_in_passing(text: &str) {
+    write_in_passing(format!("pgdsync: {}\n", harmless(text)).as_bytes());
+}
+
+/// The same for lines that are ready.
+pub(crate) fn write_in_passing(lines: &[u8]) {
     /// For a terminal at the other end of a network.
     const PATIENCE: Duration = Duration::from_millis(100);
     /// Less than a pipe has room for where it takes anything.
     const PIECE: usize = 512;
     static IS_STUCK: AtomicBool = AtomicBool::new(false);
-    for piece in format!("pgdsync: {}\n", harmless(text)).as_bytes().chunks(PIECE) {
+    for piece in lines.chunks(PIECE) {
         // Of many messages, only the first has to wait in vain.
         let patience = if IS_STUCK.load(Ordering::Relaxed) { Duration::ZERO } else { PATIENCE };
         let is_stuck = !takes_output(patience);

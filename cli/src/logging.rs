@@ -1,8 +1,8 @@
 //! What the library logs, on standard error.
 
-use std::io::Write as _;
+use std::io::{self, Write};
 
-use crate::exit::in_our_words;
+use crate::exit::{in_our_words, write_in_passing};
 use crate::text::harmless;
 
 /// The library's warnings. What we tell ourselves is not told twice.
@@ -20,5 +20,20 @@ pub(crate) fn start(usual: &str) {
             let level = record.level().as_str().to_lowercase();
             writeln!(line, "pgdsync: {level}: {}", harmless(&in_our_words(&record.args().to_string())))
         })
+        .target(env_logger::Target::Pipe(Box::new(InPassing)))
         .init();
+}
+
+/// Standard error, for the threads that watch over locks: a terminal that was stopped holds up none of them.
+struct InPassing;
+
+impl Write for InPassing {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        write_in_passing(lines);
+        Ok(lines.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }

@@ -233,6 +233,20 @@ fn a_standard_error_that_takes_nothing_keeps_no_command_alive() {
     scene.dies_before_another_begins("a front that is killed beside a full pipe");
 }
 
+/// What the library logs is not said then, and no thread that watches over the lock waits for it.
+#[test]
+fn a_standard_error_that_takes_nothing_holds_up_no_lock() {
+    let (_reader, full) = full_pipe();
+    let server = Server::start().unwrap();
+    let mut command = pgdsync(&server.url());
+    command.env("RUST_LOG", "debug").stderr(full);
+    let mut holder =
+        Process::start(command.args(["run", "-v", "k", "--", "sh", "-c", "echo had; exec sleep 1000"]));
+    holder.says("had");
+    holder.signal(Signal::Terminate);
+    assert_eq!(holder.ends().code(), Some(143));
+}
+
 /// It hears of the beginning of a term and of its renewals at once.
 #[test]
 fn a_front_that_was_frozen_in_the_wait_begins_under_the_lock_that_it_has() {
