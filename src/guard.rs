@@ -405,6 +405,8 @@ impl LockGuard {
             turn.lasts_until_dropped();
         }
         let outcome = hold.release(by);
+        // Before anything is logged of it: the next thread has its turn.
+        drop(self.turn.take());
         let lost = outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Lost);
         (outcome, lost.then(|| hold.loss()).flatten())
     }

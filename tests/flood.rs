@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use common::flood::{Flood, Proxy};
 use common::{Lateness, Process, eventually, hear, is_open, lock, soon, started};
 use dsync::{CatalogMode, Config, Context, ErrorKind, Lost, PostgresManager, SyncManager};
-use support::{Database, process};
+use support::process::Signal;
+use support::{Database, Server, process};
 
 const LEASE: Duration = Duration::from_secs(2);
 
@@ -144,7 +145,8 @@ fn a_holder_whose_logger_blocks_hears_of_its_loss_before_another_has_the_lock() 
     Process::start(&mut command).succeeds();
 }
 
-/// Not a test: the same of locks that share a session and are lost together. What the logger is told of one of them holds up no news of another.
+/// Not a test: the same of locks that share a session and are lost together, as an operator ends the session, and as the server crashes. What the
+/// logger is told of one of them holds up no news of another.
 #[test]
 #[ignore = "the body of a process, which another test starts"]
 fn shared_scene() {
@@ -156,27 +158,31 @@ fn shared_scene() {
     log::set_max_level(log::LevelFilter::Debug);
     let manager = started(Config::from_env().unwrap().catalog(CatalogMode::None).shared_sessions(1));
     let held = [7, 8].map(|key| manager.lock_with(key, dsync::LockOptions::new()).unwrap());
-    held.iter().for_each(|lock| lock.lock(&soon()).unwrap());
-    let lost = held.each_ref().map(|lock| lock.lost());
-    let mut client =
-        postgres::Client::connect(&std::env::var("DATABASE_URL").unwrap(), postgres::NoTls).unwrap();
-    let end = "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_database ON pg_database.oid = database
-               WHERE datname = current_database() AND locktype = 'advisory' AND objid = 7";
-    let (late, begun) = (Lateness::watch(), Instant::now());
-    BLOCKED.store(true, SeqCst);
-    assert!(client.query_one(end, &[]).unwrap().get::<_, bool>(0));
-    lost.iter().for_each(hear);
-    // The terms would have lasted for longer.
-    late.allow(begun.elapsed(), Duration::from_secs(3));
-    BLOCKED.store(false, SeqCst);
+    for crashes in [false, true] {
+        held.iter().for_each(|lock| lock.lock(&soon()).unwrap());
+        let lost = held.each_ref().map(|lock| lock.lost());
+        let mut client =
+            postgres::Client::connect(&std::env::var("DATABASE_URL").unwrap(), postgres::NoTls).unwrap();
+        let query = "SELECT pid, pg_backend_pid() FROM pg_locks WHERE locktype = 'advisory' AND objid = 7";
+        let row = client.query_one(query, &[]).unwrap();
+        let (late, begun) = (Lateness::watch(), Instant::now());
+        BLOCKED.store(true, SeqCst);
+        // The server ends all sessions where one of them was killed.
+        let (backend, signal) = if crashes { (1, Signal::Kill) } else { (0, Signal::Terminate) };
+        process::signal(row.get(backend), signal).unwrap();
+        lost.iter().for_each(hear);
+        // The terms would have lasted for longer.
+        late.allow(begun.elapsed(), Duration::from_secs(3));
+        BLOCKED.store(false, SeqCst);
+    }
     held.iter().for_each(|lock| lock.lock(&soon()).unwrap());
 }
 
 #[test]
 fn holders_on_a_shared_session_hear_of_its_end_though_their_logger_blocks() {
-    let database = Database::fresh().unwrap();
+    let server = Server::start().unwrap();
     let mut command = common::process("shared_scene", "a logger that blocks");
-    command.env("DATABASE_URL", database.url());
+    command.env("DATABASE_URL", server.url());
     Process::start(&mut command).succeeds();
 }
 

@@ -155,14 +155,20 @@ impl Runner {
 
     fn emit_with(&self, event: LeaderEvent, begun: Option<Lost>) {
         let key = self.shared.lock.key();
-        match &event {
-            LeaderEvent::Panicked(_) => log::error!("leader of {key:?}: {event}"),
-            LeaderEvent::Error(error) => log::warn!("leader of {key:?}: {}", chain(error)),
-            _ => log::info!("leader of {key:?}: {event}"),
-        }
+        let (level, text) = match &event {
+            LeaderEvent::Panicked(_) => (log::Level::Error, event.to_string()),
+            LeaderEvent::Error(error) => (log::Level::Warn, chain(error).to_string()),
+            _ => (log::Level::Info, event.to_string()),
+        };
+        // Before the line: a logger may block.
         if let Some(tell) = &self.tell {
             // Nobody is there any more to be told if it has panicked, which it does not.
             let _ = tell.send((event, begun));
+        }
+        match level {
+            log::Level::Error => log::error!("leader of {key:?}: {text}"),
+            log::Level::Warn => log::warn!("leader of {key:?}: {text}"),
+            _ => log::info!("leader of {key:?}: {text}"),
         }
     }
 }

@@ -114,11 +114,12 @@ impl Watcher {
 
     fn tell_of(&self, leader: Holder) {
         let event = LeaderEvent::AnotherLeads(leader);
-        log::info!("leader of {:?}: {event}", self.shared.lock.key());
+        let text = event.to_string();
         if let Some(tell) = &self.tell {
             // The runner may have ended, and the teller with it.
             let _ = tell.send((event, None));
         }
+        log::info!("leader of {:?}: {text}", self.shared.lock.key());
     }
 
     /// Tells of an error, unless the one before was of the same kind. That the manager has stopped is for the runner to tell.
@@ -128,13 +129,10 @@ impl Watcher {
             return;
         }
         self.shared.note_error(&error);
-        log::warn!(
-            "leader of {:?}: the server could not be asked: {}",
-            self.shared.lock.key(),
-            chain(&error)
-        );
+        let text = chain(&error).to_string();
         if let Some(tell) = &self.tell {
             let _ = tell.send((LeaderEvent::Error(error), None));
         }
+        log::warn!("leader of {:?}: the server could not be asked: {text}", self.shared.lock.key());
     }
 }

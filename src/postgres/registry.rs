@@ -171,7 +171,7 @@ impl Registry {
                 }
             }
         };
-        let _ending = StartGuard { registry: self, start: &start, _under_way: under_way };
+        let ending = StartGuard { registry: self, start: &start, _under_way: under_way };
         let look = || pool.open(&mut pool.slots().take(true)? as &mut Slot, &start.control);
         let refusal = match drive(look) {
             Ok(outcome) => outcome.err(),
@@ -180,18 +180,13 @@ impl Registry {
         // The session, which a stop that waits for this wants to be over, is closed or in the pool.
         pool.tell_of_sessions();
         drop(pool);
+        let mut trouble = None;
         let outcome = match refusal {
             None => Ok(()),
             // The claims of other threads were faster.
             Some(refusal) if refusal.is_about_slots() => Ok(()),
             Some(refusal) if refusal.is_curable() => {
-                let error = refusal.into_error();
-                if !self.is_stopped() {
-                    log::warn!(
-                        "the lock server cannot be reached yet; locks will wait for it: {}",
-                        chain(&error)
-                    );
-                }
+                trouble = Some(refusal.into_error());
                 Ok(())
             }
             Some(refusal) => {
@@ -200,7 +195,13 @@ impl Registry {
             }
         };
         let outcome = if self.is_stopped() { Err(Error::stopped()) } else { outcome };
-        start.outcome.get_or_init(|| outcome).clone()
+        let outcome = start.outcome.get_or_init(|| outcome).clone();
+        // Others that start or stop the manager are not to wait for the logger, which may block.
+        drop(ending);
+        if let (Ok(()), Some(error)) = (&outcome, trouble) {
+            log::warn!("the lock server cannot be reached yet; locks will wait for it: {}", chain(&error));
+        }
+        outcome
     }
 
     /// The state, for a `Debug` text.

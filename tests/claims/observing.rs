@@ -1,10 +1,11 @@
 //! What an observer is told, and that it harms no lock; on each implementation. And what a snapshot shows.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Sender, bounded};
 use dsync::observer::{
     Acquired, Attempt, AttemptFailed, Heartbeat, Released, Sessions, TermLost, ThreadWaited, ThreadWaits,
     Trouble,
@@ -14,8 +15,11 @@ use dsync::{
     Observer, PostgresManager, SyncManager,
 };
 use parking_lot::Mutex;
+use support::Database;
 
-use crate::common::{Outcome, PATIENCE, becomes, begin, eventually, hear, on_both, soon, wait_in_thread};
+use crate::common::{
+    Outcome, PATIENCE, becomes, begin, eventually, hear, on_both, soon, started, wait_in_thread,
+};
 
 on_both! {
     a_guard_tells_of_its_call_its_term_and_its_release
@@ -585,6 +589,51 @@ fn an_observer_may_ask_the_manager_and_use_other_locks(world: &dyn World) {
     begin(move || stopping.stop()).get().unwrap();
     let asked = curious.asked.load(Ordering::SeqCst);
     assert!(asked >= 10 * 3 + 4, "{asked}");
+}
+
+/// Takes another lock when a supervisor tells it of its session: once, and tells what came of it.
+struct Taking {
+    manager: OnceLock<Weak<PostgresManager>>,
+    has_taken: AtomicBool,
+    tell: Sender<dsync::Result<()>>,
+}
+
+impl Observer for Taking {
+    fn sessions(&self, _: &Sessions) {
+        let is_supervisor = thread::current().name().is_some_and(|name| name.starts_with("dsync:"));
+        let Some(manager) = self.manager.get().and_then(Weak::upgrade).filter(|_| is_supervisor) else {
+            return;
+        };
+        if !self.has_taken.swap(true, Ordering::SeqCst) {
+            let guard = manager.lock("other").and_then(|lock| lock.acquire(Duration::from_secs(10)));
+            let _ = self.tell.send(guard.and_then(LockGuard::release));
+        }
+    }
+}
+
+/// A supervisor that has given its session back is free for the next claim, also for one that comes from its own thread.
+#[test]
+fn an_observer_that_is_told_of_a_session_that_was_given_back_may_take_another_lock() {
+    let database = Database::fresh().unwrap();
+    let (tell, told) = bounded(1);
+    let taking = Arc::new(Taking { manager: OnceLock::new(), has_taken: AtomicBool::new(false), tell });
+    let config = Config::from_url(&database.url()).unwrap().observer(Arc::clone(&taking));
+    let manager = Arc::new(started(config));
+    taking.manager.set(Arc::downgrade(&manager)).unwrap();
+    let lock = manager.lock("x").unwrap();
+    let begun = Instant::now();
+    // Where the machine is slow, not each claim follows close on the one before, and keeps its session.
+    let outcome = loop {
+        (0..5).for_each(|_| lock.acquire(soon()).unwrap().release().unwrap());
+        if let Ok(outcome) = told.recv_timeout(Duration::from_millis(200)) {
+            break outcome;
+        }
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "no supervisor has told of its session, and taken the other lock"
+        );
+    };
+    outcome.unwrap();
 }
 
 fn each_term_has_one_beginning_and_one_end_whatever_happens(world: &dyn World) {

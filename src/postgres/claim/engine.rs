@@ -623,6 +623,7 @@ impl Engine {
                 if !claim.announce_acquired(Arc::new(Expiry::new(until)), self.token, self.permit) {
                     return Err(LossReason::ConnectionClosed);
                 }
+                self.spec.pool.watchdog().look_by(claim.deadline().unwrap_or_else(|| until.instant()));
                 match claim.last_loss() {
                     Some(loss) => {
                         log::info!(
@@ -632,7 +633,6 @@ impl Engine {
                     }
                     None => log::debug!("lock {key:?}: acquired"),
                 }
-                self.spec.pool.watchdog().look_by(claim.deadline().unwrap_or_else(|| until.instant()));
                 self.problem.end();
             }
             // The term had run out, and an application thread was the first to see it.
@@ -660,8 +660,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Ends the claim: first gives `before_told` the slot whose session is kept for the next claim, if any, and then tells those
-    /// who wait for the end.
+    /// Ends the claim: tells the observer, gives `before_told` the slot whose session is kept for the next claim, if any, and then tells those
+    /// who wait for the end. What works on the claim counts as free from `before_told` on, so no application code runs after that.
     pub(crate) fn finish(mut self, end: End, before_told: impl FnOnce(Option<PooledSlot>)) {
         self.leave_session();
         self.spec.note_term_end(self.token, self.granted_at);
@@ -676,11 +676,12 @@ impl Engine {
         // A stop closes the sessions when they are all in the pool.
         let stays = !self.claim.ends_for(EndReason::Stopped)
             && slot.as_mut().is_some_and(|slot| slot.session().is_some_and(|session| session.is_leased()));
-        before_told(slot.filter(|_| stays));
+        let slot = slot.filter(|_| stays);
         self.spec.pool.tell_of_sessions();
         self.claim.tell();
         let outcome = outcome_of(&self.claim, end, self.problem.take());
         self.claim.tell();
+        before_told(slot);
         self.claim.finish(outcome);
     }
 

@@ -22,7 +22,6 @@ use crate::pg::pool::{Pool, PooledSlot};
 use crate::pg::session::machine as session;
 use crate::pg::stream::Socket;
 use crate::pg::watchdog::Watched;
-use crate::sync::MutexGuard;
 
 /// A claim that follows within 20 ms on another one is quick: the session is kept for the next. A supervisor that the answers
 /// to callers have woken naps no longer than that.
@@ -67,6 +66,8 @@ struct RunnerState {
     called_at: Instant,
     /// A thread of the application has opened the session, and the supervisor has not looked since.
     has_new_session: bool,
+    /// The observer is to be told of the sessions when the turn is over.
+    tells_of_sessions: bool,
 }
 
 /// What the thread remembers from one look to the next.
@@ -122,6 +123,7 @@ impl Supervisor {
             ended_at: None,
             called_at: Instant::now(),
             has_new_session: false,
+            tells_of_sessions: false,
         };
         let supervisor = Arc::new(Self {
             pool: Arc::clone(&spec.pool),
@@ -242,7 +244,16 @@ impl Supervisor {
         let mut woken = Woken::Called;
         loop {
             let next = match self.turns.take_to_look() {
-                Some(runner) => self.look(runner, woken, &mut state),
+                Some(mut runner) => {
+                    let next = self.look(&mut runner, woken, &mut state);
+                    let tells = mem::take(&mut runner.tells_of_sessions);
+                    drop(runner);
+                    // It is free for the next claim by now, which an observer may begin.
+                    if tells {
+                        self.pool.tell_of_sessions();
+                    }
+                    next
+                }
                 None => self.leave_to_other(woken, &mut state),
             };
             match next {
@@ -253,8 +264,8 @@ impl Supervisor {
     }
 
     /// Does all that is due; returns how long to sleep.
-    fn look(&self, mut runner: MutexGuard<'_, RunnerState>, woken: Woken, state: &mut LoopState) -> Next {
-        self.take_up(&mut runner);
+    fn look(&self, runner: &mut RunnerState, woken: Woken, state: &mut LoopState) -> Next {
+        self.take_up(runner);
         if let Some(engine) = &runner.engine {
             state.serve(engine.claim());
         }
@@ -264,19 +275,19 @@ impl Supervisor {
             if mem::take(&mut runner.has_new_session) {
                 (state.nap, state.called_at) = (SHORTEST_NAP, called_at);
             }
-            let Some(engine) = &mut runner.engine else { return self.idle(&mut runner, woken, state) };
+            let Some(engine) = &mut runner.engine else { return self.idle(runner, woken, state) };
             match engine.next() {
-                Action::Claim(_, claim::Action::Finish(_)) => self.finish(&mut runner),
+                Action::Claim(_, claim::Action::Finish(_)) => self.finish(runner),
                 Action::Session(session::Action::Pause { until } | session::Action::Watch { until })
                     if engine.is_due(until) =>
                 {
-                    self.guarded(&mut runner, Engine::pass_time);
+                    self.guarded(runner, Engine::pass_time);
                 }
                 Action::Session(session::Action::Pause { .. }) if engine.claim().take_attempt_request() => {
-                    self.guarded(&mut runner, Engine::attempt_now);
+                    self.guarded(runner, Engine::attempt_now);
                 }
                 Action::Claim(_, claim::Action::Pause { until }) if engine.is_due(until) => {
-                    self.guarded(&mut runner, Engine::end_pause);
+                    self.guarded(runner, Engine::end_pause);
                 }
                 Action::Session(session::Action::Pause { until }) => {
                     return Next::Sleep { until: engine.at(until), watch: None };
@@ -286,7 +297,7 @@ impl Supervisor {
                 | Action::Claim(_, claim::Action::Pause { .. })
                     if mem::take(&mut readable) && engine.is_readable() || engine.is_cut_off() =>
                 {
-                    self.guarded(&mut runner, Engine::listen);
+                    self.guarded(runner, Engine::listen);
                 }
                 Action::Session(session::Action::Watch { until })
                 | Action::Claim(_, claim::Action::Pause { until }) => {
@@ -304,7 +315,7 @@ impl Supervisor {
                 Action::Session(session::Action::Serve) | Action::Claim(_, claim::Action::Wait) => {
                     return Next::sleep(LOOKS_EVERY);
                 }
-                action => self.guarded(&mut runner, |engine| engine.perform(action)),
+                action => self.guarded(runner, |engine| engine.perform(action)),
             }
         }
     }
@@ -359,7 +370,7 @@ impl Supervisor {
                 if let Some(mut slot) = runner.slot.take() {
                     slot.close(Instant::now() + self.heartbeat_timeout);
                     drop(slot);
-                    self.pool.tell_of_sessions();
+                    runner.tells_of_sessions = true;
                 }
                 Next::Exit
             }
@@ -385,7 +396,7 @@ impl Supervisor {
             slot.taint();
         }
         drop(slot);
-        self.pool.tell_of_sessions();
+        runner.tells_of_sessions = true;
     }
 
     // What both do.

@@ -219,8 +219,11 @@ impl Dialer {
         }
         let noticed = control.clone();
         config.notice_callback(move |notice| {
-            log::info!("the server says: {}: {}", notice.severity(), notice.message());
             noticed.set_notice(Some(notice.code().clone()));
+            // Why it ends a session the line of the loss says. A logger may block, and here the loss has not been told yet.
+            if !notice.code().code().starts_with("57P") {
+                log::info!("the server says: {}: {}", notice.severity(), notice.message());
+            }
         });
         let manager = PostgresConnectionManager::new(config, connector);
         // The driver unwraps the making of its runtime; another program's thread may have had the last descriptor.
