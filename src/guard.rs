@@ -211,7 +211,7 @@ pub struct LockGuard {
     term: Term,
     /// `None` once released.
     hold: Option<Box<dyn Hold>>,
-    /// Dropped after the hold: the next thread of this process comes when the lock has been given back. `None` of a shared lock, which
+    /// Dropped after the release: the next thread of this process comes when the lock has been given back. `None` of a shared lock, which
     /// others may have meanwhile.
     turn: Option<Turn>,
     /// Tells the thread that has taken it that the guard is there. `None` once released.

@@ -1,7 +1,6 @@
 //! The contract of a lock, and its options.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -15,6 +14,7 @@ use crate::key::{Key, MAX_PERMITS};
 use crate::loss::{Loss, Lost};
 use crate::mode::Mode;
 use crate::once::{self, Once, Period, Run};
+use crate::telling::panics;
 use crate::term::Term;
 use crate::view::Holder;
 
@@ -447,20 +447,21 @@ pub const MAX_ANNOTATION: usize = 64 * 1024;
 
 /// The annotation of a term that begins. A valuer is an application's code, and must not harm the lock.
 pub(crate) fn annotate(key: &str, valuer: &LockValuer) -> Option<Vec<u8>> {
+    let mut made = None;
     // The logger is the application's code, too.
-    let quietly = |write: &dyn Fn()| drop(catch_unwind(AssertUnwindSafe(write)));
-    match catch_unwind(AssertUnwindSafe(|| valuer())) {
-        Ok(bytes) if bytes.len() <= MAX_ANNOTATION => return Some(bytes),
-        Ok(bytes) => quietly(&|| {
-            let length = bytes.len();
-            log::warn!(
-                "lock {key:?}: its annotation has {length} bytes, the limit is {MAX_ANNOTATION}; left out"
-            );
-        }),
-        Err(_) => {
-            quietly(&|| log::warn!("lock {key:?}: its valuer panicked; the term goes without annotation"))
-        }
+    if panics(|| made = Some(valuer())) {
+        panics(|| log::warn!("lock {key:?}: its valuer panicked; the term goes without annotation"));
     }
+    let bytes = made?;
+    if bytes.len() <= MAX_ANNOTATION {
+        return Some(bytes);
+    }
+    let length = bytes.len();
+    panics(|| {
+        log::warn!(
+            "lock {key:?}: its annotation has {length} bytes, the limit is {MAX_ANNOTATION}; left out"
+        );
+    });
     None
 }
 

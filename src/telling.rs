@@ -31,6 +31,15 @@ struct SessionsTold {
     changed: bool,
 }
 
+/// Runs code of the application's, which must not harm a lock; `true` if it panics. What it throws may panic in turn when it is dropped.
+pub(crate) fn panics(work: impl FnOnce()) -> bool {
+    let Err(thrown) = catch_unwind(AssertUnwindSafe(work)) else { return false };
+    if let Err(another) = catch_unwind(AssertUnwindSafe(|| drop(thrown))) {
+        std::mem::forget(another);
+    }
+    true
+}
+
 impl Observing {
     pub(crate) fn new(observer: Arc<dyn Observer>) -> Arc<Self> {
         let sessions = Mutex::new(SessionsTold::default());
@@ -39,10 +48,9 @@ impl Observing {
 
     /// Calls the observer, which is the application's code, and must not harm the lock.
     fn call(&self, tell: impl FnOnce(&dyn Observer)) {
-        let outcome = catch_unwind(AssertUnwindSafe(|| tell(&*self.observer)));
-        if outcome.is_err() && !self.has_panicked.swap(true, Relaxed) {
+        if panics(|| tell(&*self.observer)) && !self.has_panicked.swap(true, Relaxed) {
             // The logger is the application's code, too.
-            let _ = catch_unwind(|| {
+            panics(|| {
                 log::warn!(
                     "the observer of the locks panicked; locks go on, and further panics are not logged"
                 );
@@ -243,5 +251,24 @@ impl Story {
             Told::Trouble(ref error) => observer.trouble(&Trouble { key, is_guard, error }),
             Told::Heartbeat { round_trip } => observer.heartbeat(&Heartbeat { key, is_guard, round_trip }),
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::panic_any;
+
+    use super::*;
+
+    #[test]
+    fn what_was_thrown_may_panic_when_it_is_dropped() {
+        struct Twice;
+        impl Drop for Twice {
+            fn drop(&mut self) {
+                panic!("as it is meant to");
+            }
+        }
+        assert!(panics(|| panic_any(Twice)));
+        assert!(!panics(|| ()));
     }
 }

@@ -15,16 +15,25 @@ pub(crate) const EVENTS: &str = "info,dsync::leader=off,dsync::pg::registry=erro
 
 /// Begins to log what `RUST_LOG` asks for, or else the usual.
 pub(crate) fn start(usual: &str) {
+    start_to(usual, env_logger::Target::Stderr);
+}
+
+/// The same for a process that watches over a command, which a terminal that was stopped holds up nowhere.
+pub(crate) fn start_in_passing(usual: &str) {
+    start_to(usual, env_logger::Target::Pipe(Box::new(InPassing)));
+}
+
+fn start_to(usual: &str, target: env_logger::Target) {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(usual))
         .format(|line, record| {
             let level = record.level().as_str().to_lowercase();
             writeln!(line, "pgdsync: {level}: {}", harmless(&in_our_words(&record.args().to_string())))
         })
-        .target(env_logger::Target::Pipe(Box::new(InPassing)))
+        .target(target)
         .init();
 }
 
-/// Standard error, for the threads that watch over locks: a terminal that was stopped holds up none of them.
+/// Standard error, for as long as it takes what is written.
 struct InPassing;
 
 impl Write for InPassing {

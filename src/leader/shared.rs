@@ -97,6 +97,7 @@ impl Shared {
         guard.lost().raises(&signal);
         let tenure = Tenure { term: guard.term().clone(), stopping: stopping.channel().clone() };
         let mut state = self.state.lock();
+        state.token = tenure.term.token();
         // Whoever stops it does so before a look at the phase.
         if self.is_stopping() || tenure.must_stop() {
             drop(state);
@@ -104,7 +105,6 @@ impl Shared {
         }
         state.terms += 1;
         state.leader = None;
-        state.token = tenure.term.token();
         state.phase = Phase::Leading(Box::new(CurrentTerm {
             guard,
             since: SystemTime::now(),

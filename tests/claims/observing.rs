@@ -605,7 +605,8 @@ impl Observer for Taking {
             return;
         };
         if !self.has_taken.swap(true, Ordering::SeqCst) {
-            let guard = manager.lock("other").and_then(|lock| lock.acquire(Duration::from_secs(10)));
+            // A caller with so little time leaves to the supervisor what it cannot end by itself.
+            let guard = manager.lock("other").and_then(|lock| lock.acquire(Duration::from_secs(2)));
             let _ = self.tell.send(guard.and_then(LockGuard::release));
         }
     }

@@ -105,7 +105,7 @@ impl Keeper {
         watch: &Watch,
         keys: usize,
     ) -> Result<Self, Failure> {
-        logging::start(if watch.verbose { logging::EVENTS } else { logging::SETTINGS });
+        logging::start_in_passing(if watch.verbose { logging::EVENTS } else { logging::SETTINGS });
         let front_process = getppid().map_or(0, |front| front.as_raw_nonzero().get());
         let name = connect::name_of(front_process.unsigned_abs());
         // A second one for the record of `once`, and for the leaders' questions.

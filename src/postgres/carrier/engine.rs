@@ -507,10 +507,12 @@ impl Engine {
 
     /// Puts a claim where it belongs that has something else to do next.
     fn sort_in(&mut self, number: usize) {
+        // That nobody is granted a lock it hears of before.
+        let may_be_in_grace = self.session().is_some_and(|session| session.pending().is_some());
         let Some(seated) = self.seats.get_mut(number).and_then(Option::as_mut) else { return };
         match self.lifecycle.claim_action(number) {
             // Whoever asks the application wakes the claim. Until then there is nothing to run the engine for.
-            claim::Action::Try if seated.seat.is_asked() => {}
+            claim::Action::Try if seated.seat.is_asked() && !may_be_in_grace => {}
             claim::Action::Try | claim::Action::Unlock | claim::Action::Settle => {
                 if !std::mem::replace(&mut seated.is_ready, true) {
                     self.ready.push_back(number);

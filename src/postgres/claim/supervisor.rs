@@ -3,8 +3,8 @@
 use std::io;
 use std::mem;
 use std::ptr;
-use std::sync::{Arc, Weak};
-use std::thread;
+use std::sync::{Arc, OnceLock, Weak};
+use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use crate::pg::claim::alarm::Woken;
@@ -53,6 +53,8 @@ pub(crate) struct Supervisor {
     // Lock order: `turns` before `assignment`.
     assignment: Arc<AssignmentCell>,
     turns: Turns<RunnerState, PollBell>,
+    /// The one that runs it.
+    thread: OnceLock<ThreadId>,
 }
 
 /// The engine of the claim, and what is kept between two claims.
@@ -131,6 +133,7 @@ impl Supervisor {
             idle: Arc::downgrade(idle),
             assignment: Arc::new(AssignmentCell::new(Arc::clone(claim), Arc::clone(spec))),
             turns: Turns::new(runner, PollBell::new()?),
+            thread: OnceLock::new(),
         });
         let assignment = Arc::downgrade(&supervisor.assignment);
         spec.pool.watchdog().watch(assignment as Weak<dyn Watched>)?;
@@ -140,9 +143,10 @@ impl Supervisor {
         Ok(supervisor)
     }
 
-    /// Gives it another claim; `false` if it is not free for one.
+    /// Gives it another claim; `false` if it is not free for one. Nor is it for its own thread, which tells an observer something at this moment and
+    /// cannot work on what that asks for.
     pub(crate) fn assign(&self, claim: &Arc<Claim>, spec: &Arc<LockSpec>) -> bool {
-        self.assignment.assign(claim, spec)
+        self.thread.get() != Some(&thread::current().id()) && self.assignment.assign(claim, spec)
     }
 
     /// True if it takes another claim.
@@ -240,6 +244,7 @@ impl Supervisor {
             }
         }
         let _closing = Closing(self);
+        let _ = self.thread.set(thread::current().id());
         let mut state = LoopState { key, nap: SHORTEST_NAP, claim: Weak::new(), called_at: Instant::now() };
         let mut woken = Woken::Called;
         loop {

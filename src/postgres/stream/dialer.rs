@@ -220,7 +220,7 @@ impl Dialer {
         let noticed = control.clone();
         config.notice_callback(move |notice| {
             noticed.set_notice(Some(notice.code().clone()));
-            // Why it ends a session the line of the loss says. A logger may block, and here the loss has not been told yet.
+            // Why it ends a session is in the line of the loss, if there was a lock. A logger may block, and here the loss has not been told yet.
             if !notice.code().code().starts_with("57P") {
                 log::info!("the server says: {}: {}", notice.severity(), notice.message());
             }
