@@ -194,8 +194,10 @@ fn a_primary_that_is_made_a_standby_under_a_held_lock_is_not_used(shared_session
     let plain = started(config().catalog(CatalogMode::None));
     let y = lock(&plain, "y");
     y.lock(&soon()).unwrap();
+    let lost_too = y.lost();
     server.stop(Shutdown::Fast).unwrap();
     hear(term.lost());
+    hear(&lost_too);
     become_standby(&server);
 
     for lock in [&x, &y] {
