@@ -1,5 +1,6 @@
 //! How an observer is told: outside of all mutexes, in order, and without harm to the locks.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -31,13 +32,16 @@ struct SessionsTold {
     changed: bool,
 }
 
-/// Runs code of the application's, which must not harm a lock; `true` if it panics. What it throws may panic in turn when it is dropped.
+/// Runs code of the application's, which must not harm a lock; `true` if it panics.
 pub(crate) fn panics(work: impl FnOnce()) -> bool {
-    let Err(thrown) = catch_unwind(AssertUnwindSafe(work)) else { return false };
+    catch_unwind(AssertUnwindSafe(work)).map_err(discard).is_err()
+}
+
+/// Drops what a panic has thrown, which may panic in turn.
+pub(crate) fn discard(thrown: Box<dyn Any + Send>) {
     if let Err(another) = catch_unwind(AssertUnwindSafe(|| drop(thrown))) {
         std::mem::forget(another);
     }
-    true
 }
 
 impl Observing {

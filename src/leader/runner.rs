@@ -14,6 +14,7 @@ use super::{LeaderEvent, Tenure};
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::guard::LockGuard;
 use crate::loss::Lost;
+use crate::telling::{discard, panics};
 
 pub(super) struct Runner {
     pub(super) shared: Arc<Shared>,
@@ -44,7 +45,7 @@ impl Runner {
         self.emit(LeaderEvent::Stopped);
         // It is an application's, and so is its destructor.
         let work = self.work;
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(work)));
+        panics(|| drop(work));
     }
 
     /// Leads again and again, until the leader is stopped; fails if the manager is.
@@ -178,8 +179,6 @@ pub(super) fn message_of(panic: Box<dyn Any + Send>) -> String {
     let message = (panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
         .or_else(|| panic.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "a panic without a text".to_owned());
-    if let Err(another) = catch_unwind(AssertUnwindSafe(|| drop(panic))) {
-        std::mem::forget(another);
-    }
+    discard(panic);
     message
 }

@@ -33,6 +33,7 @@ use crate::pg::stream::{Socket, StreamControl};
 use crate::pg::watchdog::Watched;
 use crate::process::{may_drive, nonce};
 use crate::sync::{AtomicBool, AtomicUsize, MutexGuard, Ordering::SeqCst};
+use crate::telling::{discard, panics};
 
 /// A carrier without a claim gives its session back after 1 s, or after the time between two heartbeats if that is shorter, and its thread exits.
 const LINGER: Duration = Duration::from_secs(1);
@@ -405,9 +406,10 @@ impl Carrier {
                         break;
                     }
                 }
-                Err(_) => {
+                Err(thrown) => {
+                    discard(thrown);
                     let engine = self.wait_for_turn().take();
-                    let _ = catch_unwind(AssertUnwindSafe(|| drop(engine)));
+                    panics(|| drop(engine));
                 }
             }
         }

@@ -11,6 +11,7 @@ use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
 use crate::process::PerProcess;
+use crate::telling::discard;
 
 use super::connector::Route;
 use super::control::StreamControl;
@@ -111,7 +112,10 @@ impl Shared {
             }
             let answer = match catch_unwind(AssertUnwindSafe(|| (self.hook)())) {
                 Ok(answer) => answer.map_err(|error| PasswordError::Failed(error.into())),
-                Err(_) => Err(PasswordError::Panicked),
+                Err(thrown) => {
+                    discard(thrown);
+                    Err(PasswordError::Panicked)
+                }
             };
             for (_, sender) in waiting {
                 // Who waited has gone, maybe.
