@@ -1,10 +1,9 @@
 //! What other threads may do to the session of a claim: watch it, cancel its wait, kill it. And only while it is that
 //! claim's.
 
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
 use postgres::CancelToken;
 
 use crate::error::chain;
@@ -15,12 +14,15 @@ use crate::pg::stream::{Dialer, StreamControl};
 /// A cancel request names a session and hits whatever that runs when it arrives. So a request is sent during a slice
 /// only, and the slice is not over before its fate is known; and the hold is closed before the session goes back to the
 /// pool, so that a thread that comes late changes nothing.
+///
+/// It waits by means of the standard library, since the process may be forked meanwhile: see `disallowed-types` in `clippy.toml`.
 #[derive(Debug)]
 pub(crate) struct SessionControl {
     stream: StreamControl,
     dialer: Arc<Dialer>,
     token: Token,
     state: Mutex<ControlState>,
+    /// A slice has ended whose end another thread may wait for, or a cancel request has been sent.
     changed: Condvar,
 }
 
@@ -62,7 +64,7 @@ impl SessionControl {
 
     /// A thread is about to wait for the lock; `false` if it should not.
     pub(crate) fn begin_slice(&self) -> bool {
-        let mut state = self.state.lock();
+        let mut state = self.state();
         if state.interrupted {
             return false;
         }
@@ -75,22 +77,23 @@ impl SessionControl {
     ///
     /// Blocks while another thread is sending one, but not longer than until `by`, should that thread have come to grief.
     pub(crate) fn end_slice(&self, by: Instant) -> bool {
-        let mut state = self.state.lock();
-        while state.slice == Slice::Cancelling {
-            if self.changed.wait_until(&mut state, by).timed_out() {
-                break;
-            }
+        let mut state = self.state();
+        while state.slice == Slice::Cancelling && Instant::now() < by {
+            state = self.wait(state, by);
         }
         let settled = !matches!(state.slice, Slice::Cancelling | Slice::Cancelled { known: false });
-        state.slice = Slice::None;
-        self.changed.notify_all();
+        let before = std::mem::replace(&mut state.slice, Slice::None);
+        // Each call of it is a system call, and nobody waits for the end of a slice that nobody has tried to end.
+        if before != Slice::Running {
+            self.changed.notify_all();
+        }
         settled
     }
 
     /// Ends the wait for the lock, if there is one, and lets no other begin. Blocks until `by` at the latest.
     pub(crate) fn interrupt(&self, by: Instant) {
         let slice = {
-            let mut state = self.state.lock();
+            let mut state = self.state();
             state.interrupted = true;
             state.slices
         };
@@ -99,7 +102,7 @@ impl SessionControl {
 
     /// The number of the slice that is under way, if one is.
     pub(crate) fn slice(&self) -> Option<u64> {
-        let state = self.state.lock();
+        let state = self.state();
         (!matches!(state.slice, Slice::None | Slice::Closed)).then_some(state.slices)
     }
 
@@ -110,7 +113,7 @@ impl SessionControl {
         /// may hit what ends the slice, which the server logs: so a busy server is given more and more time.
         const AGAIN_AFTER: Duration = Duration::from_millis(50);
         let mut again_after = AGAIN_AFTER;
-        let mut state = self.state.lock();
+        let mut state = self.state();
         match state.slice {
             // A request that was sent before may have had no effect.
             Slice::Running | Slice::Cancelled { .. } if state.slices == number => {}
@@ -119,8 +122,9 @@ impl SessionControl {
         }
         loop {
             state.slice = Slice::Cancelling;
-            let outcome =
-                MutexGuard::unlocked(&mut state, || self.dialer.cancel(&self.stream, &self.token.0, by));
+            drop(state);
+            let outcome = self.dialer.cancel(&self.stream, &self.token.0, by);
+            state = self.state();
             state.slice = Slice::Cancelled { known: outcome.is_ok() };
             self.changed.notify_all();
             if let Err(error) = outcome {
@@ -130,7 +134,7 @@ impl SessionControl {
                 log::debug!("could not cancel a wait, so its session will be closed: {}", chain(&error));
                 return true;
             }
-            self.changed.wait_for(&mut state, again_after.min(by.saturating_duration_since(Instant::now())));
+            state = self.wait(state, by.min(Instant::now() + again_after));
             again_after *= 2;
             if state.slices != number || !matches!(state.slice, Slice::Cancelled { .. }) {
                 return true;
@@ -149,7 +153,7 @@ impl SessionControl {
     /// Ends the session, if it is the claim's still; whether it was.
     pub(crate) fn kill(&self) -> bool {
         // Under the mutex, so that it is not another claim's when the stream ends.
-        let state = self.state.lock();
+        let state = self.state();
         let is_ours = state.slice != Slice::Closed;
         if is_ours {
             self.stream.kill();
@@ -159,7 +163,17 @@ impl SessionControl {
 
     /// The session leaves the claim.
     pub(crate) fn close(&self) {
-        self.state.lock().slice = Slice::Closed;
+        self.state().slice = Slice::Closed;
+    }
+
+    fn state(&self) -> MutexGuard<'_, ControlState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a change, until `by` at the latest.
+    fn wait<'a>(&self, state: MutexGuard<'a, ControlState>, by: Instant) -> MutexGuard<'a, ControlState> {
+        let at_most = by.saturating_duration_since(Instant::now());
+        self.changed.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner).0
     }
 }
 

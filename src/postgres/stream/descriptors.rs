@@ -7,7 +7,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use parking_lot::Mutex;
 use tokio::runtime;
 
 use crate::process::PerProcess;
@@ -19,17 +20,17 @@ const SPARE: usize = 3;
 /// After this time a thread goes on all the same. The driver takes microseconds to make its runtime.
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// Who has the turn.
-#[derive(Default)]
-struct Turns {
+/// Who has the turn to make a runtime.
+struct RuntimeTurns {
     /// Until when a thread has it; `None` if nobody has it.
     taken_until: Mutex<Option<Instant>>,
-    freed: Condvar,
+    /// A message for one that waits, each time that the turn is given back.
+    freed: (Sender<()>, Receiver<()>),
 }
 
-fn turns() -> &'static Turns {
-    static TURNS: PerProcess<Turns> = PerProcess::new();
-    TURNS.get(|_| Turns::default())
+fn turns() -> &'static RuntimeTurns {
+    static TURNS: PerProcess<RuntimeTurns> = PerProcess::new();
+    TURNS.get(|_| RuntimeTurns { taken_until: Mutex::default(), freed: bounded(1) })
 }
 
 /// The right to let the driver make a runtime. One thread of the process has it at a time, or else several would each
@@ -57,12 +58,13 @@ impl Turn {
     fn take(by: Instant) -> Self {
         let turns = turns();
         let by = by.min(Instant::now() + LONGEST);
-        let mut taken_until = turns.taken_until.lock();
         loop {
+            let mut taken_until = turns.taken_until.lock();
             let now = Instant::now();
             match *taken_until {
                 Some(until) if now < until.min(by) => {
-                    turns.freed.wait_until(&mut taken_until, until.min(by));
+                    drop(taken_until);
+                    let _ = turns.freed.1.recv_deadline(until.min(by));
                 }
                 _ => {
                     let until = now + LONGEST;
@@ -81,7 +83,8 @@ impl Drop for Turn {
         // Whoever came too late to give it back leaves the next one's alone.
         if *taken_until == Some(self.0) {
             *taken_until = None;
-            turns.freed.notify_one();
+            // Full: the message of before will do.
+            let _ = turns.freed.0.try_send(());
         }
     }
 }

@@ -2,15 +2,17 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::convert::Infallible;
 use std::error::Error;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, ToSocketAddrs};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use parking_lot::{Mutex, MutexGuard};
 
 use super::control::StreamControl;
 use crate::process::PerProcess;
@@ -21,10 +23,10 @@ const SLICE: Duration = Duration::from_millis(20);
 type Outcome = Result<Vec<IpAddr>, Arc<io::Error>>;
 
 /// A look-up that is under way.
-#[derive(Default)]
 struct LookUp {
-    outcome: Mutex<Option<Outcome>>,
-    done: Condvar,
+    outcome: OnceLock<Outcome>,
+    /// Closed as soon as there is an outcome.
+    done: Receiver<Infallible>,
 }
 
 type LookUps = HashMap<String, Arc<LookUp>>;
@@ -62,9 +64,8 @@ fn resolve_with(
     }
     let begun = Instant::now();
     let look_up = look_up(name, resolver)?;
-    let mut outcome = look_up.outcome.lock();
     loop {
-        match &*outcome {
+        match look_up.outcome.get() {
             Some(Ok(addresses)) if addresses.is_empty() => return Err("the host name has no address".into()),
             Some(Ok(addresses)) => return Ok(addresses.clone()),
             Some(Err(error)) => return Err(Arc::clone(error).into()),
@@ -77,7 +78,7 @@ fn resolve_with(
         if now >= by {
             return Err(Unanswered(now - begun).into());
         }
-        look_up.done.wait_until(&mut outcome, by.min(now + SLICE));
+        let _ = look_up.done.recv_deadline(by.min(now + SLICE));
     }
 }
 
@@ -86,14 +87,15 @@ fn look_up(
     name: &str,
     resolver: impl FnOnce(&str) -> io::Result<Vec<IpAddr>> + Send + 'static,
 ) -> io::Result<Arc<LookUp>> {
+    let (_done, done) = bounded(0);
     let look_up = match under_way().entry(name.to_owned()) {
         Entry::Occupied(entry) => return Ok(Arc::clone(entry.get())),
-        Entry::Vacant(entry) => Arc::clone(entry.insert(Arc::default())),
+        Entry::Vacant(entry) => Arc::clone(entry.insert(Arc::new(LookUp { outcome: OnceLock::new(), done }))),
     };
-    let ending = Ending { name: name.to_owned(), look_up: Arc::clone(&look_up) };
+    let ending = Ending { name: name.to_owned(), look_up: Arc::clone(&look_up), _done };
     thread::Builder::new().name("dsync-resolve".into()).spawn(move || {
         let outcome = resolver(&ending.name);
-        *ending.look_up.outcome.lock() = Some(outcome.map_err(Arc::new));
+        let _ = ending.look_up.outcome.set(outcome.map_err(Arc::new));
     })?;
     Ok(look_up)
 }
@@ -102,6 +104,7 @@ fn look_up(
 struct Ending {
     name: String,
     look_up: Arc<LookUp>,
+    _done: Sender<Infallible>,
 }
 
 impl Drop for Ending {
@@ -109,8 +112,7 @@ impl Drop for Ending {
         // First off the list, so that nobody joins one that is over.
         under_way().remove(&self.name);
         let unanswered = || Err(Arc::new(io::Error::other("the look-up of the host name failed")));
-        self.look_up.outcome.lock().get_or_insert_with(unanswered);
-        self.look_up.done.notify_all();
+        self.look_up.outcome.get_or_init(unanswered);
     }
 }
 

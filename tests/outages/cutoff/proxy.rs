@@ -3,12 +3,12 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar};
 use std::thread;
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use support::netns::Direction;
 
 /// A proxy in front of a server. Inward is towards the client, as in [`support::netns`], where the client is inside.
@@ -194,7 +194,7 @@ impl Shared {
 /// Lets pieces through, or keeps them until it is opened.
 #[derive(Default)]
 struct Valve {
-    state: Mutex<ValveState>,
+    state: std::sync::Mutex<ValveState>,
     changed: Condvar,
 }
 
@@ -206,29 +206,29 @@ struct ValveState {
 
 impl Valve {
     fn pass(&self, work: impl FnOnce() -> bool) -> bool {
-        let mut state = self.state.lock();
+        let mut state = self.state.lock().unwrap();
         while state.shut {
-            self.changed.wait(&mut state);
+            state = self.changed.wait(state).unwrap();
         }
         state.passing += 1;
         drop(state);
         let outcome = work();
-        self.state.lock().passing -= 1;
+        self.state.lock().unwrap().passing -= 1;
         self.changed.notify_all();
         outcome
     }
 
     /// When this returns, nothing is on its way any more.
     fn shut(&self) {
-        let mut state = self.state.lock();
+        let mut state = self.state.lock().unwrap();
         state.shut = true;
         while state.passing > 0 {
-            self.changed.wait(&mut state);
+            state = self.changed.wait(state).unwrap();
         }
     }
 
     fn open(&self) {
-        self.state.lock().shut = false;
+        self.state.lock().unwrap().shut = false;
         self.changed.notify_all();
     }
 }
