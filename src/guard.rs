@@ -42,9 +42,9 @@ pub trait Guarded {
         self.mode().is_shared()
     }
 
-    /// How many locks its manager can hold at once.
-    fn most_at_once(&self) -> usize {
-        usize::MAX
+    /// How many sessions its manager may open, if this lock takes one of its own.
+    fn most_sessions(&self) -> Option<u32> {
+        None
     }
 
     /// Begins a claim of its own for one term, and waits as long as `context` says; without a context, tries once. One that

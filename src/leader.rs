@@ -439,7 +439,8 @@ impl LeaderOptions {
         self
     }
 
-    /// How long to wait after a closure has panicked: `first`, and twice as long after each further one, up to `longest`. A term
+    /// How long to wait after a closure has panicked: `first`, and twice as long after each further one, up to `longest`, which
+    /// must not be zero. A `first` of zero means at once, and the next pause is 1 ms. A term
     /// that ends otherwise begins anew with `first`, and so does one that lasted for `longest` at least. Defaults to 1 s and 60 s.
     pub fn back_off(mut self, first: Duration, longest: Duration) -> Self {
         self.back_off = (first, longest);
@@ -457,6 +458,8 @@ impl LeaderOptions {
         let (first, longest) = self.back_off;
         let problem = if first > longest {
             "the first back-off is longer than the longest one"
+        } else if longest.is_zero() {
+            "the longest back-off is zero; choose some seconds"
         } else if self.watch_interval.is_zero() {
             "the watch interval is zero; choose some seconds"
         } else {

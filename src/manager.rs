@@ -149,7 +149,7 @@ macro_rules! conveniences {
         ///
         /// # Errors
         /// - As [`lock_with_key`](crate::SyncManager::lock_with_key), and [`InvalidKey`](crate::ErrorKind::InvalidKey): there is no key, or two of them are one number for the server.
-        /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): there are more keys than sessions that the manager may open.
+        /// - [`InvalidConfig`](crate::ErrorKind::InvalidConfig): the locks take more sessions than the manager may open.
         $($visibility)? fn multi_lock<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<MultiLock> {
             MultiLock::new(keys.into_iter().map(Into::into).map(|key| (key.clone(), self.lock(key))))
         }

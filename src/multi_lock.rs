@@ -81,12 +81,15 @@ impl MultiLock {
             );
             return Err(Error::new(ErrorKind::InvalidKey, message));
         }
-        if locks.len() > first.most_at_once() {
+        let own: Vec<_> = locks.iter().filter_map(|lock| lock.most_sessions()).collect();
+        // The others share one at the least.
+        let needed = own.len() + usize::from(own.len() < locks.len());
+        if let Some(most) = own.first().filter(|most| usize::try_from(**most).is_ok_and(|most| needed > most))
+        {
             let message = format!(
-                "the set has {} locks, of which each takes a session, and the manager may open {}; raise max_sessions, or take one \
-                 lock for all",
-                locks.len(),
-                first.most_at_once()
+                "the set of {} locks takes {needed} sessions, and the manager may open {most}; raise max_sessions, or take one lock \
+                 for all",
+                locks.len()
             );
             return Err(Error::new(ErrorKind::InvalidConfig, message));
         }

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-/// The time from one failure to the next attempt: it doubles up to a limit.
+/// What follows a first pause of zero.
+const SHORTEST: Duration = Duration::from_millis(1);
+
+/// The time from one failure to the next attempt: it doubles up to a limit, from 1 ms if the first attempt comes at once.
 #[derive(Debug)]
 pub(super) struct BackOff {
     first: Duration,
@@ -21,7 +24,7 @@ impl BackOff {
             self.reset();
         }
         let pause = self.next;
-        self.next = pause.saturating_mul(2).min(self.longest);
+        self.next = pause.saturating_mul(2).max(SHORTEST).min(self.longest);
         pause
     }
 
@@ -42,6 +45,14 @@ mod tests {
         assert_eq!(pauses, [1, 2, 4, 5, 5, 1, 2]);
         back_off.reset();
         assert_eq!(back_off.pause(Duration::ZERO), seconds(1));
+    }
+
+    #[test]
+    fn a_first_attempt_may_come_at_once_and_the_next_ones_do_not() {
+        let milliseconds = Duration::from_millis;
+        let mut back_off = BackOff::new((Duration::ZERO, milliseconds(3)));
+        let pauses = [(); 4].map(|()| back_off.pause(Duration::ZERO));
+        assert_eq!(pauses, [0, 1, 2, 3].map(milliseconds));
     }
 
     #[test]

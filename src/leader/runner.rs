@@ -158,7 +158,7 @@ impl Runner {
         let key = self.shared.lock.key();
         let (level, text) = match &event {
             LeaderEvent::Panicked(_) => (log::Level::Error, event.to_string()),
-            LeaderEvent::Error(error) => (log::Level::Warn, chain(error).to_string()),
+            LeaderEvent::Error(error) => (log::Level::Warn, chain(error)),
             _ => (log::Level::Info, event.to_string()),
         };
         // Before the line: a logger may block.

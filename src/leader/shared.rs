@@ -1,8 +1,10 @@
 //! What the threads of a leader share.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use crossbeam_channel::Receiver;
 use parking_lot::Mutex;
 
 use super::{LeaderStatus, Tenure};
@@ -136,11 +138,11 @@ impl Shared {
         drop(phase);
     }
 
-    /// The loss of the present term, for whoever is to tell of it: once.
-    pub(super) fn loss_to_tell(&self) -> Option<Loss> {
+    /// The loss of the term whose lost channel this is, for whoever is to tell of it: once, and not if another term has begun since.
+    pub(super) fn loss_to_tell(&self, lost: &Receiver<Infallible>) -> Option<Loss> {
         let mut state = self.state.lock();
         let Phase::Leading(term) = &mut state.phase else { return None };
-        if term.loss_told {
+        if term.loss_told || !term.guard.term().lost().channel().same_channel(lost) {
             return None;
         }
         let loss = term.guard.loss()?;

@@ -40,8 +40,8 @@ impl Teller {
                     }
                 }
                 recv(lost) -> _ => {
-                    lost = never();
-                    if let Some(loss) = self.shared.loss_to_tell() {
+                    let ended = std::mem::replace(&mut lost, never());
+                    if let Some(loss) = self.shared.loss_to_tell(&ended) {
                         self.tell(&LeaderEvent::Lost(loss));
                     }
                 }

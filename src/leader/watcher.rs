@@ -129,7 +129,7 @@ impl Watcher {
             return;
         }
         self.shared.note_error(&error);
-        let text = chain(&error).to_string();
+        let text = chain(&error);
         if let Some(tell) = &self.tell {
             let _ = tell.send((LeaderEvent::Error(error), None));
         }

@@ -55,7 +55,8 @@ pub(crate) struct PostgresLock {
 struct LockState {
     /// That of `lock` and `try_lock`.
     claim: Option<ActiveClaim>,
-    /// Those of guards: of the one whose turn it is, and of others whose terms were lost.
+    /// Those of guards, of whose turn it is the last one. Of an exclusive lock, the others have lost their terms; of a shared one,
+    /// each may hold.
     of_guards: Vec<ActiveClaim>,
     /// Of the last claim, for the next; `None` again when the manager has stopped, since they keep the pool.
     spec: Option<Arc<LockSpec>>,
@@ -271,7 +272,7 @@ impl PostgresLock {
         claims.map(|active| (active.claim.end(reason, by), active.clone())).collect()
     }
 
-    /// This claim of a guard's, with its supervisor; `None` if it was forgotten.
+    /// This claim of a guard's, with the worker that works on it; `None` if it was forgotten.
     fn active(&self, claim: &Arc<Claim>) -> Option<ActiveClaim> {
         let state = self.state.lock();
         state.of_guards.iter().find(|active| Arc::ptr_eq(&active.claim, claim)).cloned()
@@ -294,7 +295,7 @@ impl PostgresLock {
         drop(spec);
     }
 
-    /// Forgets a claim that has ended, unless another thread did so before. Its supervisor is there for the next one.
+    /// Forgets a claim that has ended, unless another thread did so before. Its worker is there for the next one.
     pub(crate) fn forget(&self, ended: &Arc<Claim>) {
         let dropped = {
             let mut state = self.state.lock();
@@ -323,7 +324,7 @@ impl LockState {
         let is_it = |active: &ActiveClaim| Arc::ptr_eq(&active.claim, claim);
         self.claim.take_if(|active| is_it(active)).or_else(|| {
             let index = self.of_guards.iter().position(is_it)?;
-            Some(self.of_guards.swap_remove(index))
+            Some(self.of_guards.remove(index))
         })
     }
 }
@@ -350,9 +351,8 @@ impl Guarded for PostgresLock {
         self.key.mode
     }
 
-    fn most_at_once(&self) -> usize {
-        let most = usize::try_from(self.registry.config().max_sessions).unwrap_or(usize::MAX);
-        if self.is_carried() { usize::MAX } else { most }
+    fn most_sessions(&self) -> Option<u32> {
+        (!self.is_carried()).then(|| self.registry.config().max_sessions)
     }
 
     fn trouble(&self) -> Option<Error> {
@@ -433,7 +433,7 @@ impl Guarded for PostgresLock {
 /// The claim of one guard.
 struct ClaimOfGuard {
     lock: Arc<PostgresLock>,
-    /// Without its supervisor, which keeps the pool: after a stop a guard must not.
+    /// Without its worker, which keeps the pool: after a stop a guard must not.
     claim: Arc<Claim>,
     is_released: bool,
 }

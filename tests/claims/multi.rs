@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dsync::{Config, Context, ErrorKind, Key, LossReason, MultiGuard, SyncManager};
+use dsync::{Config, Context, ErrorKind, Key, LockOptions, LossReason, MultiGuard, SyncManager};
 use support::process::Signal;
 use support::{Database, Server};
 
@@ -105,6 +105,21 @@ fn a_set_that_can_never_be_held_is_refused() {
         error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("max_sessions"),
         "{error}"
     );
+    // Those that share a session take one together, whichever of the set comes first by its number.
+    let keys = ["a", "b", "c"];
+    for one in keys {
+        for one_shares in [true, false] {
+            let options = |key| LockOptions::new().shared_session((key == one) == one_shares);
+            let _kept = keys.map(|key| manager.lock_with(key, options(key)).unwrap());
+            match manager.multi_lock(keys) {
+                Ok(set) => set.try_acquire().unwrap().unwrap().release().unwrap(),
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{one} {one_shares}: {error}")
+                }
+            }
+            assert_eq!(manager.multi_lock(keys).is_err(), one_shares, "{one} takes part of a session");
+        }
+    }
     // The number that the name has in this namespace.
     let name = Key::from("billing/invoice-run");
     let error = manager.multi_lock([name, Key::from(-8_639_657_970_933_492_344_i64)]).unwrap_err();

@@ -520,5 +520,9 @@ fn options_that_cannot_work_are_refused(world: &dyn World) {
     let start = |options| kind(Leader::start_with(manager.lock("x").unwrap(), options, |_| {}));
     let (second, minute) = (Duration::from_secs(1), Duration::from_secs(60));
     assert_eq!(start(LeaderOptions::new().back_off(minute, second)), ErrorKind::InvalidConfig);
+    assert_eq!(
+        start(LeaderOptions::new().back_off(Duration::ZERO, Duration::ZERO)),
+        ErrorKind::InvalidConfig
+    );
     assert_eq!(start(LeaderOptions::new().watch_interval(Duration::ZERO)), ErrorKind::InvalidConfig);
 }
