@@ -107,8 +107,8 @@ impl Stage {
 
 /// Makes and starts the process-wide manager, and, where the configuration names a service, stands for its leadership.
 ///
-/// For a configuration from the environment: `dsync::init(dsync::Config::from_env()?)`. Blocks for no longer than three times
-/// the configuration's `connect_timeout`: see [`SyncManager::start`].
+/// For a configuration from the environment: `dsync::init(dsync::Config::from_env()?)`. Blocks for as long as
+/// [`SyncManager::start`] at the most: about three times the configuration's `connect_timeout`.
 ///
 /// # Errors
 /// - [`InvalidConfig`](ErrorKind::InvalidConfig).

@@ -624,8 +624,8 @@ impl LockOptions {
         let token = (self.without_token && !of_the_lock.without_token).then_some("without_token");
         for option in grace.into_iter().chain(token) {
             log::warn!(
-                "lock {key:?}: the option {option} is ignored, since there is a handle without it; give the same options \
-                 wherever the lock is made"
+                "lock {key:?}: the option {option} is ignored, since the handle that is there was made with other options; \
+                 give the same options wherever the lock is made"
             );
         }
     }

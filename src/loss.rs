@@ -195,8 +195,8 @@ impl fmt::Display for Loss {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum LossReason {
-    /// An operator terminated the session (`pg_terminate_backend`), or the server is being shut down: PostgreSQL
-    /// reports both alike (SQLSTATE 57P01).
+    /// An operator terminated the session (`pg_terminate_backend`), the server is being shut down, or its main process died:
+    /// PostgreSQL reports all of them alike (SQLSTATE 57P01).
     Terminated,
     /// Another process of the server crashed, which ends all sessions, and the server said so (57P02). If it had no time to, the reason is
     /// [`ConnectionClosed`](Self::ConnectionClosed).
@@ -226,7 +226,8 @@ pub enum LossReason {
     ServerError,
     /// The lock was taken away on purpose, in a test.
     Revoked,
-    /// The supervisor of the claim failed; please report it.
+    /// The thread that worked on the claim panicked: in the application's logger, say; or by a defect of this
+    /// library, which please report.
     SupervisorFailed,
 }
 
@@ -277,7 +278,7 @@ impl fmt::Display for LossReason {
             Self::ServerIsStandby => "the server became a standby",
             Self::ServerError => "the server answered with an error",
             Self::Revoked => "the lock was revoked",
-            Self::SupervisorFailed => "the supervisor failed",
+            Self::SupervisorFailed => "the thread that worked on it panicked",
         })
     }
 }

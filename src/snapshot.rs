@@ -108,7 +108,9 @@ impl fmt::Debug for ClaimSnapshot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ClaimState {
-    /// There is no session yet, or it has had no answer.
+    /// There is no session yet, or the server has not answered. Or the server has granted the lock, and that is not confirmed yet: see
+    /// [`Config::quorum`](crate::Config::quorum) and [`TakeoverPolicy::AfterAnyRestart`](crate::TakeoverPolicy::AfterAnyRestart). A claim that has queued stays
+    /// [`Queueing`](Self::Queueing) until then.
     Connecting,
     /// Another session holds the lock.
     Queueing,

@@ -128,7 +128,7 @@ impl Term {
 
     /// The fencing token: greater than that of every earlier term of the key that was not shared with this one, also over crashes of the
     /// server, the promotion of a standby, dump and restore, and the dropping of the catalog. Terms that share the lock at the same time have
-    /// the same, and at the server all that follow have it, until a writer's term begins. It is a number of sixteen digits, and not the next one to the last. `None` if the manager was told to do without a catalog, or the lock [without a token](crate::LockOptions::without_token).
+    /// the same, and at the server all that follow have it, until a writer's term begins. It has sixteen digits, and there are gaps between the tokens of a key. `None` if the manager was told to do without a catalog, or the lock [without a token](crate::LockOptions::without_token).
     ///
     /// A database that was put back to an earlier state does not know what it gave out since. So the tokens go on at the
     /// server's clock, in microseconds since 1970, above which no token was. That fails in two cases: the clock is behind the

@@ -123,6 +123,7 @@ pub(crate) fn in_our_words(text: &str) -> String {
             "unset DSYNC_CATALOG, or set DSYNC_TAKEOVER to immediate",
         ),
         ("set the catalog to automatic", "unset DSYNC_CATALOG"),
+        ("set takeover to after-promotion", "unset DSYNC_TAKEOVER"),
         ("set the catalog to", "set DSYNC_CATALOG to"),
         ("(Config::schema, DSYNC_SCHEMA)", "(--schema, DSYNC_SCHEMA)"),
         ("the next start makes it", "the first `run` or `lead` makes it"),

@@ -60,7 +60,9 @@ pub enum CatalogMode {
     /// The catalog must be there, in this library's version: an administrator has run [`CATALOG_SQL`](crate::CATALOG_SQL).
     MustExist,
     /// There is none, and so neither fencing tokens nor annotations, nor records of what was done when (`once`), nor semaphores, nor a
-    /// takeover grace: the only policy is [`TakeoverPolicy::Immediate`](crate::TakeoverPolicy). All else works.
+    /// takeover grace: the only policy is [`TakeoverPolicy::Immediate`](crate::TakeoverPolicy), and
+    /// [`Quorum::NamedStandbys`](crate::Quorum::NamedStandbys) is refused. Nobody can be asked to resign, and
+    /// [`inspect_all`](crate::PostgresManager::inspect_all) fails. All else works.
     None,
 }
 

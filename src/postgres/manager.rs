@@ -270,9 +270,9 @@ impl SyncManager for PostgresManager {
     /// Begins the manager's work, after a look at the server.
     ///
     /// A server that cannot be reached now, or has no free connection, is no failure: a warning is logged, and claims keep
-    /// trying. Blocks for three times `connect_timeout` at the most: to open two sessions, to check the server by them, and to
+    /// trying. Blocks for three times `connect_timeout` at the most, and on a machine that is very busy for 1.2 s more: to open two sessions, to check the server by them, and to
     /// look for the catalog or make it.
-    /// While another thread is in `start`, this call waits for it and gives the same outcome.
+    /// While another thread is in `start`, this call waits for it, 2.2 s longer than that at the most, and gives the same outcome.
     ///
     /// # Errors
     /// - [`FailedInitialization`](ErrorKind::FailedInitialization): the server refuses us, or cannot keep locks: a

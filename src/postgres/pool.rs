@@ -348,8 +348,8 @@ impl Pool {
         self.graces.lock().of_newest(Instant::now())
     }
 
-    /// How long a takeover grace would last, as the managers of the database have agreed; or why they would not have this one among them, if they would not; or cannot be told of it, where commits wait for a
-    /// standby that is away.
+    /// How long a takeover grace would last here, as the managers of the database have agreed; or why this one would get no lock: the
+    /// others have agreed on something else, or what is agreed on has to be raised and a standby that has to confirm that is away.
     pub(crate) fn objection(
         &self,
         session: &mut Session,

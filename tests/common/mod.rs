@@ -321,15 +321,10 @@ pub(crate) fn process(body: &str, role: &str) -> Command {
     command.args(["--exact", body, "--include-ignored", "--nocapture", "--test-threads=1"]).env(ROLE, role);
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
-        if text.starts_with("PG")
-            || text.starts_with("DSYNC_")
-            || text == "DATABASE_URL"
-            || text == "RUST_LOG"
-        {
-            // Where the programs of PostgreSQL are is still to be known.
-            if text != "DSYNC_PG_BIN" {
-                command.env_remove(&name);
-            }
+        // Which PostgreSQL the tests use is still to be known.
+        let is_ours = text.starts_with("DSYNC_") && !text.starts_with("DSYNC_PG_");
+        if is_ours || text.starts_with("PG") || text == "DATABASE_URL" || text == "RUST_LOG" {
+            command.env_remove(&name);
         }
     }
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -1,8 +1,7 @@
 //! All interleavings of threads that share something, by loom. The files are the library's own, with loom's mutexes and atomics
 //! in the place of the real ones.
 //!
-//! Loom interrupts each run twice at the most. A wake-up that is missed is a
-//! sleep that nothing ends, which loom reports as a deadlock.
+//! Loom interrupts each run twice at the most. A wake-up that is missed is a sleep that nothing ends, which loom reports as a deadlock.
 
 #![allow(dead_code, unused_imports, unreachable_pub, reason = "the files are used in part")]
 #![allow(clippy::unwrap_used, reason = "all of it is a test")]

@@ -53,7 +53,7 @@ pub(super) struct Front<'a> {
     plan: Plan<'a>,
     signals: Signals,
     terminal: Terminal,
-    keeper: Keeper,
+    keeper: KeeperProcess,
     /// Until when the lock is held for sure; `None` until it was had.
     deadline: Option<Moment>,
     is_lost: bool,
@@ -71,7 +71,7 @@ pub(super) struct Front<'a> {
 }
 
 /// The other process.
-struct Keeper {
+struct KeeperProcess {
     process: Pid,
     stream: UnixStream,
     frames: Frames,
@@ -110,7 +110,7 @@ impl<'a> Front<'a> {
         #[cfg(target_os = "linux")]
         let _ = rustix::process::set_child_subreaper(Some(getpid()));
         let signals = Signals::take().map_err(no_process)?;
-        let keeper = Keeper::start().map_err(no_process)?;
+        let keeper = KeeperProcess::start().map_err(no_process)?;
         let terminal = Terminal::open();
         Ok(Self {
             plan,
@@ -482,7 +482,7 @@ impl<'a> Front<'a> {
     }
 }
 
-impl Keeper {
+impl KeeperProcess {
     fn start() -> io::Result<Self> {
         let (stream, theirs) = UnixStream::pair()?;
         // It inherits that signals are blocked, so that none ends it that is meant for all processes of a service: the front has them.

@@ -41,7 +41,8 @@ const RUN_HELP: &str = after_help!(
 Exit codes:
   the command's own; 128 + N if signal N ended it
   64   the command line or a setting is wrong
-  69   the server cannot be reached, or refuses the session
+  69   the server cannot be reached, or refuses the session; or a process or
+       thread cannot be started
   75   another has the lock, or the time to wait is over (or what
        --conflict-exit-code says); or a takeover grace goes on: the server
        was restarted, and nobody is granted a lock yet
@@ -57,7 +58,8 @@ const LEAD_HELP: &str = after_help!(
 Exit codes, when a signal or an error ends it:
   the command's own; 128 + N if signal N ended it
   64   the command line or a setting is wrong
-  69   the server cannot be reached at the start, or refuses the session
+  69   the server cannot be reached at the start, or refuses the session; or
+       a process or thread cannot be started
   79   the process that watches the lock was killed or stood still
 A command that cannot be executed, or is not there, is tried again after a
 pause.

@@ -81,7 +81,7 @@ pub(super) fn suffer(signal: Signal) {
     }
 }
 
-/// Lets these signals through, which this process was started without.
+/// Unblocks these signals, which were blocked when this process was started.
 pub(super) fn let_through(numbers: &str) {
     let mut set = SigSet::empty();
     let numbers = numbers.split(',').filter_map(|number| number.parse::<i32>().ok());
@@ -89,7 +89,7 @@ pub(super) fn let_through(numbers: &str) {
     let _ = set.thread_unblock();
 }
 
-/// The signals that this process was started without, as Linux tells them.
+/// The signals that have been ignored since this process was started, as Linux tells them.
 /// <https://man7.org/linux/man-pages/man5/proc_pid_status.5.html>
 fn ignored() -> SigSet {
     let mut ignored = SigSet::empty();

@@ -507,7 +507,7 @@ impl Engine {
 
     /// Puts a claim where it belongs that has something else to do next.
     fn sort_in(&mut self, number: usize) {
-        // That nobody is granted a lock it hears of before.
+        // A claim whose valuer is being asked is told of a takeover grace all the same.
         let may_be_in_grace = self.session().is_some_and(|session| session.pending().is_some());
         let Some(seated) = self.seats.get_mut(number).and_then(Option::as_mut) else { return };
         match self.lifecycle.claim_action(number) {

@@ -156,8 +156,9 @@ pub(crate) fn peek(session: &mut Session, by: Instant) -> Result<Option<Past>, F
     })
 }
 
-/// How long a takeover grace would last here; or why a manager with these settings gets no lock, if it gets none: it is refused, or raises what is agreed on while a standby is away. As
-/// [`peek`].
+/// How long a takeover grace would last here, as the managers of the database have agreed; or why a manager with these settings would
+/// get no lock: the others have agreed on something else, or what is agreed on has to be raised and a standby that has to confirm
+/// that is away. As [`peek`].
 pub(crate) fn objection(
     session: &mut Session,
     own: Agreed,

@@ -1,4 +1,4 @@
-//! The bell of a supervisor: a descriptor that other threads make readable, and `poll(2)`.
+//! The bell of a supervisor or of a carrier's thread: a descriptor that other threads make readable, and `poll(2)`.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};

@@ -370,7 +370,7 @@ impl Claim {
 
     /// The status, after a term whose time is over has been ended.
     ///
-    /// The supervisor ends it as well, but after a freeze of the whole process any thread may run first.
+    /// The watchdog ends it as well, but after a freeze of the whole process any thread may run first.
     pub(super) fn current(&self) -> MutexGuard<'_, Status> {
         let mut status = self.status.lock();
         if let Phase::Held { until, .. } = &status.phase

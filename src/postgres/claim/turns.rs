@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use crate::pg::claim::alarm::{Alarm, Bell, Woken};
 use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering::SeqCst};
 
-/// What the thread that runs the engine has to itself, and how the supervisor gets it next.
+/// What the thread that runs the engine has to itself, and how the thread that works for its callers gets it next: a supervisor, or
+/// a carrier's, which is meant as well below.
 ///
 /// The mutex is only ever tried. A caller that is turned away says so and wakes the supervisor, which does the caller's work.
 /// If the supervisor is turned away too, whoever has the turn wakes it once more, until it has had a turn. A supervisor that

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use postgres::types::{ToSql, Type};
 
 use crate::key::AdvisoryKey;
-
 use crate::loss::LossReason;
 use crate::mode::Mode;
 use crate::pg::session::locks::{get, pauses_of_a_reader};

@@ -8,7 +8,6 @@ use postgres::types::{ToSql, Type};
 use postgres::{Row, Statement};
 
 use crate::key::AdvisoryKey;
-
 use crate::loss::LossReason;
 use crate::mode::Mode;
 use crate::pg::session::batch::Semaphores;
@@ -288,7 +287,7 @@ impl Session {
         Ok(())
     }
 
-    /// Waits for the turnstile, whoever has it looks for a permit; both for a slice.
+    /// Waits for the turnstile, or, with it, looks for a permit: each for one slice.
     fn wait_for_permit(&mut self, request: &Request, by: Instant) -> Result<Answer, Failure> {
         if self.memory.place == Place::Newcomer {
             self.enter_turnstile(request, by)?;

